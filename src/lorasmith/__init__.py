@@ -1,0 +1,42 @@
+"""lorasmith: validate a LoRA adapter, merge it, prove the merge, and package model and evidence.
+
+The functions below are imported when they are first used, so that `import lorasmith` stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorasmith.merging.execute import merge as merge
+    from lorasmith.pipeline import run as run
+    from lorasmith.proving.behaviour import compare as compare
+    from lorasmith.proving.weights import prove as prove
+    from lorasmith.scoring.validate import validate as validate
+    from lorasmith.training.train import train as train
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "merge": "lorasmith.merging.execute",
+    "validate": "lorasmith.scoring.validate",
+    "prove": "lorasmith.proving.weights",
+    "compare": "lorasmith.proving.behaviour",
+    "run": "lorasmith.pipeline",
+    "train": "lorasmith.training.train",
+}
+
+__all__ = ["__version__", "compare", "merge", "prove", "run", "train", "validate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'lorasmith' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

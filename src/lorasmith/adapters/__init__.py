@@ -1,0 +1,1 @@
+"""One file per LoRA variant: pure tensor maths, and a registry to read."""

@@ -1,0 +1,1 @@
+"""One short file per benchmark: read its public layouts, make examples, score an answer."""

@@ -1,0 +1,143 @@
+"""The error tree: every failure a person can cause or meet, as one message that says how to go on.
+
+    LorasmithError
+    ├── InputError               exit 2   wrong usage or input
+    │   ├── UsageError                    flags that contradict each other, unknown names
+    │   ├── DataError                     a test set, training file or benchmark that cannot be used
+    │   ├── CheckpointError               a model folder that cannot be used
+    │   └── AdapterError                  an adapter folder that cannot be used
+    └── MachineError             exit 3   this machine cannot do it
+        ├── DiskError                     too little space
+        ├── MemoryLimitError              too little memory
+        ├── AccessError                   no permission to read or write
+        └── BusyError                     another process works on the same output
+
+A negative answer (a failed gate, `different` weights) is a result, not an error: see `ExitCode`.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike, fspath
+from typing import ClassVar
+
+Where = str | PathLike[str]
+
+
+class ExitCode(enum.IntEnum):
+    """What the process tells its caller (the table of the command-line reference)."""
+
+    OK = 0
+    ANSWER_IS_NO = 1
+    BAD_INPUT = 2
+    MACHINE = 3
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class LorasmithError(Exception):
+    """What was found, where, what was expected, and what to do about it."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.BAD_INPUT
+
+    def __init__(
+        self,
+        found: str,
+        *,
+        where: Where | None = None,
+        expected: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.found = found
+        self.where = None if where is None else fspath(where)
+        self.expected = expected
+        self.remedy = remedy
+        super().__init__(self.message())
+
+    def message(self) -> str:
+        """The whole message, one fact a line."""
+        lines = [self.found]
+        for label, text in (("where", self.where), ("expected", self.expected), ("to do", self.remedy)):
+            if text:
+                lines.append(f"  {label + ':':<9} {text}")
+        return "\n".join(lines)
+
+
+class InputError(LorasmithError):
+    """Wrong usage or input."""
+
+
+class UsageError(InputError):
+    """Options that contradict each other or name something that does not exist."""
+
+
+class DataError(InputError):
+    """A data file that cannot be used as it is."""
+
+
+class CheckpointError(InputError):
+    """A model folder that cannot be used as it is."""
+
+
+class AdapterError(InputError):
+    """An adapter folder that cannot be used as it is."""
+
+
+class MachineError(LorasmithError):
+    """The machine cannot do what was asked."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.MACHINE
+
+
+class DiskError(MachineError):
+    """Too little space on a disk."""
+
+
+class MemoryLimitError(MachineError):
+    """Too little memory, on the host or on a device."""
+
+
+class AccessError(MachineError):
+    """No permission to read or write."""
+
+
+class BusyError(MachineError):
+    """Another process works on the same output."""
+
+
+@contextmanager
+def os_errors(where: Where, doing: str) -> Iterator[None]:
+    """Turn the operating system's errors while `doing` something at `where` into ours."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(
+            f"cannot {doing}: it does not exist", where=error.filename or where, remedy="check the path"
+        ) from error
+    except NotADirectoryError as error:
+        raise InputError(
+            f"cannot {doing}: a part of the path is a file",
+            where=error.filename or where,
+            expected="a folder",
+        ) from error
+    except IsADirectoryError as error:
+        raise InputError(f"cannot {doing}: it is a folder", where=where, expected="a file") from error
+    except PermissionError as error:
+        raise AccessError(
+            f"cannot {doing}: permission denied",
+            where=error.filename or where,
+            remedy="choose a place you may use, or change its permissions",
+        ) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskError(
+                f"cannot {doing}: the disk is full",
+                where=where,
+                remedy="free some space and give the same command again; what is finished is kept",
+            ) from error
+        if error.errno == errno.EROFS:
+            raise AccessError(f"cannot {doing}: the file system is read-only", where=where) from error
+        raise MachineError(f"cannot {doing}: {error.strerror or error}", where=where) from error

@@ -1,0 +1,1 @@
+"""Where chunks of work run: here, or on a cluster."""

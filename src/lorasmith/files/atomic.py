@@ -1,0 +1,85 @@
+"""Write aside, then rename: a file or folder is there as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from lorasmith.errors import os_errors
+from lorasmith.records.base import Record
+
+R = TypeVar("R", bound=Record)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename within `folder` durable; not all file systems let a folder be synced."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def aside(path: Path) -> Path:
+    """The hidden sibling that a file or folder is written to before it is renamed."""
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears at `path` when the block ends without an error, synced to disk."""
+    with os_errors(path, "write"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            with temporary.open("wb") as handle:
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole small file atomically."""
+    with atomic_file(path) as handle:
+        handle.write(content)
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record as canonical JSON."""
+    write_bytes(path, record.to_json())
+
+
+def read_record(path: Path, kind: type[R]) -> R:
+    """Read and check a record; raises `InputError` naming the file and what is wrong with it."""
+    with os_errors(path, "read"):
+        content = path.read_bytes()
+    return kind.from_json(content, path)
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Rename a finished folder into place, replacing an older one; every file is synced first."""
+    with os_errors(final, "write"):
+        for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        if final.is_dir():
+            old = final.with_name(f".{final.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+            temporary.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.rename(final)
+        sync_folder(final.parent)

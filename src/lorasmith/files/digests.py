@@ -1,0 +1,136 @@
+"""SHA-256 of files and folders, with a cache that a changed file cannot slip past."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+import time
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+
+from lorasmith.errors import InputError, os_errors
+from lorasmith.records.base import FileDigest
+
+_BLOCK = 4 << 20
+_SETTLED_SECONDS = 2.0
+"""A file younger than this may be written again within one clock tick: it is never cached."""
+
+NOT_PART_OF_A_MODEL = (".partial", ".old", ".lock")
+
+
+def cache_folder() -> Path:
+    """Where lorasmith keeps what can be made again: `LORASMITH_CACHE`, else below `XDG_CACHE_HOME`."""
+    own = os.environ.get("LORASMITH_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorasmith"
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of the file's bytes, read now."""
+    with os_errors(path, "read"), path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_file(path: Path, *, rehash: bool = False) -> str:
+    """SHA-256, from the cache where (device, inode, size, mtime, ctime) still match and the file is settled.
+
+    `rehash` ignores the cache; proving and packaging hash what they read and do not call this at all.
+    """
+    with os_errors(path, "read"):
+        status = path.stat()
+    if not rehash:
+        known = _lookup(status)
+        if known is not None:
+            return known
+    digest = hash_file(path)
+    with os_errors(path, "read"):
+        after = path.stat()
+    if _key(after) != _key(status):
+        raise InputError(
+            "the file changed while it was read", where=path, remedy="wait until nothing writes to it"
+        )
+    _store(after, digest)
+    return digest
+
+
+def folder_files(folder: Path) -> list[Path]:
+    """All regular files below `folder` but lorasmith's own leftovers and hidden files, sorted by name."""
+    with os_errors(folder, "read"):
+        if not folder.is_dir():
+            raise InputError("there is no such folder", where=folder, expected="a folder")
+        found = [
+            file
+            for file in folder.rglob("*")
+            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        ]
+    return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
+
+
+def describe(files: Iterable[Path], relative_to: Path, *, rehash: bool = False) -> list[FileDigest]:
+    """Path, size and SHA-256 of each file."""
+    return [
+        FileDigest(
+            path=file.relative_to(relative_to).as_posix(),
+            bytes=file.stat().st_size,
+            sha256=sha256_file(file, rehash=rehash),
+        )
+        for file in files
+    ]
+
+
+def combine(digests: Iterable[FileDigest]) -> str:
+    """One SHA-256 for a list of files: over the lines `sha256  path`, sorted by path."""
+    lines = sorted((digest.path, digest.sha256) for digest in digests)
+    return hashlib.sha256("".join(f"{sha}  {path}\n" for path, sha in lines).encode()).hexdigest()
+
+
+def digest_folder(folder: Path, *, rehash: bool = False) -> str:
+    """One SHA-256 for all files of a folder: equal exactly when names and contents are equal."""
+    return combine(describe(folder_files(folder), folder, rehash=rehash))
+
+
+def digest_path(path: Path, *, rehash: bool = False) -> str:
+    """Of a file or a folder."""
+    return digest_folder(path, rehash=rehash) if path.is_dir() else sha256_file(path, rehash=rehash)
+
+
+def _key(status: os.stat_result) -> tuple[int, int, int, int, int]:
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _connect() -> sqlite3.Connection:
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(folder / "digests.sqlite", timeout=10)
+    connection.execute(
+        "create table if not exists digest (dev int, ino int, size int, mtime int, ctime int, sha256 text,"
+        " primary key (dev, ino))"
+    )
+    return connection
+
+
+def _lookup(status: os.stat_result) -> str | None:
+    # A cache that cannot be used costs time, never correctness: the file is then hashed.
+    try:
+        with closing(_connect()) as connection:
+            row = connection.execute(
+                "select sha256 from digest where dev=? and ino=? and size=? and mtime=? and ctime=?",
+                _key(status),
+            ).fetchone()
+    except (sqlite3.Error, OSError):
+        return None
+    return row[0] if row else None
+
+
+def _store(status: os.stat_result, digest: str) -> None:
+    youngest = max(status.st_mtime, status.st_ctime)
+    if time.time() - youngest < _SETTLED_SECONDS:
+        return
+    try:
+        with closing(_connect()) as connection, connection:
+            connection.execute("insert or replace into digest values (?,?,?,?,?,?)", (*_key(status), digest))
+    except (sqlite3.Error, OSError):
+        return

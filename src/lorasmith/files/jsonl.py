@@ -1,0 +1,139 @@
+"""JSONL streams in bounded memory: a wrong row is an error that names its line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lorasmith.errors import DataError, os_errors
+from lorasmith.files.atomic import atomic_file
+from lorasmith.records.dataset import Example
+
+MAX_LINE_BYTES = 64 << 20
+"""A longer line is no row of a dataset but a wrong file, and would not fit in memory for long."""
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each JSON object with its line number from 1; `.gz` is unpacked on the way.
+
+    Raises `DataError` naming file and line for what is not UTF-8, not JSON, not an object, or too long.
+    Empty lines are passed over.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    with os_errors(path, "read"), opener(path, "rb") as handle:
+        number = 0
+        while line := handle.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > MAX_LINE_BYTES:
+                raise DataError(
+                    f"line {number} is longer than {MAX_LINE_BYTES >> 20} MiB",
+                    where=f"{path}:{number}",
+                    expected="one JSON object a line",
+                )
+            if line.strip():
+                yield number, parse_row(line, path, number)
+
+
+def parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    """One line as a JSON object."""
+    where = f"{path}:{number}"
+    try:
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            "this line is not UTF-8 text",
+            where=where,
+            expected="JSONL in UTF-8",
+            remedy="convert the file to UTF-8",
+        ) from error
+    except (ValueError, RecursionError) as error:
+        start = line[:40].decode("utf-8", "replace").strip()
+        raise DataError(
+            f"this line is not JSON ({error}); it starts with {start!r}",
+            where=where,
+            expected="one JSON object a line",
+        ) from error
+    if not isinstance(row, dict):
+        raise DataError(f"this line is a JSON {type(row).__name__}", where=where, expected="a JSON object")
+    return row
+
+
+def read_examples(path: Path) -> list[Example]:
+    """A test set: rows `{id, prompt, response, metadata{source, …}}`, none empty, all ids distinct.
+
+    Raises `DataError` for a missing or empty prompt or response, a doubled id, or a file without rows.
+    """
+    examples: list[Example] = []
+    lines: dict[str, int] = {}
+    for number, row in read_rows(path):
+        example = _to_example(row, path, number)
+        if example.id in lines:
+            raise DataError(
+                f"the id {example.id!r} stands in line {lines[example.id]} as well",
+                where=f"{path}:{number}",
+                expected="each id once",
+            )
+        lines[example.id] = number
+        examples.append(example)
+    if not examples:
+        raise DataError(
+            "the file has no rows", where=path, expected="one JSON object a line with prompt and response"
+        )
+    return examples
+
+
+def _to_example(row: dict[str, Any], path: Path, number: int) -> Example:
+    where = f"{path}:{number}"
+    for field in ("prompt", "response"):
+        text = row.get(field)
+        if not isinstance(text, str) or not text.strip():
+            state = (
+                "is missing"
+                if field not in row
+                else "is empty"
+                if isinstance(text, str)
+                else "is not a string"
+            )
+            raise DataError(
+                f"the {field} {state}",
+                where=where,
+                expected='{"id": …, "prompt": …, "response": …, "metadata": {…}}',
+                remedy="remove the row or fill it in; a row without a response cannot be scored",
+            )
+    metadata = row.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise DataError("metadata is not an object", where=where, expected='"metadata": {"source": …}')
+    body = {
+        "id": str(row.get("id", number)),
+        "prompt": row["prompt"],
+        "response": row["response"],
+        "metadata": {"source": path.name.split(".")[0], **metadata},
+    }
+    try:
+        return Example.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"field {field!r}: {first['msg']}", where=where) from error
+
+
+def dump_row(row: dict[str, Any]) -> bytes:
+    """One canonical JSONL line."""
+    return (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows atomically, in their order."""
+    with atomic_file(path) as handle:
+        for row in rows:
+            handle.write(dump_row(row))
+
+
+def write_examples(path: Path, examples: Iterable[Example]) -> None:
+    """Write a test set or training file atomically."""
+    write_rows(path, (example.model_dump(mode="json") for example in examples))

@@ -1,0 +1,93 @@
+"""What this machine has: disk space and memory before the work, peak memory after it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lorasmith.errors import DiskError, MemoryLimitError, os_errors
+
+
+def require_disk(folder: Path, needed: int, doing: str) -> None:
+    """Raise `DiskError` unless `needed` bytes and 1 % of slack are free where `folder` is or will be."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    with os_errors(place, "look at the free space"):
+        state = os.statvfs(place)
+    free = state.f_bavail * state.f_frsize
+    wanted = needed + needed // 100
+    if free < wanted:
+        raise DiskError(
+            f"too little disk space to {doing}: {human_bytes(free)} are free",
+            where=folder,
+            expected=f"{human_bytes(wanted)} free",
+            remedy="free some space, or choose another disk",
+        )
+
+
+def require_memory(needed: int, doing: str) -> None:
+    """Raise `MemoryLimitError` unless `needed` bytes of memory are available."""
+    available = psutil.virtual_memory().available
+    if available < needed:
+        raise MemoryLimitError(
+            f"too little memory to {doing}: {human_bytes(available)} are available",
+            expected=f"{human_bytes(needed)}",
+            remedy="close other programs, or use a machine with more memory",
+        )
+
+
+def human_bytes(count: float) -> str:
+    """`269.1 MB`: decimal units, as disks and networks count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def reset_peak_memory() -> bool:
+    """Start a new measurement of peak resident memory; False where the kernel cannot (only Linux can)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory() -> int:
+    """Peak resident memory in bytes since the last reset, else since the process began."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory and system, for `timing.json`."""
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": _processor_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "python": platform.python_version(),
+    }
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""The merge: plan (which tensor gets what), rounding, execute (stream the shards)."""

@@ -1,0 +1,1 @@
+"""Running models: load, chat templates and token boundaries, batches, forward, generate."""

@@ -1,0 +1,1 @@
+"""The package: archives, manifest, checksums."""

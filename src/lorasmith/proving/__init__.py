@@ -1,0 +1,1 @@
+"""Two independent proofs: of the weights, and of the behaviour."""

@@ -1,0 +1,153 @@
+"""Records of the two proofs: of the weights, and of the behaviour."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from lorasmith.records.base import FileDigest, Finding, Interval, Part, Record
+from lorasmith.records.scoring import ModelIdentity, ScoringSettings
+
+
+class Difference(Part):
+    """One element that is not what the formula gives."""
+
+    tensor: str
+    index: list[int]
+    found: float | str
+    expected: float | str
+    ulps: int
+
+
+class TensorProof(Part):
+    """What was checked of one tensor of the merged model."""
+
+    name: str
+    kind: str
+    """`merged`, `copied`, `cast`, `replaced`, `missing` or `extra`."""
+    elements: int
+    wrong: int
+    max_ulps: int
+    redone: int = 0
+    """Elements decided by exact arithmetic."""
+
+
+class WeightProof(Record):
+    """`proof/weights.json`."""
+
+    FORMAT: ClassVar[str] = "lorasmith/weight-proof/1"
+
+    grade: str
+    """`exact`, `bounded` or `different`."""
+    rounding: str
+    bound_ulps: int
+    """0 for `exact`; the largest distance found for `bounded`."""
+    base_sha256: str
+    adapter_sha256: list[str]
+    merged_sha256: str
+    tensors_checked: int
+    elements_checked: int
+    adapter_tensors_used: int
+    adapter_tensors_total: int
+    tensors: list[TensorProof]
+    differences: list[Difference]
+    """The first ones, by tensor."""
+    findings: list[Finding] = []
+
+
+class KLStatistics(Part):
+    """Kullback–Leibler divergence per token, adapter ‖ other, over the full vocabulary, in nats."""
+
+    mean: float
+    standard_error: float
+    median: float
+    q90: float
+    q95: float
+    q99: float
+    q999: float
+    max: float
+
+
+class Flip(Part):
+    """A scored position where the two models prefer different tokens."""
+
+    example: str
+    position: int
+    """Index within the response, in tokens."""
+    token_a: int
+    token_b: int
+    margin: float
+    """How much more probable model A's choice is than model B's, in nats, under A."""
+
+
+class TokenComparison(Part):
+    """Two models on the same tokens."""
+
+    examples: int
+    tokens: int
+    loss_a: float
+    loss_b: float
+    loss_delta: float
+    """loss_b − loss_a."""
+    loss_delta_interval: Interval | None = None
+    perplexity_a: float
+    perplexity_b: float
+    perplexity_delta: float
+    kl: KLStatistics
+    delta_p_mean: float
+    delta_p_rms: float
+    """Root mean square of p_b − p_a at the correct token."""
+    top1_agreement: float
+    """Fraction of positions, 0..1."""
+    max_abs_delta: float
+    """Largest |log p_b − log p_a| at a correct token."""
+
+
+class BehaviourProof(Record):
+    """`proof/behaviour.json`: adapter against merged, token by token."""
+
+    FORMAT: ClassVar[str] = "lorasmith/behaviour-proof/1"
+
+    grade: str
+    """`indistinguishable`, `faithful`, `drifted` or `not measured`."""
+    reasons: list[str]
+    """The numbers that decided the grade."""
+    thresholds: dict[str, float]
+    a: ModelIdentity
+    b: ModelIdentity
+    test_set: FileDigest
+    settings: ScoringSettings
+    overall: TokenComparison
+    groups: dict[str, dict[str, TokenComparison]]
+    floor: TokenComparison | None
+    """The adapter against itself under another batch layout."""
+    flips: list[Flip]
+    findings: list[Finding] = []
+
+
+class PairedEffect(Part):
+    """Model B against model A on the same examples."""
+
+    examples: int
+    loss_a: float
+    loss_b: float
+    loss_delta: float
+    """loss_b − loss_a: negative when B is better."""
+    perplexity_delta: float
+    interval: Interval
+    verdict: str
+    """`helps`, `no clear effect` or `hurts`: where the interval lies against 0."""
+
+
+class ComparisonRecord(Record):
+    """`proof/comparison.json`: the three models side by side, as the guide's summary shows them."""
+
+    FORMAT: ClassVar[str] = "lorasmith/comparison/1"
+
+    adapter_effect: PairedEffect | None
+    """Adapter against base."""
+    adapter_effect_groups: dict[str, dict[str, PairedEffect]] = {}
+    merge_effect: PairedEffect
+    """Merged against adapter."""
+    weights_grade: str
+    behaviour_grade: str
+    details: dict[str, Any] = {}

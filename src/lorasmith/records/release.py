@@ -1,0 +1,102 @@
+"""Records of a run as a whole: stages, gates, timings, the package."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from lorasmith.records.base import FileDigest, Part, Record
+
+
+class StageRecord(Record):
+    """`stages/NAME.json`, written last: what the stage read, with which parameters, and what it wrote."""
+
+    FORMAT: ClassVar[str] = "lorasmith/stage/1"
+
+    stage: str
+    version: str
+    """lorasmith's version and the stage's own revision."""
+    inputs: dict[str, str]
+    """Name → SHA-256."""
+    parameters: dict[str, Any]
+    outputs: list[FileDigest]
+
+
+class Gate(Part):
+    """A named threshold on a measured value."""
+
+    name: str
+    metric: str
+    """`adapter.loss`, `adapter.perplexity`, `merge.loss_delta`, `merge.perplexity_delta`, …"""
+    group: str | None = None
+    """`difficulty=easy`, `source=MATH`, …; all examples when absent."""
+    comparison: Literal["<", "<=", ">", ">=", "=="] = "<"
+    threshold: float | str
+    advice: str = ""
+    """What to do when it fails."""
+
+
+class GateResult(Part):
+    """A gate with what was measured."""
+
+    gate: Gate
+    measured: float | str | None
+    verdict: Literal["pass", "fail", "not measured"]
+    reason: str = ""
+    """Why nothing was measured."""
+
+
+class GateRecord(Record):
+    """`gates.json`."""
+
+    FORMAT: ClassVar[str] = "lorasmith/gates/1"
+
+    passed: bool
+    """True only when every gate passed; a gate that was not measured has not passed."""
+    gates: list[GateResult]
+
+
+class StageTiming(Part):
+    """What one stage cost the last time it really ran."""
+
+    stage: str
+    wall_seconds: float
+    cpu_seconds: float
+    peak_rss_bytes: int | None
+    """Largest resident memory while the stage ran; None where the system does not tell."""
+    started: str
+    """UTC, ISO 8601."""
+    reused: bool = False
+    """True when the last command found the stage done."""
+
+
+class TimingRecord(Record):
+    """`timing.json`: all that may differ between two runs with the same bytes."""
+
+    FORMAT: ClassVar[str] = "lorasmith/timing/1"
+
+    hardware: dict[str, Any]
+    stages: list[StageTiming]
+
+
+class RunRecord(Record):
+    """`run.json`: what was asked, and with what."""
+
+    FORMAT: ClassVar[str] = "lorasmith/run/1"
+
+    config: dict[str, Any]
+    versions: dict[str, str]
+    inputs: dict[str, str]
+    """Name → SHA-256 of folder or file."""
+
+
+class PackageManifest(Record):
+    """`package/manifest.json`: every file of both archives, and the archives."""
+
+    FORMAT: ClassVar[str] = "lorasmith/package/1"
+
+    compression: str
+    archives: list[FileDigest]
+    contents: dict[str, list[FileDigest]]
+    """Archive name → its members."""
+    stream_sha256: dict[str, str]
+    """Archive name → SHA-256 of its uncompressed tar stream, equal on every machine."""

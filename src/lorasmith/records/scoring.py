@@ -1,0 +1,70 @@
+"""Records of validation: loss and perplexity of one model on one test set."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from lorasmith.records.base import FileDigest, Finding, Interval, Part, Record
+
+
+class ModelIdentity(Part):
+    """Which model was scored: folders by the digest of their contents, never by their path."""
+
+    role: str
+    """`base`, `adapter` or `merged`."""
+    model_sha256: str
+    """Digest of the model folder (`files.digests.digest_folder`)."""
+    adapter_sha256: str | None = None
+    architecture: str
+    parameters: int
+
+
+class ScoringSettings(Part):
+    """What fixes the figures: the same settings and inputs give the same numbers."""
+
+    loss_on: str = "response"
+    """`response`, or `all` for the older full-text number."""
+    template: str
+    """`chat` or `plain`, resolved from `auto`."""
+    end_of_turn: bool = True
+    """Whether the token that ends the response is scored as well."""
+    max_length: int
+    """In tokens; longer rows are counted in `truncated`."""
+    arithmetic: str
+    """Data type and route of the arithmetic, such as `float32` or `float32 (oneDNN)`."""
+    device: str
+    batch_tokens: int
+
+
+class GroupMetrics(Part):
+    """Token-weighted loss of a group of examples."""
+
+    examples: int
+    tokens: int
+    loss: float
+    """Mean negative log-likelihood in nats per scored token."""
+    perplexity: float
+    """exp(loss)."""
+    interval: Interval | None = None
+    """Of the loss, by bootstrap over examples."""
+
+
+class ValidationResult(Record):
+    """`validation/base.json`, `adapter.json`, `merged.json`."""
+
+    FORMAT: ClassVar[str] = "lorasmith/validation/1"
+
+    model: ModelIdentity
+    test_set: FileDigest
+    settings: ScoringSettings
+    overall: GroupMetrics
+    groups: dict[str, dict[str, GroupMetrics]]
+    """`source`, `domain`, `difficulty` and crossings such as `source × difficulty` → group → metrics."""
+    truncated: int = 0
+    straddling: int = 0
+    """Rows whose joint tokenisation would merge the end of the prompt with the start of the response."""
+    per_example: FileDigest
+    """The Parquet file beside this record."""
+    partial: bool = False
+    """True when only a part of the test set was scored (`--limit`)."""
+    findings: list[Finding] = []

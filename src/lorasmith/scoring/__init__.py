@@ -1,0 +1,1 @@
+"""Validation: loss and perplexity per token, aggregation with intervals, task accuracy."""

@@ -1,0 +1,1 @@
+"""Test sets: build, split, check for contamination."""

@@ -1,0 +1,1 @@
+"""The small PEFT trainer behind `lorasmith train` and the demo."""
