@@ -1,1 +1,18 @@
-"""The command line: `main.py` and one thin file per command."""
+"""The command line: `main.py`, and one thin file per command, listed here.
+
+A command file imports only typer at its top; what it needs to work it imports when it is called, so that
+`--help` answers at once. To add a command, write its file and name it below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lorasmith.cli.merge import merge
+
+COMMANDS: list[tuple[str, Callable[..., Any]]] = [
+    ("merge", merge),
+]
+
+GROUPS: list[tuple[str, str, list[tuple[str, Callable[..., Any]]]]] = []

@@ -1,0 +1,95 @@
+"""What the terminal shows: progress bars on standard error, tables and summaries on standard output."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from lorasmith.progress import Advance
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from lorasmith.records.base import Record
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that keeps long lines whole when its output goes to a file or a pipe."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 110)
+
+
+@contextmanager
+def bar(label: str, *, total: int, unit: str) -> Iterator[Advance]:
+    """A progress bar with rate and time left: `lorasmith.progress.Progress` for a terminal.
+
+    Where standard error is no terminal, one line at the end tells what was done and how fast.
+    """
+    import time
+
+    from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    screen = console(stderr=True)
+    began = time.monotonic()
+    done = 0
+
+    class Rate(ProgressColumn):
+        def render(self, task: object) -> Text:
+            speed = getattr(task, "speed", None) or getattr(task, "finished_speed", None)
+            return Text(f"{_amount(speed or 0, unit)}/s" if speed else "", style="dim")
+
+    if not screen.is_terminal:
+
+        def count(amount: int) -> None:
+            nonlocal done
+            done += amount
+
+        yield count
+        seconds = max(time.monotonic() - began, 1e-9)
+        screen.print(
+            f"  {label}: {_amount(done, unit)} in {seconds:.1f} s ({_amount(done / seconds, unit)}/s)"
+        )
+        return
+
+    with Progress(
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=32),
+        TextColumn("{task.percentage:>3.0f}%"),
+        Rate(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=screen,
+    ) as shown:
+        task = shown.add_task(label, total=total)
+        yield lambda amount: shown.advance(task, amount)
+
+
+def _amount(count: float, unit: str) -> str:
+    from lorasmith.files.machine import human_bytes
+
+    if unit == "B":
+        return human_bytes(count)
+    return f"{count:,.0f} {unit}" if count >= 10 else f"{count:.1f} {unit}"
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A plain table: the first column to the left, all others to the right."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def show_record(record: Record) -> None:
+    """The record as JSON on standard output, for programs (`--json`)."""
+    sys.stdout.write(record.to_json().decode())

@@ -1,0 +1,48 @@
+"""`lorasmith merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorasmith.cli.options import AsJson, Base, Seed
+
+
+def merge(
+    base: Base,
+    adapter: Annotated[
+        list[Path],
+        typer.Option("--adapter", help="Folder of the adapter; several are summed.", metavar="DIR"),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to write the merged model to.", metavar="DIR")],
+    weight: Annotated[
+        list[float] | None, typer.Option("--weight", help="Weight of each adapter, in their order (1).")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="base (each tensor's own type), float32, bfloat16 or float16.")
+    ] = "base",
+    rounding: Annotated[str, typer.Option(help="nearest: each element correctly rounded.")] = "nearest",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Merge an adapter into its base: every element the correctly rounded W + s·B·A.
+
+    The base is streamed, so memory stays small whatever its size. A killed merge continues when the same
+    command is given again.
+
+    Example: `lorasmith merge --base models/base --adapter models/adapter --output models/merged`
+    """
+    import lorasmith
+    from lorasmith.cli import views
+    from lorasmith.cli.console import bar, console, show_record
+
+    record = lorasmith.merge(
+        base, adapter, output, weights=weight, precision=precision, rounding=rounding, seed=seed, progress=bar
+    )
+    if as_json:
+        show_record(record)
+    else:
+        views.show_merge(record, console())
+        console().print(f"Merged model: {output}")
