@@ -21,3 +21,33 @@ class Progress(Protocol):
 def silent(label: str, *, total: int, unit: str) -> Iterator[Advance]:
     """The progress of a library call that nobody watches."""
     yield lambda count: None
+
+
+class Watcher(Protocol):
+    """Follows a whole run: a heading for each step, what came of it, and the bars in between."""
+
+    progress: Progress
+
+    def step(self, number: int, total: int, title: str) -> None:
+        """A step begins."""
+
+    def finished(self, stage: str, *, reused: bool, seconds: float) -> None:
+        """A stage is done, now or by an earlier command with the same inputs."""
+
+    def show(self, stage: str, record: object) -> None:
+        """The record that a stage left."""
+
+
+class Unwatched:
+    """The watcher of a library call that nobody watches."""
+
+    progress: Progress = staticmethod(silent)
+
+    def step(self, number: int, total: int, title: str) -> None:
+        """Nothing."""
+
+    def finished(self, stage: str, *, reused: bool, seconds: float) -> None:
+        """Nothing."""
+
+    def show(self, stage: str, record: object) -> None:
+        """Nothing."""

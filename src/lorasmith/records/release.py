@@ -29,7 +29,7 @@ class Gate(Part):
     """`adapter.loss`, `adapter.perplexity`, `merge.loss_delta`, `merge.perplexity_delta`, …"""
     group: str | None = None
     """`difficulty=easy`, `source=MATH`, …; all examples when absent."""
-    comparison: Literal["<", "<=", ">", ">=", "=="] = "<"
+    comparison: Literal["<", "<=", ">", ">=", "==", "!="] = "<"
     threshold: float | str
     advice: str = ""
     """What to do when it fails."""
@@ -100,3 +100,5 @@ class PackageManifest(Record):
     """Archive name → its members."""
     stream_sha256: dict[str, str]
     """Archive name → SHA-256 of its uncompressed tar stream, equal on every machine."""
+    redacted: dict[str, str] = {}
+    """Member → SHA-256 of the run's file that it was made from, where forbidden text was taken out."""

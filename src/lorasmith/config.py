@@ -1,0 +1,114 @@
+"""What a run is asked to do: defaults, a TOML file, flags; the later wins."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from lorasmith.errors import UsageError, os_errors
+from lorasmith.gates import GUIDE_GATES
+from lorasmith.records.base import Part
+from lorasmith.records.release import Gate
+
+
+class RunConfig(Part):
+    """All options of `lorasmith run`, as flags (`--test-set`) and as keys of `run.toml` (`test_set`)."""
+
+    base: Path
+    """Folder of the base model."""
+    adapter: Path
+    """Folder of the LoRA adapter."""
+    test_set: Path
+    """JSONL with prompt, response and metadata."""
+    output: Path
+    """The run folder."""
+    train: tuple[Path, ...] = ()
+    """What the adapter was trained on: the test set is checked against it."""
+
+    precision: Literal["base", "float32", "bfloat16", "float16"] = "base"
+    rounding: Literal["nearest"] = "nearest"
+    seed: int = Field(default=42, ge=0)
+
+    template: Literal["auto", "chat", "plain"] = "auto"
+    loss_on: Literal["response", "all"] = "response"
+    end_of_turn: bool = True
+    device: str = "auto"
+    batch_tokens: int | None = Field(default=None, gt=0)
+    max_length: int | None = Field(default=None, gt=0)
+    strict: bool = True
+
+    compression: Literal["gzip", "none"] = "gzip"
+    gate_defaults: Literal["guide", "none"] = "guide"
+    gates: tuple[Gate, ...] = ()
+    """Added to the defaults; one with the name of a default replaces it."""
+    behaviour_thresholds: dict[str, float] = {}
+
+    def resolved_gates(self) -> list[Gate]:
+        """The default gates with this config's own in place of those they name."""
+        own = {gate.name: gate for gate in self.gates}
+        defaults = GUIDE_GATES if self.gate_defaults == "guide" else ()
+        replaced = [own.pop(gate.name, gate) for gate in defaults]
+        return [*replaced, *own.values()]
+
+
+_PATHS = ("base", "adapter", "test_set", "output")
+
+
+def load_config(file: Path | None, flags: Mapping[str, Any]) -> RunConfig:
+    """The config of `file` (if any) overlaid with the flags that were given (those not None).
+
+    Paths in the file are relative to the file. Raises `UsageError` for unknown keys, wrong types and
+    missing options, naming them.
+    """
+    values: dict[str, Any] = _read_toml(file) if file else {}
+    values.update({key: value for key, value in flags.items() if value is not None and value != ()})
+    return make_config(values, where=str(file) if file else None)
+
+
+def make_config(values: Mapping[str, Any], *, where: str | None = None) -> RunConfig:
+    """Check the values; one `UsageError` names the first wrong option."""
+    try:
+        return RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = ".".join(str(part) for part in first["loc"])
+        flag = "--" + option.replace("_", "-")
+        if first["type"] == "missing":
+            raise UsageError(
+                f"{flag} is missing", where=where, remedy=f"give {flag}, or {option} in the config file"
+            ) from error
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(RunConfig.model_fields)
+            raise UsageError(f"there is no option {option!r}", where=where, expected=known) from error
+        raise UsageError(f"{flag}: {first['msg']}", where=where) from error
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    with os_errors(file, "read the config"):
+        content = file.read_bytes()
+    try:
+        values = tomllib.loads(content.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"the config is not TOML: {error}", where=file) from error
+    folder = file.parent
+    for key in _PATHS:
+        if isinstance(values.get(key), str):
+            values[key] = folder / values[key]
+    train = values.get("train")
+    if isinstance(train, str | list):
+        names = [train] if isinstance(train, str) else train
+        values["train"] = [folder / name for name in names if isinstance(name, str)]
+    return values
+
+
+def to_toml(config: RunConfig) -> str:
+    """The resolved config as TOML, gates included, readable by `--config` again."""
+    import tomli_w
+
+    body = config.model_dump(mode="json", exclude_none=True)
+    gates = [gate.model_dump(mode="json", exclude_none=True) for gate in config.resolved_gates()]
+    return tomli_w.dumps({**body, "gate_defaults": "none", "gates": gates}, multiline_strings=False)
