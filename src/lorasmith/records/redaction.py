@@ -1,6 +1,6 @@
 """Rows whose text must not be published: they leave the machine as an id, a salted hash and scores.
 
-GPQA asks that no example appears in plain text where a crawler could find it; reports and packages hold to that.
+GPQA asks that no example appears in plain text where a crawler could find it: reports and packages obey.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Redacted(Part):
 
     salt: str
     sha256: str
-    """Of salt, prompt and response, joined by NUL: who has the row can show that it is the one that was used."""
+    """Of salt, prompt and response, joined by NUL: who has the row can show that it is the one."""
 
 
 def is_redacted(source: str) -> bool:
-    """Whether rows of this source must not show their text; case and subsets (`GPQA-diamond`) do not matter."""
+    """Whether rows of this source must not show their text, in any case or subset (`GPQA-diamond`)."""
     name = source.strip().lower().replace("_", "-").replace(" ", "-")
     return any(name == hidden or name.startswith(f"{hidden}-") for hidden in REDACTED_SOURCES)
 

@@ -1,0 +1,162 @@
+"""What goes into which archive: the evidence without forbidden text, and the merged model."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lorasmith.errors import CheckpointError, DataError, InputError, os_errors
+from lorasmith.files.atomic import read_record
+from lorasmith.files.digests import folder_files, hash_file
+from lorasmith.files.jsonl import dump_row, read_examples
+from lorasmith.packaging.tarstream import Member
+from lorasmith.records.dataset import Example
+from lorasmith.records.merging import MergeRecord
+from lorasmith.records.proof import BehaviourProof
+from lorasmith.records.redaction import is_redacted, publishable_row
+from lorasmith.records.scoring import ValidationResult
+
+RESULTS = "validation_results"
+MODEL = "merged_model"
+MERGE_RECORD = "lorasmith_merge.json"
+_REQUIRED = ("run.json", "testset/test_set.jsonl", "validation/adapter.json", f"merged/{MERGE_RECORD}")
+_RECORDS = ("run.json", "gates.json", "testset/*.json", "validation/*.json", "proof/*.json")
+_OPEN_COLUMNS = frozenset({"id", "source", "domain", "difficulty"})
+"""Columns of text that a row keeps even when its own text must not be published."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The members of both archives."""
+
+    results: list[Member]
+    model: list[Member]
+    redacted: dict[str, str]
+    """Member name → SHA-256 of the file in the run that it was made from, where text was taken out."""
+
+
+def collect(run: Path, report: bytes | None) -> Contents:
+    """Gather and check the members; `report` is the page that is packed with the evidence.
+
+    Raises `DataError` for a missing record or a validation on another test set than the one in the run, and
+    `CheckpointError` for a merged folder that does not hold exactly the files that the merge wrote.
+    """
+    _require(run)
+    test_set = run / "testset" / "test_set.jsonl"
+    test_sha = hash_file(test_set)
+    _check_same_test_set(run, test_sha)
+    examples = read_examples(test_set)
+    hidden = {example.id for example in examples if is_redacted(example.metadata.source)}
+
+    members: list[Member] = []
+    redacted: dict[str, str] = {}
+
+    def add(path: str, content: Path | bytes, original: str | None = None) -> None:
+        name = f"{RESULTS}/{path}"
+        members.append(Member(name, content))
+        if original is not None:
+            redacted[name] = original
+
+    if hidden:
+        add("testset/test_set.jsonl", _publishable(examples, test_sha), test_sha)
+    else:
+        add("testset/test_set.jsonl", test_set)
+    for record in (file for pattern in _RECORDS for file in sorted(run.glob(pattern))):
+        path = record.relative_to(run).as_posix()
+        if path == "proof/behaviour.json" and hidden:
+            add(path, _without_flips(record, hidden), hash_file(record))
+        else:
+            add(path, record)
+    for table in sorted((run / "validation").glob("*.parquet")):
+        path = table.relative_to(run).as_posix()
+        if hidden:
+            add(path, _without_text(table, hidden), hash_file(table))
+        else:
+            add(path, table)
+    add(f"merged/{MERGE_RECORD}", run / "merged" / MERGE_RECORD)
+    if report is not None:
+        add("report.html", report)
+    return Contents(members, _model(run / "merged"), redacted)
+
+
+def _require(run: Path) -> None:
+    for path in _REQUIRED:
+        if not (run / path).is_file():
+            raise DataError(
+                f"{path} is missing from the run",
+                where=run,
+                expected="a finished run",
+                remedy="finish it with `lorasmith run`, then pack it",
+            )
+
+
+def _check_same_test_set(run: Path, test_sha: str) -> None:
+    for path in sorted((run / "validation").glob("*.json")):
+        record = read_record(path, ValidationResult)
+        if record.test_set.sha256 != test_sha:
+            raise DataError(
+                "this validation was made on another test set than the one in the run",
+                where=path,
+                expected=f"SHA-256 {test_sha} (testset/test_set.jsonl), found {record.test_set.sha256}",
+                remedy="validate again on the run's test set",
+            )
+
+
+def _publishable(examples: Iterable[Example], salt: str) -> bytes:
+    return b"".join(dump_row(publishable_row(example, salt)) for example in examples)
+
+
+def _without_flips(path: Path, hidden: set[str]) -> bytes:
+    """The behaviour proof without the token choices within rows whose text must not be published."""
+    proof = read_record(path, BehaviourProof)
+    kept = [flip for flip in proof.flips if flip.example not in hidden]
+    return proof.model_copy(update={"flips": kept}).to_json()
+
+
+def _without_text(path: Path, hidden: set[str]) -> bytes:
+    """The per-example table in which hidden rows keep their names and scores, and nothing made of tokens."""
+    with os_errors(path, "read"):
+        table = pq.read_table(path)
+    if "id" not in table.column_names:
+        raise InputError("the per-example table has no column `id`", where=path, remedy="validate again")
+    visible = pa.array([row not in hidden for row in table["id"].to_pylist()])
+    for index, field in enumerate(table.schema):
+        number = pa.types.is_integer(field.type) or pa.types.is_floating(field.type)
+        if field.name in _OPEN_COLUMNS or number or pa.types.is_boolean(field.type):
+            continue
+        cleared = pa.compute.if_else(visible, table[field.name], pa.scalar(None, field.type))
+        table = table.set_column(index, field.with_nullable(True), cleared)
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _model(folder: Path) -> list[Member]:
+    """All files of the merged folder, which must be those that the merge recorded (and a model card)."""
+    record = read_record(folder / MERGE_RECORD, MergeRecord)
+    written = {digest.path for digest in record.files} | {MERGE_RECORD}
+    found = {file.relative_to(folder).as_posix() for file in folder_files(folder)}
+    missing, extra = sorted(written - found), sorted(found - written - {"README.md"})
+    if missing or extra:
+        state = f"{missing[0]} is missing" if missing else f"{extra[0]} is not from the merge"
+        raise CheckpointError(
+            f"the merged folder is not what the merge wrote: {state}",
+            where=folder,
+            expected=f"the files that {MERGE_RECORD} lists",
+            remedy="merge again",
+        )
+    for path in sorted(found):
+        if (folder / path).is_symlink():
+            raise CheckpointError("a link cannot be packed", where=folder / path, expected="a file")
+    return [Member(f"{MODEL}/{path}", folder / path) for path in sorted(found)]
+
+
+def expected_model_digests(run: Path) -> dict[str, str]:
+    """Member name → SHA-256 that the merge recorded."""
+    record = read_record(run / "merged" / MERGE_RECORD, MergeRecord)
+    return {f"{MODEL}/{digest.path}": digest.sha256 for digest in record.files}
