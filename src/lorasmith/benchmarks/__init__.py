@@ -1,1 +1,1 @@
-"""One short file per benchmark: read its public layouts, make examples, score an answer."""
+"""Public benchmarks, one short file each: read every layout, make examples, score an answer."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn, cast
 
 from pydantic import ValidationError
 
 from lorasmith.errors import DataError, os_errors
+from lorasmith.files import sniff
 from lorasmith.files.atomic import atomic_file
 from lorasmith.records.dataset import Example
 
@@ -19,13 +22,20 @@ MAX_LINE_BYTES = 64 << 20
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each JSON object with its line number from 1; `.gz` is unpacked on the way.
+    """Each JSON object with its line number from 1; gzip is unpacked on the way.
 
-    Raises `DataError` naming file and line for what is not UTF-8, not JSON, not an object, or too long.
-    Empty lines are passed over.
+    Raises `DataError` naming file and line for what is not UTF-8, not JSON, not an object, or too long, and
+    for a file that holds something else altogether. Empty lines are passed over.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
-    with os_errors(path, "read"), opener(path, "rb") as handle:
+    for number, line in read_lines(path, "one JSON object a line"):
+        if line.strip():
+            yield number, parse_row(line, path, number)
+
+
+def read_lines(path: Path, expected: str) -> Iterator[tuple[int, bytes]]:
+    """Each line of a text file with its number from 1, unpacked, none longer than `MAX_LINE_BYTES`."""
+    sniff.require_text(path, expected)
+    with open_text(path) as handle:
         number = 0
         while line := handle.readline(MAX_LINE_BYTES + 1):
             number += 1
@@ -33,18 +43,32 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise DataError(
                     f"line {number} is longer than {MAX_LINE_BYTES >> 20} MiB",
                     where=f"{path}:{number}",
-                    expected="one JSON object a line",
+                    expected=expected,
                 )
-            if line.strip():
-                yield number, parse_row(line, path, number)
+            yield number, line
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked where it is gzip; a damaged archive is a `DataError`."""
+    packed = sniff.is_gzip(path)
+    with os_errors(path, "read"):
+        try:
+            with gzip.open(path, "rb") if packed else path.open("rb") as handle:
+                yield cast(BinaryIO, handle)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise sniff.damaged_gzip(path, error) from error
 
 
 def parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
     """One line as a JSON object."""
     where = f"{path}:{number}"
     try:
-        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except UnicodeDecodeError as error:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        row = json.loads(text, parse_constant=_refuse_constant)
+        if b"\\ud" in line.lower():
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair has no UTF-8 form
+    except UnicodeError as error:
         raise DataError(
             "this line is not UTF-8 text",
             where=where,
@@ -52,15 +76,19 @@ def parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
             remedy="convert the file to UTF-8",
         ) from error
     except (ValueError, RecursionError) as error:
-        start = line[:40].decode("utf-8", "replace").strip()
+        # The line itself is not quoted: some benchmarks may not appear in plain text.
         raise DataError(
-            f"this line is not JSON ({error}); it starts with {start!r}",
+            f"this line is not JSON ({error})",
             where=where,
             expected="one JSON object a line",
         ) from error
     if not isinstance(row, dict):
         raise DataError(f"this line is a JSON {type(row).__name__}", where=where, expected="a JSON object")
     return row
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def read_examples(path: Path) -> list[Example]:

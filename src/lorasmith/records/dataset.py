@@ -58,6 +58,26 @@ class DatasetStatistics(Record):
     findings: list[Finding] = []
 
 
+class RejectedRow(Part):
+    """A row that was not used. Its text is never repeated here: some benchmarks may not appear in plain."""
+
+    benchmark: str
+    file: str
+    row: int
+    reason: str
+    sha256: str = ""
+    """Of the row's canonical JSON, to find it again in one's own copy."""
+
+
+class DatasetFindings(Record):
+    """`findings.json`: what was wrong with the files, and every row that was left out."""
+
+    FORMAT: ClassVar[str] = "lorasmith/dataset-findings/1"
+
+    findings: list[Finding] = []
+    rejected: list[RejectedRow] = []
+
+
 class SplitRecord(Record):
     """`split.json`: a seeded hold-out from a training file."""
 
@@ -71,6 +91,12 @@ class SplitRecord(Record):
     strata: dict[str, dict[str, int]]
     """Stratum → `{rows, held_out}`."""
     removed_from_train: bool
+    train_after: FileDigest | None = None
+    """The training file without the rows held out; None when it was left as it was."""
+    backup: str | None = None
+    """Name of the copy of the training file as it was before."""
+    rows_removed: int = 0
+    """At least `size`: further training rows with a prompt that was held out go as well."""
     findings: list[Finding] = []
 
 
@@ -88,8 +114,9 @@ class ContaminationRecord(Record):
     rows_train: int = 0
     parameters: dict[str, Any] = {}
     counts: dict[str, int] = {}
-    """Hits by kind: `exact`, `ngram`, `near`."""
+    """Hits by kind: `exact`, `ngram`, `near`; `test_rows` affected; `dropped` from the test set."""
     hits: list[ContaminationHit] = []
+    """The strongest of each test row and kind; `counts` counts all."""
 
 
 class ContaminationHit(Part):

@@ -1,1 +1,1 @@
-"""Test sets: build, split, check for contamination."""
+"""Test sets: build from benchmarks, hold out from training data, check that they are independent."""

@@ -1,0 +1,106 @@
+"""All interfaces of a benchmark on one screen: what comes in, what comes out, what a benchmark must say."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+from lorasmith.records.dataset import Example
+
+Scores = dict[str, float]
+"""Metric → value in 0..1, such as `{"exact_match": 1.0, "f1": 1.0}`."""
+
+
+def canonical(value: Any) -> bytes:
+    """JSON bytes that are equal exactly when the values are: sorted keys, ASCII, no spaces."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=str).encode()
+
+
+class RowError(Exception):
+    """A row that cannot be used; the message says why and never quotes the row (some texts are secret)."""
+
+
+class Unscored(Exception):
+    """An answer that could not be scored, with the reason; it counts as unscored, never as 0."""
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One row as it stands in a file; without a header its keys are the column numbers "0", "1", …"""
+
+    file: str
+    number: int
+    value: Mapping[str, Any]
+    problem: str = ""
+    """Why the row is damaged, such as a wrong number of columns; empty for a whole row."""
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(canonical(dict(self.value))).hexdigest()
+
+
+@dataclass(frozen=True)
+class Item:
+    """What a benchmark makes of a row: the text of an example, and all that grouping and scoring need."""
+
+    record_id: str
+    prompt: str
+    response: str
+    question: str
+    """What makes the row itself: two items with the same question (in the same scope) are duplicates."""
+    scope: str = ""
+    """Only items of one scope are compared for near duplicates, such as questions about one passage."""
+    subdomain: str = "unknown"
+    native: str = ""
+    """The benchmark's own difficulty, empty where it has none."""
+    native_field: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Benchmark(ABC):
+    """One benchmark. A subclass is final, keeps no state, and stands in `registry.BENCHMARKS`."""
+
+    name: ClassVar[str]
+    domain: ClassVar[str]
+    source: ClassVar[str]
+    licence: ClassVar[str]
+    private: ClassVar[bool] = False
+    """True where the authors ask that no example appears in plain text."""
+
+    @abstractmethod
+    def recognises(self, row: SourceRow) -> bool:
+        """Whether the fields of the row are those of one of this benchmark's public layouts."""
+
+    @abstractmethod
+    def read(self, row: SourceRow, *, seed: int) -> Item:
+        """Make an item; `seed` fixes the order of choices. Raises `RowError` for an unusable row."""
+
+    @abstractmethod
+    def guide_difficulty(self, item: Item) -> str:
+        """`easy`, `medium` or `hard` by the procedure's fixed rule."""
+
+    @abstractmethod
+    def score(self, example: Example, answer: str) -> Scores:
+        """Score what a model wrote. Raises `Unscored` where no verdict is possible."""
+
+    def unpack(self, document: Any) -> Iterable[dict[str, Any]] | None:
+        """The rows of a JSON document in a nested layout of this benchmark, or None if it is not one."""
+        return None
+
+
+def text(row: SourceRow, *names: str) -> str:
+    """The first of the fields that is there, as text that is not blank, else `RowError`."""
+    for name in names:
+        if name in row.value:
+            value = row.value[name]
+            if not isinstance(value, str):
+                raise RowError(f"the field {name!r} is not text")
+            if not value.strip():
+                raise RowError(f"the field {name!r} is empty")
+            return value
+    raise RowError(f"the field {names[0]!r} is missing")

@@ -1,0 +1,32 @@
+"""The benchmarks that lorasmith knows, as a list to read. A new one is one file and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lorasmith.benchmarks.base import Benchmark
+from lorasmith.benchmarks.humaneval import HumanEval
+from lorasmith.errors import UsageError
+
+BENCHMARKS: tuple[Benchmark, ...] = (HumanEval(),)
+
+
+def by_name(name: str) -> Benchmark:
+    """The benchmark of that name, in any case; raises `UsageError` for an unknown one."""
+    for benchmark in BENCHMARKS:
+        if benchmark.name.casefold() == name.strip().casefold():
+            return benchmark
+    raise UsageError(
+        f"there is no benchmark named {name!r}",
+        expected=", ".join(benchmark.name for benchmark in BENCHMARKS),
+    )
+
+
+def choose(names: Sequence[str] | None) -> tuple[Benchmark, ...]:
+    """The named benchmarks in the order of the registry, or all."""
+    if names is None:
+        return BENCHMARKS
+    wanted = {by_name(name).name for name in names}
+    if not wanted:
+        raise UsageError("no benchmark was named", expected="at least one name")
+    return tuple(benchmark for benchmark in BENCHMARKS if benchmark.name in wanted)

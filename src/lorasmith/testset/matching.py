@@ -1,0 +1,185 @@
+"""Compare a stream of training rows with a few test rows, block by block."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorasmith.errors import UsageError
+from lorasmith.files.jsonl import read_rows
+from lorasmith.records.dataset import ContaminationHit, Example
+from lorasmith.testset import rows as training_rows
+from lorasmith.testset.normalise import normalise, words
+from lorasmith.testset.overlap import U64, GramIndex, gram_hashes, number_of, numbers_of
+
+_BLOCK_WORDS = 1 << 18
+_LISTED_HITS = 10
+"""Per test row and kind: a row that stands in the training data a million times needs no million lines."""
+_SHORTEST = 8
+"""Shorter texts are compared as a whole only; Brown et al. use n-grams of 8 to 13 words as well."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What counts as the same."""
+
+    ngram: int = 13
+    """In words; a test row with fewer words (but 8 at least) is looked for as a whole."""
+    shingle: int = 3
+    """In words."""
+    similarity: float = 0.8
+    """Jaccard similarity of the prompts' shingles: 1 is equal, 0 has nothing in common."""
+    common: float = 0.5
+    """N-grams in more than this part of the test rows (and in 4 at least) are instructions: left out."""
+
+    def __post_init__(self) -> None:
+        if self.ngram < 2 or self.shingle < 1:
+            raise UsageError("n-grams need 2 words at least, shingles 1")
+        if not 0 < self.similarity <= 1 or not 0 < self.common <= 1:
+            raise UsageError("similarity and common parts lie above 0 and not above 1")
+
+    def as_parameters(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _TrainRow(NamedTuple):
+    name: str
+    forms: tuple[str, str]
+    words: list[str]
+    """Of prompt and response."""
+    prompt_words: int
+
+
+class Matcher:
+    """Holds the test rows; `read` streams training files past them."""
+
+    def __init__(self, examples: Sequence[Example], settings: Settings) -> None:
+        self.settings = settings
+        self.ids = [example.id for example in examples]
+        self.prompts = [words(example.prompt) for example in examples]
+        self.texts = [
+            prompt + words(example.response) for prompt, example in zip(self.prompts, examples, strict=True)
+        ]
+        self.exact: dict[str, list[int]] = {}
+        for index, example in enumerate(examples):
+            for form in _forms(example.prompt, example.response):
+                self.exact.setdefault(form, []).append(index)
+        self.numbers = {word: number_of(word) for text in self.texts for word in text}
+        self.indices = self._ngram_indices()
+        self.shingles = GramIndex(self.prompts, settings.shingle)
+        self.counts: Counter[str] = Counter(exact=0, ngram=0, near=0)
+        self.best: dict[tuple[int, str], list[tuple[float, str, str]]] = {}
+
+    def _ngram_indices(self) -> list[GramIndex]:
+        """One index per length: the set one, and the own length of each shorter row."""
+        n = self.settings.ngram
+        lengths = {min(n, len(text)) for text in self.texts if len(text) >= min(n, _SHORTEST)}
+        everywhere = self._instructions()
+        return [
+            GramIndex(
+                [text if min(n, len(text)) == length else () for text in self.texts],
+                length,
+                ignore=everywhere if length == n else (),
+            )
+            for length in sorted(lengths)
+        ]
+
+    def _instructions(self) -> list[int]:
+        seen: Counter[int] = Counter()
+        for text in self.texts:
+            seen.update(set(gram_hashes(numbers_of(text), self.settings.ngram).tolist()))
+        limit = max(3, self.settings.common * len(self.texts))
+        return [gram for gram, rows in seen.items() if rows > limit]
+
+    def read(self, path: Path) -> int:
+        """Compare every row of a training file; returns how many there were."""
+        count = 0
+        for block in _blocks(path):
+            count += len(block)
+            self._compare(path, block)
+        return count
+
+    def _compare(self, path: Path, block: list[_TrainRow]) -> None:
+        flat: list[int] = []
+        lengths: list[int] = []
+        lookup = self.numbers.get
+        for row in block:
+            for index in {index for form in row.forms for index in self.exact.get(form, ())}:
+                self._hit("exact", index, 1.0, row.name, path)
+            flat.extend([lookup(word, 0) for word in row.words])
+            flat.append(0)
+            lengths.append(len(row.words) + 1)
+        numbers = np.array(flat, np.uint64)
+        rows = np.repeat(np.arange(len(block), dtype=np.int32), lengths)
+        for grams in self.indices:
+            hits = grams.find(numbers, rows)
+            for place, index, shared in zip(hits.row, hits.text, hits.shared, strict=True):
+                score = float(shared / grams.grams[index])
+                self._hit("ngram", int(index), score, block[place].name, path)
+        self._near(path, block, numbers, rows)
+
+    def _near(self, path: Path, block: list[_TrainRow], numbers: U64, rows: NDArray[np.int32]) -> None:
+        """Jaccard ≥ t needs at least t · (shingles of the test prompt) in common: few pairs get that far."""
+        hits = self.shingles.find(numbers, rows)
+        enough = hits.shared >= self.settings.similarity * self.shingles.grams[hits.text]
+        for place, index in zip(hits.row[enough], hits.text[enough], strict=True):
+            row = block[place]
+            own = _shingles(self.prompts[index], self.settings.shingle)
+            other = _shingles(row.words[: row.prompt_words], self.settings.shingle)
+            similarity = len(own & other) / len(own | other)
+            if similarity >= self.settings.similarity:
+                self._hit("near", int(index), similarity, row.name, path)
+
+    def _hit(self, kind: str, index: int, score: float, train_id: str, path: Path) -> None:
+        self.counts[kind] += 1
+        best = self.best.setdefault((index, kind), [])
+        heapq.heappush(best, (score, train_id, path.name))
+        if len(best) > _LISTED_HITS:
+            heapq.heappop(best)
+
+    def affected(self) -> set[str]:
+        """The ids of all contaminated test rows."""
+        return {self.ids[index] for index, _ in self.best}
+
+    def hits(self) -> list[ContaminationHit]:
+        """The strongest hits, by test row, kind and score."""
+        return [
+            ContaminationHit(
+                kind=kind, test_id=self.ids[index], train_id=train_id, train_file=file, score=round(score, 6)
+            )
+            for (index, kind), best in sorted(self.best.items())
+            for score, train_id, file in sorted(best, key=lambda hit: (-hit[0], hit[1], hit[2]))
+        ]
+
+
+def _blocks(path: Path) -> Iterator[list[_TrainRow]]:
+    """The rows in blocks of many words."""
+    block: list[_TrainRow] = []
+    size = 0
+    for number, row in read_rows(path):
+        prompt, response = training_rows.texts(row, f"{path}:{number}")
+        first = words(prompt)
+        text = first + words(response)
+        name = str(row.get("id") or f"line {number}")
+        block.append(_TrainRow(name, _forms(prompt, response), text, len(first)))
+        size += len(text)
+        if size >= _BLOCK_WORDS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def _forms(prompt: str, response: str) -> tuple[str, str]:
+    return normalise(prompt), normalise(f"{prompt} {response}")
+
+
+def _shingles(prompt: list[str], n: int) -> set[tuple[str, ...]]:
+    return {tuple(prompt[start : start + n]) for start in range(len(prompt) - n + 1)}

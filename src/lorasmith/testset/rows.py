@@ -1,0 +1,77 @@
+"""Training rows in the shapes people have, as examples."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lorasmith.benchmarks.base import canonical
+from lorasmith.errors import DataError
+from lorasmith.records.dataset import Example, Metadata
+
+_SHAPES = (
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("instruction", "output"),
+)
+"""Prompt and response under the names in use; the first pair that is there counts."""
+
+
+def field(row: Mapping[str, Any], name: str) -> str:
+    """A grouping field, from the row itself or its metadata; `unknown` where it is missing or empty."""
+    metadata = row.get("metadata")
+    value = row.get(name)
+    if value in (None, "") and isinstance(metadata, dict):
+        value = metadata.get(name)
+    return "unknown" if value in (None, "") else str(value)
+
+
+def texts(row: Mapping[str, Any], where: str) -> tuple[str, str]:
+    """Prompt and response; raises `DataError` naming the row for an unknown shape or an empty text."""
+    for prompt_name, response_name in _SHAPES:
+        if prompt_name in row and response_name in row:
+            prompt, response = row[prompt_name], row[response_name]
+            if prompt_name == "instruction" and isinstance(row.get("input"), str) and row["input"].strip():
+                prompt = f"{prompt}\n\n{row['input']}"
+            for name, value in ((prompt_name, prompt), (response_name, response)):
+                if not isinstance(value, str) or not value.strip():
+                    raise DataError(
+                        f"the {name} is empty or not text",
+                        where=where,
+                        remedy="remove the row or fill it in",
+                    )
+            return prompt, response
+    raise DataError(
+        "the row has no prompt and response",
+        where=where,
+        expected=" or ".join(f'"{prompt}" and "{response}"' for prompt, response in _SHAPES),
+    )
+
+
+def to_example(row: Mapping[str, Any], path: Path, where: str) -> Example:
+    """The row as an example, with its id, or the start of its hash where it has none."""
+    prompt, response = texts(row, where)
+    sha256 = hashlib.sha256(canonical(dict(row))).hexdigest()
+    metadata = row.get("metadata")
+    body = dict(metadata) if isinstance(metadata, dict) else {}
+    record_id = str(row.get("id") or body.get("record_id") or sha256[:16])
+    body |= {
+        "source": str(body.get("source") or row.get("source") or path.name.split(".")[0]),
+        "domain": field(row, "domain"),
+        "difficulty": field(row, "difficulty"),
+        "difficulty_from": str(body.get("difficulty_from") or "field:difficulty"),
+        "record_id": record_id,
+        "file": path.name,
+        "sha256": sha256,
+    }
+    try:
+        return Example(id=record_id, prompt=prompt, response=response, metadata=Metadata.model_validate(body))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"field {place!r}: {first['msg']}", where=where) from error
