@@ -1,0 +1,36 @@
+"""The variants, as a list to read: each says which tensors of a module it accounts for.
+
+To add one: a file beside this with the maths, a line here, and a case in tests/adapters/cases.py.
+"""
+
+from __future__ import annotations
+
+from lorasmith.adapters.base import Variant
+from lorasmith.adapters.lora import Lora
+
+VARIANTS: tuple[Variant, ...] = (Lora(),)
+
+SUFFIXES: tuple[str, ...] = (
+    "base_layer.lora_A.weight",
+    "base_layer.lora_B.weight",
+    "lora_A.weight",
+    "lora_B.weight",
+    "lora_B.bias",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "token_adapter.trainable_tokens_delta",
+    "base_layer.weight",
+    "base_layer.bias",
+    "weight",
+    "bias",
+)
+"""What may stand behind a module's path in an adapter's file, the longer ones first."""
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Module path and suffix of a name on disk without PEFT's prefix; None where no suffix is known."""
+    for suffix in SUFFIXES:
+        if name.endswith("." + suffix):
+            return name[: -len(suffix) - 1], suffix
+    return None

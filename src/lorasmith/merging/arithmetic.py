@@ -1,0 +1,213 @@
+"""W + Σ w·s·L·R on pieces of a tensor: float64 candidates, correct rounding, and what became of each element.
+
+Legend of shapes: O rows and I columns of the target as a matrix, K products in all, m × n one piece of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from lorasmith.adapters.base import Factor, Rows
+from lorasmith.errors import AdapterError, CheckpointError, InputError
+from lorasmith.merging.exact import ExactTerm, round_exactly
+from lorasmith.merging.rounding import (
+    TARGETS,
+    Array,
+    Target,
+    cast,
+    error_factor,
+    round_certain,
+    settle,
+    to_stored,
+)
+
+LoadFactor = Callable[[Factor], torch.Tensor]
+"""Reads a factor and gives it as a float64 matrix; raises for NaN and infinities."""
+
+_ROUNDED_UP = 1 + 2.0**-20
+
+
+@dataclass
+class Counts:
+    """What became of the elements of one tensor, summed over its pieces."""
+
+    changed: int = 0
+    updated: int = 0
+    """Elements with a product that is not zero."""
+    ties: int = 0
+    underflowed: int = 0
+    base_square: float = 0.0
+    """‖W‖²."""
+    update_square: float = 0.0
+    """‖ΔW‖²."""
+
+    def add(self, other: Counts) -> None:
+        """Add another piece's counts."""
+        for name in vars(other):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+@dataclass
+class Products:
+    """The products of one range of rows, ready for pieces of it."""
+
+    start: int
+    left: torch.Tensor
+    """L̂ [O, K]: all terms side by side, w·s multiplied in."""
+    right: torch.Tensor
+    """R [K, I]."""
+    bound: torch.Tensor
+    """[O, 1]: no less than M of any element of the row."""
+    factor: float
+    """g of the error bound."""
+    updated: torch.Tensor | None
+    """[O, I] of booleans where some products are zero; None where none is."""
+    parts: list[tuple[float, float, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    """(scale, weight, L, R) of each term, as stored."""
+
+    @property
+    def update_square(self) -> float:
+        """‖L̂·R‖² = Σ (L̂ᵀL̂) ∘ (R·Rᵀ), without making the product."""
+        return float(((self.left.T @ self.left) * (self.right @ self.right.T)).sum())
+
+    def exact_terms(self, rows: Array, columns: Array) -> list[ExactTerm]:
+        """The stored numbers that make the elements (rows[i], columns[i])."""
+        return [
+            ExactTerm(scale, weight, left.numpy()[rows], right.numpy()[:, columns].T)
+            for scale, weight, left, right in self.parts
+        ]
+
+
+def prepare(rows: Rows, load: LoadFactor) -> Products:
+    """Read the factors of a range of rows and what their error bound needs."""
+    parts = [(term.scale, term.weight, load(term.left), load(term.right)) for term in rows.terms]
+    left = torch.cat([part * (weight * scale) for scale, weight, part, _ in parts], dim=1).contiguous()
+    right = torch.cat([part for *_, part in parts], dim=0).contiguous()
+    row_norm = torch.linalg.vector_norm(left, dim=1, keepdim=True)
+    column_norm = torch.linalg.vector_norm(right, dim=0).max() if right.numel() else torch.tensor(0.0)
+    return Products(
+        start=rows.start,
+        left=left,
+        right=right,
+        bound=row_norm * column_norm * _ROUNDED_UP,
+        factor=error_factor(right.shape[0]),
+        updated=_updated(left, right),
+        parts=parts,
+    )
+
+
+def _updated(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
+    if bool((left != 0).all()) and bool((right != 0).all()):
+        return None
+    return ((left != 0).to(torch.float32) @ (right != 0).to(torch.float32)) > 0
+
+
+def low_rank_piece(
+    stored: torch.Tensor, products: Products, row: int, column: int, dtype: str, name: str
+) -> tuple[torch.Tensor, Counts]:
+    """The merged values of the piece that begins at (`row`, `column`) of its range of rows.
+
+    `stored` [m, n] holds W as the base stores it; what comes back has the type `dtype`. Raises
+    `CheckpointError` for NaN or infinities in W, and for a result beyond the target's range.
+    """
+    target = TARGETS[dtype]
+    height, width = stored.shape
+    left = products.left[row : row + height]
+    right = products.right[:, column : column + width]
+    bound = products.bound[row : row + height]
+    weights = stored.to(torch.float64)
+    candidate = torch.addmm(weights, left, right)
+    merged, unsure = round_certain(candidate, bound, products.factor, target)
+    before = cast(stored, target)
+    counts = Counts(base_square=float(torch.dot(weights.reshape(-1), weights.reshape(-1))))
+    if len(unsure):
+        places = unsure.numpy()
+        values, ties = _decide(
+            candidate.numpy().reshape(-1)[places],
+            weights.numpy().reshape(-1)[places],
+            products,
+            row + places // width,
+            column + places % width,
+            target,
+            name,
+        )
+        merged.view(-1)[unsure] = to_stored(values, target)
+        counts.ties = ties
+        counts.underflowed = _underflowed(values, stored.reshape(-1)[unsure], target)
+    counts.changed = int(torch.count_nonzero(merged != before))
+    if products.updated is None:
+        counts.updated = height * width
+    else:
+        updated = products.updated[row : row + height, column : column + width]
+        counts.updated = int(torch.count_nonzero(updated))
+    return merged, counts
+
+
+def _decide(
+    candidate: Array,
+    weights: Array,
+    products: Products,
+    rows: Array,
+    columns: Array,
+    target: Target,
+    name: str,
+) -> tuple[Array, int]:
+    """RN of the elements that the fast path left open, and how many of them are ties."""
+    if not np.isfinite(weights).all():
+        raise CheckpointError(
+            f"the base's tensor {name} holds NaN or infinite values",
+            expected="finite weights",
+            remedy="the base is damaged: fetch it again",
+        )
+    size = products.bound.numpy()[rows, 0]
+    bound = products.factor * (np.abs(candidate) + 2 * size) * _ROUNDED_UP
+    values, certain = settle(candidate, bound, target)
+    ties = 0
+    left_open = np.nonzero(~certain)[0]
+    if len(left_open):
+        terms = products.exact_terms(rows[left_open], columns[left_open])
+        values[left_open], tied, _ = round_exactly(weights[left_open], terms, target)
+        ties = int(np.count_nonzero(tied))
+    if not np.isfinite(values).all():
+        raise overflow(name, target)
+    return values, ties
+
+
+def overflow(name: str, target: Target) -> InputError:
+    """A merged value beyond the largest number of the target's type."""
+    if target.dtype == "F16":
+        return CheckpointError(
+            f"a value of {name} is beyond float16's largest number, {target.largest:.0f}",
+            expected="values that float16 can hold",
+            remedy="give --precision bfloat16 or float32",
+        )
+    return AdapterError(
+        f"a merged value of {name} is beyond the range of its type",
+        expected="an update of a sensible size",
+        remedy="the adapter's factors or its scale are far too large",
+    )
+
+
+def _underflowed(values: Array, stored: torch.Tensor, target: Target) -> int:
+    """Results below the smallest normal number where the base's value was normal in its own type."""
+    own = torch.finfo(stored.dtype).tiny
+    was_normal = stored.to(torch.float64).abs().numpy() >= own
+    return int(np.count_nonzero(was_normal & (np.abs(values) < target.smallest_normal)))
+
+
+def cast_piece(stored: torch.Tensor, dtype: str, name: str) -> tuple[torch.Tensor, int]:
+    """A piece of a tensor that only changes its type, and how many of its values became subnormal or zero.
+
+    Infinities and NaN of the base stay what they are; a finite value that overflows is an error.
+    """
+    target = TARGETS[dtype]
+    result = cast(stored, target)
+    if bool((result.isinf() & stored.isfinite()).any()):
+        raise overflow(name, target)
+    small = result.abs() < target.smallest_normal
+    was_normal = stored.abs() >= torch.finfo(stored.dtype).tiny
+    return result, int(torch.count_nonzero(small & was_normal))

@@ -1,0 +1,129 @@
+"""Exact values of single elements: sums of floats without error, rationals where even those leave doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+from lorasmith.merging.rounding import Array, Target, round_expansion
+
+Bools = npt.NDArray[np.bool_]
+_PASSES = 6
+_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class ExactTerm:
+    """The numbers of one product w·s·Σₖ L[k]·R[k] for n elements."""
+
+    scale: float
+    weight: float
+    left: Array
+    """[n, K], as stored."""
+    right: Array
+    """[n, K]."""
+
+
+def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """a + b as rounded sum and its error, without loss (Knuth)."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+def two_product(a: Array, b: Array) -> tuple[Array, Array]:
+    """a · b as rounded product and its error, without loss (Dekker, with Veltkamp's splitting)."""
+    product = a * b
+    a_high, a_low = _split(a)
+    b_high, b_low = _split(b)
+    return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+
+
+def _split(a: Array) -> tuple[Array, Array]:
+    scaled = a * 134217729.0
+    high = scaled - (scaled - a)
+    return high, a - high
+
+
+def expand(base: Array, terms: Sequence[ExactTerm]) -> Array:
+    """Floats [n, m] whose exact sum over the last axis is W + Σ w·s·L·R."""
+    parts = [base[:, None]]
+    for term in terms:
+        factors = [two_product(term.left, term.right)]
+        for number in (term.scale, term.weight):
+            if number != 1.0:
+                constants = np.full((1, 1), number)
+                factors = [two_product(piece, constants) for pair in factors for piece in pair]
+        parts += [piece for pair in factors for piece in pair]
+    return np.concatenate(parts, axis=1)
+
+
+def distil(parts: Array) -> tuple[Array, Array, Bools]:
+    """high + low equal to the sum of `parts` [n, m], |low| ≤ ½ ulp(high); and for which rows it is exact.
+
+    Each pass replaces neighbours by their sum and its error, which loses nothing and drives all of the value
+    into the last place and the error terms out to zero (Ogita, Rump and Oishi 2005, VecSum).
+    """
+    parts = parts.copy()
+    count = parts.shape[1]
+    if count == 1:
+        zero = np.zeros(len(parts))
+        return parts[:, 0], zero, np.ones(len(parts), dtype=bool)
+    # Small magnitudes first: then few passes suffice.
+    parts = np.take_along_axis(parts, np.argsort(np.abs(parts), axis=1), axis=1)
+    for _ in range(_PASSES):
+        for place in range(1, count):
+            parts[:, place], parts[:, place - 1] = two_sum(parts[:, place], parts[:, place - 1])
+        if not parts[:, : count - 2].any():
+            break
+    high, low = two_sum(parts[:, -1], parts[:, -2])
+    certain: Bools = ~np.any(parts[:, : count - 2] != 0, axis=1)
+    return high, low, certain
+
+
+def round_exactly(base: Array, terms: Sequence[ExactTerm], target: Target) -> tuple[Array, Bools, Bools]:
+    """RN of W + Σ w·s·L·R for n elements; which of them are ties, and which are exactly zero."""
+    rounded = np.empty(len(base))
+    ties = np.zeros(len(base), dtype=bool)
+    zeros = np.zeros(len(base), dtype=bool)
+    for start in range(0, len(base), _CHUNK):
+        here = slice(start, start + _CHUNK)
+        cut = [ExactTerm(term.scale, term.weight, term.left[here], term.right[here]) for term in terms]
+        high, low, certain = distil(expand(base[here], cut))
+        rounded[here], ties[here] = round_expansion(high, low, target)
+        zeros[here] = (high == 0) & certain
+        rounded[here] = np.where(zeros[here], 0.0, rounded[here])  # zero has no sign of its own: +0
+        for index in np.nonzero(~certain)[0]:
+            value = Fraction(float(base[here][index])) + sum(
+                (_dot(term, int(index)) for term in cut), start=Fraction(0)
+            )
+            number, tie = round_rational(value, target)
+            rounded[start + index], ties[start + index], zeros[start + index] = number, tie, value == 0
+    return rounded, ties, zeros
+
+
+def _dot(term: ExactTerm, index: int) -> Fraction:
+    products = (
+        Fraction(float(left)) * Fraction(float(right))
+        for left, right in zip(term.left[index], term.right[index], strict=True)
+    )
+    return Fraction(term.scale) * Fraction(term.weight) * sum(products, start=Fraction(0))
+
+
+def round_rational(value: Fraction, target: Target) -> tuple[float, bool]:
+    """RN of a rational number onto the target's grid, and whether it lay halfway between two of them."""
+    if value == 0:
+        return 0.0, False
+    size = abs(value)
+    exponent = size.numerator.bit_length() - size.denominator.bit_length()
+    if size < Fraction(2) ** exponent:
+        exponent -= 1
+    quantum = Fraction(2) ** (max(exponent, target.emin) - (target.precision - 1))
+    rounded = round(size / quantum) * quantum  # Python rounds halves to even
+    tie = (size / quantum).denominator == 2
+    number = float("inf") if rounded > Fraction(target.largest) else float(rounded)
+    return (-number if value < 0 else number), tie

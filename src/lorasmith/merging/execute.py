@@ -1,0 +1,234 @@
+"""Merge adapters into a base, shard by shard, into a folder that needs neither of them any more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorasmith import __version__
+from lorasmith.checkpoint.adapter import Adapter, open_adapter
+from lorasmith.checkpoint.jsonfile import dump_object
+from lorasmith.checkpoint.model import INDEX, Checkpoint, open_checkpoint
+from lorasmith.errors import CheckpointError, UsageError, os_errors
+from lorasmith.files.atomic import write_record
+from lorasmith.files.digests import combine, describe, digest_folder, folder_files
+from lorasmith.files.machine import require_disk
+from lorasmith.merging.companions import companions, merged_config, merged_index
+from lorasmith.merging.folder import PartialFolder, ShardDone, check_place, identity_of, make_key, only_one
+from lorasmith.merging.plan import PRECISIONS, Plan, make_plan
+from lorasmith.merging.recipes import Factors, make_recipe
+from lorasmith.merging.stream import shard_header, write_shard
+from lorasmith.progress import Progress, silent
+from lorasmith.records.base import FileDigest, Finding
+from lorasmith.records.merging import MergeRecord
+
+RECORD = "lorasmith_merge.json"
+REVISION = 1
+"""Raised whenever the merged bytes of the same inputs change, so that no older partial folder is taken up."""
+
+NO_OP_FRACTION = 0.5
+"""From this share of swallowed updates on a merge is called close to a no-op."""
+
+
+def merge(
+    base: Path,
+    adapter: Path | Sequence[Path],
+    output: Path,
+    *,
+    weights: Sequence[float] | None = None,
+    precision: str = "base",
+    rounding: str = "nearest",
+    seed: int = 0,
+    progress: Progress = silent,
+) -> MergeRecord:
+    """Write to `output` a standalone model: each changed element is the correctly rounded W + Σ w·s·B·A.
+
+    `weights` gives w per adapter (1 each by default), `precision` the type of the merged floats (`base` keeps
+    each tensor's own). The folder appears as a whole; a merge that was killed goes on where it stood when
+    the same call is made again, and ends with the same bytes. `rounding` is `nearest`, which needs no `seed`.
+
+    Raises `UsageError` for impossible arguments or an output inside an input, `CheckpointError` and
+    `AdapterError` for inputs that cannot be merged rightly, `DiskError` before anything is written where the
+    space will not do, and `BusyError` while another merge writes to the same output.
+    """
+    folders = [Path(adapter)] if isinstance(adapter, (str, Path)) else [Path(item) for item in adapter]
+    base, output = Path(base), Path(output)
+    factors = _check_arguments(folders, weights, precision, rounding)
+    check_place(output, [base, *folders])
+    checkpoint = open_checkpoint(base)
+    adapters = [open_adapter(folder) for folder in folders]
+    plan = make_plan(checkpoint, adapters, factors, precision)
+    with only_one(output):
+        adapter_digests = [digest_folder(folder) for folder in folders]
+        base_files = folder_files(base)
+        identity = identity_of(base_files)
+        key = make_key(
+            {
+                "version": __version__,
+                "revision": REVISION,
+                "base": identity,
+                "adapters": adapter_digests,
+                "weights": [weight.hex() for weight in factors],
+                "precision": precision,
+                "rounding": rounding,
+            }
+        )
+        partial = PartialFolder(output, key)
+        _require_space(plan, partial, output)
+        shards = _write_shards(checkpoint, adapters, plan, partial, progress)
+        if identity_of(base_files) != identity:
+            raise CheckpointError(
+                "the base changed during the merge",
+                where=base,
+                remedy="merge again when nothing writes to it",
+            )
+        known = {
+            shard.path.name: done.source_sha256 for shard, done in zip(checkpoint.shards, shards, strict=True)
+        }
+        small = _write_small_files(checkpoint, folders, plan, precision, partial)
+        record = _make_record(
+            plan,
+            shards,
+            files=[done.file for done in shards] + small,
+            base_sha256=_base_digest(base, base_files, known),
+            adapter_sha256=adapter_digests,
+            weights=factors,
+            precision=precision,
+            rounding=rounding,
+        )
+        write_record(partial.path / RECORD, record)
+        partial.publish([file.path for file in record.files] + [RECORD])
+    return record
+
+
+def _check_arguments(
+    folders: Sequence[Path], weights: Sequence[float] | None, precision: str, rounding: str
+) -> list[float]:
+    if not folders:
+        raise UsageError("no adapter is given", expected="one or more adapter folders")
+    if precision not in PRECISIONS:
+        raise UsageError(f"the precision is {precision!r}", expected="one of " + ", ".join(PRECISIONS))
+    if rounding != "nearest":
+        raise UsageError(f"the rounding is {rounding!r}", expected="nearest")
+    factors = [1.0] * len(folders) if weights is None else [float(weight) for weight in weights]
+    if len(factors) != len(folders):
+        raise UsageError(
+            f"{len(folders)} adapters are given {len(factors)} weights", expected="one weight each"
+        )
+    for weight in factors:
+        # Beyond this the proof of the error bound would have to deal with overflow.
+        if not math.isfinite(weight) or not 2.0**-64 <= abs(weight) <= 2.0**64:
+            raise UsageError(f"a weight is {weight}", expected="a finite number that is not 0")
+    return factors
+
+
+def _require_space(plan: Plan, partial: PartialFolder, output: Path) -> None:
+    needed = sum(
+        shard_header(outputs)[1] for name, outputs in plan.shards.items() if partial.done(name) is None
+    )
+    require_disk(output.parent, needed + (64 << 20), "write the merged model")
+
+
+def _write_shards(
+    base: Checkpoint, adapters: Sequence[Adapter], plan: Plan, partial: PartialFolder, progress: Progress
+) -> list[ShardDone]:
+    factors = Factors(adapters)
+    total = sum(output.nbytes for output in plan.outputs)
+    finished = []
+    with progress("Merge", total=total, unit="B") as advance:
+        for shard in base.shards:
+            outputs = plan.shards[shard.path.name]
+            done = partial.done(shard.path.name)
+            if done is None:
+                recipes = [make_recipe(output, factors) for output in outputs]
+                written = write_shard(shard, outputs, recipes, partial.path / shard.path.name, advance)
+                results = [recipe.result() for recipe in recipes]
+                done = ShardDone(
+                    file=written.file,
+                    source_sha256=written.source_sha256,
+                    tensors=[result for result in results if result is not None],
+                )
+                partial.finish_shard(shard.path.name, done)
+            else:
+                advance(sum(output.nbytes for output in outputs))
+            finished.append(done)
+    return finished
+
+
+def _write_small_files(
+    base: Checkpoint, adapters: list[Path], plan: Plan, precision: str, partial: PartialFolder
+) -> list[FileDigest]:
+    contents = {"config.json": dump_object(merged_config(base.config, precision, untied=plan.untied))}
+    index = merged_index(base, plan)
+    if index is not None:
+        contents[INDEX] = index
+    for name, file in companions(base.folder, adapters).items():
+        with os_errors(file, "read"):
+            contents[name] = file.read_bytes()
+    for name, content in contents.items():
+        partial.write(name, content)
+    return describe([partial.path / name for name in sorted(contents)], partial.path, rehash=True)
+
+
+def _base_digest(base: Path, files: Sequence[Path], known: dict[str, str]) -> str:
+    """The base folder's digest, with the shards' as they were found while they were read."""
+    others = [file for file in files if file.relative_to(base).as_posix() not in known]
+    digests = [
+        FileDigest(path=name, bytes=(base / name).stat().st_size, sha256=sha256)
+        for name, sha256 in known.items()
+    ]
+    return combine([*describe(others, base), *digests])
+
+
+def _make_record(
+    plan: Plan,
+    shards: Sequence[ShardDone],
+    *,
+    files: list[FileDigest],
+    base_sha256: str,
+    adapter_sha256: list[str],
+    weights: list[float],
+    precision: str,
+    rounding: str,
+) -> MergeRecord:
+    tensors = [tensor for done in shards for tensor in done.tensors]
+    swallowed = sum(tensor.swallowed for tensor in tensors)
+    updated = swallowed + sum(tensor.changed for tensor in tensors)
+    fraction = swallowed / updated if updated else 0.0
+    untouched = [output for output in plan.outputs if output.change is None]
+    findings = list(plan.findings)
+    if not updated:
+        findings.append(
+            Finding(
+                severity="warning",
+                code="no-op",
+                message="the adapter changes nothing: all its updates are zero",
+            )
+        )
+    elif fraction >= NO_OP_FRACTION:
+        findings.append(
+            Finding(
+                severity="warning",
+                code="close-to-no-op",
+                message=f"rounding swallowed {fraction:.1%} of the updates: they are below half an ulp",
+                remedy="merge with --precision float32 or float16 to keep them",
+            )
+        )
+    return MergeRecord(
+        lorasmith_version=__version__,
+        base_sha256=base_sha256,
+        adapter_sha256=adapter_sha256,
+        adapter_weights=weights,
+        precision=precision,
+        rounding=rounding,
+        tensors=tensors,
+        copied=sum(output.dtype == output.source.dtype for output in untouched),
+        cast=sum(output.dtype != output.source.dtype for output in untouched),
+        elements_updated=updated,
+        elements_swallowed=swallowed,
+        swallowed_fraction=fraction,
+        untied=plan.untied,
+        files=sorted(files, key=lambda file: file.path),
+        findings=findings,
+    )
