@@ -29,6 +29,12 @@ class TensorProof(Part):
     max_ulps: int
     redone: int = 0
     """Elements decided by exact arithmetic."""
+    dtype: str = ""
+    """As stored in the merged model, in the words of a safetensors header."""
+    ulps: dict[str, int] = {}
+    """Wrong elements by distance: `1`, `2-3`, `4-15`, `16-255`, `256-65535`, `65536-`."""
+    note: str = ""
+    """What seems to have happened to a wrong tensor, in words."""
 
 
 class WeightProof(Record):
@@ -39,6 +45,10 @@ class WeightProof(Record):
     grade: str
     """`exact`, `bounded` or `different`."""
     rounding: str
+    precision: str = "base"
+    """`base` (each tensor's own type), `float32`, `bfloat16` or `float16`."""
+    claimed: bool = False
+    """True when the merge carries lorasmith's own record of how it was made."""
     bound_ulps: int
     """0 for `exact`; the largest distance found for `bounded`."""
     base_sha256: str

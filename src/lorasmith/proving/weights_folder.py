@@ -1,0 +1,219 @@
+"""Model and adapter folders as the proof reads them: names, shapes and rows, through `safetensors` alone.
+
+A handle maps its file into memory and every page that was looked at counts as resident until the handle
+is gone. So no handle is kept: each read opens the file, takes its rows, and lets go.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lorasmith.errors import InputError, os_errors
+from lorasmith.records.base import Finding
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Names of element types in a safetensors header; others (8-bit floats and the like) are not read."""
+
+BYTES: Mapping[str, int] = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+
+_MAX_JSON_BYTES = 64 << 20
+
+Index = tuple[int | slice, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file: where it is and what it looks like, without its values."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """1 for a tensor without dimensions."""
+        return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Size of its values on disk."""
+        return self.elements * BYTES[self.dtype]
+
+    @property
+    def columns(self) -> int:
+        """Width of the matrix that `rows` shows: the last dimension, or 1 for a vector."""
+        return self.shape[-1] if len(self.shape) > 1 else 1
+
+    def rows(self, index: Index = ()) -> torch.Tensor:
+        """The part at `index`, as a matrix [rows, columns]; a view of the mapped file.
+
+        Raises `InputError` where the file cannot be read any more.
+        """
+        with os_errors(self.file, "read"):
+            try:
+                with safe_open(self.file, framework="pt") as handle:
+                    if self.shape:
+                        part = handle.get_slice(self.name)[index or (slice(None),)]
+                    else:
+                        part = handle.get_tensor(self.name)
+            except SafetensorError as error:
+                raise InputError(f"tensor {self.name!r} cannot be read: {error}", where=self.file) from error
+        return part.reshape(-1, self.columns)
+
+    def whole(self) -> torch.Tensor:
+        """All values in the tensor's own shape."""
+        return self.rows().reshape(self.shape)
+
+
+@dataclass
+class TensorFolder:
+    """The tensors of a folder, and what is wrong with its files."""
+
+    path: Path
+    tensors: dict[str, Stored] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+    problems: list[Finding] = field(default_factory=list)
+    """What a person must know; nothing here is raised, so that a damaged merge can be graded."""
+
+    def problem(self, code: str, message: str, where: str | Path, expected: str | None = None) -> None:
+        """Note an error."""
+        self.problems.append(
+            Finding(severity="error", code=code, message=message, where=str(where), expected=expected)
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; raises `InputError` naming the file."""
+    with os_errors(path, "read"):
+        size = path.stat().st_size
+        if size > _MAX_JSON_BYTES:
+            raise InputError(f"the file has {size} bytes", where=path, expected="a JSON file of a few kB")
+        content = path.read_bytes()
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"this is not JSON: {error}", where=path, expected="a JSON object") from error
+    if not isinstance(body, dict):
+        raise InputError("this is JSON, but no object", where=path, expected="a JSON object")
+    return body
+
+
+def open_model(path: Path, *, released: bool = False) -> TensorFolder:
+    """The tensors of a model folder: `model.safetensors`, or the shards of its index.
+
+    `released` folders are held to what loaders want beyond the tensors: the header's format, the index's
+    total size. Raises `InputError` where there is no such folder or it holds neither file; all else becomes
+    a problem.
+    """
+    with os_errors(path, "read"):
+        if not path.is_dir():
+            raise InputError("there is no such folder", where=path, expected="a model folder")
+    folder = TensorFolder(path)
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if index.is_file():
+        if single.is_file():
+            folder.problem(
+                "two-checkpoints",
+                "there is a shard index and a model.safetensors beside it, and loaders take the latter",
+                single,
+                "one of them",
+            )
+        _read_index(folder, index, released)
+    elif single.is_file():
+        folder.tensors = dict(_read_header(folder, single, released))
+        folder.files = [single]
+    else:
+        raise InputError(
+            "the folder holds no safetensors checkpoint",
+            where=path,
+            expected="model.safetensors, or model.safetensors.index.json and its shards",
+            remedy="convert a pickle checkpoint with transformers' save_pretrained first",
+        )
+    return folder
+
+
+def open_file(path: Path) -> TensorFolder:
+    """The tensors of one safetensors file."""
+    folder = TensorFolder(path.parent)
+    folder.tensors = dict(_read_header(folder, path, released=False))
+    folder.files = [path]
+    return folder
+
+
+def _read_index(folder: TensorFolder, index: Path, released: bool) -> None:
+    try:
+        body = read_json(index)
+    except InputError as error:
+        folder.problem("damaged-index", error.found, index)
+        return
+    wanted = body.get("weight_map")
+    if not isinstance(wanted, dict) or not all(isinstance(file, str) for file in wanted.values()):
+        folder.problem("damaged-index", "the index has no weight_map of names", index)
+        return
+    shards: dict[str, dict[str, Stored]] = {}
+    for file in sorted(set(wanted.values())):
+        shard = folder.path / file
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            folder.problem("index-escapes", f"the index names the file {file!r}", index, "a shard beside it")
+        elif not shard.is_file():
+            folder.problem("missing-shard", f"the shard {file!r} is missing", index)
+        else:
+            folder.files.append(shard)
+            shards[file] = dict(_read_header(folder, shard, released))
+    for name, file in wanted.items():
+        if file in shards and name not in shards[file]:
+            folder.problem("index-lies", f"tensor {name!r} is not in {file!r}, where the index has it", index)
+    for file, tensors in shards.items():
+        for name, stored in tensors.items():
+            if wanted.get(name) != file:
+                folder.problem("index-lies", f"tensor {name!r} of {file!r} is not in the index", index)
+            folder.tensors.setdefault(name, stored)
+    if released:
+        _check_total(folder, body, index)
+
+
+def _check_total(folder: TensorFolder, body: dict[str, Any], index: Path) -> None:
+    metadata = body.get("metadata")
+    claimed = metadata.get("total_size") if isinstance(metadata, dict) else None
+    actual = sum(stored.bytes for stored in folder.tensors.values())
+    if claimed is not None and claimed != actual and not folder.problems:
+        folder.problem("index-lies", f"the index has total_size {claimed}", index, str(actual))
+
+
+def _read_header(folder: TensorFolder, file: Path, released: bool) -> Iterator[tuple[str, Stored]]:
+    try:
+        with os_errors(file, "read"), safe_open(file, framework="pt") as handle:
+            for name in handle.offset_keys():
+                part = handle.get_slice(name)
+                dtype, shape = part.get_dtype(), tuple(part.get_shape())
+                if dtype not in DTYPES:
+                    folder.problem("unknown-dtype", f"tensor {name!r} is stored as {dtype}", file)
+                else:
+                    yield name, Stored(file, name, dtype, shape)
+            kind = (handle.metadata() or {}).get("format")
+            if released and kind != "pt":
+                folder.problem("wrong-metadata", f"the header's format is {kind!r}", file, "'pt'")
+    except SafetensorError as error:
+        folder.problem("damaged-file", f"this is no intact safetensors file: {error}", file)
+    except UnicodeDecodeError as error:
+        folder.problem("damaged-file", f"the header is not UTF-8: {error.reason}", file)
