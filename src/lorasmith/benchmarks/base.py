@@ -71,6 +71,8 @@ class Benchmark(ABC):
     licence: ClassVar[str]
     private: ClassVar[bool] = False
     """True where the authors ask that no example appears in plain text."""
+    graded: ClassVar[bool] = False
+    """True where every published row has a difficulty: a file without any is damaged."""
 
     @abstractmethod
     def recognises(self, row: SourceRow) -> bool:
@@ -81,12 +83,18 @@ class Benchmark(ABC):
         """Make an item; `seed` fixes the order of choices. Raises `RowError` for an unusable row."""
 
     @abstractmethod
-    def guide_difficulty(self, item: Item) -> str:
-        """`easy`, `medium` or `hard` by the procedure's fixed rule."""
+    def guide_difficulty(self, item: Item) -> tuple[str, str]:
+        """`easy`, `medium` or `hard` by the procedure's fixed rule, and the field that decided it."""
 
     @abstractmethod
+    def judge(self, example: Example, answer: str) -> Scores:
+        """Score an answer that is not blank. Raises `Unscored` where no verdict is possible."""
+
     def score(self, example: Example, answer: str) -> Scores:
-        """Score what a model wrote. Raises `Unscored` where no verdict is possible."""
+        """Score what a model wrote; raises `Unscored` for a blank answer and where no verdict is possible."""
+        if not answer.strip():
+            raise Unscored("the answer is empty")
+        return self.judge(example, answer)
 
     def unpack(self, document: Any) -> Iterable[dict[str, Any]] | None:
         """The rows of a JSON document in a nested layout of this benchmark, or None if it is not one."""

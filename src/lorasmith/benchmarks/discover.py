@@ -58,6 +58,8 @@ def read_folder(root: Path, known: Sequence[Benchmark], wanted: Sequence[Benchma
     for benchmark in wanted:
         chosen = _best_split(benchmark, holders.get(benchmark.name, []), found)
         rows = [candidate for path, name in chosen for candidate in _read(path, name, benchmark, seed, found)]
+        if benchmark.graded and rows and not any(candidate.item.native for candidate in rows):
+            _report_ungraded(benchmark, rows, found)
         found.candidates[benchmark.name] = rows
     return found
 
@@ -159,6 +161,16 @@ def _read(path: Path, name: str, benchmark: Benchmark, seed: int, found: Found) 
 def reject(benchmark: str, row: SourceRow, reason: str) -> RejectedRow:
     """The record of a row that is left out."""
     return RejectedRow(benchmark=benchmark, file=row.file, row=row.number, reason=reason, sha256=row.sha256)
+
+
+def _report_ungraded(benchmark: Benchmark, rows: Sequence[Candidate], found: Found) -> None:
+    field_name = rows[0].item.native_field
+    message = f"the field {field_name!r} is empty in all {len(rows)} rows of {benchmark.name}"
+    _report(
+        found, "error", "no-difficulty", message, rows[0].row.file,
+        "use the published file; --no-strict goes on, and the guide's policy then calls every row hard",
+        "a difficulty in the rows",
+    )  # fmt: skip
 
 
 def _best_split(

@@ -42,8 +42,8 @@ class HumanEval(Benchmark):
             extra={"tests": text(row, "test"), "entry_point": entry_point},
         )
 
-    def guide_difficulty(self, item: Item) -> str:
-        return "medium"
+    def guide_difficulty(self, item: Item) -> tuple[str, str]:
+        return "medium", "benchmark"
 
-    def score(self, example: Example, answer: str) -> Scores:
+    def judge(self, example: Example, answer: str) -> Scores:
         raise Unscored("the sandbox is not available")

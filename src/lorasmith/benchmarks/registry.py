@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lorasmith.benchmarks.base import Benchmark
+from lorasmith.benchmarks.drop import Drop
+from lorasmith.benchmarks.gpqa import Gpqa
 from lorasmith.benchmarks.humaneval import HumanEval
+from lorasmith.benchmarks.maths import Maths
+from lorasmith.benchmarks.mmlu import Mmlu
 from lorasmith.errors import UsageError
 
-BENCHMARKS: tuple[Benchmark, ...] = (HumanEval(),)
+BENCHMARKS: tuple[Benchmark, ...] = (
+    Drop(),
+    Gpqa(),
+    HumanEval(),
+    Maths(),
+    Mmlu(),
+)
 
 
 def by_name(name: str) -> Benchmark:

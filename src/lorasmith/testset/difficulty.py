@@ -20,7 +20,8 @@ def require_policy(name: str) -> None:
 def label(policy: str, benchmark: Benchmark, item: Item) -> tuple[str, str]:
     """Difficulty and its origin, such as `("hard", "guide:level")`; `measured` labels come later."""
     if policy == "guide":
-        return benchmark.guide_difficulty(item), f"guide:{item.native_field or 'benchmark'}"
+        level, field = benchmark.guide_difficulty(item)
+        return level, f"guide:{field}"
     if policy == "native":
         return item.native or "unknown", f"native:{item.native_field or 'none'}"
     return "unknown", "measured:pending"

@@ -1,0 +1,81 @@
+"""Four choices under letters: the prompt, which letter an answer names, and the likeliest letter."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+from lorasmith.benchmarks.base import RowError, Scores, Unscored, canonical
+from lorasmith.records.dataset import Example
+
+LETTERS = "ABCD"
+
+_STATED = re.compile(r"\banswer\s*(?:is|:)?\s*:?\s*\(?\**\s*([A-D])\b(?!['’])", re.IGNORECASE)
+_ALONE = re.compile(r"^\W*(?:option|choice)?\W*([A-D])(?:[).:,\s]|$)")
+_BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-D])\b")
+
+
+def prompt_of(question: str, choices: Sequence[str]) -> str:
+    """The question, the lettered choices and `Answer:`, as the MMLU paper prints them."""
+    lines = [
+        question.strip(),
+        *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True)),
+    ]
+    return "\n".join([*lines, "Answer:"])
+
+
+def require_choices(choices: Sequence[object]) -> list[str]:
+    """Four different texts, else `RowError`."""
+    texts = [choice.strip() for choice in choices if isinstance(choice, str) and choice.strip()]
+    if len(choices) != len(LETTERS) or len(texts) != len(LETTERS):
+        raise RowError("there are not four choices with a text")
+    return texts
+
+
+def read_letter(answer: str, choices: Sequence[str]) -> str | None:
+    """The letter an answer names: boxed, stated ("the answer is C"), at its start, or by a choice's text.
+
+    The last statement counts, since models reason first. None when nothing of this is there.
+    """
+    for pattern in (_BOXED, _STATED):
+        found = pattern.findall(answer)
+        if found:
+            return str(found[-1]).upper()
+    alone = _ALONE.match(answer.strip())
+    if alone:
+        return alone.group(1)
+    plain = answer.strip().rstrip(".").casefold()
+    for letter, choice in zip(LETTERS, choices, strict=True):
+        if plain == choice.strip().rstrip(".").casefold():
+            return letter
+    return None
+
+
+def judge_letter(example: Example, answer: str) -> Scores:
+    """Accuracy of one answer: 1.0 for the right letter, 0.0 for another one or none."""
+    extra = example.metadata.extra()
+    if "choices" not in extra:
+        raise Unscored("this file holds no choices, so there is no four-way accuracy")
+    return {"accuracy": float(read_letter(answer, extra["choices"]) == extra["answer"])}
+
+
+def continuations(example: Example, *, texts: bool = False) -> list[str]:
+    """What to append to the prompt for the log-likelihood of each choice: ` A` … or the choices' texts."""
+    choices = example.metadata.extra()["choices"]
+    return [f" {choice}" for choice in choices] if texts else [f" {letter}" for letter in LETTERS]
+
+
+def judge_likelihoods(example: Example, log_likelihoods: Sequence[float]) -> Scores:
+    """Accuracy from the log-likelihood of each continuation (nats); the first of equals counts."""
+    best = max(range(len(log_likelihoods)), key=lambda index: (log_likelihoods[index], -index))
+    return {"accuracy": float(LETTERS[best] == example.metadata.extra()["answer"])}
+
+
+def seeded_order(seed: int, record_id: str, choices: Sequence[str]) -> list[int]:
+    """A fixed order per seed and row, the same on every machine."""
+
+    def rank(index: int) -> bytes:
+        return hashlib.sha256(canonical([seed, record_id, choices[index]])).digest()
+
+    return sorted(range(len(choices)), key=rank)

@@ -1,0 +1,142 @@
+"""DROP: a question about a passage that needs counting, sorting or arithmetic; exact match and F1.
+
+Source: allenai.org/data/drop (Dua et al., 2019, arXiv:1903.00161), CC BY-SA 4.0. Layouts:
+
+    original: {"nfl_653": {"passage": "…", "qa_pairs": [{"question": "How many …", "query_id": "…",
+               "answer": {"number": "2", "date": {…}, "spans": []}, "validated_answers": [{…}]}]}}
+    hub:      {"section_id": "nfl_653", "query_id": …, "passage": …, "question": …,
+               "answers_spans": {"spans": ["2"], "types": ["number"]}}
+    jsonl:    {"context": "Passage: …\\nQuestion: …\\nAnswer:", "completion": " 2", "ref_text": "2|two"}
+    or        {"passage": …, "question": …, "answers": ["2"]}
+
+Several spans of one answer are written and read with "; " between them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from lorasmith.benchmarks import drop_metric
+from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, SourceRow, text
+from lorasmith.records.dataset import Example
+
+_CONTEXT = re.compile(r"\s*Passage:(.*)\nQuestion:(.*?)(?:\nAnswer:\s*)?", re.DOTALL)
+Golds = list[list[str]]
+"""Alternative answers, each a list of spans."""
+
+
+class Drop(Benchmark):
+    """9,536 development questions as published; the test answers are not public."""
+
+    name = "DROP"
+    domain = "reading comprehension"
+    source = "https://huggingface.co/datasets/ucinlp/drop"
+    licence = "CC BY-SA 4.0"
+
+    def recognises(self, row: SourceRow) -> bool:
+        fields = row.value.keys()
+        if {"context", "completion", "ref_text"} <= fields:
+            return True
+        answered = {"answer", "answers_spans"} & fields or isinstance(row.value.get("answers"), list)
+        return {"passage", "question"} <= fields and bool(answered) and not _is_yes_no(row.value)
+
+    def read(self, row: SourceRow, *, seed: int) -> Item:
+        passage, question, golds = _parse(row)
+        passage_id = str(row.value.get("section_id") or row.value.get("passage_id") or "")
+        scope = hashlib.sha256(passage.encode()).hexdigest()[:16]
+        return Item(
+            record_id=str(row.value.get("query_id") or row.sha256[:16]),
+            prompt=f"Passage: {passage}\nQuestion: {question}\nAnswer:",
+            response="; ".join(golds[0]),
+            question=question,
+            scope=scope,
+            subdomain=passage_id.split("_")[0] if "_" in passage_id else "unknown",
+            extra={"golds": golds, "passage_id": passage_id or scope},
+        )
+
+    def guide_difficulty(self, item: Item) -> tuple[str, str]:
+        return "easy", "benchmark"
+
+    def judge(self, example: Example, answer: str) -> Scores:
+        return drop_metric.score(answer, example.metadata.extra()["golds"])
+
+    def unpack(self, document: Any) -> Iterable[dict[str, Any]] | None:
+        if not isinstance(document, dict) or not document:
+            return None
+        if not all(isinstance(entry, dict) and "qa_pairs" in entry for entry in document.values()):
+            return None
+        return _questions(document)
+
+
+def _questions(document: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for passage_id, entry in document.items():
+        pairs = entry["qa_pairs"]
+        for pair in pairs if isinstance(pairs, list) else [pairs]:
+            fields = pair if isinstance(pair, dict) else {}
+            yield {**fields, "passage": entry.get("passage"), "section_id": passage_id}
+
+
+def _is_yes_no(row: Mapping[str, Any]) -> bool:
+    """BoolQ has a passage and a question as well, and a boolean answer."""
+    return isinstance(row.get("answer"), bool)
+
+
+def _parse(row: SourceRow) -> tuple[str, str, Golds]:
+    if "context" in row.value:
+        match = _CONTEXT.fullmatch(text(row, "context"))
+        if match is None:
+            raise RowError("the context is not 'Passage: … Question: …'")
+        first = text(row, "completion").strip()
+        others = [part.strip() for part in text(row, "ref_text").split("|")]
+        return match[1].strip(), match[2].strip(), _distinct([[first], *([part] for part in others if part)])
+    passage, question = text(row, "passage").strip(), text(row, "question").strip()
+    if "answers_spans" in row.value:
+        golds = _from_hub(row.value["answers_spans"])
+    elif "answers" in row.value:
+        golds = [spans for answer in row.value["answers"] if (spans := _spans(answer))]
+    else:
+        validated = row.value.get("validated_answers") or []
+        golds = [spans for answer in (row.value["answer"], *validated) if (spans := _spans(answer))]
+    if not golds:
+        raise RowError("there is no answer")
+    return passage, question, _distinct(golds)
+
+
+def _spans(answer: Any) -> list[str]:
+    """Number, else spans, else date, as the reference reads an answer; empty where nothing is given."""
+    if isinstance(answer, str | int | float) and not isinstance(answer, bool):
+        return [str(answer).strip()] if str(answer).strip() else []
+    if not isinstance(answer, dict):
+        raise RowError("an answer is neither text nor number, date or spans")
+    if str(answer.get("number") if answer.get("number") is not None else "").strip():
+        return [str(answer["number"]).strip()]
+    spans = [span for span in answer.get("spans") or [] if isinstance(span, str) and span.strip()]
+    if spans:
+        return spans
+    date = answer.get("date") or {}
+    stated = " ".join(str(date.get(part, "")) for part in ("day", "month", "year")).strip()
+    return [stated] if stated else []
+
+
+def _from_hub(answers: Any) -> Golds:
+    """The hub's copy lists the spans of all annotators in one row, so what belongs together is lost.
+
+    Numbers and dates are alternatives. Of text spans, those that most annotators gave are taken as one
+    answer, and every span alone as an alternative; scores can therefore be higher than on the original.
+    """
+    if not isinstance(answers, dict) or not isinstance(answers.get("spans"), list):
+        raise RowError("answers_spans has no list of spans")
+    spans = [str(span).strip() for span in answers["spans"] if str(span).strip()]
+    counts = Counter(spans)
+    if set(answers.get("types") or ["span"]) != {"span"} or not spans:
+        return [[span] for span in counts]
+    together = [span for span in counts if counts[span] == max(counts.values())]
+    return [together, *([span] for span in counts)]
+
+
+def _distinct(golds: Golds) -> Golds:
+    return [list(spans) for spans in dict.fromkeys(tuple(gold) for gold in golds)]
