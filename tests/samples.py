@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tokenizers import Tokenizer, decoders, models
 
 from lorasmith.files.atomic import write_record
 from lorasmith.files.digests import hash_file
@@ -49,6 +50,11 @@ SECRET = "quintessential-sphinx"
 
 _TEXT = "the answer follows from a lemma where each term is bounded by its limit so we find"
 _WORDS = _TEXT.split()
+_VOCABULARY = [
+    "<unk>",
+    "<end>",
+    *(f"{mark}{word}" for word in [*sorted(set(_WORDS)), SECRET] for mark in ("▁", "")),
+]
 
 
 def sha(text: str) -> str:
@@ -172,13 +178,34 @@ def _grouped(rows: list[Example], values: list[Any]) -> dict[str, dict[str, list
     return groups
 
 
+def _token_ids(row: Example) -> list[int]:
+    """One token a word, the space before it belonging to it, and the end of the turn."""
+    first, *others = row.response.split()
+    tokens = (first, *(f"▁{word}" for word in others), "<end>")
+    return [_VOCABULARY.index(token) if token in _VOCABULARY else 0 for token in tokens]
+
+
+def _worst(row: Example, losses: list[float]) -> list[dict[str, Any]]:
+    ids = _token_ids(row)
+    places = sorted(range(len(losses)), key=lambda place: -losses[place])[:5]
+    return [
+        {
+            "position": place,
+            "token_id": ids[place],
+            "text": _VOCABULARY[ids[place]],
+            "logprob": -losses[place],
+        }
+        for place in places
+    ]
+
+
 def token_losses(rows: list[Example], *, seed: int = 0) -> dict[str, list[list[float]]]:
     """Role → row → token → loss in nats; the adapter helps where the difficulty is not hard."""
     chance = random.Random(seed)
     result: dict[str, list[list[float]]] = {role: [] for role in ROLES}
     for row in rows:
         hard = row.metadata.difficulty == "hard"
-        base = [min(14.0, chance.expovariate(0.7)) for _ in row.response.split()]
+        base = [min(14.0, chance.expovariate(0.7)) for _ in _token_ids(row)]
         adapter = [max(1e-5, loss * chance.uniform(0.7, 1.3) * (1.0 if hard else 0.35)) for loss in base]
         result["base"].append(base)
         result["adapter"].append(adapter)
@@ -201,8 +228,11 @@ def write_validation(run: Path, rows: list[Example], test_set: FileDigest, losse
                     "difficulty": [row.metadata.difficulty for row in rows],
                     "tokens": [len(row) for row in mine],
                     "loss": [sum(row) / len(row) for row in mine],
-                    "token_ids": pa.array([list(range(len(row))) for row in mine], pa.list_(pa.int32())),
-                    "token_losses": pa.array(mine, pa.list_(pa.float32())),
+                    "perplexity": [math.exp(sum(row) / len(row)) for row in mine],
+                    "truncated": pa.array([0] * len(rows), pa.int32()),
+                    "token_ids": pa.array([_token_ids(row) for row in rows], pa.list_(pa.int32())),
+                    "logprobs": pa.array([[-loss for loss in row] for row in mine], pa.list_(pa.float32())),
+                    "worst": [_worst(row, losses) for row, losses in zip(rows, mine, strict=True)],
                 }
             ),
             table,
@@ -229,7 +259,10 @@ def write_merged(run: Path, *, layers: int = 6, weights: bytes = b"\x3f\x80" * 4
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors").write_bytes(weights)
     (folder / "config.json").write_text('{"model_type": "llama"}\n')
-    (folder / "tokenizer.json").write_text("{}\n")
+    core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(_VOCABULARY)}, "<unk>"))
+    core.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="never")
+    core.add_special_tokens(["<end>"])
+    core.save(str(folder / "tokenizer.json"))
     modules = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
     modules += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     chance = random.Random(0)

@@ -157,7 +157,9 @@ def test_forbidden_text_stays_behind(run: Path, tmp_path: Path) -> None:
         for row in table:
             hidden = row["source"] == "GPQA"
             assert (row["token_ids"] is None) == hidden
+            assert (row["worst"] is None) == hidden
             assert row["loss"] > 0
+            assert len(row["logprobs"]) == row["tokens"]
     flips = json.loads(members["validation_results/proof/behaviour.json"])["flips"]
     assert {flip["example"].split("-")[0] for flip in flips} == {"drop", "humaneval", "math", "mmlu"}
     changed = set(manifest.redacted)

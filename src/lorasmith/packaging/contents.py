@@ -26,8 +26,8 @@ MODEL = "merged_model"
 MERGE_RECORD = "lorasmith_merge.json"
 _REQUIRED = ("run.json", "testset/test_set.jsonl", "validation/adapter.json", f"merged/{MERGE_RECORD}")
 _RECORDS = ("run.json", "gates.json", "testset/*.json", "validation/*.json", "proof/*.json")
-_OPEN_COLUMNS = frozenset({"id", "source", "domain", "difficulty"})
-"""Columns of text that a row keeps even when its own text must not be published."""
+_OPEN_COLUMNS = frozenset({"id", "source", "domain", "difficulty", "logprobs"})
+"""Columns besides plain numbers that a row keeps even when its own text must not be published."""
 
 
 @dataclass(frozen=True)

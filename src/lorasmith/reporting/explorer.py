@@ -1,0 +1,135 @@
+"""The examples behind the numbers: a light index, and texts with token losses in packed chunks."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from lorasmith.errors import InputError, os_errors
+from lorasmith.files.jsonl import read_rows
+from lorasmith.records.redaction import is_redacted
+from lorasmith.reporting.load import ROLES, RunRecords
+from lorasmith.reporting.tokens import Pieces
+
+CHUNK = 50
+"""Examples in one packed chunk: small enough to open at once, large enough to pack well."""
+
+_COLUMNS = ("id", "tokens", "loss", "token_ids", "logprobs")
+
+
+@dataclass(frozen=True)
+class Explorer:
+    """What the page's script reads."""
+
+    index: dict[str, Any]
+    """Columns over all examples: ids, groups (as numbers into their names), losses, flips."""
+    chunks: list[str]
+    """Base64 of deflated JSON, `CHUNK` examples each: prompt, response, pieces, losses."""
+
+
+@dataclass(frozen=True)
+class _Scored:
+    tokens: int
+    loss: float
+    token_ids: list[int] | None
+    losses: list[float] | None
+
+
+def build_explorer(records: RunRecords) -> Explorer | None:
+    """None when nothing was scored or the test set is gone.
+
+    Raises `InputError` for tables that do not fit the test set.
+    """
+    test_set = records.folder / "testset" / "test_set.jsonl"
+    tables = {
+        role: _read_table(records.folder / "validation" / f"{role}.parquet")
+        for role in ROLES
+        if role in records.validations
+    }
+    if not tables or not test_set.is_file():
+        return None
+    rows = [row for _, row in read_rows(test_set)]
+    scored = [row for row in rows if any(row["id"] in table for table in tables.values())]
+    if not scored:
+        raise InputError("no row of the test set was scored", where=test_set, remedy="validate again")
+    pieces = Pieces.load(records.folder / "merged" / "tokenizer.json")
+    flips: dict[str, int] = {}
+    for flip in records.behaviour.flips if records.behaviour else []:
+        flips[flip.example] = flips.get(flip.example, 0) + 1
+    chunks = [
+        _pack([_detail(row, tables, pieces) for row in scored[start : start + CHUNK]])
+        for start in range(0, len(scored), CHUNK)
+    ]
+    return Explorer(_index(scored, tables, flips), chunks)
+
+
+def _read_table(path: Path) -> dict[str, _Scored]:
+    with os_errors(path, "read"):
+        table = pq.read_table(path, columns=list(_COLUMNS))
+    return {
+        row["id"]: _Scored(
+            row["tokens"],
+            row["loss"],
+            row["token_ids"],
+            None if row["logprobs"] is None else [-value for value in row["logprobs"]],
+        )
+        for row in table.to_pylist()
+    }
+
+
+def _index(
+    rows: Sequence[dict[str, Any]], tables: dict[str, dict[str, _Scored]], flips: dict[str, int]
+) -> dict[str, Any]:
+    index: dict[str, Any] = {"id": [row["id"] for row in rows], "chunk": CHUNK, "roles": list(tables)}
+    for kind in ("source", "domain", "difficulty"):
+        values = [str(row["metadata"].get(kind, "unknown")) for row in rows]
+        names = sorted(set(values))
+        places = {name: place for place, name in enumerate(names)}
+        index[kind] = {"names": names, "of": [places[value] for value in values]}
+    for role, table in tables.items():
+        index[role] = [_rounded(table[row["id"]].loss, 6) if row["id"] in table else None for row in rows]
+    index["tokens"] = [
+        next((table[row["id"]].tokens for table in tables.values() if row["id"] in table), 0) for row in rows
+    ]
+    index["flips"] = [flips.get(row["id"], 0) for row in rows]
+    return index
+
+
+def _detail(row: dict[str, Any], tables: dict[str, dict[str, _Scored]], pieces: Pieces) -> dict[str, Any]:
+    """Text and token losses of one example, or neither where its source forbids it."""
+    if "redacted" in row or is_redacted(str(row["metadata"].get("source", ""))):
+        return {"redacted": True}
+    found: dict[str, Any] = {"prompt": row["prompt"], "response": row["response"]}
+    scored = {role: table[row["id"]] for role, table in tables.items() if row["id"] in table}
+    ids = {tuple(entry.token_ids or ()) for entry in scored.values()}
+    if len(ids) != 1 or ids == {()}:
+        return found
+    texts = pieces.of(next(iter(ids)))
+    if texts is None:
+        return found
+    found["pieces"] = texts
+    for role, entry in scored.items():
+        if role != "merged" or "adapter" not in scored:
+            found[role] = [_rounded(loss, 3) for loss in entry.losses or []]
+    if "merged" in scored and "adapter" in scored:
+        # The difference is far smaller than either loss: stored by itself it keeps its digits.
+        pairs = zip(scored["merged"].losses or [], scored["adapter"].losses or [], strict=True)
+        found["delta"] = [_rounded(merged - adapter, 2) for merged, adapter in pairs]
+    return found
+
+
+def _rounded(value: float, digits: int) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+def _pack(details: list[dict[str, Any]]) -> str:
+    text = json.dumps(details, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return base64.b64encode(packer.compress(text.encode()) + packer.flush()).decode()

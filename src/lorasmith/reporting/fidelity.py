@@ -1,0 +1,119 @@
+"""What the merge did to the model: divergence per token, and what rounding swallowed in each layer."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from lorasmith.records.merging import MergeRecord
+from lorasmith.records.proof import TokenComparison
+from lorasmith.reporting.figures import Axis, log_axis
+from lorasmith.reporting.groups import ALL, sort_groups
+from lorasmith.reporting.load import RunRecords
+
+FLOOR = "the adapter against itself"
+QUANTILES = (("median", "median"), ("q90", "90 %"), ("q95", "95 %"), ("q99", "99 %"), ("q999", "99.9 %"))
+
+
+@dataclass(frozen=True)
+class DivergenceRow:
+    """KL divergence per token of one group."""
+
+    name: str
+    comparison: TokenComparison
+    at: dict[str, float]
+    """`mean`, `max` and each quantile in percent of the axis."""
+
+
+@dataclass(frozen=True)
+class DivergenceTable:
+    """One kind of group; the limit that decides the grade where there is one."""
+
+    kind: str
+    axis: Axis
+    limit: float | None
+    rows: list[DivergenceRow]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One tensor of the heat map."""
+
+    tensor: str
+    swallowed: float
+    """Fraction of the updated elements, 0..1."""
+    relative_update: float
+    shade: float
+    """`relative_update` against the largest one, 0..1."""
+
+
+@dataclass(frozen=True)
+class Heat:
+    """Layers down, modules across; tensors outside the layers are listed apart."""
+
+    modules: list[str]
+    layers: list[tuple[str, list[Cell | None]]]
+    others: list[Cell]
+
+
+def divergence_tables(records: RunRecords) -> list[DivergenceTable]:
+    """Adapter against merged, overall with the floor, then by kind of group."""
+    proof = records.behaviour
+    if proof is None or proof.grade == "not measured":
+        return []
+    tables = []
+    limit = proof.thresholds.get("mean_kl")
+    for kind, groups in (proof.groups or {"": {}}).items():
+        found = {ALL: proof.overall}
+        found.update({name: groups[name] for name in sort_groups(kind, set(groups))})
+        if proof.floor is not None:
+            found[FLOOR] = proof.floor
+        axis = log_axis([value for entry in found.values() for value in _values(entry).values()])
+        rows = [
+            DivergenceRow(
+                name, entry, {quantile: axis.at(value) for quantile, value in _values(entry).items()}
+            )
+            for name, entry in found.items()
+        ]
+        inside = limit is not None and axis.low <= limit <= axis.high
+        tables.append(DivergenceTable(kind, axis, axis.at(limit) if inside and limit else None, rows))
+    return tables
+
+
+def _values(entry: TokenComparison) -> dict[str, float]:
+    names = ["mean", "max", *(name for name, _ in QUANTILES)]
+    return {name: getattr(entry.kl, name) for name in names}
+
+
+_LAYER = re.compile(r"^(?P<stem>.*?)\.(?P<layer>\d+)\.(?P<module>.+?)(\.weight)?$")
+
+
+def heat_map(merge: MergeRecord | None) -> Heat | None:
+    """The merged tensors by layer and module; None when nothing was merged."""
+    if merge is None or not merge.tensors:
+        return None
+    largest = max(tensor.relative_update for tensor in merge.tensors) or 1.0
+    placed: dict[tuple[str, int], dict[str, Cell]] = {}
+    modules: dict[str, None] = {}
+    others = []
+    for tensor in merge.tensors:
+        updated = tensor.changed + tensor.swallowed
+        cell = Cell(
+            tensor=tensor.name,
+            swallowed=tensor.swallowed / updated if updated else 0.0,
+            relative_update=tensor.relative_update,
+            shade=tensor.relative_update / largest,
+        )
+        place = _LAYER.match(tensor.name)
+        if place is None:
+            others.append(cell)
+            continue
+        module = place["module"]
+        modules[module] = None
+        placed.setdefault((place["stem"], int(place["layer"])), {})[module] = cell
+    stems = {stem for stem, _ in placed}
+    layers = [
+        (str(layer) if len(stems) == 1 else f"{stem}.{layer}", [cells.get(module) for module in modules])
+        for (stem, layer), cells in sorted(placed.items())
+    ]
+    return Heat(list(modules), layers, others)

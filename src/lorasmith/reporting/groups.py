@@ -1,0 +1,155 @@
+"""Three models side by side, and what the adapter changes, by group: rows with their place on an axis."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lorasmith.records.proof import PairedEffect
+from lorasmith.records.scoring import GroupMetrics
+from lorasmith.reporting.figures import Axis, linear_axis, number
+from lorasmith.reporting.load import RunRecords
+
+ALL = "all examples"
+_DIFFICULTY_ORDER = {"easy": 0, "medium": 1, "hard": 2}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A value with its interval, in percent of an axis."""
+
+    role: str
+    at: float
+    low: float | None
+    high: float | None
+    metrics: GroupMetrics
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One group with the models that were measured on it."""
+
+    name: str
+    examples: int
+    tokens: int
+    marks: list[Mark]
+
+
+@dataclass(frozen=True)
+class ModelTable:
+    """One kind of group, such as `source`."""
+
+    kind: str
+    axis: Axis
+    perplexities: list[tuple[float, str]]
+    """Ticks of the upper scale: place in percent, label."""
+    rows: list[ModelRow]
+
+
+@dataclass(frozen=True)
+class EffectRow:
+    """What model B changes against model A in one group."""
+
+    name: str
+    effect: PairedEffect
+    at: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class EffectTable:
+    """One kind of group, with the place of zero."""
+
+    kind: str
+    axis: Axis
+    zero: float
+    rows: list[EffectRow]
+
+
+def model_tables(records: RunRecords) -> list[ModelTable]:
+    """By source, domain, difficulty, then crossings; all examples lead each table."""
+    results = records.validations
+    kinds = list(dict.fromkeys(kind for result in results.values() for kind in result.groups))
+    tables = []
+    for kind in kinds or ([""] if results else []):
+        names = {name for result in results.values() for name in result.groups.get(kind, {})}
+        found: dict[str, dict[str, GroupMetrics]] = {
+            ALL: {role: result.overall for role, result in results.items()}
+        }
+        for name in sort_groups(kind, names):
+            found[name] = {
+                role: result.groups[kind][name]
+                for role, result in results.items()
+                if name in result.groups.get(kind, {})
+            }
+        tables.append(_model_table(kind, found))
+    return tables
+
+
+def sort_groups(kind: str, names: set[str]) -> list[str]:
+    """Difficulties from easy to hard, everything else by name."""
+    if kind == "difficulty":
+        return sorted(names, key=lambda name: (_DIFFICULTY_ORDER.get(name, 3), name))
+    return sorted(names, key=lambda name: (name.lower(), name))
+
+
+def _model_table(kind: str, found: dict[str, dict[str, GroupMetrics]]) -> ModelTable:
+    every = [metrics for roles in found.values() for metrics in roles.values()]
+    values = [metrics.loss for metrics in every]
+    for metrics in every:
+        if metrics.interval:
+            values += [metrics.interval.low, metrics.interval.high]
+    axis = linear_axis(values)
+    rows = []
+    for name, roles in found.items():
+        first = next(iter(roles.values()))
+        marks = [
+            Mark(
+                role=role,
+                at=axis.at(metrics.loss),
+                low=axis.at(metrics.interval.low) if metrics.interval else None,
+                high=axis.at(metrics.interval.high) if metrics.interval else None,
+                metrics=metrics,
+            )
+            for role, metrics in roles.items()
+        ]
+        rows.append(ModelRow(name, first.examples, first.tokens, marks))
+    return ModelTable(kind, axis, _perplexity_ticks(axis), rows)
+
+
+def _perplexity_ticks(axis: Axis) -> list[tuple[float, str]]:
+    """Round perplexities over an axis of losses, at least 9 % apart."""
+    ticks: list[tuple[float, str]] = []
+    top = math.floor(min(axis.high, 600.0) / math.log(10)) + 1
+    candidates = [step * 10.0**power for power in range(top + 1) for step in (1, 1.2, 1.5, 2, 3, 5)]
+    for value in candidates:
+        loss = math.log(value)
+        if axis.low <= loss <= axis.high and (not ticks or axis.at(loss) - ticks[-1][0] >= 9):
+            ticks.append((axis.at(loss), number(value, 2)))
+    return ticks
+
+
+def effect_tables(records: RunRecords) -> list[EffectTable]:
+    """The adapter against its base, by kind of group; all examples lead each table."""
+    comparison = records.comparison
+    if comparison is None or comparison.adapter_effect is None:
+        return []
+    tables = []
+    for kind, groups in (comparison.adapter_effect_groups or {"": {}}).items():
+        found = {ALL: comparison.adapter_effect}
+        found.update({name: groups[name] for name in sort_groups(kind, set(groups))})
+        ends = [end for effect in found.values() for end in (effect.interval.low, effect.interval.high)]
+        axis = linear_axis(ends + [effect.loss_delta for effect in found.values()], include=0.0)
+        rows = [
+            EffectRow(
+                name,
+                effect,
+                axis.at(effect.loss_delta),
+                axis.at(effect.interval.low),
+                axis.at(effect.interval.high),
+            )
+            for name, effect in found.items()
+        ]
+        tables.append(EffectTable(kind, axis, axis.at(0.0), rows))
+    return tables

@@ -1,0 +1,86 @@
+"""The records of a run as they lie on disk; an absent one is None, a damaged one is an error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from lorasmith.errors import DataError
+from lorasmith.files.atomic import read_record
+from lorasmith.records.base import Finding, Record
+from lorasmith.records.dataset import ContaminationRecord, DatasetStatistics
+from lorasmith.records.merging import MergeRecord
+from lorasmith.records.proof import BehaviourProof, ComparisonRecord, WeightProof
+from lorasmith.records.release import GateRecord, RunRecord, TimingRecord
+from lorasmith.records.scoring import ValidationResult
+
+ROLES = ("base", "adapter", "merged")
+
+R = TypeVar("R", bound=Record)
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """What the page is made of; None where a stage did not run."""
+
+    folder: Path
+    run: RunRecord | None
+    statistics: DatasetStatistics | None
+    contamination: ContaminationRecord | None
+    validations: dict[str, ValidationResult]
+    """Role → result, in the order of `ROLES`."""
+    merge: MergeRecord | None
+    weights: WeightProof | None
+    behaviour: BehaviourProof | None
+    comparison: ComparisonRecord | None
+    gates: GateRecord | None
+    timing: TimingRecord | None
+
+    def findings(self) -> list[tuple[str, Finding]]:
+        """All findings with the name of the record they stand in, errors first."""
+        sources: dict[str, list[Finding]] = {
+            **{f"{role} validation": result.findings for role, result in self.validations.items()}
+        }
+        named = {
+            "test set": self.statistics,
+            "merge": self.merge,
+            "proof of the weights": self.weights,
+            "proof of the behaviour": self.behaviour,
+        }
+        for name, record in named.items():
+            if record is not None:
+                sources[name] = record.findings
+        ranks = {"error": 0, "warning": 1}
+        found = [(name, finding) for name, findings in sources.items() for finding in findings]
+        return sorted(found, key=lambda pair: ranks.get(pair[1].severity, 2))
+
+
+def load_run(run: Path, *, timings: bool) -> RunRecords:
+    """Read every record that is there. Raises `DataError` where none is, `InputError` for a damaged one."""
+    validations = {role: _read(run / "validation" / f"{role}.json", ValidationResult) for role in ROLES}
+    records = RunRecords(
+        folder=run,
+        run=_read(run / "run.json", RunRecord),
+        statistics=_read(run / "testset" / "statistics.json", DatasetStatistics),
+        contamination=_read(run / "testset" / "contamination.json", ContaminationRecord),
+        validations={role: result for role, result in validations.items() if result is not None},
+        merge=_read(run / "merged" / "lorasmith_merge.json", MergeRecord),
+        weights=_read(run / "proof" / "weights.json", WeightProof),
+        behaviour=_read(run / "proof" / "behaviour.json", BehaviourProof),
+        comparison=_read(run / "proof" / "comparison.json", ComparisonRecord),
+        gates=_read(run / "gates.json", GateRecord),
+        timing=_read(run / "timing.json", TimingRecord) if timings else None,
+    )
+    if records.run is None and not records.validations and records.merge is None:
+        raise DataError(
+            "there is no record of a run here",
+            where=run,
+            expected="a run folder, or validation_results of an unpacked package",
+            remedy="give the folder that holds run.json",
+        )
+    return records
+
+
+def _read(path: Path, kind: type[R]) -> R | None:
+    return read_record(path, kind) if path.is_file() else None

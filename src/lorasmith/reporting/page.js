@@ -1,0 +1,348 @@
+"use strict";
+(() => {
+  const $ = (id) => document.getElementById(id);
+  const root = document.documentElement;
+
+  // Theme: the system's, until someone chooses.
+  const dark = () =>
+    root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  $("theme").addEventListener("click", () => {
+    root.dataset.theme = dark() ? "light" : "dark";
+  });
+
+  // The section that is being read, in the bar.
+  const links = new Map([...document.querySelectorAll(".bar nav a")].map((a) => [a.hash.slice(1), a]));
+  const watch = new IntersectionObserver(
+    (entries) => {
+      for (const entry of entries) {
+        if (!entry.isIntersecting) continue;
+        links.forEach((a) => a.removeAttribute("aria-current"));
+        const link = links.get(entry.target.id);
+        if (link) link.setAttribute("aria-current", "true");
+      }
+    },
+    { rootMargin: "-20% 0px -70%" },
+  );
+  document.querySelectorAll("section[id]").forEach((section) => watch.observe(section));
+
+  // Tips: on hover and on keyboard focus.
+  const tip = $("tip");
+  const showTip = (target, x, y) => {
+    tip.textContent = target.dataset.tip;
+    tip.hidden = false;
+    const box = tip.getBoundingClientRect();
+    tip.style.left = Math.max(8, Math.min(x + 12, innerWidth - box.width - 8)) + "px";
+    tip.style.top = (y + box.height + 24 > innerHeight ? y - box.height - 12 : y + 16) + "px";
+  };
+  document.addEventListener("pointermove", (event) => {
+    const target = event.target.closest && event.target.closest("[data-tip]");
+    if (target) showTip(target, event.clientX, event.clientY);
+    else tip.hidden = true;
+  });
+  document.addEventListener("focusin", (event) => {
+    const target = event.target.closest("[data-tip]");
+    if (!target) return;
+    const box = target.getBoundingClientRect();
+    showTip(target, box.left, box.bottom);
+  });
+  document.addEventListener("focusout", () => (tip.hidden = true));
+
+  // One kind of group at a time; print and a page without script show all.
+  for (const tabs of document.querySelectorAll("[data-tabs]")) {
+    const cards = [];
+    for (let next = tabs.nextElementSibling; next && next.classList.contains("tab"); next = next.nextElementSibling)
+      cards.push(next);
+    const buttons = [...tabs.children];
+    const choose = (index) => {
+      buttons.forEach((button, i) => button.setAttribute("aria-pressed", String(i === index)));
+      cards.forEach((card, i) => card.classList.toggle("tab-off", i !== index));
+    };
+    buttons.forEach((button, index) => button.addEventListener("click", () => choose(index)));
+    choose(0);
+  }
+  for (const pick of document.querySelectorAll("[data-heat]"))
+    for (const button of pick.children)
+      button.addEventListener("click", () => {
+        for (const other of pick.children) other.setAttribute("aria-pressed", String(other === button));
+        pick.parentElement.querySelector(".heat").dataset.shows = button.dataset.shows;
+      });
+
+  // Tables sort by any column of numbers or names; the row of all examples stays on top.
+  for (const table of document.querySelectorAll("table.sortable")) {
+    [...table.tHead.rows[0].cells].forEach((head, column) => {
+      if (head.classList.contains("wide")) return;
+      const button = document.createElement("button");
+      button.type = "button";
+      button.className = "sort";
+      button.append(...head.childNodes);
+      head.append(button);
+      button.addEventListener("click", () => {
+        const up = head.getAttribute("aria-sort") !== "ascending";
+        for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+        head.setAttribute("aria-sort", up ? "ascending" : "descending");
+        const key = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
+        const rows = [...table.tBodies[0].rows].filter((row) => !row.classList.contains("total"));
+        rows.sort((a, b) => {
+          const [x, y] = [key(a), key(b)];
+          const order = x !== "" && y !== "" && !isNaN(x) && !isNaN(y) ? x - y : String(x).localeCompare(y);
+          return up ? order : -order;
+        });
+        table.tBodies[0].append(...rows);
+      });
+    });
+  }
+
+  if ($("explorer")) explore();
+
+  function explore() {
+    const data = JSON.parse($("index").textContent);
+    const packed = [...document.querySelectorAll("script.chunk")];
+    const size = data.id.length;
+    const has = (role) => data.roles.includes(role);
+    const gain = has("base") && has("adapter") ? data.base.map((x, i) => data.adapter[i] - x) : null;
+    const drift = has("merged") && has("adapter") ? data.merged.map((x, i) => x - data.adapter[i]) : null;
+    const SAME = 0.01; // nats per token: below this an example counts as unchanged
+    $("explorer").hidden = false;
+
+    const fill = (select, entries) =>
+      entries.forEach(([value, label]) => select.append(new Option(label, value)));
+    for (const kind of ["source", "domain", "difficulty"])
+      fill($("f-" + kind), [["", "all"], ...data[kind].names.map((name, i) => [String(i), name])]);
+    const verdicts = { all: ["all", () => true] };
+    if (gain) {
+      verdicts.better = ["adapter better", (i) => gain[i] <= -SAME];
+      verdicts.same = ["no change", (i) => Math.abs(gain[i]) < SAME];
+      verdicts.worse = ["adapter worse", (i) => gain[i] >= SAME];
+    }
+    if (data.flips.some(Boolean)) verdicts.flips = ["merged chooses otherwise", (i) => data.flips[i] > 0];
+    fill($("f-verdict"), Object.entries(verdicts).map(([key, [label]]) => [key, label]));
+    const orders = { file: ["as in the file", null] };
+    if (gain) {
+      orders.helped = ["helped most", (i) => gain[i]];
+      orders.hurt = ["hurt most", (i) => -gain[i]];
+    }
+    if (drift) orders.drift = ["moved most by the merge", (i) => -Math.abs(drift[i])];
+    for (const role of data.roles) orders[role] = ["highest loss: " + role, (i) => -data[role][i]];
+    fill($("f-order"), Object.entries(orders).map(([key, [label]]) => [key, label]));
+
+    // Texts are unpacked when they are first needed.
+    const open = new Map();
+    const unpack = async (number) => {
+      const bytes = Uint8Array.from(atob(packed[number].textContent), (c) => c.charCodeAt(0));
+      const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
+      return JSON.parse(await new Response(stream).text());
+    };
+    const chunk = (number) => {
+      if (!open.has(number)) open.set(number, unpack(number));
+      return open.get(number);
+    };
+    const detailOf = async (i) => (await chunk(Math.floor(i / data.chunk)))[i % data.chunk];
+    let texts = null;
+    const allTexts = async () => {
+      if (!texts) {
+        const parts = await Promise.all(packed.map((_, number) => chunk(number)));
+        texts = parts.flat().map((d) => (d.redacted ? "" : (d.prompt + "\n" + d.response).toLowerCase()));
+      }
+      return texts;
+    };
+
+    const list = $("list");
+    const space = $("list-space");
+    const HEIGHT = 52;
+    let shown = [];
+    let selected = -1;
+    const fixed = (x, digits = 3) => (x === null || isNaN(x) ? "–" : x.toFixed(digits));
+    const sign = (x) => (x > 0 ? "+" : x < 0 ? "−" : "") + (Math.abs(x) < 1e-3 && x !== 0
+      ? Math.abs(x).toExponential(1) : Math.abs(x).toFixed(3));
+    const element = (tag, classes, text) => {
+      const made = document.createElement(tag);
+      if (classes) made.className = classes;
+      if (text !== undefined) made.textContent = text;
+      return made;
+    };
+    const group = (i) =>
+      ["source", "domain", "difficulty"].map((kind) => data[kind].names[data[kind].of[i]]).join(" · ");
+
+    const draw = () => {
+      const from = Math.max(0, Math.floor(list.scrollTop / HEIGHT) - 4);
+      const to = Math.min(shown.length, Math.ceil((list.scrollTop + list.clientHeight) / HEIGHT) + 4);
+      const rows = [];
+      for (let place = from; place < to; place++) {
+        const i = shown[place];
+        const row = element("div", "row");
+        row.id = "ex-" + i;
+        row.style.top = place * HEIGHT + "px";
+        row.setAttribute("role", "option");
+        row.setAttribute("aria-selected", String(i === selected));
+        row.setAttribute("aria-posinset", place + 1);
+        row.setAttribute("aria-setsize", shown.length);
+        row.append(element("span", "id", data.id[i]));
+        row.append(element("span", "num", data.roles.map((role) => fixed(data[role][i], 2)).join(" → ")));
+        row.append(element("span", "group", group(i)));
+        if (gain) row.append(element("span", "num " + (gain[i] < 0 ? "gain" : "loss"), sign(gain[i])));
+        row.addEventListener("click", () => select(i));
+        rows.push(row);
+      }
+      space.replaceChildren(...rows);
+    };
+    list.addEventListener("scroll", () => requestAnimationFrame(draw), { passive: true });
+    new ResizeObserver(draw).observe(list);
+
+    let turn = 0;
+    const refresh = async () => {
+      const mine = ++turn;
+      const query = $("f-search").value.trim().toLowerCase();
+      const source = query ? await allTexts() : null;
+      if (mine !== turn) return;
+      const wanted = ["source", "domain", "difficulty"].map((kind) => [kind, $("f-" + kind).value]);
+      const fits = verdicts[$("f-verdict").value][1];
+      shown = [];
+      for (let i = 0; i < size; i++) {
+        if (wanted.some(([kind, value]) => value !== "" && data[kind].of[i] !== Number(value))) continue;
+        if (!fits(i)) continue;
+        if (query && !data.id[i].toLowerCase().includes(query) && !source[i].includes(query)) continue;
+        shown.push(i);
+      }
+      const key = orders[$("f-order").value][1];
+      if (key) shown.sort((a, b) => key(a) - key(b) || a - b);
+      space.style.height = shown.length * HEIGHT + "px";
+      list.scrollTop = 0;
+      $("f-count").textContent = `${shown.length.toLocaleString("en")} of ${size.toLocaleString("en")} examples`;
+      draw();
+      if (shown.length) select(shown[0]);
+      else $("detail").replaceChildren(element("p", "soft", "No example fits."));
+    };
+    for (const id of ["f-source", "f-domain", "f-difficulty", "f-verdict", "f-order"])
+      $(id).addEventListener("change", refresh);
+    let wait = 0;
+    $("f-search").addEventListener("input", () => {
+      clearTimeout(wait);
+      wait = setTimeout(refresh, 120);
+    });
+    list.addEventListener("keydown", (event) => {
+      const step = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10 }[event.key];
+      if (!step) return;
+      event.preventDefault();
+      const place = Math.min(shown.length - 1, Math.max(0, shown.indexOf(selected) + step));
+      const top = place * HEIGHT;
+      if (top < list.scrollTop) list.scrollTop = top;
+      else if (top + HEIGHT > list.scrollTop + list.clientHeight) list.scrollTop = top + HEIGHT - list.clientHeight;
+      if (shown.length) select(shown[place]);
+    });
+
+    const select = async (i) => {
+      selected = i;
+      list.setAttribute("aria-activedescendant", "ex-" + i);
+      draw();
+      const detail = await detailOf(i);
+      if (selected === i) show(i, detail);
+    };
+
+    let colouring = drift && !gain ? "delta" : has("adapter") ? "adapter" : data.roles[0];
+    const show = (i, detail) => {
+      const pane = $("detail");
+      const head = element("div");
+      head.append(element("strong", "mono", data.id[i]));
+      head.append(element("div", "soft", `${group(i)} · ${data.tokens[i]} tokens`));
+      const figures = data.roles.map((role) => `${role} ${fixed(data[role][i], 4)}`);
+      head.append(element("div", "num", "loss: " + figures.join(" · ")));
+      if (drift) head.append(element("div", "num", `merged − adapter: ${sign(drift[i])}` +
+        (data.flips[i] ? ` · ${data.flips[i]} other first choice${data.flips[i] > 1 ? "s" : ""}` : "")));
+      pane.replaceChildren(head);
+      if (detail.redacted) {
+        pane.append(element("p", "soft", "The text of this row must not be published: its id, its scores and a " +
+          "salted hash are all that leave the machine."));
+        return;
+      }
+      pane.append(element("h3", "", "Prompt"), element("div", "text", detail.prompt));
+      pane.append(element("h3", "", "Response"));
+      if (detail.pieces) pane.append(coloured(i, detail));
+      else pane.append(element("div", "text", detail.response));
+    };
+
+    // Loss: from nothing to 6 nats. Differences: worse in one colour, better in the other, strongest at the ends.
+    const MOST = { delta: 0.05, gain: 3 };
+    const colourOf = (kind, value) => {
+      const most = MOST[kind] ?? 6;
+      const share = Math.min(1, Math.abs(value) / most) * 70;
+      return `color-mix(in srgb, var(--${value > 0 ? "worse" : "better"}) ${share.toFixed(1)}%, transparent)`;
+    };
+    const coloured = (i, detail) => {
+      const kinds = [["base", "loss: base"], ["adapter", "loss: adapter"]].filter(([role]) => detail[role]);
+      if (detail.base && detail.adapter) kinds.push(["gain", "adapter − base"]);
+      if (detail.delta) kinds.push(["delta", "merged − adapter"]);
+      if (detail.merged) kinds.push(["merged", "loss: merged"]);
+      if (!kinds.some(([kind]) => kind === colouring)) colouring = kinds[0][0];
+      const valueOf = (kind, t) => (kind === "gain" ? detail.adapter[t] - detail.base[t] : detail[kind][t]);
+      const box = element("div");
+      const pick = element("div", "pick");
+      for (const [kind, label] of kinds) {
+        const button = element("button", "", label);
+        button.type = "button";
+        button.setAttribute("aria-pressed", String(kind === colouring));
+        button.addEventListener("click", () => {
+          colouring = kind;
+          show(i, detail);
+        });
+        pick.append(button);
+      }
+      const text = element("div", "text");
+      detail.pieces.forEach((piece, t) => {
+        const token = element("span", "tok", piece === "\n" ? "↵\n" : piece);
+        token.style.background = colourOf(colouring, valueOf(colouring, t));
+        token.dataset.tip = [JSON.stringify(piece), ...kinds.map(([kind, label]) =>
+          `${label}: ${kind === "gain" || kind === "delta" ? sign(valueOf(kind, t)) : fixed(valueOf(kind, t), 3)}`),
+        ].join("\n");
+        text.append(token);
+      });
+      const key = element("p", "soft");
+      const ramp = element("span", "ramp");
+      const ends = colouring === "gain" || colouring === "delta";
+      const most = MOST[colouring] ?? 6;
+      ramp.style.background = ends
+        ? `linear-gradient(90deg, ${colourOf(colouring, -most)}, transparent, ${colourOf(colouring, most)})`
+        : `linear-gradient(90deg, transparent, ${colourOf(colouring, most)})`;
+      key.append(ends ? `better −${most} ` : "0 ", ramp, ends ? ` +${most} worse` : ` ${most} nats`);
+      box.append(pick, key, text, tokenTable(detail, kinds, valueOf));
+      return box;
+    };
+    const tokenTable = (detail, kinds, valueOf) => {
+      const folded = element("details");
+      folded.append(element("summary", "", "The same as a table"));
+      folded.addEventListener("toggle", () => {
+        if (!folded.open || folded.children.length > 1) return;
+        const table = element("table");
+        const head = table.createTHead().insertRow();
+        for (const label of ["token", ...kinds.map(([, label]) => label)]) {
+          const cell = element("th", label === "token" ? "" : "n", label);
+          cell.scope = "col";
+          head.append(cell);
+        }
+        const body = table.createTBody();
+        detail.pieces.forEach((piece, t) => {
+          const row = body.insertRow();
+          row.append(element("td", "mono", JSON.stringify(piece)));
+          for (const [kind] of kinds)
+            row.append(element("td", "n", kind === "gain" || kind === "delta"
+              ? sign(valueOf(kind, t)) : fixed(valueOf(kind, t), 3)));
+        });
+        const scroll = element("div", "scroll");
+        scroll.append(table);
+        folded.append(scroll);
+      });
+      return folded;
+    };
+
+    // A group's name in a table leads to its examples.
+    for (const button of document.querySelectorAll(".group-link"))
+      button.addEventListener("click", () => {
+        for (const kind of ["source", "domain", "difficulty"]) {
+          const place = data[kind].names.indexOf(button.dataset.name);
+          $("f-" + kind).value = kind === button.dataset.kind && place >= 0 ? String(place) : "";
+        }
+        refresh();
+        $("examples").scrollIntoView();
+      });
+    refresh();
+  }
+})();
