@@ -110,20 +110,22 @@ class RunFolder:
         unknown = StageTiming(
             stage=stage, wall_seconds=0, cpu_seconds=0, peak_rss_bytes=None, started="unknown"
         )
-        return self._read_timings().get(stage, unknown)
-
-    def _read_timings(self) -> dict[str, StageTiming]:
-        try:
-            record = read_record(self.path / "timing.json", TimingRecord)
-        except InputError:
-            return {}
-        return {timing.stage: timing for timing in record.stages}
+        return read_timings(self.path).get(stage, unknown)
 
     def _keep_timing(self, timing: StageTiming) -> None:
         self.timings[timing.stage] = timing
-        merged = {**self._read_timings(), **self.timings}
+        merged = {**read_timings(self.path), **self.timings}
         record = TimingRecord(hardware=hardware(), stages=list(merged.values()))
         write_record(self.path / "timing.json", record)
+
+
+def read_timings(run: Path) -> dict[str, StageTiming]:
+    """What each stage of a run folder cost when it last ran; empty where nothing was recorded."""
+    try:
+        record = read_record(run / "timing.json", TimingRecord)
+    except InputError:
+        return {}
+    return {timing.stage: timing for timing in record.stages}
 
 
 def measure(name: str, action: Callable[[], object]) -> StageTiming:

@@ -9,10 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lorasmith.cli.compare import compare
+from lorasmith.cli.demo import demo
 from lorasmith.cli.merge import merge
+from lorasmith.cli.prove import prove
+from lorasmith.cli.run import run
+from lorasmith.cli.train import train
+from lorasmith.cli.validate import validate
 
 COMMANDS: list[tuple[str, Callable[..., Any]]] = [
+    ("demo", demo),
+    ("run", run),
+    ("train", train),
+    ("validate", validate),
     ("merge", merge),
+    ("prove", prove),
+    ("compare", compare),
 ]
 
 GROUPS: list[tuple[str, str, list[tuple[str, Callable[..., Any]]]]] = []

@@ -1,0 +1,35 @@
+"""`lorasmith demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorasmith.cli.options import Seed
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for everything the demo makes.", metavar="DIR")],
+    seed: Seed = 42,
+) -> None:
+    """Fine-tune, validate, merge, prove and package a real small model, offline, in some minutes.
+
+    Ends with exit code 0 even when gates fail (it shows what was measured), and 1 only if the merged
+    weights are not the merge.
+
+    Example: `lorasmith demo --output demo-output`
+    """
+    from lorasmith.cli import views
+    from lorasmith.cli.running import TerminalWatcher, show_summary
+    from lorasmith.demo import demo as make
+    from lorasmith.stages import read_timings
+
+    watcher = TerminalWatcher()
+    result = make(output, seed=seed, watcher=watcher)
+    timings = [*read_timings(output).values(), *read_timings(result.run.folder).values()]
+    views.show_timings(timings, watcher.screen)
+    show_summary(result.run, watcher.screen)
+    if result.run.weights.grade == "different":
+        raise typer.Exit(1)

@@ -1,0 +1,41 @@
+"""`lorasmith prove`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorasmith.cli.options import AsJson, Base, Merged
+
+
+def prove(
+    base: Base,
+    adapter: Annotated[
+        list[Path], typer.Option("--adapter", help="Folder of the adapter; give all of them.", metavar="DIR")
+    ],
+    merged: Merged,
+    weight: Annotated[
+        list[float] | None, typer.Option("--weight", help="Weight of each adapter, in their order (1).")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="File for the record.", metavar="FILE")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Recompute every element of a merged model independently, and grade the weights.
+
+    Works on merged folders made by other tools as well. Exit code 1 when they are `different`.
+
+    Example: `lorasmith prove --base models/base --adapter models/adapter --merged models/merged`
+    """
+    import lorasmith
+    from lorasmith.cli import views
+    from lorasmith.cli.console import bar, console, show_record
+
+    proof = lorasmith.prove(base, adapter, merged, weights=weight, output=output, progress=bar)
+    if as_json:
+        show_record(proof)
+    else:
+        views.show_weights(proof, console())
+    if proof.grade == "different":
+        raise typer.Exit(1)

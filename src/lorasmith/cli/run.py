@@ -1,0 +1,100 @@
+"""`lorasmith run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorasmith.cli.options import AsJson
+
+
+# Every option is None unless it was typed, so that only typed ones win over the config file.
+def run(
+    base: Annotated[Path | None, typer.Option(help="Folder of the base model.", metavar="DIR")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of the LoRA adapter.", metavar="DIR")] = None,
+    test_set: Annotated[
+        Path | None, typer.Option(help="JSONL with prompt, response and metadata.", metavar="FILE")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The run folder.", metavar="RUN")] = None,
+    train: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="What the adapter was trained on: checked for overlap with the test set.", metavar="FILE"
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with these options; flags win.", metavar="FILE")
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved config as TOML and stop.")
+    ] = False,
+    precision: Annotated[str | None, typer.Option(help="base, float32, bfloat16 or float16. [base]")] = None,
+    rounding: Annotated[str | None, typer.Option(help="nearest. [nearest]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random. [42]")] = None,
+    template: Annotated[str | None, typer.Option(help="auto, chat or plain. [auto]")] = None,
+    loss_on: Annotated[
+        str | None, typer.Option(help="response, or all for full-text loss. [response]")
+    ] = None,
+    end_of_turn: Annotated[
+        bool | None,
+        typer.Option("--end-of-turn/--no-end-of-turn", help="Score the token that ends a response. [on]"),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. [auto]")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest row in tokens. [the model's context]")
+    ] = None,
+    strict: Annotated[
+        bool | None, typer.Option("--strict/--no-strict", help="Stop at rows that would be cut. [on]")
+    ] = None,
+    compression: Annotated[str | None, typer.Option(help="gzip or none. [gzip]")] = None,
+    rehash: Annotated[bool, typer.Option("--rehash", help="Hash every input again.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Validate, merge, prove, compare, judge and package, in one resumable run folder.
+
+    A killed run continues when the same command is given again and ends with the same bytes. Exit code 1
+    means that it ran and a gate did not pass.
+
+    Example: `lorasmith run --base models/base --adapter models/adapter --test-set test.jsonl --output run`
+    """
+    flags = {
+        "base": base,
+        "adapter": adapter,
+        "test_set": test_set,
+        "output": output,
+        "train": tuple(train) if train else None,
+        "precision": precision,
+        "rounding": rounding,
+        "seed": seed,
+        "template": template,
+        "loss_on": loss_on,
+        "end_of_turn": end_of_turn,
+        "device": device,
+        "batch_tokens": batch_tokens,
+        "max_length": max_length,
+        "strict": strict,
+        "compression": compression,
+    }
+    from lorasmith.config import load_config, to_toml
+
+    resolved = load_config(config, flags)
+    if print_config:
+        typer.echo(to_toml(resolved), nl=False)
+        return
+    import lorasmith
+    from lorasmith.cli import views
+    from lorasmith.cli.console import console, show_record
+    from lorasmith.cli.running import TerminalWatcher, show_summary
+    from lorasmith.stages import read_timings
+
+    watcher = TerminalWatcher(console(stderr=as_json))
+    result = lorasmith.run(resolved, watcher=watcher, rehash=rehash)
+    if as_json:
+        show_record(result.gates)
+    else:
+        views.show_timings(list(read_timings(result.folder).values()), watcher.screen)
+        show_summary(result, watcher.screen)
+    raise typer.Exit(result.exit_code)

@@ -1,0 +1,124 @@
+"""How a whole run looks in the terminal: headings, what each step found, the summary at the end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lorasmith.cli import views
+from lorasmith.cli.console import bar, console
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from lorasmith.progress import Progress
+    from lorasmith.records.scoring import ValidationResult
+    from lorasmith.results import RunResult
+
+_LINE = "━" * 60
+
+
+class TerminalWatcher:
+    """Follows a run on standard output; bars go to standard error."""
+
+    progress: Progress = staticmethod(bar)
+
+    def __init__(self, screen: Console | None = None) -> None:
+        self.screen = screen or console()
+
+    def step(self, number: int, total: int, title: str) -> None:
+        """The heading of a step."""
+        self.screen.print(f"\n{_LINE}\nStep {number}/{total}: {title}\n{_LINE}", markup=False)
+
+    def finished(self, stage: str, *, reused: bool, seconds: float) -> None:
+        """Whether the step ran, and how long it took."""
+        how = "unchanged, kept from before" if reused else f"done in {seconds:.1f} s"
+        self.screen.print(f"[green]✓[/] {stage}: {how}")
+
+    def show(self, stage: str, record: Any) -> None:
+        """What the step found."""
+        _VIEWS[type(record).__name__](record, self.screen)
+
+
+_VIEWS: dict[str, Any] = {
+    "DatasetStatistics": views.show_statistics,
+    "TrainRecord": views.show_training,
+    "ValidationResult": views.show_validation,
+    "MergeRecord": views.show_merge,
+    "WeightProof": views.show_weights,
+    "BehaviourProof": views.show_behaviour,
+    "ComparisonRecord": views.show_comparison,
+    "GateRecord": views.show_gates,
+    "PackageManifest": views.show_package,
+}
+
+
+def show_summary(result: RunResult, screen: Console) -> None:
+    """The guide's summary: three models, their differences, the verdict, where everything lies."""
+    screen.print(f"\nVALIDATION RESULTS SUMMARY\n{'=' * 60}\n")
+    for title, found in (
+        ("Base Model", result.base),
+        ("LoRA Model", result.adapter),
+        ("Merged Model", result.merged),
+    ):
+        _show_model(title, found, screen)
+    overall = result.behaviour.overall
+    screen.print("Comparison (LoRA against merged, token by token in float32 arithmetic):")
+    screen.print(f"  Loss Δ:     {overall.loss_delta:+.8f}")
+    screen.print(f"  PPL Δ:      {overall.perplexity_delta:+.6f}")
+    screen.print(f"  Mean KL:    {overall.kl.mean:.2e}")
+    screen.print(f"  Top-1:      {overall.top1_agreement:.2%}\n")
+    _show_verdict(result, screen)
+    _show_places(result.folder, screen)
+
+
+def _show_model(title: str, found: ValidationResult, screen: Console) -> None:
+    screen.print(f"{title}:")
+    screen.print(f"  Loss:       {found.overall.loss:.6f}")
+    screen.print(f"  Perplexity: {found.overall.perplexity:.4f}")
+    screen.print(f"  Examples:   {found.overall.examples}\n")
+
+
+def _show_verdict(result: RunResult, screen: Console) -> None:
+    effect = result.comparison.adapter_effect
+    helped = effect.verdict if effect else "not measured"
+    screen.print(f"Adapter:   {helped} on this test set ({_contamination(result)})")
+    screen.print(f"Weights:   {_weights_claim(result)}")
+    screen.print(f"Behaviour: {result.behaviour.grade}")
+    failed = [gate for gate in result.gates.gates if gate.verdict != "pass"]
+    total = len(result.gates.gates)
+    if not failed:
+        screen.print(f"\n{'=' * 60}\n[green]✓[/] All {total} gates passed.")
+        return
+    names = ", ".join(f"{gate.gate.name} ({gate.verdict})" for gate in failed)
+    screen.print(
+        f"\n{'=' * 60}\n[red]✗[/] {len(failed)} of {total} gates did not pass: {names}", soft_wrap=True
+    )
+
+
+def _weights_claim(result: RunResult) -> str:
+    """What the proof of the weights lets us say, in words that claim no more."""
+    proof = result.weights
+    claims = {
+        "exact": "exact: every element is the correctly rounded W + s·B·A",
+        "bounded": f"bounded: every element within {proof.bound_ulps} ulps of the exact merge",
+        "different": "DIFFERENT: the merged model is not this merge",
+    }
+    return claims[proof.grade]
+
+
+def _contamination(result: RunResult) -> str:
+    found = result.contamination
+    return f"independence: {found.verdict}" + (f", {found.reason}" if found.reason else "")
+
+
+def _show_places(folder: Path, screen: Console) -> None:
+    screen.print("")
+    for label, place in (
+        ("Report", folder / "report.html"),
+        ("Merged model", folder / "merged"),
+        ("Results archive", folder / "package" / "validation_results.tar.gz"),
+        ("Model archive", folder / "package" / "merged_model.tar.gz"),
+    ):
+        screen.print(f"{label + ':':<17} {place}", markup=False, soft_wrap=True)

@@ -1,0 +1,65 @@
+"""`lorasmith validate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorasmith.cli.options import AsJson, Device, Seed, Template, TestSet
+
+
+def validate(
+    model: Annotated[Path, typer.Option(help="Folder of the model: base or merged.", metavar="DIR")],
+    test_set: TestSet,
+    output: Annotated[Path, typer.Option(help="Folder for ROLE.json and ROLE.parquet.", metavar="DIR")],
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of an adapter to score on top of the model.", metavar="DIR")
+    ] = None,
+    role: Annotated[
+        str | None, typer.Option(help="Name of the result: base, adapter or merged. [adapter or base]")
+    ] = None,
+    template: Template = "auto",
+    loss_on: Annotated[str, typer.Option(help="response, or all for full-text loss.")] = "response",
+    end_of_turn: Annotated[
+        bool, typer.Option("--end-of-turn/--no-end-of-turn", help="Score the token that ends a response.")
+    ] = True,
+    device: Device = "auto",
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest row in tokens.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Score only the first rows; marked as partial.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at rows that would be cut.")] = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Loss and perplexity on response tokens, for all and by source, domain and difficulty.
+
+    Example: `lorasmith validate --model base --adapter adapter --test-set test.jsonl --output validation`
+    """
+    import lorasmith
+    from lorasmith.cli import views
+    from lorasmith.cli.console import bar, console, show_record
+
+    result = lorasmith.validate(
+        model,
+        test_set,
+        output,
+        adapter=adapter,
+        role=role,
+        template=template,
+        loss_on=loss_on,
+        end_of_turn=end_of_turn,
+        device=device,
+        batch_tokens=batch_tokens,
+        max_length=max_length,
+        limit=limit,
+        strict=strict,
+        seed=seed,
+        progress=bar,
+    )
+    if as_json:
+        show_record(result)
+    else:
+        views.show_validation(result, console())
+        console().print(f"Results: {output / (result.model.role + '.json')}")

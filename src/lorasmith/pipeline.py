@@ -1,0 +1,300 @@
+"""The whole run, top to bottom, as a list of stages.
+
+test set → validate base, adapter → merge → prove → validate merged → compare → gates → package, report
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lorasmith
+from lorasmith.config import RunConfig, make_config
+from lorasmith.errors import InputError, UsageError
+from lorasmith.files.atomic import read_record, write_record
+from lorasmith.files.jsonl import read_examples, write_examples
+from lorasmith.gates import evaluate
+from lorasmith.progress import Progress, Unwatched, Watcher
+from lorasmith.records.base import Record
+from lorasmith.records.dataset import ContaminationRecord, DatasetStatistics
+from lorasmith.records.merging import MergeRecord
+from lorasmith.records.proof import BehaviourProof, ComparisonRecord, WeightProof
+from lorasmith.records.release import GateRecord, PackageManifest
+from lorasmith.records.scoring import ValidationResult
+from lorasmith.results import RunResult, describe_run, load_measured, load_result
+from lorasmith.stages import Stage, open_run
+
+
+@dataclass(frozen=True)
+class Step:
+    """One heading of the run: its stage, and the record that tells what came of it."""
+
+    title: str
+    stage: Stage
+    shows: str
+    """File of the record, below the run folder."""
+    kind: type[Record]
+
+
+def run(
+    config: RunConfig | None = None, *, watcher: Watcher | None = None, rehash: bool = False, **options: Any
+) -> RunResult:
+    """Validate, merge, prove, compare, judge, report and package; stages that are done are reused.
+
+    Give a `RunConfig`, or its fields as keywords (`base=…, adapter=…, test_set=…, output=…`).
+    Raises `InputError` and `MachineError`; a failed gate is no error but stands in the result.
+    """
+    if config is not None and options:
+        raise UsageError("both a config and single options were given", expected="one of them")
+    asked = config or make_config(options)
+    watch = watcher or Unwatched()
+    check_places(asked)
+    with open_run(asked.output, rehash=rehash) as folder:
+        write_record(folder.path / "run.json", describe_run(asked, rehash=rehash))
+        steps = plan(asked, watch.progress)
+        for number, step in enumerate(steps, 1):
+            watch.step(number, len(steps), step.title)
+            timing = folder.perform(step.stage)
+            watch.finished(step.stage.name, reused=timing.reused, seconds=timing.wall_seconds)
+            watch.show(step.stage.name, read_record(folder.path / step.shows, step.kind))
+        _write_report(folder.path)
+    return load_result(asked.output)
+
+
+def plan(config: RunConfig, progress: Progress) -> list[Step]:
+    """The steps in order. A stage names what it reads, and is done again exactly when that changes."""
+    run_folder = config.output
+    test_set = run_folder / "testset" / "test_set.jsonl"
+    merged = run_folder / "merged"
+    models = {"base": config.base, "adapter": config.adapter}
+    scoring = _scoring_options(config)
+    validate = partial(_validation_step, run_folder, test_set, scoring, progress)
+    merge_options: dict[str, Any] = {
+        "precision": config.precision,
+        "rounding": config.rounding,
+        "seed": config.seed,
+    }
+    return [
+        Step(
+            "Test set",
+            Stage(
+                name="test-set",
+                inputs={"test_set": config.test_set, **_numbered("train", config.train)},
+                parameters={},
+                outputs=["testset"],
+                action=partial(_prepare_test_set, config, progress),
+            ),
+            "testset/statistics.json",
+            DatasetStatistics,
+        ),
+        validate("Validate base model", "base", config.base, None),
+        validate("Validate LoRA model", "adapter", config.base, config.adapter),
+        Step(
+            "Merge LoRA weights",
+            Stage(
+                name="merge",
+                inputs=models,
+                parameters=merge_options,
+                outputs=["merged"],
+                action=lambda: lorasmith.merge(
+                    config.base, config.adapter, merged, progress=progress, **merge_options
+                ),
+            ),
+            "merged/lorasmith_merge.json",
+            MergeRecord,
+        ),
+        Step(
+            "Prove the weights",
+            Stage(
+                name="prove-weights",
+                inputs={**models, "merged": merged},
+                parameters={},
+                outputs=["proof/weights.json"],
+                action=lambda: lorasmith.prove(
+                    config.base,
+                    config.adapter,
+                    merged,
+                    output=run_folder / "proof" / "weights.json",
+                    progress=progress,
+                ),
+            ),
+            "proof/weights.json",
+            WeightProof,
+        ),
+        validate("Validate merged model", "merged", merged, None),
+        Step(
+            "Compare adapter and merged model",
+            Stage(
+                name="compare",
+                inputs={**models, "merged": merged, "test_set": test_set},
+                parameters={**scoring, "thresholds": config.behaviour_thresholds},
+                outputs=["proof/behaviour.json"],
+                action=lambda: lorasmith.compare(
+                    config.base,
+                    config.adapter,
+                    merged,
+                    test_set,
+                    run_folder / "proof" / "behaviour.json",
+                    thresholds=config.behaviour_thresholds or None,
+                    progress=progress,
+                    **scoring,
+                ),
+            ),
+            "proof/behaviour.json",
+            BehaviourProof,
+        ),
+        _comparison_step(config),
+        _gates_step(config),
+        _package_step(config, progress),
+    ]
+
+
+def check_places(config: RunConfig) -> None:
+    """The inputs exist, and the run folder is not one of them: nothing is written before this."""
+    for flag, place, wanted in (
+        ("--base", config.base, "dir"),
+        ("--adapter", config.adapter, "dir"),
+        ("--test-set", config.test_set, "file"),
+        *(("--train", path, "file") for path in config.train),
+    ):
+        if not (place.is_dir() if wanted == "dir" else place.is_file()):
+            state = "does not exist" if not place.exists() else "is not what is needed"
+            kind = "a folder" if wanted == "dir" else "a JSONL file"
+            raise InputError(f"{flag} {state}", where=place, expected=kind, remedy="check the path")
+    output = config.output.resolve()
+    for flag, folder in (("--base", config.base), ("--adapter", config.adapter)):
+        if output == folder.resolve() or folder.resolve() in output.parents:
+            raise UsageError(
+                f"--output lies in the folder of {flag}", where=output, remedy="choose another one"
+            )
+
+
+def _numbered(name: str, paths: tuple[Path, ...]) -> dict[str, Path]:
+    return {f"{name} {number}": path for number, path in enumerate(paths, 1)}
+
+
+def _scoring_options(config: RunConfig) -> dict[str, Any]:
+    names = ("template", "loss_on", "end_of_turn", "device", "batch_tokens", "max_length", "strict", "seed")
+    return {name: getattr(config, name) for name in names}
+
+
+def _prepare_test_set(config: RunConfig, progress: Progress) -> None:
+    from lorasmith.testset.check import check
+    from lorasmith.testset.statistics import describe
+
+    folder = config.output / "testset"
+    test_set = folder / "test_set.jsonl"
+    write_examples(test_set, read_examples(config.test_set))
+    write_record(folder / "statistics.json", describe(test_set))
+    if config.train:
+        check(test_set, config.train, folder / "contamination.json", progress=progress)
+    else:
+        reason = "no training file was given (--train)"
+        record = ContaminationRecord(verdict="not checked", reason=reason)
+        write_record(folder / "contamination.json", record)
+
+
+def _validation_step(
+    run_folder: Path,
+    test_set: Path,
+    scoring: Mapping[str, Any],
+    progress: Progress,
+    title: str,
+    role: str,
+    model: Path,
+    adapter: Path | None,
+) -> Step:
+    folder = run_folder / "validation"
+    stage = Stage(
+        name=f"validate-{role}",
+        inputs={"model": model, "test_set": test_set, **({"adapter": adapter} if adapter else {})},
+        parameters=scoring,
+        outputs=[f"validation/{role}.json", f"validation/{role}.parquet"],
+        action=lambda: lorasmith.validate(
+            model, test_set, folder, adapter=adapter, role=role, progress=progress, **scoring
+        ),
+    )
+    return Step(title, stage, f"validation/{role}.json", ValidationResult)
+
+
+def _comparison_step(config: RunConfig) -> Step:
+    validation, proof = config.output / "validation", config.output / "proof"
+
+    def summarise() -> None:
+        from lorasmith.scoring.paired import paired_effects
+
+        adapter = validation / "adapter.parquet"
+        effect, effect_groups = paired_effects(validation / "base.parquet", adapter, seed=config.seed)
+        merge_effect, _ = paired_effects(adapter, validation / "merged.parquet", seed=config.seed)
+        record = ComparisonRecord(
+            adapter_effect=effect,
+            adapter_effect_groups=effect_groups,
+            merge_effect=merge_effect,
+            weights_grade=read_record(proof / "weights.json", WeightProof).grade,
+            behaviour_grade=read_record(proof / "behaviour.json", BehaviourProof).grade,
+        )
+        write_record(proof / "comparison.json", record)
+
+    tables = {role: validation / f"{role}.parquet" for role in ("base", "adapter", "merged")}
+    proofs = {name: proof / f"{name}.json" for name in ("weights", "behaviour")}
+    stage = Stage(
+        "comparison", {**tables, **proofs}, {"seed": config.seed}, ["proof/comparison.json"], summarise
+    )
+    return Step("Three models side by side", stage, "proof/comparison.json", ComparisonRecord)
+
+
+_MEASURED = (
+    "validation/base.json",
+    "validation/adapter.json",
+    "validation/merged.json",
+    "merged/lorasmith_merge.json",
+    "proof/weights.json",
+    "proof/behaviour.json",
+    "testset/contamination.json",
+)
+
+
+def _gates_step(config: RunConfig) -> Step:
+    gates = config.resolved_gates()
+    stage = Stage(
+        name="gates",
+        inputs={name: config.output / name for name in _MEASURED},
+        parameters={"gates": [gate.model_dump(mode="json") for gate in gates]},
+        outputs=["gates.json"],
+        action=lambda: write_record(
+            config.output / "gates.json", evaluate(gates, load_measured(config.output))
+        ),
+    )
+    return Step("Gates", stage, "gates.json", GateRecord)
+
+
+def _package_step(config: RunConfig, progress: Progress) -> Step:
+    from lorasmith.packaging.pack import pack
+    from lorasmith.reporting.page import write_report
+
+    run_folder = config.output
+    names = ("run.json", "testset", "validation", "merged", "proof", "gates.json")
+    stage = Stage(
+        name="package",
+        inputs={name: run_folder / name for name in names},
+        parameters={"compression": config.compression},
+        outputs=["package"],
+        action=lambda: pack(
+            run_folder,
+            run_folder / "package",
+            compression=config.compression,
+            report=partial(write_report, timings=False),
+            progress=progress,
+        ),
+    )
+    return Step("Report and package", stage, "package/manifest.json", PackageManifest)
+
+
+def _write_report(run_folder: Path) -> None:
+    """The run's own report, with timings: written after every command, since those change."""
+    from lorasmith.reporting.page import write_report
+
+    write_report(run_folder, run_folder / "report.html")

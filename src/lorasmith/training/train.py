@@ -1,0 +1,231 @@
+"""Train a LoRA adapter with PEFT: small, seeded, on response tokens only."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn.functional import cross_entropy
+
+import lorasmith
+from lorasmith.errors import DataError, UsageError
+from lorasmith.files.atomic import aside, publish_folder, write_bytes, write_record
+from lorasmith.files.digests import describe, digest_folder
+from lorasmith.files.jsonl import read_examples
+from lorasmith.models.arithmetic import resolve_device
+from lorasmith.models.encode import Encoded, encode_examples
+from lorasmith.models.load import load_model
+from lorasmith.progress import Progress, silent
+from lorasmith.records.training import TrainRecord
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What decides the adapter, apart from base and data."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+    learning_rate: float = 2e-4
+    warmup: float = 0.1
+    """Fraction of all steps over which the rate rises; it then falls as a cosine to a tenth."""
+    epochs: float = 1.0
+    batch_size: int = 4
+    max_length: int = 1024
+    clip_norm: float = 1.0
+    weight_decay: float = 0.0
+    template: str = "auto"
+    seed: int = 42
+
+    def check(self) -> None:
+        """Raise `UsageError` for a value that cannot be."""
+        for name in ("rank", "alpha", "batch_size", "max_length", "learning_rate", "epochs"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}", expected="above 0")
+
+
+def train(
+    base: Path,
+    train_file: Path,
+    output: Path,
+    *,
+    settings: TrainSettings | None = None,
+    device: str = "auto",
+    progress: Progress = silent,
+) -> TrainRecord:
+    """Train an adapter on the responses of `train_file` and write it to `output` as PEFT does.
+
+    The arithmetic is bfloat16 by autocast over the base's own weights; the adapter is float32. The same
+    inputs, settings, versions and device class give the same adapter. Raises `InputError` for a wrong base
+    or file, and when every row is cut before its response.
+    """
+    chosen = settings or TrainSettings()
+    chosen.check()
+    examples = read_examples(train_file)
+    loaded = load_model(base, device=resolve_device(device), dtype=torch.bfloat16)
+    encoded = encode_examples(
+        examples, loaded.tokenizer, template=chosen.template, max_length=chosen.max_length
+    )
+    usable = [row for row in encoded.rows if row.scored]
+    if not usable:
+        raise DataError(
+            f"no row keeps a response within {chosen.max_length} tokens",
+            where=train_file,
+            remedy="raise --max-length",
+        )
+    model = _add_adapter(loaded.model, chosen)
+    batches = list(make_batches(usable, chosen))
+    losses, tokens = _optimise(model, batches, chosen, progress)
+    record = TrainRecord(
+        lorasmith_version=lorasmith.__version__,
+        base_sha256=digest_folder(base),
+        train=describe([train_file], train_file.parent)[0],
+        settings=asdict(chosen),
+        template=encoded.template,
+        examples=len(usable),
+        tokens=tokens,
+        truncated=encoded.truncated,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        losses=losses,
+    )
+    _save(model, loaded.tokenizer, record, output)
+    return record
+
+
+def _add_adapter(model: torch.nn.Module, settings: TrainSettings) -> PeftModel:
+    torch.manual_seed(settings.seed)
+    wanted = settings.target_modules
+    targets: str | list[str] = (
+        wanted if wanted == "all-linear" else [name.strip() for name in wanted.split(",")]
+    )
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config).train()
+
+
+_GROUP = 32
+"""Batches that are sorted by length together: large enough to save padding, small enough to stay random."""
+
+
+def make_batches(rows: Sequence[Encoded], settings: TrainSettings) -> Iterator[list[Encoded]]:
+    """Seeded batches of rows of similar length; the last epoch may be a fraction.
+
+    Each epoch shuffles the rows, sorts groups of `_GROUP` batches by length and shuffles the batches, so that
+    little is spent on padding and no order is learnt.
+    """
+    total = math.ceil(settings.epochs * len(rows) / settings.batch_size)
+    generator = np.random.Generator(np.random.PCG64(settings.seed))
+    group = _GROUP * settings.batch_size
+    made = 0
+    while made < total:
+        order = generator.permutation(len(rows)).tolist()
+        batches = []
+        for start in range(0, len(rows), group):
+            near = sorted(order[start : start + group], key=lambda index: len(rows[index].ids))
+            batches += [
+                near[at : at + settings.batch_size] for at in range(0, len(near), settings.batch_size)
+            ]
+        for number in generator.permutation(len(batches))[: total - made]:
+            yield [rows[index] for index in batches[number]]
+            made += 1
+
+
+def _optimise(
+    model: PeftModel, batches: Sequence[list[Encoded]], settings: TrainSettings, progress: Progress
+) -> tuple[list[float], int]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        betas=(0.9, 0.99),
+        fused=True,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _rate(step, len(batches), settings.warmup)
+    )
+    device = parameters[0].device
+    losses: list[float] = []
+    scored = 0
+    total = sum(len(row.ids) for batch in batches for row in batch)
+    with progress("Training", total=total, unit="tok") as advance:
+        for batch in batches:
+            loss, tokens = _batch_loss(model, batch, device)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(round(loss.item(), 6))
+            scored += tokens
+            advance(sum(len(row.ids) for row in batch))
+    return losses, scored
+
+
+def _rate(step: int, steps: int, warmup: float) -> float:
+    """Factor on the learning rate: a linear rise, then half a cosine down to 0.1."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    done = (step - rising) / max(1, steps - rising)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _batch_loss(model: PeftModel, batch: Sequence[Encoded], device: torch.device) -> tuple[torch.Tensor, int]:
+    """Mean negative log-likelihood per response token of the batch, and the number of those tokens.
+
+    Rows are padded on the right, where a causal model cannot see the padding from a scored position. Logits
+    are made at the positions before response tokens only: a hook hands the head nothing else.
+    """
+    length = max(len(row.ids) for row in batch)
+    ids = torch.zeros((len(batch), length), dtype=torch.long)
+    scored = torch.zeros((len(batch), length), dtype=torch.bool)
+    for index, row in enumerate(batch):
+        ids[index, : len(row.ids)] = torch.tensor(row.ids)
+        scored[index, row.n_prompt : len(row.ids)] = True
+    targets = ids[scored].to(device)
+    before = scored.roll(-1, dims=1).to(device)
+    before[:, -1] = False
+
+    def select(head: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (arguments[0][before].unsqueeze(0), *arguments[1:])
+
+    hook = model.get_base_model().get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            logits = model(input_ids=ids.to(device), use_cache=False).logits[0]
+    finally:
+        hook.remove()
+    return cross_entropy(logits.float(), targets), len(targets)
+
+
+def _save(model: PeftModel, tokenizer: object, record: TrainRecord, output: Path) -> None:
+    temporary = aside(output)
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)  # type: ignore[attr-defined]
+    _sort_config(temporary / "adapter_config.json")
+    write_record(temporary / "lorasmith_train.json", record)
+    publish_folder(temporary, output)
+
+
+def _sort_config(path: Path) -> None:
+    """PEFT writes sets in an order that changes from process to process: sorted, the bytes stay the same."""
+    config = json.loads(path.read_text())
+    for key in ("target_modules", "modules_to_save", "exclude_modules", "target_parameters"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
+    write_bytes(path, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
