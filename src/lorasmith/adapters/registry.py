@@ -32,5 +32,7 @@ def split_name(name: str) -> tuple[str, str] | None:
     """Module path and suffix of a name on disk without PEFT's prefix; None where no suffix is known."""
     for suffix in SUFFIXES:
         if name.endswith("." + suffix):
-            return name[: -len(suffix) - 1], suffix
+            path = name[: -len(suffix) - 1]
+            # `…lora_C.weight` is no weight of a module called lora_C.
+            return None if ".lora_" in path else (path, suffix)
     return None

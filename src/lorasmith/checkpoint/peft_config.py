@@ -16,7 +16,8 @@ UNDERSTOOD = frozenset(
         "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "fan_in_fan_out",
         "bias", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices",
         "ensure_weight_tying", "init_lora_weights", "target_modules", "exclude_modules",
-        "layers_to_transform", "layers_pattern", "peft_type", "peft_version", "base_model_name_or_path", "revision",
+        "layers_to_transform", "layers_pattern", "peft_type", "peft_version", "base_model_name_or_path",
+        "revision",
     }
 )  # fmt: skip
 """Fields whose every value is handled (or refused by a rule of its own below)."""

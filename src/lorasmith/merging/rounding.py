@@ -82,7 +82,8 @@ def round_reals(values: Array, target: Target) -> Array:
     """
     _, exponent = np.frexp(values)
     quantum = np.maximum(exponent - 1, target.emin) - (target.precision - 1)
-    rounded = np.ldexp(np.rint(np.ldexp(values, -quantum)), quantum)
+    with np.errstate(over="ignore"):
+        rounded = np.ldexp(np.rint(np.ldexp(values, -quantum)), quantum)
     return np.where(np.abs(rounded) > target.largest, np.copysign(np.inf, values), rounded)
 
 
@@ -94,7 +95,8 @@ def round_expansion(high: Array, low: Array, target: Target) -> tuple[Array, npt
     nearest = np.rint(scaled)
     halfway = np.abs(scaled - nearest) == 0.5
     directed = np.where(low > 0, np.floor(scaled) + 1, np.floor(scaled))
-    rounded = np.ldexp(np.where(halfway & (low != 0), directed, nearest), quantum)
+    with np.errstate(over="ignore"):
+        rounded = np.ldexp(np.where(halfway & (low != 0), directed, nearest), quantum)
     overflow = np.abs(rounded) > target.largest
     return np.where(overflow, np.copysign(np.inf, high), rounded), halfway & (low == 0)
 
