@@ -12,7 +12,9 @@ from typing import Any
 from lorasmith.cli.compare import compare
 from lorasmith.cli.demo import demo
 from lorasmith.cli.merge import merge
+from lorasmith.cli.package import package
 from lorasmith.cli.prove import prove
+from lorasmith.cli.report import report
 from lorasmith.cli.run import run
 from lorasmith.cli.train import train
 from lorasmith.cli.validate import validate
@@ -25,6 +27,8 @@ COMMANDS: list[tuple[str, Callable[..., Any]]] = [
     ("merge", merge),
     ("prove", prove),
     ("compare", compare),
+    ("report", report),
+    ("package", package),
 ]
 
 GROUPS: list[tuple[str, str, list[tuple[str, Callable[..., Any]]]]] = []

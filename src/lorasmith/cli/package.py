@@ -1,0 +1,42 @@
+"""`lorasmith package`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorasmith.cli.options import AsJson
+
+
+def package(
+    run: Annotated[Path, typer.Argument(help="The run folder.", metavar="RUN")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the package (RUN/package).", metavar="DIR")
+    ] = None,
+    compression: Annotated[str, typer.Option(help="gzip or none.")] = "gzip",
+    as_json: AsJson = False,
+) -> None:
+    """Pack a run again: evidence and merged model as archives, a manifest, and SHA256SUMS.
+
+    The same run gives the same archives on any machine and date. Times stay out of them.
+
+    Example: `lorasmith package demo-output --output release`
+    """
+    from functools import partial
+
+    from lorasmith.cli import views
+    from lorasmith.cli.console import bar, console, show_record
+    from lorasmith.packaging.pack import pack
+    from lorasmith.reporting.page import write_report
+
+    folder = output or run / "package"
+    manifest = pack(
+        run, folder, compression=compression, report=partial(write_report, timings=False), progress=bar
+    )
+    if as_json:
+        show_record(manifest)
+    else:
+        views.show_package(manifest, console())
+        console().print(f"Package: {folder}", markup=False, soft_wrap=True)
