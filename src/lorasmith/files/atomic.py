@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from lorasmith.errors import os_errors
 from lorasmith.records.base import Record
 
 R = TypeVar("R", bound=Record)
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 def sync_folder(folder: Path) -> None:
@@ -67,6 +71,14 @@ def read_record(path: Path, kind: type[R]) -> R:
     return kind.from_json(content, path)
 
 
+def _swap(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step; False where the system or its file system cannot (only Linux can)."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    return bool(rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
+
+
 def publish_folder(temporary: Path, final: Path) -> None:
     """Rename a finished folder into place, replacing an older one; every file is synced first."""
     with os_errors(final, "write"):
@@ -74,9 +86,12 @@ def publish_folder(temporary: Path, final: Path) -> None:
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        if final.is_dir():
-            old = final.with_name(f".{final.name}.old")
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if final.is_dir() and _swap(temporary, final):
+            temporary.rename(old)
             shutil.rmtree(old, ignore_errors=True)
+        elif final.is_dir():
             final.rename(old)
             temporary.rename(final)
             shutil.rmtree(old, ignore_errors=True)
