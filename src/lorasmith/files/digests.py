@@ -17,9 +17,6 @@ _BLOCK = 4 << 20
 _SETTLED_SECONDS = 2.0
 """A file younger than this may be written again within one clock tick: it is never cached."""
 
-NOT_PART_OF_A_MODEL = (".partial", ".old", ".lock")
-
-
 def cache_folder() -> Path:
     """Where lorasmith keeps what can be made again: `LORASMITH_CACHE`, else below `XDG_CACHE_HOME`."""
     own = os.environ.get("LORASMITH_CACHE")
@@ -71,14 +68,12 @@ def folder_files(folder: Path) -> list[Path]:
 
 def describe(files: Iterable[Path], relative_to: Path, *, rehash: bool = False) -> list[FileDigest]:
     """Path, size and SHA-256 of each file."""
-    return [
-        FileDigest(
-            path=file.relative_to(relative_to).as_posix(),
-            bytes=file.stat().st_size,
-            sha256=sha256_file(file, rehash=rehash),
-        )
-        for file in files
-    ]
+    found = []
+    for file in files:
+        digest = sha256_file(file, rehash=rehash)
+        path = file.relative_to(relative_to).as_posix()
+        found.append(FileDigest(path=path, bytes=file.stat().st_size, sha256=digest))
+    return found
 
 
 def combine(digests: Iterable[FileDigest]) -> str:

@@ -1,0 +1,27 @@
+"""What all tests share: no network, a cache of their own, and the folder of real benchmark rows if there is one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Digests and the converted model of the tests stay out of the user's cache."""
+    os.environ["LORASMITH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def real_rows() -> Path:
+    """Real benchmark rows, kept outside the project; the test is skipped where they are absent."""
+    named = os.environ.get("LORASMITH_TEST_DATA")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no folder of real benchmark rows at {folder} (LORASMITH_TEST_DATA names another)")
+    return folder
