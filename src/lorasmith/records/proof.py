@@ -108,8 +108,22 @@ class TokenComparison(Part):
     """Root mean square of p_b − p_a at the correct token."""
     top1_agreement: float
     """Fraction of positions, 0..1."""
+    perplexity_ratio: float = 1.0
+    """perplexity_b / perplexity_a."""
     max_abs_delta: float
     """Largest |log p_b − log p_a| at a correct token."""
+
+
+class ExampleComparison(Part):
+    """Two models on one example."""
+
+    id: str
+    tokens: int
+    loss_delta: float
+    mean_kl: float
+    max_abs_delta: float
+    """Largest |log p_b − log p_a| at a correct token."""
+    flips: int
 
 
 class BehaviourProof(Record):
@@ -129,8 +143,13 @@ class BehaviourProof(Record):
     overall: TokenComparison
     groups: dict[str, dict[str, TokenComparison]]
     floor: TokenComparison | None
-    """The adapter against itself under another batch layout."""
+    """The adapter against itself under another batch layout and order of summation."""
+    floor_layouts: list[str] = []
+    """The two ways in which the adapter was computed for the floor."""
     flips: list[Flip]
+    examples: list[ExampleComparison] = []
+    partial: bool = False
+    """True when only a part of the test set was compared (`limit`)."""
     findings: list[Finding] = []
 
 
@@ -138,14 +157,18 @@ class PairedEffect(Part):
     """Model B against model A on the same examples."""
 
     examples: int
+    tokens: int = 0
     loss_a: float
     loss_b: float
     loss_delta: float
     """loss_b − loss_a: negative when B is better."""
     perplexity_delta: float
-    interval: Interval
+    interval: Interval | None
+    """Of `loss_delta`; None for a single example."""
+    p_value: float = 1.0
+    """That there is no effect, by flipping the signs of the examples' differences."""
     verdict: str
-    """`helps`, `no clear effect` or `hurts`: where the interval lies against 0."""
+    """`helps`, `no clear effect` or `hurts`: where the interval lies against 0, and whether p < 0.05."""
 
 
 class ComparisonRecord(Record):

@@ -34,6 +34,8 @@ class ScoringSettings(Part):
     """Data type and route of the arithmetic, such as `float32` or `float32 (oneDNN)`."""
     device: str
     batch_tokens: int
+    seed: int = 0
+    """Of the bootstrap."""
 
 
 class GroupMetrics(Part):

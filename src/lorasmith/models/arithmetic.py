@@ -1,0 +1,147 @@
+"""Which float32 route the processor takes: chosen by a measurement of speed and error, never left switched on.
+
+On some x86 processors torch sends float32 products to a slow path of its BLAS, while oneDNN has a float32
+kernel of twice the speed at the same error. torch has no switch of that name: asking oneDNN for "bf16" is what
+reaches that kernel where the processor has no matrix unit for bfloat16, but where it has one, the same switch
+really computes in bfloat16. So the probe looks at the error against float64 and not at the processor's name.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from lorasmith.errors import UsageError
+
+ARITHMETICS = ("auto", "mkl", "onednn", "bfloat16")
+"""What a caller may ask for: `mkl` is torch's own float32 route (MKL on x86), `bfloat16` is not exact."""
+
+_FASTER = 1.3
+"""oneDNN must be this much faster: a near tie would make the choice, and with it the last digits, a coin toss."""
+_WORSE = 3.0
+"""Largest ratio of the errors. Two float32 kernels differ by less than 3 through their order of summation;
+bfloat16 products are 1,000 times worse than either."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way to compute a product."""
+
+    name: str
+    """`mkl`, `onednn`, `bfloat16`, or `device` where the device has only one float32 route."""
+    dtype: torch.dtype
+    label: str
+    """As it stands in `ScoringSettings.arithmetic`."""
+
+
+_ROUTES = {
+    "mkl": Route("mkl", torch.float32, "float32"),
+    "onednn": Route("onednn", torch.float32, "float32 (oneDNN)"),
+    "bfloat16": Route("bfloat16", torch.bfloat16, "bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the probe measured."""
+
+    mkl_seconds: float
+    onednn_seconds: float
+    mkl_error: float
+    onednn_error: float
+    """Largest error against float64, relative to the largest element of the product."""
+
+
+def choose_route(asked: str, device: torch.device) -> Route:
+    """The route for `asked` on `device`; raises `UsageError` for a name that does not exist or cannot be had."""
+    if asked not in ARITHMETICS:
+        raise UsageError(f"there is no arithmetic {asked!r}", expected=" | ".join(ARITHMETICS))
+    if asked == "onednn" and (device.type != "cpu" or not torch.backends.mkldnn.is_available()):
+        raise UsageError(
+            f"the oneDNN route does not exist on {device}", remedy="leave the arithmetic at auto"
+        )
+    if asked != "auto":
+        return _ROUTES[asked]
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return _ROUTES["mkl"]
+    return _ROUTES["onednn" if prefers_onednn(probe()) else "mkl"]
+
+
+def other_route(route: Route, device: torch.device) -> Route:
+    """The other float32 route of the processor, which adds in another order; the same one where there is none."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return route
+    other = _ROUTES["mkl" if route.name == "onednn" else "onednn"]
+    measured = probe()
+    return other if measured.onednn_error <= _WORSE * measured.mkl_error else route
+
+
+def prefers_onednn(measured: Probe) -> bool:
+    """Clearly faster, and as accurate as float32 is."""
+    faster = measured.mkl_seconds >= _FASTER * measured.onednn_seconds
+    return faster and measured.onednn_error <= _WORSE * measured.mkl_error
+
+
+@cache
+def probe() -> Probe:
+    """Time and check one float32 product of [1536, 768]·[768, 2048] on both routes; once per process, ~0.2 s."""
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(1536, 768, generator=generator)
+    right = torch.randn(2048, 768, generator=generator)
+    reference = left.double() @ right.double().T
+    results: dict[str, tuple[float, float]] = {}
+    for name in ("mkl", "onednn"):
+        with use_route(_ROUTES[name]):
+            product = torch.nn.functional.linear(left, right)
+            seconds = _best_time(lambda: torch.nn.functional.linear(left, right))
+        error = float((product.double() - reference).abs().max() / reference.abs().max())
+        results[name] = (seconds, error)
+    return Probe(results["mkl"][0], results["onednn"][0], results["mkl"][1], results["onednn"][1])
+
+
+def _best_time(work: Callable[[], object], repeats: int = 5) -> float:
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+@contextmanager
+def use_route(route: Route) -> Iterator[None]:
+    """Compute by `route` inside the block: no gradients, no TF32; every switch is put back afterwards."""
+    matmul, cuda, cudnn = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul, torch.backends.cudnn
+    before = (matmul.fp32_precision, cuda.fp32_precision, cudnn.fp32_precision)
+    try:
+        matmul.fp32_precision = "bf16" if route.name == "onednn" else "ieee"
+        cuda.fp32_precision = cudnn.fp32_precision = "ieee"
+        with torch.inference_mode():
+            yield
+    finally:
+        matmul.fp32_precision, cuda.fp32_precision, cudnn.fp32_precision = before
+
+
+def resolve_device(asked: str) -> torch.device:
+    """`auto` is the first of CUDA, MPS and CPU that is there; raises `UsageError` for one that is not."""
+    if asked == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise UsageError(
+            f"there is no device {asked!r}", expected="auto, cpu, cuda, cuda:1 or mps"
+        ) from error
+    missing = (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        raise UsageError(f"this machine has no device {asked!r}", remedy="give --device auto or cpu")
+    return device

@@ -1,0 +1,176 @@
+"""Logits at the scored positions only, from any causal language model, in chunks: never a full [B, T, V].
+
+A hook before the output embedding takes the hidden states, lets the model finish on a single position, and the
+head is then applied to the scored positions a few hundred at a time. Some architectures scale or cap their
+logits after the head. `verify` compares this way with the model's own logits and, where they differ, falls
+back on the model's own finish over the scored positions of a batch at once; which way was taken is `finish`.
+
+B rows, T positions, N scored positions, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from lorasmith.errors import CheckpointError
+from lorasmith.models.batches import Batch
+
+CHUNK = 512
+"""Scored positions whose logits exist at one time: 100 MB in float32 at V = 49,152."""
+
+_SAME_HEAD = {torch.float32: 1e-5, torch.float64: 1e-12}
+"""Largest error of the chunked head, relative to the largest logit. The same products in another blocking differ
+by some 1e-6; a forgotten cap or scale is orders of magnitude above."""
+_SAME_HEAD_LOW = 3e-2
+"""The same for bfloat16 and float16, whose own step is 8e-3."""
+_SAME_PADDED = 1e-2
+"""Largest change of a hidden state by padding behind it, relative to the largest: rounding through all layers
+stays below 1e-4 in float32; a model that lets tokens see what follows them changes by more than this."""
+
+
+class TokenForward:
+    """The forward of one model; use as a context manager, which takes the hook off again."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+        self.finish = "chunked head"
+        """`chunked head` or `own finish`."""
+        self._head: Callable[[torch.Tensor], torch.Tensor] = model.get_output_embeddings()
+        self._post = _known_transform(model.config.get_text_config())
+        self._positions: torch.Tensor | None = None
+        self._hidden: torch.Tensor | None = None
+        self._mode = "off"
+        if self._head is None:
+            raise CheckpointError(
+                f"{type(model).__name__} has no output embedding", expected="a causal language model"
+            )
+        self._hook = self._head.register_forward_pre_hook(self._intercept)  # type: ignore[attr-defined]
+
+    def __enter__(self) -> TokenForward:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._hook.remove()
+
+    def _intercept(self, module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        if self._mode == "off":
+            return None
+        hidden = args[0]
+        if self._mode == "watch":
+            self._hidden = hidden.reshape(-1, hidden.shape[-1])
+            return None
+        assert self._positions is not None  # set together with the mode
+        selected = hidden.reshape(-1, hidden.shape[-1])[self._positions]
+        if self._mode == "pass":
+            return (selected[None], *args[1:])
+        self._hidden = selected
+        return (selected[:1][None], *args[1:])
+
+    def _run(self, batch: Batch, mode: str) -> torch.Tensor:
+        """The model's own logits under `mode`: `watch` everything, `pass` or `take` the scored positions."""
+        self._mode, self._positions = mode, batch.positions
+        try:
+            return self.model(input_ids=batch.ids, use_cache=False).logits
+        finally:
+            self._mode, self._positions = "off", None
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """[N, H]: what the head gets at the scored positions."""
+        self._run(batch, "take")
+        hidden, self._hidden = self._hidden, None
+        assert hidden is not None  # the head is always called
+        return hidden
+
+    def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[n, V] in float32 from [n, H]."""
+        return self._post(self._head(hidden)).float()
+
+    def logits(
+        self, batch: Batch, *, chunk: int = CHUNK, sizes: Sequence[int] | None = None
+    ) -> Iterator[torch.Tensor]:
+        """[≤ chunk, V] float32 logits of the scored positions, in their order; `sizes` sets each piece's rows."""
+        if self.finish == "own finish":
+            for part in self._run(batch, "pass")[0].split(list(sizes) if sizes else chunk):
+                yield part.float()
+            return
+        for part in self.hidden(batch).split(list(sizes) if sizes else chunk):
+            yield self.logits_of(part)
+
+    def verify(self, batch: Batch, padded: Batch) -> None:
+        """Choose the way to finish by the model's own logits on `batch`, a single short row.
+
+        `padded` is the same row with padding behind it. Raises `CheckpointError` when neither way gives the
+        model's logits, or when padding behind a token changes what the model makes of it.
+        """
+        own = self._run(batch, "watch")
+        own = own.reshape(-1, own.shape[-1])[batch.positions].float()
+        watched = self._hidden
+        assert watched is not None
+        self._hidden = None
+        tolerance = _SAME_HEAD.get(watched.dtype, _SAME_HEAD_LOW) * float(own.abs().max())
+        if not torch.isfinite(own).all():
+            return  # reported with the row and the layer when the row is scored
+        for finish in ("chunked head", "own finish"):
+            self.finish = finish
+            mine = torch.cat(list(self.logits(batch)))
+            if mine.shape == own.shape and float((mine - own).abs().max()) <= tolerance:
+                break
+        else:
+            raise CheckpointError(
+                f"the logits of {type(self.model).__name__} cannot be computed position by position",
+                expected="an output embedding whose logits depend on one position each",
+            )
+        self._check_padding(batch, padded)
+
+    def _check_padding(self, batch: Batch, padded: Batch) -> None:
+        alone, behind = self.hidden(batch).float(), self.hidden(padded).float()
+        tolerance = _SAME_PADDED if self.model.dtype == torch.float32 else 10 * _SAME_PADDED
+        if float((alone - behind).abs().max()) > tolerance * float(alone.abs().max()):
+            raise CheckpointError(
+                f"{type(self.model).__name__} is not causal: tokens behind a position change it",
+                expected="a causal language model",
+            )
+
+
+def _known_transform(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What Gemma 2 (soft cap), Granite (divisor) and Cohere (factor) do to their logits after the head."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    divisor = getattr(config, "logits_scaling", None)
+    factor = getattr(config, "logit_scale", None)
+
+    def transform(logits: torch.Tensor) -> torch.Tensor:
+        if divisor is not None:
+            logits = logits / divisor
+        if factor is not None:
+            logits = logits * factor
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    return transform
+
+
+def first_non_finite(model: Any, batch: Batch) -> str | None:
+    """Name of the first module whose output is not finite on `batch`; None when all of them are."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            if not found and isinstance(value, torch.Tensor) and value.is_floating_point():
+                if not torch.isfinite(value).all():
+                    found.append(name or type(module).__name__)
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    try:
+        model(input_ids=batch.ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None

@@ -1,0 +1,233 @@
+"""Load a model folder, with an adapter or without, such that nothing can go wrong unseen.
+
+transformers initialises tensors that a checkpoint lacks at random and PEFT only warns of adapter tensors that
+are missing or fit nowhere; both are errors here. Code from a folder is never run and nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorasmith.errors import AdapterError, CheckpointError, MemoryLimitError, os_errors
+from lorasmith.models.memory import is_out_of_memory
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to compute, with the tokenizer that goes with it."""
+
+    model: Any
+    """A causal language model in evaluation mode; a `PeftModel` when an adapter was given."""
+    tokenizer: Any
+    architecture: str
+    parameters: int
+    """Of the base model, tied tensors once; the adapter's are not counted."""
+    vocabulary: int
+    """Rows of the embedding."""
+    context: int | None
+    """Longest sequence the model was made for, in tokens, where its config says so."""
+    device: torch.device
+
+
+def load_model(
+    folder: Path,
+    *,
+    adapter: Path | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    tokenizer_from: Path | None = None,
+) -> LoadedModel:
+    """Load the model in `folder`, and `adapter` unmerged on top of it: PEFT's own forward.
+
+    The tokenizer is that of `tokenizer_from`, else the adapter's where it has one, else the model's. Raises `CheckpointError` or
+    `AdapterError` for a folder that does not load in full, and for a tokenizer of another vocabulary.
+    """
+    device = device or torch.device("cpu")
+    require_file(folder, "config.json", CheckpointError)
+    if adapter is not None:
+        require_file(adapter, "adapter_config.json", AdapterError)
+    with quiet_libraries():
+        tokenizer = load_tokenizer(tokenizer_from or folder, adapter=adapter)
+        model = _load_base(folder, device, dtype)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        architecture = type(model).__name__
+        if adapter is not None:
+            model = _attach(model, adapter, folder, device)
+    model.eval()
+    rows = model.get_input_embeddings().weight.shape[0]
+    _check_vocabulary(tokenizer, rows, adapter or folder)
+    text_config = model.config.get_text_config()
+    context = getattr(text_config, "max_position_embeddings", None) or getattr(
+        text_config, "n_positions", None
+    )
+    return LoadedModel(model, tokenizer, architecture, parameters, rows, context, device)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds the files of a tokenizer."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def load_tokenizer(folder: Path, *, adapter: Path | None = None) -> Any:
+    """The adapter's tokenizer where its folder has one, else the model's."""
+    from transformers import AutoTokenizer
+
+    place = adapter if adapter is not None and has_tokenizer(adapter) else folder
+    if not has_tokenizer(place):
+        raise CheckpointError(
+            "the folder has no tokenizer",
+            where=place,
+            expected="tokenizer.json beside the model",
+            remedy="copy the tokenizer files of the base model into it",
+        )
+    try:
+        return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        raise CheckpointError(
+            f"the tokenizer does not load: {_first_line(error)}",
+            where=place,
+            remedy="copy the tokenizer files again",
+        ) from error
+
+
+def require_file(folder: Path, name: str, kind: type[CheckpointError] | type[AdapterError]) -> None:
+    """Raise `kind` unless `folder` is a folder that holds `name`."""
+    with os_errors(folder, "read"):
+        if not folder.exists():
+            raise kind("there is no such folder", where=folder, remedy="check the path")
+        if not (folder / name).is_file():
+            raise kind(f"the folder has no {name}", where=folder, expected=f"a folder with {name}")
+
+
+def _load_base(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        model = model.to(device)
+    except Exception as error:  # transformers lets errors of many libraries through
+        if is_out_of_memory(error):
+            raise MemoryLimitError(
+                f"too little memory to load the model in {str(dtype).removeprefix('torch.')}",
+                where=folder,
+                remedy="use a machine with more memory, or another device",
+            ) from error
+        raise CheckpointError(f"the model does not load: {_first_line(error)}", where=folder) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} tensors of the model are not in the folder: {_some(missing)}",
+            where=folder,
+            expected="every tensor of the architecture",
+            remedy="copy the missing shards, or check that config.json belongs to these weights",
+        )
+    return model
+
+
+def _attach(model: Any, adapter: Path, folder: Path, device: torch.device) -> Any:
+    from peft import PeftModel
+
+    try:
+        _grow_embeddings(model, adapter)
+        peft_model = PeftModel.from_pretrained(
+            model, str(adapter), autocast_adapter_dtype=False, torch_device=str(device)
+        )
+        # from_pretrained turns missing keys into a warning and drops the unexpected ones; loading the same
+        # adapter again returns both lists.
+        report = peft_model.load_adapter(
+            str(adapter), "default", autocast_adapter_dtype=False, torch_device=str(device)
+        )
+    except Exception as error:  # PEFT raises KeyError, RuntimeError, ValueError, … by the kind of damage
+        raise AdapterError(
+            f"the adapter does not load onto this base: {_first_line(error)}",
+            where=adapter,
+            expected=f"an adapter trained on the model in {folder}",
+            remedy="give the base model that the adapter was trained on",
+        ) from error
+    for keys, state in ((report.missing_keys, "missing from"), (report.unexpected_keys, "left over in")):
+        if keys:
+            raise AdapterError(
+                f"{len(keys)} adapter tensors are {state} the file: {_some(sorted(keys))}",
+                where=adapter,
+                expected="exactly the tensors that adapter_config.json describes, for this base",
+                remedy="give the base model that the adapter was trained on, or save the adapter again",
+            )
+    return peft_model
+
+
+def _grow_embeddings(model: Any, adapter: Path) -> None:
+    """An adapter trained with added tokens carries its own, longer embeddings: make room for them first."""
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        return
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        rows = {
+            tensors.get_slice(key).get_shape()[0]
+            for key in tensors.keys()  # noqa: SIM118 - safe_open is no mapping
+            if key.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight"))
+        }
+    if len(rows) == 1 and rows != {model.get_input_embeddings().weight.shape[0]}:
+        model.resize_token_embeddings(rows.pop(), mean_resizing=False)
+
+
+def _check_vocabulary(tokenizer: Any, rows: int, place: Path) -> None:
+    # Tokens added by hand may lie beyond the embedding in a sound model (placeholders that text never holds);
+    # an id that is really used is checked row by row before scoring.
+    if tokenizer.vocab_size > rows:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, the model's embedding {rows:,} rows",
+            where=place,
+            expected="the tokenizer that the model was trained with",
+            remedy="copy the tokenizer files of the base model into the folder",
+        )
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """What the libraries warn about while loading is either an error above or of no use to the reader."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "peft")]
+    levels = [logger.level for logger in loggers]
+    from transformers.utils import logging as hub_logging
+
+    bars = hub_logging.is_progress_bar_enabled()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        hub_logging.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars:
+            hub_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+def _some(names: list[str], count: int = 3) -> str:
+    shown = ", ".join(names[:count])
+    return shown if len(names) <= count else f"{shown}, …"

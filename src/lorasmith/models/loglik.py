@@ -1,0 +1,92 @@
+"""Log-probabilities of the scored tokens, batch after batch, row by row independent of their company."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lorasmith.errors import CheckpointError
+from lorasmith.models.arithmetic import Route, use_route
+from lorasmith.models.batches import Batch, make_batch
+from lorasmith.models.encode import Encoded
+from lorasmith.models.forward import TokenForward, first_non_finite
+from lorasmith.models.load import LoadedModel
+
+Floats = npt.NDArray[np.float32]
+
+_PADDING_TRIED = 7
+"""Padding behind the first row when the model is examined; any number will do."""
+
+
+def check_ids(encoded: Sequence[Encoded], names: Sequence[str], vocabulary: int) -> None:
+    """Raise `CheckpointError` naming the first row with a token that the model's embedding does not have."""
+    for row, name in zip(encoded, names, strict=True):
+        if max(row.ids) >= vocabulary:
+            raise CheckpointError(
+                f"token {max(row.ids)} of the tokenizer is beyond the model's embedding of {vocabulary:,} rows",
+                where=f"example {name!r}",
+                expected="a tokenizer and a model of one vocabulary",
+                remedy="copy the tokenizer files that belong to the model into its folder",
+            )
+
+
+@contextmanager
+def open_forward(loaded: LoadedModel, encoded: Sequence[Encoded], route: Route) -> Iterator[TokenForward]:
+    """The model's forward, examined on the shortest row, with the arithmetic of `route` inside the block."""
+    shortest = min(range(len(encoded)), key=lambda row: (len(encoded[row].ids), row))
+    alone = make_batch([shortest], encoded)
+    padded = make_batch([shortest], encoded, pad_to=len(encoded[shortest].ids) + _PADDING_TRIED)
+    with use_route(route), TokenForward(loaded.model, loaded.device) as forward:
+        forward.verify(alone.to(loaded.device), padded.to(loaded.device))
+        yield forward
+
+
+def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """[n] log softmax(logits)[target] from [n, V] float32 logits.
+
+    Taken about the row's largest logit, so that the rounding is that of a difference of small numbers.
+    """
+    top = logits.amax(-1, keepdim=True)
+    shifted = logits - top
+    chosen = shifted.gather(-1, targets[:, None])[:, 0]
+    return chosen - shifted.exp_().sum(-1).log()
+
+
+def score_batch(forward: TokenForward, batch: Batch, names: Sequence[str]) -> list[Floats]:
+    """Per row of the batch, the natural log-probability of each scored token.
+
+    Raises `CheckpointError` naming the row, and the first layer, where a result is not finite.
+    """
+    batch = batch.to(forward.device)
+    found = []
+    start = 0
+    for logits in forward.logits(batch):
+        found.append(token_logprobs(logits, batch.targets[start : start + len(logits)]))
+        start += len(logits)
+    logprobs = torch.cat(found)
+    rows = [part.cpu().numpy() for part in logprobs.split(list(batch.counts))]
+    for row, values in zip(batch.rows, rows, strict=True):
+        if not np.isfinite(values).all():
+            raise_non_finite(forward, batch, names[row])
+    return rows
+
+
+def raise_non_finite(forward: TokenForward, batch: Batch, name: str) -> None:
+    """Raise `CheckpointError` for a row whose logits are not finite, with the module where it began."""
+    layer = first_non_finite(forward.model, batch)
+    raise CheckpointError(
+        "the model's logits are not finite"
+        + (f"; the first such output is that of {layer}" if layer else ""),
+        where=f"example {name!r}",
+        expected="finite numbers",
+        remedy="check the weights of that layer: training may have diverged, or the file be damaged",
+    )
+
+
+def row_loss(logprobs: Floats) -> float:
+    """Sum of −log p over a row's tokens, in float64, in nats."""
+    return -float(np.sum(logprobs, dtype=np.float64))

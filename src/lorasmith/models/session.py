@@ -1,0 +1,164 @@
+"""What validation and comparison have in common: options, the encoded test set, settings, identities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorasmith.errors import DataError, UsageError
+from lorasmith.files.digests import digest_folder, sha256_file
+from lorasmith.files.jsonl import read_examples
+from lorasmith.models.arithmetic import Route, choose_route, resolve_device
+from lorasmith.models.batches import BATCH_TOKENS, plan_batches
+from lorasmith.models.encode import Encoded, EncodedSet, encode_examples
+from lorasmith.models.load import LoadedModel
+from lorasmith.models.loglik import check_ids
+from lorasmith.records.base import FileDigest, Finding
+from lorasmith.records.dataset import Example
+from lorasmith.records.scoring import ModelIdentity, ScoringSettings
+
+_NO_LIMIT = 1 << 30
+"""Length limit, in tokens, of a model whose config names none."""
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """What a caller may choose; the meaning of each stands at `scoring.validate.validate`."""
+
+    template: str = "auto"
+    loss_on: str = "response"
+    end_of_turn: bool = True
+    device: str = "auto"
+    arithmetic: str = "auto"
+    batch_tokens: int | None = None
+    max_length: int | None = None
+    limit: int | None = None
+    strict: bool = False
+    seed: int = 0
+
+    def place(self) -> tuple[torch.device, Route]:
+        """Device and arithmetic, resolved."""
+        device = resolve_device(self.device)
+        return device, choose_route(self.arithmetic, device)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A test set ready for a model."""
+
+    examples: list[Example]
+    encoded: EncodedSet
+    settings: ScoringSettings
+    partial: bool
+    """True when `limit` left rows out."""
+    findings: list[Finding]
+
+    @property
+    def rows(self) -> list[Encoded]:
+        """The examples in tokens."""
+        return self.encoded.rows
+
+    @property
+    def names(self) -> list[str]:
+        """The examples' ids."""
+        return [example.id for example in self.examples]
+
+    @property
+    def tokens(self) -> int:
+        """Prompt and response tokens of all rows."""
+        return sum(len(row.ids) for row in self.rows)
+
+    def batches(self) -> list[tuple[int, ...]]:
+        """Row indices of each batch."""
+        return plan_batches([len(row.ids) for row in self.rows], self.settings.batch_tokens)
+
+
+def prepare(test_set: Path, loaded: LoadedModel, options: ScoringOptions, route: Route) -> Workload:
+    """Read and encode a test set for a model; raises `DataError` for rows that cannot be scored."""
+    if options.batch_tokens is not None and options.batch_tokens < 1:
+        raise UsageError("a batch needs at least one token", expected="--batch-tokens 1 or more")
+    everything = read_examples(test_set)
+    examples = _take(everything, options.limit)
+    context = loaded.context or _NO_LIMIT
+    if options.max_length is not None and options.max_length > context:
+        raise UsageError(
+            f"the model was made for {context:,} tokens, not {options.max_length:,}",
+            remedy=f"give --max-length {context} or less",
+        )
+    encoded = encode_examples(
+        examples,
+        loaded.tokenizer,
+        template=options.template,
+        end_of_turn=options.end_of_turn,
+        max_length=options.max_length or context,
+        loss_on=options.loss_on,
+        strict=options.strict,
+    )
+    check_ids(encoded.rows, [example.id for example in examples], loaded.vocabulary)
+    settings = ScoringSettings(
+        loss_on=options.loss_on,
+        template=encoded.template,
+        end_of_turn=options.end_of_turn,
+        max_length=encoded.max_length,
+        arithmetic=route.label,
+        device=loaded.device.type,
+        batch_tokens=options.batch_tokens or BATCH_TOKENS,
+        seed=options.seed,
+    )
+    return Workload(
+        examples, encoded, settings, len(examples) < len(everything), _findings(encoded, examples)
+    )
+
+
+def _take(examples: list[Example], limit: int | None) -> list[Example]:
+    if limit is None:
+        return examples
+    if limit < 1:
+        raise UsageError(f"a limit of {limit} rows leaves nothing to score", expected="--limit 1 or more")
+    return examples[:limit]
+
+
+def _findings(encoded: EncodedSet, examples: Sequence[Example]) -> list[Finding]:
+    findings = []
+    if encoded.truncated:
+        first = next(e.id for e, row in zip(examples, encoded.rows, strict=True) if row.truncated)
+        findings.append(
+            Finding(
+                severity="warning",
+                code="truncated",
+                message=f"{encoded.truncated} of {len(examples)} rows were cut to {encoded.max_length:,} tokens, "
+                f"the first of them {first!r}",
+                remedy="raise --max-length where the model allows it, or give --strict to refuse such rows",
+            )
+        )
+    if encoded.straddling:
+        findings.append(
+            Finding(
+                severity="note",
+                code="straddling",
+                message=f"in {encoded.straddling} of {len(examples)} rows a tokenizer that saw prompt and "
+                "response as one text would join them; they are scored apart, as in generation",
+            )
+        )
+    return findings
+
+
+def identify(role: str, folder: Path, adapter: Path | None, loaded: LoadedModel) -> ModelIdentity:
+    """Which model it is: by the digests of its folders."""
+    return ModelIdentity(
+        role=role,
+        model_sha256=digest_folder(folder),
+        adapter_sha256=None if adapter is None else digest_folder(adapter),
+        architecture=loaded.architecture,
+        parameters=loaded.parameters,
+    )
+
+
+def describe_test_set(test_set: Path) -> FileDigest:
+    """Name, size and digest of the file, without its folder."""
+    if not test_set.is_file():
+        raise DataError("the test set is not a file", where=test_set, expected="a .jsonl file")
+    return FileDigest(path=test_set.name, bytes=test_set.stat().st_size, sha256=sha256_file(test_set))

@@ -1,0 +1,100 @@
+"""Does model B do better than model A? Paired on the examples, from the Parquet files of two validations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lorasmith.errors import DataError, os_errors
+from lorasmith.models.statistics import Array, group_rows, mean_interval, perplexity, seed_for, sign_flip_p
+from lorasmith.records.proof import PairedEffect
+
+_COLUMNS = ["id", "source", "domain", "difficulty", "token_ids", "logprobs"]
+
+SIGNIFICANT = 0.05
+"""A verdict needs an interval off 0 and a p-value below this: a bootstrap of a handful of examples is too sure."""
+
+
+def paired_effects(
+    a_parquet: Path, b_parquet: Path, *, seed: int = 0
+) -> tuple[PairedEffect, dict[str, dict[str, PairedEffect]]]:
+    """Model B against model A over all examples, and by group, from files that `validate` wrote.
+
+    The token-weighted difference of the losses (nats per token) with a 95 % bootstrap interval over examples,
+    a sign-flip p-value, and the verdict: `helps`, `no clear effect` or `hurts`. Raises `DataError` unless both
+    files hold the same examples with the same scored tokens.
+    """
+    a, b = _read(a_parquet), _read(b_parquet)
+    if [row["id"] for row in a] != [row["id"] for row in b]:
+        raise DataError(
+            "the two validations hold different examples",
+            where=b_parquet,
+            expected=f"the examples of {a_parquet}",
+            remedy="validate both models on the same test set",
+        )
+    for row_a, row_b in zip(a, b, strict=True):
+        if row_a["token_ids"] != row_b["token_ids"]:
+            raise DataError(
+                f"the two validations scored different tokens of example {row_a['id']!r}",
+                where=b_parquet,
+                expected=f"the tokens of {a_parquet}",
+                remedy="validate both models with the same tokenizer, template and options",
+            )
+    tokens = np.array([len(row["token_ids"]) for row in a], dtype=np.float64)
+    loss_a, loss_b = (
+        np.array([-np.sum(np.asarray(row["logprobs"], dtype=np.float64)) for row in rows]) for rows in (a, b)
+    )
+    overall = paired_effect(loss_a, loss_b, tokens, seed_for(seed))
+    groups = {
+        dimension: {
+            name: paired_effect(loss_a[rows], loss_b[rows], tokens[rows], seed_for(seed, dimension, name))
+            for name, rows in found.items()
+        }
+        for dimension, found in group_rows(a).items()
+    }
+    return overall, groups
+
+
+def paired_effect(loss_a: Array, loss_b: Array, tokens: Array, seed: int) -> PairedEffect:
+    """One comparison from per-example loss sums in nats and token counts."""
+    difference = loss_b - loss_a
+    total = tokens.sum()
+    mean_a, mean_b = float(loss_a.sum() / total), float(loss_b.sum() / total)
+    interval = mean_interval(difference, tokens, seed)
+    p_value = sign_flip_p(difference, seed)
+    clear = interval is not None and p_value < SIGNIFICANT
+    if clear and interval is not None and interval.high < 0:
+        verdict = "helps"
+    elif clear and interval is not None and interval.low > 0:
+        verdict = "hurts"
+    else:
+        verdict = "no clear effect"
+    return PairedEffect(
+        examples=len(tokens),
+        tokens=int(total),
+        loss_a=mean_a,
+        loss_b=mean_b,
+        loss_delta=float(difference.sum() / total),
+        perplexity_delta=perplexity(mean_b) - perplexity(mean_a),
+        interval=interval,
+        p_value=p_value,
+        verdict=verdict,
+    )
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    with os_errors(path, "read"):
+        try:
+            table = pq.read_table(path, columns=_COLUMNS)
+        except pa.ArrowInvalid as error:
+            raise DataError(
+                f"not a Parquet file of a validation: {error}",
+                where=path,
+                remedy="run the validation again",
+            ) from error
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
