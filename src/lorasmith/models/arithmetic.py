@@ -1,9 +1,10 @@
-"""Which float32 route the processor takes: chosen by a measurement of speed and error, never left switched on.
+"""Which float32 route the processor takes: chosen by measured speed and error, never left switched on.
 
 On some x86 processors torch sends float32 products to a slow path of its BLAS, while oneDNN has a float32
-kernel of twice the speed at the same error. torch has no switch of that name: asking oneDNN for "bf16" is what
-reaches that kernel where the processor has no matrix unit for bfloat16, but where it has one, the same switch
-really computes in bfloat16. So the probe looks at the error against float64 and not at the processor's name.
+kernel of twice the speed at the same error. torch has no switch of that name: asking oneDNN for "bf16" is
+what reaches that kernel where the processor has no matrix unit for bfloat16, but where it has one, the same
+switch really computes in bfloat16. So the probe looks at the error against float64 and not at the
+processor's name.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -22,7 +24,7 @@ ARITHMETICS = ("auto", "mkl", "onednn", "bfloat16")
 """What a caller may ask for: `mkl` is torch's own float32 route (MKL on x86), `bfloat16` is not exact."""
 
 _FASTER = 1.3
-"""oneDNN must be this much faster: a near tie would make the choice, and with it the last digits, a coin toss."""
+"""oneDNN must be this much faster: near a tie the choice, and so the last digits, would be a coin toss."""
 _WORSE = 3.0
 """Largest ratio of the errors. Two float32 kernels differ by less than 3 through their order of summation;
 bfloat16 products are 1,000 times worse than either."""
@@ -58,7 +60,7 @@ class Probe:
 
 
 def choose_route(asked: str, device: torch.device) -> Route:
-    """The route for `asked` on `device`; raises `UsageError` for a name that does not exist or cannot be had."""
+    """The route for `asked` on `device`; raises `UsageError` for one that cannot be had."""
     if asked not in ARITHMETICS:
         raise UsageError(f"there is no arithmetic {asked!r}", expected=" | ".join(ARITHMETICS))
     if asked == "onednn" and (device.type != "cpu" or not torch.backends.mkldnn.is_available()):
@@ -73,7 +75,7 @@ def choose_route(asked: str, device: torch.device) -> Route:
 
 
 def other_route(route: Route, device: torch.device) -> Route:
-    """The other float32 route of the processor, which adds in another order; the same one where there is none."""
+    """The other float32 route of the processor, adding in another order; the same one where there is none."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return route
     other = _ROUTES["mkl" if route.name == "onednn" else "onednn"]
@@ -89,7 +91,7 @@ def prefers_onednn(measured: Probe) -> bool:
 
 @cache
 def probe() -> Probe:
-    """Time and check one float32 product of [1536, 768]·[768, 2048] on both routes; once per process, ~0.2 s."""
+    """Time and check one float32 product of [1536, 768]·[768, 2048] on both routes; once per process."""
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(1536, 768, generator=generator)
     right = torch.randn(2048, 768, generator=generator)
@@ -116,7 +118,8 @@ def _best_time(work: Callable[[], object], repeats: int = 5) -> float:
 @contextmanager
 def use_route(route: Route) -> Iterator[None]:
     """Compute by `route` inside the block: no gradients, no TF32; every switch is put back afterwards."""
-    matmul, cuda, cudnn = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul, torch.backends.cudnn
+    onednn: Any = torch.backends.mkldnn  # its annotations lack `matmul`
+    matmul, cuda, cudnn = onednn.matmul, torch.backends.cuda.matmul, torch.backends.cudnn
     before = (matmul.fp32_precision, cuda.fp32_precision, cudnn.fp32_precision)
     try:
         matmul.fp32_precision = "bf16" if route.name == "onednn" else "ieee"

@@ -15,7 +15,7 @@ import torch
 from lorasmith.models.encode import Encoded
 
 BATCH_TOKENS = 4096
-"""Default budget: padded tokens of a batch. Large enough for full-speed products, small enough for a laptop."""
+"""Default budget: padded tokens of a batch. Enough for full-speed products, small enough for a laptop."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Batch:
 def plan_batches(lengths: Sequence[int], batch_tokens: int = BATCH_TOKENS) -> list[tuple[int, ...]]:
     """Row indices of each batch: longest first, rows × longest length ≤ `batch_tokens`.
 
-    A row longer than the budget gets a batch of its own. Longest first, so that a lack of memory shows at once.
-    Depends only on the lengths and their order in the file.
+    A row longer than the budget gets a batch of its own. Longest first, so that a lack of memory shows at
+    once. Depends only on the lengths and their order in the file.
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     batches: list[tuple[int, ...]] = []

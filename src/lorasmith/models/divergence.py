@@ -1,6 +1,7 @@
-"""Two models on the same tokens: Kullback–Leibler divergence over the full vocabulary, choices, probabilities.
+"""Two models on the same tokens: divergence over the full vocabulary, choices, probabilities.
 
-Everything is computed from the logits of a few hundred positions at a time and only numbers per token are kept.
+Everything is computed from the logits of a few hundred positions at a time and only numbers per token are
+kept.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ class TokenPairs:
 def kl_divergence(logits_a: torch.Tensor, logits_b: torch.Tensor) -> torch.Tensor:
     """[n] KL(A ‖ B) in nats from two [n, V] tensors of logits.
 
-    With d = (a − b) − Σ p_A (a − b), the divergence is log Σ p_A e^−d = log(1 + Σ p_A (e^−d − 1 + d)). All terms
-    of that sum are positive, so two nearly equal models do not drown in the rounding of their log-sum-exps, as
-    they do in Σ p (log p − log q): at a true KL of 1e-12 that form gives ±1e-7 in float32.
+    With d = (a − b) − Σ p_A (a − b), the divergence is log Σ p_A e^−d = log(1 + Σ p_A (e^−d − 1 + d)). All
+    terms of that sum are positive, so two nearly equal models do not drown in the rounding of their
+    log-sum-exps, as they do in Σ p (log p − log q): at a true KL of 1e-12 that form gives ±1e-7 in float32.
     """
     p = torch.softmax(logits_a, -1)
     d = logits_a - logits_b

@@ -1,8 +1,8 @@
 """From an example to token ids and the positions that are scored: the one place that decides it.
 
-The prompt is encoded as the model gets it before it answers, and the response on its own after it, so that a
-score is P(response | the tokens the model is really shown). Encoding both as one text can merge the end of the
-prompt with the start of the response into a token that never occurs in use; such rows are counted.
+The prompt is encoded as the model gets it before it answers, and the response on its own after it, so that
+a score is P(response | the tokens the model is really shown). Encoding both as one text can merge the end
+of the prompt with the start of the response into a token that never occurs in use; such rows are counted.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def encode_example(
 ) -> Encoded:
     """Encode one example; `around` saves examining the tokenizer for each of many.
 
-    A row longer than `max_length` loses the beginning of its prompt (all but BOS), so that the whole response
-    is scored in its nearest context; a response that fills `max_length` alone keeps one prompt token and loses
-    its end. Raises `DataError` for a response without tokens.
+    A row longer than `max_length` loses the beginning of its prompt (all but BOS), so that the whole
+    response is scored in its nearest context; a response that fills `max_length` alone keeps one prompt
+    token and loses its end. Raises `DataError` for a response without tokens.
     """
     around = around or frame(tokenizer, template, end_of_turn=end_of_turn)
     prompt = prompt_tokens(tokenizer, example.prompt, around)

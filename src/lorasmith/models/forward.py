@@ -1,9 +1,10 @@
 """Logits at the scored positions only, from any causal language model, in chunks: never a full [B, T, V].
 
-A hook before the output embedding takes the hidden states, lets the model finish on a single position, and the
-head is then applied to the scored positions a few hundred at a time. Some architectures scale or cap their
-logits after the head. `verify` compares this way with the model's own logits and, where they differ, falls
-back on the model's own finish over the scored positions of a batch at once; which way was taken is `finish`.
+A hook before the output embedding takes the hidden states, lets the model finish on a single position, and
+the head is then applied to the scored positions a few hundred at a time. Some architectures scale or cap
+their logits after the head. `verify` compares this way with the model's own logits and, where they differ,
+falls back on the model's own finish over the scored positions of a batch at once; which way was taken is
+`finish`.
 
 B rows, T positions, N scored positions, H hidden size, V vocabulary.
 """
@@ -22,8 +23,8 @@ CHUNK = 512
 """Scored positions whose logits exist at one time: 100 MB in float32 at V = 49,152."""
 
 _SAME_HEAD = {torch.float32: 1e-5, torch.float64: 1e-12}
-"""Largest error of the chunked head, relative to the largest logit. The same products in another blocking differ
-by some 1e-6; a forgotten cap or scale is orders of magnitude above."""
+"""Largest error of the chunked head, relative to the largest logit. The same products in another blocking
+differ by some 1e-6; a forgotten cap or scale is orders of magnitude above."""
 _SAME_HEAD_LOW = 3e-2
 """The same for bfloat16 and float16, whose own step is 8e-3."""
 _SAME_PADDED = 1e-2
@@ -48,7 +49,7 @@ class TokenForward:
             raise CheckpointError(
                 f"{type(model).__name__} has no output embedding", expected="a causal language model"
             )
-        self._hook = self._head.register_forward_pre_hook(self._intercept)  # type: ignore[attr-defined]
+        self._hook = self._head.register_forward_pre_hook(self._intercept)
 
     def __enter__(self) -> TokenForward:
         return self
@@ -92,7 +93,7 @@ class TokenForward:
     def logits(
         self, batch: Batch, *, chunk: int = CHUNK, sizes: Sequence[int] | None = None
     ) -> Iterator[torch.Tensor]:
-        """[≤ chunk, V] float32 logits of the scored positions, in their order; `sizes` sets each piece's rows."""
+        """[≤ chunk, V] float32 logits of the scored positions, in order; `sizes` sets each piece's rows."""
         if self.finish == "own finish":
             for part in self._run(batch, "pass")[0].split(list(sizes) if sizes else chunk):
                 yield part.float()
@@ -161,9 +162,9 @@ def first_non_finite(model: Any, batch: Batch) -> str | None:
     def look(name: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
-            if not found and isinstance(value, torch.Tensor) and value.is_floating_point():
-                if not torch.isfinite(value).all():
-                    found.append(name or type(module).__name__)
+            floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+            if floating and not found and not torch.isfinite(value).all():
+                found.append(name or type(module).__name__)
 
         return hook
 

@@ -49,8 +49,9 @@ def load_model(
 ) -> LoadedModel:
     """Load the model in `folder`, and `adapter` unmerged on top of it: PEFT's own forward.
 
-    The tokenizer is that of `tokenizer_from`, else the adapter's where it has one, else the model's. Raises `CheckpointError` or
-    `AdapterError` for a folder that does not load in full, and for a tokenizer of another vocabulary.
+    The tokenizer is that of `tokenizer_from`, else the adapter's where it has one, else the model's. Raises
+    `CheckpointError` or `AdapterError` for a folder that does not load in full, and for a tokenizer of
+    another vocabulary.
     """
     device = device or torch.device("cpu")
     require_file(folder, "config.json", CheckpointError)

@@ -27,7 +27,7 @@ def check_ids(encoded: Sequence[Encoded], names: Sequence[str], vocabulary: int)
     for row, name in zip(encoded, names, strict=True):
         if max(row.ids) >= vocabulary:
             raise CheckpointError(
-                f"token {max(row.ids)} of the tokenizer is beyond the model's embedding of {vocabulary:,} rows",
+                f"token {max(row.ids)} is beyond the model's embedding of {vocabulary:,} rows",
                 where=f"example {name!r}",
                 expected="a tokenizer and a model of one vocabulary",
                 remedy="copy the tokenizer files that belong to the model into its folder",

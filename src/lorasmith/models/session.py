@@ -129,8 +129,8 @@ def _findings(encoded: EncodedSet, examples: Sequence[Example]) -> list[Finding]
             Finding(
                 severity="warning",
                 code="truncated",
-                message=f"{encoded.truncated} of {len(examples)} rows were cut to {encoded.max_length:,} tokens, "
-                f"the first of them {first!r}",
+                message=f"{encoded.truncated} of {len(examples)} rows were cut to {encoded.max_length:,} "
+                f"tokens, the first of them {first!r}",
                 remedy="raise --max-length where the model allows it, or give --strict to refuse such rows",
             )
         )

@@ -72,7 +72,7 @@ def resamples(count: int, seed: int, draws: int = DRAWS) -> Iterator[Array]:
 def bootstrap(
     statistic: Callable[[Array], Array], count: int, seed: int, *, level: float = 0.95
 ) -> Interval | None:
-    """Percentile interval of `statistic`, which maps draw counts [D, count] to [D]; None below two examples."""
+    """Percentile interval of `statistic`, mapping draw counts [D, count] to [D]; None below two examples."""
     if count < 2:
         return None
     values = np.concatenate([statistic(block) for block in resamples(count, seed)])

@@ -63,7 +63,7 @@ class Frame:
     last: int | None
     """The token that ends the response; None where it is not wanted."""
     keeps_spaces: bool
-    """False for a tokenizer that puts a space before every text it is given (SentencePiece's dummy prefix)."""
+    """False for a tokenizer that puts a space before every text (SentencePiece's dummy prefix)."""
 
 
 def frame(tokenizer: Any, template: str, *, end_of_turn: bool) -> Frame:
@@ -119,8 +119,9 @@ def prompt_tokens(tokenizer: Any, prompt: str, around: Frame) -> list[int]:
 def response_tokens(tokenizer: Any, response: str, around: Frame) -> list[int]:
     """Token ids of the response alone, its leading spaces as they are.
 
-    A tokenizer with a dummy prefix would add one space; after a chat prompt that is how the model writes, but
-    a plain response continues the prompt's text, so there it is encoded behind a line break, which is cut off.
+    A tokenizer with a dummy prefix would add one space; after a chat prompt that is how the model writes,
+    but a plain response continues the prompt's text, so there it is encoded behind a line break, which is
+    cut off.
     """
     if around.keeps_spaces or around.template == "chat":
         return list(tokenizer(response, add_special_tokens=False)["input_ids"])

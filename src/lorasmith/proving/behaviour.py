@@ -1,4 +1,4 @@
-"""Does the merged model behave as the adapter does? Both on the same tokens, in float32 on the stored weights."""
+"""Does the merged model behave as the adapter does? The same tokens, float32 on the stored weights."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from lorasmith.records.base import Finding
 from lorasmith.records.proof import BehaviourProof
 
 FLOOR_ROWS = 64
-"""Rows on which the floor is measured, spread over all lengths: their tokens give its mean to a few percent."""
+"""Rows on which the floor is measured, spread over all lengths: enough for its mean to a few percent."""
 
 _ELEMENTS = 1 << 24
-"""Logits of one model that exist at one time: 64 MB in float32; the comparison makes some eight such tensors."""
+"""Logits of one model that exist at one time: 64 MB in float32; a comparison makes some eight such."""
 
 
 def compare(
@@ -218,7 +218,7 @@ def _floor_batch(
 def _compare_tokenizers(
     work: Workload, merged: LoadedModel, options: ScoringOptions, folder: Path
 ) -> tuple[list[str], list[Finding]]:
-    """Would the merged folder, as it is, put the same tokens to its model? Obstacles to a grade, and findings."""
+    """Would the merged folder put the same tokens to its model? Obstacles to a grade, and findings."""
     if not has_tokenizer(folder):
         finding = Finding(
             severity="warning",

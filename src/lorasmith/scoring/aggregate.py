@@ -52,7 +52,7 @@ SCHEMA = pa.schema(
 def group_metrics(
     losses: Array, tokens: Array, rows: Sequence[int] | None, seed: int, *names: str
 ) -> GroupMetrics:
-    """Token-weighted loss of the given rows (all of them for None) from per-row loss sums and token counts."""
+    """Token-weighted loss of the given rows (None: all) from per-row loss sums and token counts."""
     if rows is not None:
         losses, tokens = losses[list(rows)], tokens[list(rows)]
     loss = float(losses.sum() / tokens.sum())

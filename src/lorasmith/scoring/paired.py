@@ -16,7 +16,7 @@ from lorasmith.records.proof import PairedEffect
 _COLUMNS = ["id", "source", "domain", "difficulty", "token_ids", "logprobs"]
 
 SIGNIFICANT = 0.05
-"""A verdict needs an interval off 0 and a p-value below this: a bootstrap of a handful of examples is too sure."""
+"""A verdict needs an interval off 0 and a p-value below this: a bootstrap of few examples is too sure."""
 
 
 def paired_effects(
@@ -24,9 +24,9 @@ def paired_effects(
 ) -> tuple[PairedEffect, dict[str, dict[str, PairedEffect]]]:
     """Model B against model A over all examples, and by group, from files that `validate` wrote.
 
-    The token-weighted difference of the losses (nats per token) with a 95 % bootstrap interval over examples,
-    a sign-flip p-value, and the verdict: `helps`, `no clear effect` or `hurts`. Raises `DataError` unless both
-    files hold the same examples with the same scored tokens.
+    The token-weighted difference of the losses (nats per token) with a 95 % bootstrap interval over
+    examples, a sign-flip p-value, and the verdict: `helps`, `no clear effect` or `hurts`. Raises
+    `DataError` unless both files hold the same examples with the same scored tokens.
     """
     a, b = _read(a_parquet), _read(b_parquet)
     if [row["id"] for row in a] != [row["id"] for row in b]:

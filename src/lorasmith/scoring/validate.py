@@ -43,8 +43,8 @@ def validate(
 ) -> ValidationResult:
     """Score the model in `model`, with `adapter` on it unless None, on every response of `test_set`.
 
-    Writes `{role}.json` and `{role}.parquet` into `output`; `role` is `base`, `adapter` or `merged`, by default
-    the one of the first two that `adapter` says.
+    Writes `{role}.json` and `{role}.parquet` into `output`; `role` is `base`, `adapter` or `merged`, by
+    default the one of the first two that `adapter` says.
 
     - `template`: `chat`, `plain`, or `auto` for chat where the tokenizer has a template.
     - `loss_on`: `response`, or `all` for the loss over prompt and response.
