@@ -154,6 +154,11 @@ def _check_config(adapter: Adapter, config: Mapping[str, Any]) -> None:
     for kind in ("rank_pattern", "alpha_pattern"):
         if not isinstance(adapter.config[kind], dict):
             raise adapter.refuse(f"{kind} is {adapter.config[kind]!r}", "an object of patterns and numbers")
+        for pattern in adapter.config[kind]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise adapter.refuse(f"{kind} has the pattern {pattern!r}: {error}") from error
         numbers.update({f"{kind}[{key!r}]": value for key, value in adapter.config[kind].items()})
     for name, value in numbers.items():
         rank = name.startswith("r")

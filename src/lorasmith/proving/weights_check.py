@@ -13,6 +13,7 @@ from math import prod
 
 import torch
 
+from lorasmith.errors import AdapterError
 from lorasmith.proving.weights_compare import (
     Block,
     LoadedTerm,
@@ -122,6 +123,14 @@ def parts(shape: tuple[int, ...], most: int) -> Iterator[tuple[Index, int]]:
 def _load(term: Term, expected: Expected, found: Stored) -> LoadedTerm:
     left = term.left.load()
     right = torch.ones(1, 1) if term.right is None else term.right.load()
+    for factor in (left, right):
+        if not bool(torch.isfinite(factor).all()):
+            raise AdapterError(
+                f"a factor of the update of {found.name!r} is not finite",
+                where=term.left.stored.file,
+                expected="finite numbers",
+                remedy="take a checkpoint of the training from before it diverged",
+            )
     grid = GRIDS[found.dtype]
     rank = sum(1 if each.right is None else each.right.load().shape[0] for each in expected.terms)
     kind = quick_type(grid, rank, DTYPES[expected.source.dtype])
@@ -142,7 +151,7 @@ def _run(task: _Task) -> Tally:
         terms = tuple(
             term for term in task.terms if term.first_row <= row < term.first_row + term.left.shape[0]
         )
-        tally.add(compare(Block(grid, row, found[start:end], source[start:end], terms)))
+        tally.add(compare(Block(task.found.name, grid, row, found[start:end], source[start:end], terms)))
     return tally
 
 

@@ -18,6 +18,7 @@ from fractions import Fraction
 import numpy as np
 import torch
 
+from lorasmith.errors import CheckpointError
 from lorasmith.proving import weights_rounding as rounding
 from lorasmith.proving.weights_rounding import Floats, Grid, Ints
 
@@ -52,7 +53,7 @@ class Tally:
     stale: int = 0
     """Wrong elements that hold what the base holds."""
     near: int = 0
-    """Wrong elements that are off by no more than a few roundings of the largest number involved."""
+    """Wrong elements that are off by no more than a few roundings of the sum's terms."""
     max_ulps: int = 0
     redone: int = 0
     buckets: dict[int, int] = field(default_factory=dict)
@@ -99,6 +100,7 @@ class LoadedTerm:
 class Block:
     """Rows of the matrix: what the merge stores, and what goes into the formula."""
 
+    name: str
     grid: Grid
     start: int
     """Row of the whole matrix that the block begins with."""
@@ -137,7 +139,7 @@ def _quick(block: Block) -> Ints:
     unit, smallest = torch.finfo(kind).eps / 2, torch.finfo(kind).smallest_normal
     # A product of rounded factors carries three more roundings each, the sum with S one, the difference one.
     bound = gamma(rank + 8, unit)
-    x = block.source.to(kind)
+    x = block.source.to(kind, copy=True)
     reach = torch.zeros(len(x), 1, dtype=torch.float64)
     for term in block.terms:
         left = term.left_rows(block.start, len(x)).to(torch.float64) * float(term.factor)
@@ -175,11 +177,20 @@ def _slow(block: Block, flat: Ints) -> Tally:
     at = torch.from_numpy(flat)
     magnitude, negative = grid.magnitudes(block.found.reshape(-1)[at])
     source = block.source.reshape(-1)[at].to(torch.float64).numpy()
-    x, error = _formula(block, source, rows, cols)
+    finite = np.isfinite(source)
+    if block.terms and not finite.all():
+        raise CheckpointError(f"the base's tensor {block.name!r} is not finite", expected="finite numbers")
+    x, error, size = _formula(block, source, rows, cols)
     base_sign = np.signbit(source)
     verdict = rounding.judge(grid, magnitude, negative, x, error, base_sign)
     expected, expected_negative = rounding.nearest(grid, np.nan_to_num(x), base_sign)
     right, open_ = verdict.right.copy(), np.flatnonzero(verdict.open)
+    if not finite.all():
+        # Infinities and NaNs that a buffer holds on purpose stay what they are when its precision changes.
+        found = np.where(magnitude > grid.infinity, np.nan, np.where(negative, -np.inf, np.inf))
+        same = (found == source) | (np.isnan(found) & np.isnan(source))
+        right[~finite] = (same & (magnitude >= grid.infinity))[~finite]
+        open_ = open_[finite[open_]]
     # The distance of a wrong element is exact too where its neighbours' midpoint is out of the error's reach.
     for k in open_:
         value = _exact(block, float(source[k]), int(rows[k]), int(cols[k]))
@@ -199,12 +210,12 @@ def _slow(block: Block, flat: Ints) -> Tally:
             shown = grid.show(int(magnitude[k]), bool(negative[k]))
             wanted_shown = grid.show(int(expected[k]), bool(expected_negative[k]))
             tally.first.append(Wrong(block.start + int(rows[k]), int(cols[k]), shown, wanted_shown, int(far)))
-        _explain(tally, grid, magnitude[wrong], negative[wrong], source[wrong], x[wrong])
+        _explain(tally, grid, magnitude[wrong], negative[wrong], source[wrong], x[wrong], size[wrong])
     return tally
 
 
-def _formula(block: Block, source: Floats, rows: Ints, cols: Ints) -> tuple[Floats, Floats]:
-    """x and a bound on its error, in float64, for single elements."""
+def _formula(block: Block, source: Floats, rows: Ints, cols: Ints) -> tuple[Floats, Floats, Floats]:
+    """x, a bound on its error, and Σ|summands|, in float64, for single elements."""
     x, size, rank = source.copy(), np.abs(source), 0
     touched = np.zeros(len(x), np.bool_)
     for term in block.terms:
@@ -218,7 +229,7 @@ def _formula(block: Block, source: Floats, rows: Ints, cols: Ints) -> tuple[Floa
     # Each product is rounded twice and c once, the sums rank + number of terms times; all in one bound.
     bound = gamma(rank + len(block.terms) + 4, 2.0**-53)
     tiny = rank * 2.0**-1070
-    return x, np.where(touched, bound * size * (1 + 2.0**-40) + tiny, 0.0)
+    return x, np.where(touched, bound * size * (1 + 2.0**-40) + tiny, 0.0), size
 
 
 def _exact(block: Block, source: float, row: int, col: int) -> Fraction:
@@ -277,7 +288,13 @@ def _count(tally: Tally, distance: Ints) -> None:
 
 
 def _explain(
-    tally: Tally, grid: Grid, magnitude: Ints, negative: rounding.Mask, source: Floats, x: Floats
+    tally: Tally,
+    grid: Grid,
+    magnitude: Ints,
+    negative: rounding.Mask,
+    source: Floats,
+    x: Floats,
+    size: Floats,
 ) -> None:
     """What a person wants to know of wrong elements: still the base's? the update, times what?"""
     nothing = np.zeros_like(source)
@@ -285,8 +302,7 @@ def _explain(
     tally.stale = int(base.right.sum())
     found = np.where(negative, -1.0, 1.0) * grid.value(np.minimum(magnitude, grid.infinity))
     update = x - source
-    largest = np.maximum(np.abs(source), np.maximum(np.abs(update), np.abs(x)))
-    tally.near = int((np.abs(found - x) <= largest * 2.0 ** (1 - grid.fraction_bits)).sum())
+    tally.near = int((np.abs(found - x) <= size * 2.0 ** (1 - grid.fraction_bits)).sum())
     with np.errstate(all="ignore"):
         moved, wanted = float(((found - source) * update).sum()), float((update * update).sum())
     if np.isfinite(moved) and np.isfinite(wanted):

@@ -137,7 +137,7 @@ class Report:
         elif tally.near == tally.wrong:
             code, text = (
                 "rounded-otherwise",
-                "rounded otherwise: no element is off by more than a few roundings",
+                "rounded otherwise: off by a few roundings at most",
             )
         else:
             code, text = "wrong-values", "wrong values"

@@ -1,0 +1,313 @@
+"""The proof as a person meets it: precisions, several adapters, records, audits, bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tests.proving.small import (
+    Tensors,
+    adapter_tensors,
+    base_tensors,
+    module,
+    right_merge,
+    write_adapter,
+    write_model,
+)
+from tests.tiny import save_adapter, save_base, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from lorasmith.errors import AdapterError, CheckpointError, InputError, UsageError
+from lorasmith.files import atomic, digests
+from lorasmith.proving.weights import prove
+from lorasmith.records.merging import MergeRecord
+from lorasmith.records.proof import WeightProof
+
+
+def folders(place: Path, **config: Any) -> tuple[Path, Path]:
+    """Base and adapter."""
+    base = write_model(place / "base", base_tensors())
+    return base, write_adapter(place / "adapter", adapter_tensors(), **config)
+
+
+def claim(base: Path, adapters: list[Path], merged: Path, **claims: Any) -> None:
+    """Write the record that lorasmith's merge leaves in its output."""
+    record = MergeRecord(
+        **{
+            "lorasmith_version": "0",
+            "base_sha256": digests.digest_folder(base),
+            "adapter_sha256": [digests.digest_folder(adapter) for adapter in adapters],
+            "adapter_weights": [1.0] * len(adapters),
+            "precision": "base",
+            "rounding": "nearest",
+            "tensors": [],
+            "copied": 0,
+            "cast": 0,
+            "elements_updated": 0,
+            "elements_swallowed": 0,
+            "swallowed_fraction": 0.0,
+            "files": digests.describe(digests.folder_files(merged), merged),
+            **claims,
+        }
+    )
+    atomic.write_record(merged / "lorasmith_merge.json", record)
+
+
+def codes(proof: WeightProof) -> set[str]:
+    """Codes of the findings."""
+    return {finding.code for finding in proof.findings}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_precision_of_base_and_merge(stored: torch.dtype, dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = base_tensors(dtype=stored)
+    base = write_model(tmp_path / "base", tensors)
+    adapter = write_adapter(tmp_path / "adapter", adapter_tensors())
+    merged = right_merge(tensors, [(adapter_tensors(), 2.0)], dtype)
+    proof = prove(base, adapter, write_model(tmp_path / "merged", merged))
+    assert proof.grade == "exact", proof.findings
+    assert proof.precision == ("base" if dtype == stored else str(dtype).removeprefix("torch."))
+    kinds = {tensor.kind for tensor in proof.tensors}
+    assert kinds == ({"merged", "copied"} if dtype == stored else {"merged", "cast", "copied"})
+
+
+def test_float32_arithmetic_is_not_the_correctly_rounded_result(tmp_path: Path) -> None:
+    base, adapter = folders(tmp_path)
+    tensors = right_merge(base_tensors(), [(adapter_tensors(), 2.0)], torch.float32)
+    for layer in range(2):
+        path = module(layer, "up_proj")
+        factors = adapter_tensors()
+        a, b = (factors[f"base_model.model.{path}.lora_{x}.weight"] for x in "AB")
+        tensors[f"{path}.weight"] = base_tensors()[f"{path}.weight"].float() + 2 * (b @ a)
+    proof = prove(base, adapter, write_model(tmp_path / "merged", tensors))
+    assert proof.grade == "different"
+    assert codes(proof) == {"rounded-otherwise"}
+    wrong = [tensor for tensor in proof.tensors if tensor.wrong]
+    assert {tensor.name for tensor in wrong} == {f"{module(layer, 'up_proj')}.weight" for layer in range(2)}
+    assert all(sum(tensor.ulps.values()) == tensor.wrong for tensor in wrong)
+
+
+def test_differences_name_element_and_values(tmp_path: Path) -> None:
+    base, adapter = folders(tmp_path)
+    tensors = right_merge(base_tensors(), [(adapter_tensors(), 2.0)])
+    name = f"{module(1, 'down_proj')}.weight"
+    right = float(tensors[name][4, 9])
+    tensors[name].view(torch.int16)[4, 9] += 3
+    proof = prove(base, adapter, write_model(tmp_path / "merged", tensors))
+    (difference,) = proof.differences
+    assert (difference.tensor, difference.index, difference.ulps) == (name, [4, 9], 3)
+    assert (difference.found, difference.expected) == (float(tensors[name][4, 9]), right)
+
+
+def test_several_adapters_are_weighted(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", base_tensors())
+    one, two = adapter_tensors(1), adapter_tensors(2, ties=False)
+    adapters = [write_adapter(tmp_path / "one", one), write_adapter(tmp_path / "two", two, use_rslora=True)]
+    weights = [0.75, -0.3]
+    # w·s of the second is a product of two float64 numbers: exact only as a rational.
+    merged = _weighted([(one, 0.75 * 2.0), (two, (-0.3, 6 / math.sqrt(3)))])
+    folder = write_model(tmp_path / "merged", merged)
+    assert prove(base, adapters, folder, weights=weights).grade == "exact"
+    assert prove(base, adapters[::-1], folder, weights=weights[::-1]).grade == "exact"
+    assert prove(base, adapters, folder, weights=[0.75, 0.3]).grade == "different"
+    assert prove(base, adapters, folder).grade == "different"
+    with pytest.raises(UsageError, match="1 weights"):
+        prove(base, adapters, folder, weights=[1.0])
+
+
+def _weighted(adapters: list[tuple[Tensors, Any]]) -> Tensors:
+    from fractions import Fraction
+
+    from tests.proving.small import add, factors, fractions, product, rounded
+
+    merged = base_tensors()
+    for name, tensor in merged.items():
+        path = name.removesuffix(".weight")
+        if f"base_model.model.{path}.lora_A.weight" in adapters[0][0]:
+            terms = []
+            for tensors, scale in adapters:
+                pair = scale if isinstance(scale, tuple) else (1.0, scale)
+                terms.append((Fraction(pair[0]) * Fraction(pair[1]), product(*factors(tensors, path))))
+            merged[name] = rounded(add((Fraction(1), fractions(tensor)), *terms), torch.bfloat16)
+    return merged
+
+
+def test_what_the_record_claims_is_checked(tmp_path: Path) -> None:
+    base, adapter = folders(tmp_path)
+    merged = write_model(tmp_path / "merged", right_merge(base_tensors(), [(adapter_tensors(), 2.0)]))
+    claim(base, [adapter], merged)
+    proof = prove(base, adapter, merged)
+    assert (proof.grade, proof.claimed, proof.findings) == ("exact", True, [])
+    assert proof.merged_sha256 == digests.digest_folder(merged)
+    claim(base, [adapter], merged, precision="float32")
+    assert "wrong-dtype" in codes(prove(base, adapter, merged))
+    claim(base, [adapter], merged)
+    (merged / "tokenizer.json").write_text('{"changed": 1}')
+    proof = prove(base, adapter, merged)
+    assert proof.grade == "different"
+    assert codes(proof) == {"record-disagrees", "tokenizer-differs"}
+
+
+def test_weights_come_from_the_record(tmp_path: Path) -> None:
+    base, adapter = folders(tmp_path)
+    merged = write_model(tmp_path / "merged", right_merge(base_tensors(), [(adapter_tensors(), 1.0)]))
+    assert prove(base, adapter, merged).grade == "different"
+    claim(base, [adapter], merged, adapter_weights=[0.5])
+    assert prove(base, adapter, merged).grade == "exact"
+    assert prove(base, adapter, merged, weights=[1.0]).grade == "different"
+
+
+def test_an_unknown_rounding_is_never_a_pass(tmp_path: Path) -> None:
+    base, adapter = folders(tmp_path)
+    merged = write_model(tmp_path / "merged", right_merge(base_tensors(), [(adapter_tensors(), 2.0)]))
+    claim(base, [adapter], merged, rounding="dithered", seed=1)
+    with pytest.raises(InputError, match="cannot check rounding 'dithered'"):
+        prove(base, adapter, merged)
+
+
+def test_calibrated_is_bounded_and_only_where_the_adapter_acts(tmp_path: Path) -> None:
+    base, adapter = folders(tmp_path)
+    tensors = right_merge(base_tensors(), [(adapter_tensors(), 2.0)])
+    name = f"{module(0, 'up_proj')}.weight"
+    tensors[name].view(torch.int16)[:, ::2] += 2
+    merged = write_model(tmp_path / "merged", tensors)
+    assert prove(base, adapter, merged).grade == "different"
+    claim(base, [adapter], merged, rounding="calibrated")
+    proof = prove(base, adapter, merged)
+    assert (proof.grade, proof.bound_ulps) == ("bounded", 2)
+    tensors[name].view(torch.int16)[3, 3] += 300
+    merged = write_model(tmp_path / "far", tensors)
+    claim(base, [adapter], merged, rounding="calibrated")
+    assert prove(base, adapter, merged).grade == "different"
+    tensors = right_merge(base_tensors(), [(adapter_tensors(), 2.0)])
+    tensors["model.embed_tokens.weight"].view(torch.int16)[3, 3] += 1
+    merged = write_model(tmp_path / "untouched", tensors)
+    claim(base, [adapter], merged, rounding="calibrated")
+    assert prove(base, adapter, merged).grade == "different"
+
+
+def test_the_record_is_written_and_read_back(tmp_path: Path) -> None:
+    base, adapter = folders(tmp_path)
+    merged = write_model(tmp_path / "merged", right_merge(base_tensors(), [(adapter_tensors(), 2.0)]))
+    proof = prove(base, adapter, merged, output=tmp_path / "proof" / "weights.json")
+    assert atomic.read_record(tmp_path / "proof" / "weights.json", WeightProof) == proof
+
+
+def test_an_audit_tells_dropped_from_rounded_otherwise(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    merged.save_pretrained(tmp_path / "merged")
+    tiny_tokenizer().save_pretrained(tmp_path / "merged")
+    proof = prove(base, adapter, tmp_path / "merged")
+    assert proof.grade == "different"
+    assert "rounded-otherwise" in codes(proof)
+    shard = tmp_path / "merged" / "model.safetensors"
+    tensors = load_file(shard)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = load_file(base / "model.safetensors")[name]
+    write_model(tmp_path / "merged", tensors)
+    proof = prove(base, adapter, tmp_path / "merged")
+    notes = {tensor.name: tensor.note for tensor in proof.tensors}
+    assert "dropped" in notes[name]
+    assert not notes["model.norm.weight"]
+    dropped = next(finding for finding in proof.findings if finding.code == "update-dropped")
+    assert name in dropped.message
+
+
+def test_an_audit_estimates_a_wrong_scale(tmp_path: Path) -> None:
+    base, adapter = folders(tmp_path)
+    merged = write_model(tmp_path / "merged", right_merge(base_tensors(), [(adapter_tensors(), 6.0)]))
+    proof = prove(base, adapter, merged)
+    notes = {tensor.note for tensor in proof.tensors if tensor.wrong and "q_proj" not in tensor.name}
+    assert notes == {"wrong values: the update looks applied 3 times"}
+
+
+def _config(adapter: Path, **changes: Any) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"r": 0}, "r is 0"),
+        ({"r": 4}, "r = 4"),
+        ({"rank_pattern": {"q_proj": 2}}, "r = 2"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"some_new_setting": 3}, "some_new_setting"),
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"lora_bias": True}, "lora_B.bias"),
+        ({"alpha_pattern": {"(": 3}}, "alpha_pattern"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    base, adapter = folders(tmp_path)
+    merged = write_model(tmp_path / "merged", right_merge(base_tensors(), [(adapter_tensors(), 2.0)]))
+    _config(adapter, **changes)
+    with pytest.raises(AdapterError) as error:
+        prove(base, adapter, merged)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"base_model.model.{module(0, 'q_proj')}.lora_B.weight"), "no lora_B"),
+        (lambda t: t.update({"base_model.model.x.lora_C.weight": torch.ones(1)}), "has no"),
+        (lambda t: t.update({"stray": torch.ones(1)}), "stray"),
+        (
+            lambda t: t.update(
+                {
+                    "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(3, 12),
+                    "base_model.model.model.layers.9.mlp.up_proj.lora_B.weight": torch.ones(16, 3),
+                }
+            ),
+            "layers.9",
+        ),
+        (
+            lambda t: t.update(
+                {f"base_model.model.{module(0, 'q_proj')}.lora_A.default.weight": torch.ones(1)}
+            ),
+            "adapter's name",
+        ),
+        (lambda t: t[f"base_model.model.{module(0, 'q_proj')}.lora_A.weight"].fill_(math.nan), "not finite"),
+        (lambda t: t[f"base_model.model.{module(0, 'q_proj')}.lora_B.weight"].fill_(math.inf), "not finite"),
+    ],
+)
+def test_adapter_tensors_without_a_place_are_refused(change: Any, message: str, tmp_path: Path) -> None:
+    base, _ = folders(tmp_path)
+    merged = write_model(tmp_path / "merged", right_merge(base_tensors(), [(adapter_tensors(), 2.0)]))
+    tensors = adapter_tensors()
+    change(tensors)
+    adapter = write_adapter(tmp_path / "changed", tensors)
+    with pytest.raises(AdapterError) as error:
+        prove(base, adapter, merged)
+    assert message in str(error.value)
+
+
+def test_bases_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    _, adapter = folders(tmp_path)
+    merged = write_model(tmp_path / "merged", right_merge(base_tensors(), [(adapter_tensors(), 2.0)]))
+    with pytest.raises(InputError):
+        prove(tmp_path / "nowhere", adapter, merged)
+    quantized = write_model(tmp_path / "quantized", base_tensors(), quantization_config={"bits": 4})
+    with pytest.raises(CheckpointError, match="quantized"):
+        prove(quantized, adapter, merged)
+    tensors = base_tensors()
+    tensors[f"{module(0, 'q_proj')}.weight"][0, 0] = math.nan
+    with pytest.raises(CheckpointError, match="not finite"):
+        prove(write_model(tmp_path / "nan", tensors), adapter, merged)
