@@ -1,4 +1,4 @@
-"""What all tests share: no network, a cache of their own, and the folder of real benchmark rows if there is one."""
+"""What all tests share: no network, a cache of their own, and the real benchmark rows where there are any."""
 
 from __future__ import annotations
 

@@ -1,0 +1,206 @@
+"""The command line as a person types it: help at once, exit codes, one message for a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorasmith.cli import COMMANDS, GROUPS
+from lorasmith.files.jsonl import write_rows
+from tests.tiny import save_adapter, save_base, tiny_rows
+
+LORASMITH = [sys.executable, "-m", "lorasmith.cli.main"]
+PATHS = [[name] for name, _ in COMMANDS] + [[group, name] for group, _, inner in GROUPS for name, _ in inner]
+
+HELP_CPU_SECONDS = 0.3
+"""What answering `--help` may cost; without torch it costs about half of it."""
+
+
+def lorasmith(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*LORASMITH, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base/`, `adapter/`, `test.jsonl` in one folder."""
+    folder = tmp_path_factory.mktemp("models")
+    save_adapter(folder / "adapter", save_base(folder / "base"))
+    write_rows(folder / "test.jsonl", tiny_rows(8))
+    return folder
+
+
+@pytest.mark.parametrize("path", [[], *PATHS], ids=lambda path: " ".join(path) or "lorasmith")
+def test_help_has_an_example_and_answers_at_once(path: list[str]) -> None:
+    def once() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = lorasmith(*path, "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        assert "lorasmith" in done.stdout
+        assert path == [] or "Example: lorasmith " + " ".join(path) in " ".join(done.stdout.split())
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    # Processor time too moves on a shared machine (cold caches, a slower clock): the best of three counts.
+    assert min(once() for _ in range(3)) < HELP_CPU_SECONDS
+
+
+def test_version() -> None:
+    assert lorasmith("--version").stdout.startswith("lorasmith 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["nonsense"], ["merge", "--bas", "x"], ["merge"], ["merge", "--base", "b"], ["run", "--seed", "x"]],
+    ids=" ".join,
+)
+def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
+    done = lorasmith(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_merge_prove_and_what_they_print(models: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    done = lorasmith(
+        "merge", "--base", models / "base", "--adapter", models / "adapter", "--output", merged, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["format"] == "lorasmith/merge/1"
+    proof = lorasmith("prove", "--base", models / "base", "--adapter", models / "adapter", "--merged", merged)
+    assert proof.returncode == 0, proof.stderr
+    assert "Weights: exact" in proof.stdout
+
+
+def test_a_damaged_merge_is_different_and_ends_with_1(models: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    assert not lorasmith(
+        "merge", "--base", models / "base", "--adapter", models / "adapter", "--output", merged
+    ).returncode
+    shard = merged / "model.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    done = lorasmith("prove", "--base", models / "base", "--adapter", models / "adapter", "--merged", merged)
+    assert done.returncode == 1
+    assert "Weights: different" in done.stdout
+
+
+def test_validate_writes_and_shows_its_result(models: Path, tmp_path: Path) -> None:
+    done = lorasmith(
+        "validate", "--model", models / "base", "--adapter", models / "adapter",
+        "--test-set", models / "test.jsonl", "--output", tmp_path / "v",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "LoRA Model Results:" in done.stdout
+    assert {path.name for path in (tmp_path / "v").iterdir()} == {"adapter.json", "adapter.parquet"}
+
+
+def good(models: Path, tmp_path: Path) -> dict[str, Path]:
+    return {
+        "base": models / "base",
+        "adapter": models / "adapter",
+        "test-set": models / "test.jsonl",
+        "output": tmp_path / "run",
+    }
+
+
+def write(path: Path, content: str) -> Path:
+    path.write_text(content)
+    return path
+
+
+ROW = '{"id": "1", "prompt": "a", "response": "b", "metadata": {"source": "s"}}\n'
+
+
+@pytest.mark.parametrize(
+    ("option", "make", "said"),
+    [
+        ("base", lambda tmp: tmp / "absent", "absent"),
+        ("adapter", lambda tmp: tmp / "absent", "absent"),
+        ("adapter", lambda tmp: (tmp / "empty").mkdir() or tmp / "empty", "adapter_config.json"),
+        ("test-set", lambda tmp: tmp / "absent.jsonl", "absent.jsonl"),
+        ("test-set", lambda tmp: write(tmp / "t.jsonl", ""), "no rows"),
+        ("test-set", lambda tmp: write(tmp / "t.jsonl", ROW + '{"id": "2", "prompt": "a"}\n'), "t.jsonl:2"),
+        ("test-set", lambda tmp: write(tmp / "t.jsonl", ROW + "{broken\n"), "t.jsonl:2"),
+        ("test-set", lambda tmp: write(tmp / "t.jsonl", ROW + ROW), "t.jsonl:2"),
+    ],
+    ids=[
+        "no base", "no adapter", "empty adapter", "no test set",
+        "empty test set", "no response", "not JSON", "doubled id",
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_message_and_exit_2(
+    models: Path, tmp_path: Path, option: str, make: object, said: str
+) -> None:
+    options = {**good(models, tmp_path), option: make(tmp_path)}  # type: ignore[operator]
+    done = lorasmith("run", *(part for name, path in options.items() for part in (f"--{name}", path)))
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_an_adapter_for_another_base_is_refused(models: Path, tmp_path: Path) -> None:
+    wrong = save_base(tmp_path / "wrong", hidden_size=64)
+    options = {**good(models, tmp_path), "base": wrong}
+    done = lorasmith("run", *(part for name, path in options.items() for part in (f"--{name}", path)))
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "merged").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_ends_with_3_and_leaves_nothing_half_written(models: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], check=False)
+    if mounted.returncode:
+        pytest.skip("this machine does not let tests mount a small disk")
+    try:
+        done = lorasmith(
+            "merge", "--base", models / "base", "--adapter", models / "adapter", "--output", disk / "merged"
+        )
+        assert done.returncode == 3, done.stderr
+        assert "free" in done.stderr
+        assert not (disk / "merged").exists()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_folder_without_permission_ends_with_3(models: Path, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    arguments = ["run"]
+    for name, path in {**good(models, tmp_path), "output": locked / "run"}.items():
+        arguments += [f"--{name}", str(path)]
+    prefix = ["setpriv", "--reuid=65534", "--clear-groups"] if os.geteuid() == 0 else []
+    for folder in (models, *models.rglob("*"), *tmp_path.parents):
+        if str(folder).startswith(str(tmp_path.parents[1])):
+            folder.chmod(folder.stat().st_mode | 0o055 if folder.is_dir() else 0o644)
+    environment = {**os.environ, "LORASMITH_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [*prefix, *LORASMITH, *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+    if "setpriv" in done.stderr or "No module named" in done.stderr or "Permission denied" in done.stderr:
+        pytest.skip(f"another user cannot run this Python: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 3, done.stderr
+    assert "permission denied" in done.stderr
+    assert str(locked) in done.stderr
+
+
+def test_the_printed_config_is_read_again(models: Path, tmp_path: Path) -> None:
+    arguments = [part for name, path in good(models, tmp_path).items() for part in (f"--{name}", path)]
+    printed = lorasmith("run", *arguments, "--seed", 7, "--print-config")
+    assert printed.returncode == 0, printed.stderr
+    assert "seed = 7" in printed.stdout
+    config = write(tmp_path / "run.toml", printed.stdout)
+    again = lorasmith("run", "--config", config, "--print-config")
+    assert again.stdout == printed.stdout
