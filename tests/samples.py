@@ -24,6 +24,7 @@ from lorasmith.records.merging import MergedTensor, MergeRecord
 from lorasmith.records.proof import (
     BehaviourProof,
     ComparisonRecord,
+    ExampleComparison,
     Flip,
     KLStatistics,
     PairedEffect,
@@ -389,6 +390,17 @@ def write_proof(run: Path, rows: list[Example], test_set: FileDigest, losses: Lo
             flips=[
                 Flip(example=row.id, position=0, token_a=271, token_b=198, margin=0.01 * (index + 1))
                 for index, row in enumerate(rows[:10])
+            ],
+            examples=[
+                ExampleComparison(
+                    id=row.id,
+                    tokens=len(a),
+                    loss_delta=sum(b) / len(b) - sum(a) / len(a),
+                    mean_kl=1e-5 * (index + 1),
+                    max_abs_delta=1e-3,
+                    flips=1 if index < 10 else 0,
+                )
+                for index, (row, (a, b)) in enumerate(zip(rows, pairs, strict=True))
             ],
         ),
     )

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from lorasmith.errors import InputError, os_errors
 from lorasmith.files.jsonl import read_rows
+from lorasmith.records.proof import ExampleComparison
 from lorasmith.records.redaction import is_redacted
 from lorasmith.reporting.load import ROLES, RunRecords
 from lorasmith.reporting.tokens import Pieces
@@ -29,7 +30,7 @@ class Explorer:
     """What the page's script reads."""
 
     index: dict[str, Any]
-    """Columns over all examples: ids, groups (as numbers into their names), losses, flips."""
+    """Columns over all examples: ids, groups (as numbers into their names), losses, flips, divergence."""
     chunks: list[str]
     """Base64 of deflated JSON, `CHUNK` examples each: prompt, response, pieces, losses."""
 
@@ -60,14 +61,12 @@ def build_explorer(records: RunRecords) -> Explorer | None:
     if not scored:
         raise InputError("no row of the test set was scored", where=test_set, remedy="validate again")
     pieces = Pieces.load(records.folder / "merged" / "tokenizer.json")
-    flips: dict[str, int] = {}
-    for flip in records.behaviour.flips if records.behaviour else []:
-        flips[flip.example] = flips.get(flip.example, 0) + 1
+    compared = {entry.id: entry for entry in records.behaviour.examples} if records.behaviour else {}
     chunks = [
         _pack([_detail(row, tables, pieces) for row in scored[start : start + CHUNK]])
         for start in range(0, len(scored), CHUNK)
     ]
-    return Explorer(_index(scored, tables, flips), chunks)
+    return Explorer(_index(scored, tables, compared), chunks)
 
 
 def _read_table(path: Path) -> dict[str, _Scored]:
@@ -85,7 +84,9 @@ def _read_table(path: Path) -> dict[str, _Scored]:
 
 
 def _index(
-    rows: Sequence[dict[str, Any]], tables: dict[str, dict[str, _Scored]], flips: dict[str, int]
+    rows: Sequence[dict[str, Any]],
+    tables: dict[str, dict[str, _Scored]],
+    compared: dict[str, ExampleComparison],
 ) -> dict[str, Any]:
     index: dict[str, Any] = {"id": [row["id"] for row in rows], "chunk": CHUNK, "roles": list(tables)}
     for kind in ("source", "domain", "difficulty"):
@@ -98,7 +99,9 @@ def _index(
     index["tokens"] = [
         next((table[row["id"]].tokens for table in tables.values() if row["id"] in table), 0) for row in rows
     ]
-    index["flips"] = [flips.get(row["id"], 0) for row in rows]
+    pairs = [compared.get(row["id"]) for row in rows]
+    index["flips"] = [pair.flips if pair else 0 for pair in pairs]
+    index["kl"] = [_rounded(pair.mean_kl, 3) if pair else None for pair in pairs]
     return index
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.proof import TokenComparison
-from lorasmith.reporting.figures import Axis, log_axis
+from lorasmith.reporting.figures import Axis, linear_axis, log_axis
 from lorasmith.reporting.groups import ALL, sort_groups
 from lorasmith.reporting.load import RunRecords
 
@@ -83,6 +85,73 @@ def divergence_tables(records: RunRecords) -> list[DivergenceTable]:
 def _values(entry: TokenComparison) -> dict[str, float]:
     names = ["mean", "max", *(name for name, _ in QUANTILES)]
     return {name: getattr(entry.kl, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Examples whose difference lies within low … high."""
+
+    low: float
+    high: float
+    count: int
+    height: float
+    """In percent of the tallest bar."""
+    side: str
+    """`better`, `even` (around zero) or `worse`."""
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How the examples moved by the merge: merged minus adapter, nats per token."""
+
+    axis: Axis
+    bars: list[Bar]
+    better: int
+    worse: int
+    same: int
+    largest: float
+
+
+_BARS = 41
+"""Odd, so that one bar stands around zero."""
+_CORE = 0.98
+"""Fraction of the examples that the axis covers; the outer bars hold the few that lie beyond."""
+
+
+def shifts(index: Mapping[str, Any]) -> Shift | None:
+    """A histogram from the explorer's columns; None unless both models scored some example."""
+    if "merged" not in index or "adapter" not in index:
+        return None
+    pairs = zip(index["merged"], index["adapter"], strict=True)
+    moves = [merged - adapter for merged, adapter in pairs if merged is not None and adapter is not None]
+    if not moves:
+        return None
+    sizes = sorted(abs(move) for move in moves)
+    reach = sizes[min(len(sizes) - 1, int(_CORE * len(sizes)))] or sizes[-1] or 1e-6
+    width = 2 * reach / _BARS
+    counts = [0] * _BARS
+    for move in moves:
+        counts[min(_BARS - 1, max(0, int((move + reach) // width)))] += 1
+    middle = _BARS // 2
+    bars = [
+        Bar(
+            low=-reach + place * width,
+            high=-reach + (place + 1) * width,
+            count=number,
+            height=round(100 * number / max(counts), 2),
+            side="better" if place < middle else "even" if place == middle else "worse",
+        )
+        for place, number in enumerate(counts)
+    ]
+    ticks = tuple(tick for tick in linear_axis([-reach, reach]).ticks if abs(tick) <= reach)
+    return Shift(
+        axis=Axis(-reach, reach, ticks),
+        bars=bars,
+        better=sum(move < 0 for move in moves),
+        worse=sum(move > 0 for move in moves),
+        same=sum(move == 0 for move in moves),
+        largest=max(moves, key=abs),
+    )
 
 
 _LAYER = re.compile(r"^(?P<stem>.*?)\.(?P<layer>\d+)\.(?P<module>.+?)(\.weight)?$")

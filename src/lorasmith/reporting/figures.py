@@ -76,6 +76,15 @@ class Axis:
     ticks: tuple[float, ...]
     log: bool = False
 
+    def labels(self) -> list[tuple[float, str]]:
+        """Place in percent and text of each tick."""
+        return [(self.at(tick), self._label(tick)) for tick in self.ticks]
+
+    def _label(self, tick: float) -> str:
+        if self.log:
+            return f"{tick:.0e}".replace("e-0", "e-").replace("e+0", "e")
+        return plain(round(tick, 12)).replace("-", _MINUS, 1 if tick < 0 else 0)
+
     def at(self, value: float) -> float:
         """Position in percent of the axis, 0..100; a value outside lies on the edge."""
         low, high, here = self.low, self.high, value
@@ -108,5 +117,5 @@ def log_axis(values: list[float]) -> Axis:
     positive = [value for value in values if value > 0] or [1.0]
     low = math.floor(math.log10(min(positive)))
     high = max(low + 1, math.ceil(math.log10(max(positive))))
-    stride = max(1, math.ceil((high - low) / 7))
+    stride = max(1, math.ceil((high - low) / 6))
     return Axis(10.0**low, 10.0**high, tuple(10.0**power for power in range(low, high + 1, stride)), log=True)

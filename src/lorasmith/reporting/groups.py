@@ -53,8 +53,8 @@ class EffectRow:
     name: str
     effect: PairedEffect
     at: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -139,15 +139,16 @@ def effect_tables(records: RunRecords) -> list[EffectTable]:
     for kind, groups in (comparison.adapter_effect_groups or {"": {}}).items():
         found = {ALL: comparison.adapter_effect}
         found.update({name: groups[name] for name in sort_groups(kind, set(groups))})
-        ends = [end for effect in found.values() for end in (effect.interval.low, effect.interval.high)]
+        spans = [effect.interval for effect in found.values() if effect.interval]
+        ends = [end for span in spans for end in (span.low, span.high)]
         axis = linear_axis(ends + [effect.loss_delta for effect in found.values()], include=0.0)
         rows = [
             EffectRow(
                 name,
                 effect,
                 axis.at(effect.loss_delta),
-                axis.at(effect.interval.low),
-                axis.at(effect.interval.high),
+                axis.at(effect.interval.low) if effect.interval else None,
+                axis.at(effect.interval.high) if effect.interval else None,
             )
             for name, effect in found.items()
         ]

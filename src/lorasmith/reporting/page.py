@@ -16,7 +16,7 @@ from lorasmith.files.atomic import write_bytes
 from lorasmith.files.machine import human_bytes
 from lorasmith.reporting import figures
 from lorasmith.reporting.explorer import Explorer, build_explorer
-from lorasmith.reporting.fidelity import FLOOR, QUANTILES, divergence_tables, heat_map
+from lorasmith.reporting.fidelity import FLOOR, QUANTILES, divergence_tables, heat_map, shifts
 from lorasmith.reporting.groups import ALL, effect_tables, model_tables, sort_groups
 from lorasmith.reporting.load import RunRecords, load_run
 from lorasmith.reporting.provenance import GLOSSARY, facts, provenance
@@ -48,6 +48,7 @@ def render(records: RunRecords) -> str:
         "effects": effect_tables(records),
         "divergences": divergence_tables(records),
         "heat": heat_map(records.merge),
+        "shift": shifts(explorer.index) if explorer else None,
         "explorer": explorer,
         "index_json": _script_json(explorer.index) if explorer else Markup(),
         "findings": records.findings(),
@@ -72,6 +73,7 @@ def _environment() -> Environment:
     environment.globals.update(
         number=figures.number,
         plain=figures.plain,
+        plural=figures.plural,
         signed=figures.signed,
         percent=figures.percent,
         count=figures.count,

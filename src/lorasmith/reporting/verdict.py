@@ -80,10 +80,14 @@ def _worst(found: list[Claim]) -> str:
 def describe_effect(effect: PairedEffect) -> str:
     """`loss 2.31 → 1.20 nats per token (Δ −1.11, 95 % interval −1.20 … −1.02)`."""
     span = effect.interval
+    interval = (
+        f", {100 * span.level:.0f} % interval {signed(span.low)} … {signed(span.high)}"
+        if span
+        else ", without an interval"
+    )
     return (
         f"loss {number(effect.loss_a)} → {number(effect.loss_b)} nats per token "
-        f"(Δ {signed(effect.loss_delta)}, {100 * span.level:.0f} % interval "
-        f"{signed(span.low)} … {signed(span.high)})"
+        f"(Δ {signed(effect.loss_delta)}{interval})"
     )
 
 
