@@ -1,15 +1,17 @@
-"""A headless Chromium for tests, spoken to over a pipe in the DevTools protocol: no driver, no extra package."""
+"""A headless Chromium for tests, spoken to over a pipe in the DevTools protocol: no driver is needed."""
 
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
 import shutil
-import subprocess
+import signal
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -42,13 +44,8 @@ class Browser:
         self._profile = tempfile.mkdtemp(prefix="lorasmith-chromium-")
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
-        # The browser reads commands from descriptor 3 and answers on 4.
-        command = f'exec "$@" 3<&{to_browser} 4>&{from_browser}'
-        self._process = subprocess.Popen(
-            ["sh", "-c", command, "sh", CHROMIUM, *_FLAGS, f"--user-data-dir={self._profile}", "about:blank"],
-            pass_fds=(to_browser, from_browser),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+        self._process = _spawn(
+            [CHROMIUM, *_FLAGS, f"--user-data-dir={self._profile}", "about:blank"], to_browser, from_browser
         )
         os.close(to_browser)
         os.close(from_browser)
@@ -95,9 +92,9 @@ class Browser:
         self._wait_for(holds)
         return found[0]
 
-    def print_pdf(self) -> bytes:
-        """The page as it prints."""
-        return base64.b64decode(self._call("Page.printToPDF", printBackground=False)["data"])
+    def emulate_media(self, media: str) -> None:
+        """`print`, or the empty string for the screen again."""
+        self._call("Emulation.setEmulatedMedia", media=media)
 
     def screenshot(self, file: Path, *, whole: bool = False) -> None:
         """What the window shows, or the whole page, as PNG."""
@@ -111,8 +108,9 @@ class Browser:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._write)
-        self._process.terminate()
-        self._process.wait(timeout=20)
+        with suppress(ProcessLookupError):
+            os.kill(self._process, signal.SIGTERM)
+        os.waitpid(self._process, 0)
         os.close(self._read)
         shutil.rmtree(self._profile, ignore_errors=True)
 
@@ -164,3 +162,15 @@ class Browser:
                 self.problems.append(params["entry"]["text"])
             case "Network.requestWillBeSent":
                 self.requests.append(params["request"]["url"])
+
+
+def _spawn(command: list[str], commands: int, answers: int) -> int:
+    """Start the browser, which reads commands from descriptor 3 and answers on 4; returns its process id."""
+    # Out of the way of 3 and 4 first: a pipe may have been given one of these numbers.
+    commands, answers = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (commands, answers))
+    quiet = [(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_WRONLY, 0) for stream in (1, 2)]
+    ends = [(os.POSIX_SPAWN_DUP2, commands, 3), (os.POSIX_SPAWN_DUP2, answers, 4)]
+    process = os.posix_spawn(command[0], command, os.environ, file_actions=[*quiet, *ends])
+    os.close(commands)
+    os.close(answers)
+    return process

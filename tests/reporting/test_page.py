@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.samples import SECRET, sample_examples, sample_run
 
 from lorasmith.errors import DataError, InputError
 from lorasmith.files.atomic import read_record, write_record
@@ -22,6 +21,7 @@ from lorasmith.records.dataset import Example, Metadata
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.release import TimingRecord
 from lorasmith.reporting.page import write_report
+from tests.samples import SECRET, sample_examples, sample_run
 
 
 class Page(HTMLParser):
