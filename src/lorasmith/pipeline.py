@@ -30,13 +30,12 @@ from lorasmith.stages import Stage, open_run
 
 @dataclass(frozen=True)
 class Step:
-    """One heading of the run: its stage, and the record that tells what came of it."""
+    """One heading of the run: its stage, and the records that tell what came of it."""
 
     title: str
     stage: Stage
-    shows: str
-    """File of the record, below the run folder."""
-    kind: type[Record]
+    shows: Mapping[str, type[Record]]
+    """File below the run folder → its kind of record."""
 
 
 def run(
@@ -59,7 +58,8 @@ def run(
             watch.step(number, len(steps), step.title)
             timing = folder.perform(step.stage)
             watch.finished(step.stage.name, reused=timing.reused, seconds=timing.wall_seconds)
-            watch.show(step.stage.name, read_record(folder.path / step.shows, step.kind))
+            for name, kind in step.shows.items():
+                watch.show(step.stage.name, read_record(folder.path / name, kind))
         _write_report(folder.path)
     return load_result(asked.output)
 
@@ -87,8 +87,7 @@ def plan(config: RunConfig, progress: Progress) -> list[Step]:
                 outputs=["testset"],
                 action=partial(_prepare_test_set, config, progress),
             ),
-            "testset/statistics.json",
-            DatasetStatistics,
+            {"testset/statistics.json": DatasetStatistics, "testset/contamination.json": ContaminationRecord},
         ),
         validate("Validate base model", "base", config.base, None),
         validate("Validate LoRA model", "adapter", config.base, config.adapter),
@@ -103,8 +102,7 @@ def plan(config: RunConfig, progress: Progress) -> list[Step]:
                     config.base, config.adapter, merged, progress=progress, **merge_options
                 ),
             ),
-            "merged/lorasmith_merge.json",
-            MergeRecord,
+            {"merged/lorasmith_merge.json": MergeRecord},
         ),
         Step(
             "Prove the weights",
@@ -121,8 +119,7 @@ def plan(config: RunConfig, progress: Progress) -> list[Step]:
                     progress=progress,
                 ),
             ),
-            "proof/weights.json",
-            WeightProof,
+            {"proof/weights.json": WeightProof},
         ),
         validate("Validate merged model", "merged", merged, None),
         Step(
@@ -143,8 +140,7 @@ def plan(config: RunConfig, progress: Progress) -> list[Step]:
                     **scoring,
                 ),
             ),
-            "proof/behaviour.json",
-            BehaviourProof,
+            {"proof/behaviour.json": BehaviourProof},
         ),
         _comparison_step(config),
         _gates_step(config),
@@ -217,7 +213,7 @@ def _validation_step(
             model, test_set, folder, adapter=adapter, role=role, progress=progress, **scoring
         ),
     )
-    return Step(title, stage, f"validation/{role}.json", ValidationResult)
+    return Step(title, stage, {f"validation/{role}.json": ValidationResult})
 
 
 def _comparison_step(config: RunConfig) -> Step:
@@ -243,7 +239,7 @@ def _comparison_step(config: RunConfig) -> Step:
     stage = Stage(
         "comparison", {**tables, **proofs}, {"seed": config.seed}, ["proof/comparison.json"], summarise
     )
-    return Step("Three models side by side", stage, "proof/comparison.json", ComparisonRecord)
+    return Step("Three models side by side", stage, {"proof/comparison.json": ComparisonRecord})
 
 
 _MEASURED = (
@@ -268,7 +264,7 @@ def _gates_step(config: RunConfig) -> Step:
             config.output / "gates.json", evaluate(gates, load_measured(config.output))
         ),
     )
-    return Step("Gates", stage, "gates.json", GateRecord)
+    return Step("Gates", stage, {"gates.json": GateRecord})
 
 
 def _package_step(config: RunConfig, progress: Progress) -> Step:
@@ -290,7 +286,7 @@ def _package_step(config: RunConfig, progress: Progress) -> Step:
             progress=progress,
         ),
     )
-    return Step("Report and package", stage, "package/manifest.json", PackageManifest)
+    return Step("Report and package", stage, {"package/manifest.json": PackageManifest})
 
 
 def _write_report(run_folder: Path) -> None:

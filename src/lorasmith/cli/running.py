@@ -43,6 +43,7 @@ class TerminalWatcher:
 
 _VIEWS: dict[str, Any] = {
     "DatasetStatistics": views.show_statistics,
+    "ContaminationRecord": views.show_contamination,
     "TrainRecord": views.show_training,
     "ValidationResult": views.show_validation,
     "MergeRecord": views.show_merge,

@@ -12,9 +12,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lorasmith.records.base import Finding
-    from lorasmith.records.dataset import DatasetStatistics
+    from lorasmith.records.dataset import ContaminationRecord, DatasetStatistics
     from lorasmith.records.merging import MergeRecord
-    from lorasmith.records.proof import BehaviourProof, ComparisonRecord, TensorProof, WeightProof
+    from lorasmith.records.proof import (
+        BehaviourProof,
+        ComparisonRecord,
+        PairedEffect,
+        TensorProof,
+        WeightProof,
+    )
     from lorasmith.records.release import GateRecord, GateResult, PackageManifest, StageTiming
     from lorasmith.records.scoring import GroupMetrics, ValidationResult
     from lorasmith.records.training import TrainRecord
@@ -51,6 +57,18 @@ def show_statistics(record: DatasetStatistics, console: Console) -> None:
     ]
     console.print(table(f"{record.examples} examples", ("group", "examples"), rows))
     show_findings(record.findings, console)
+
+
+def show_contamination(record: ContaminationRecord, console: Console) -> None:
+    """Whether the test set is independent of the training data, and the first rows that are not."""
+    colour = {"independent": "green", "contaminated": "red"}.get(record.verdict, "yellow")
+    reason = f": {record.reason}" if record.reason else ""
+    console.print(
+        f"Independence from the training data: [{colour}]{record.verdict}[/]{reason}", soft_wrap=True
+    )
+    rows = [(hit.kind, hit.test_id, hit.train_id, f"{hit.score:.2f}") for hit in record.hits[:10]]
+    if rows:
+        console.print(table("First overlaps", ("kind", "test row", "training row", "score"), rows))
 
 
 def show_validation(result: ValidationResult, console: Console) -> None:
@@ -171,16 +189,13 @@ def show_comparison(record: ComparisonRecord, console: Console) -> None:
     effects = [("merged against adapter", record.merge_effect)]
     if record.adapter_effect:
         effects.insert(0, ("adapter against base", record.adapter_effect))
-    rows = [
-        (
-            name,
-            f"{effect.loss_delta:+.6f}",
-            f"{effect.interval.low:+.6f} to {effect.interval.high:+.6f}",
-            effect.verdict,
-        )
-        for name, effect in effects
-    ]
+    rows = [(name, f"{effect.loss_delta:+.6f}", _span(effect), effect.verdict) for name, effect in effects]
     console.print(table("Effects on the loss", ("", "Δ", "95 % interval", "verdict"), rows))
+
+
+def _span(effect: PairedEffect) -> str:
+    found = effect.interval
+    return f"{found.low:+.6f} to {found.high:+.6f}" if found else "not measured"
 
 
 def show_gates(record: GateRecord, console: Console) -> None:
