@@ -1,0 +1,60 @@
+"""The route of the arithmetic is chosen by measurement and never stays switched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lorasmith.errors import UsageError
+from lorasmith.models.arithmetic import (
+    Probe,
+    choose_route,
+    prefers_onednn,
+    probe,
+    resolve_device,
+    use_route,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_the_switches_are_put_back_after_an_error_too() -> None:
+    before = (torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+    with pytest.raises(ZeroDivisionError), use_route(choose_route("mkl", CPU)):
+        assert torch.is_inference_mode_enabled()
+        raise ZeroDivisionError
+    after = (torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+    assert after == before
+    assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "error", "wanted"),
+    [
+        (0.5, 1.0e-6, True),  # twice as fast at a float32 error
+        (0.9, 4.0e-7, False),  # nearly a tie: would change from run to run
+        (0.1, 3.0e-3, False),  # a matrix unit that really computes in bfloat16
+    ],
+)
+def test_onednn_must_be_clearly_faster_and_accurate(seconds: float, error: float, wanted: bool) -> None:
+    measured = Probe(mkl_seconds=1.0, onednn_seconds=seconds, mkl_error=4e-7, onednn_error=error)
+    assert prefers_onednn(measured) is wanted
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_the_chosen_route_is_float32_accurate() -> None:
+    route = choose_route("auto", CPU)
+    error = probe().onednn_error if route.name == "onednn" else probe().mkl_error
+    assert error < 4e-6  # float32 over a sum of 768 products; bfloat16 has 3e-3
+
+
+def test_unknown_names_and_missing_devices_are_usage_errors() -> None:
+    with pytest.raises(UsageError, match="float8"):
+        choose_route("float8", CPU)
+    with pytest.raises(UsageError, match="oneDNN"):
+        choose_route("onednn", torch.device("cuda"))
+    with pytest.raises(UsageError, match="toaster"):
+        resolve_device("toaster")
+    with pytest.raises(UsageError, match="cuda:99"):
+        resolve_device("cuda:99")
+    assert resolve_device("cpu") == CPU
