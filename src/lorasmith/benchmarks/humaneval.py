@@ -12,9 +12,13 @@ program is invalid, so nothing here strips.
 
 from __future__ import annotations
 
+import re
+
+from lorasmith.benchmarks import sandbox
 from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, SourceRow, Unscored, text
 from lorasmith.records.dataset import Example
 
+_FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _FIELDS = {"task_id", "prompt", "entry_point", "canonical_solution", "test"}
 
 
@@ -46,4 +50,29 @@ class HumanEval(Benchmark):
         return "medium", "benchmark"
 
     def judge(self, example: Example, answer: str) -> Scores:
-        raise Unscored("the sandbox is not available")
+        """pass@1: 1.0 when prompt, answer and tests run to their end in the sandbox, else 0.0."""
+        lacking = sandbox.lacking()
+        if lacking:
+            raise Unscored(f"generated code is not run: this machine cannot give {', '.join(lacking)}")
+        extra = example.metadata.extra()
+        tests = f"{extra['tests']}\ncheck({extra['entry_point']})\n"
+        outcome = sandbox.run(f"{program(example.prompt, answer, extra['entry_point'])}\n{tests}")
+        return {"pass@1": float(outcome.finished)}
+
+
+def program(prompt: str, answer: str, entry_point: str) -> str:
+    """Prompt and answer as one program.
+
+    Plain text continues the prompt. Of an answer with fenced code the last block counts that defines the
+    function, else the last; a whole function follows the prompt's imports and helpers in its own right.
+    """
+    blocks = _FENCED.findall(answer)
+    if not blocks:
+        return prompt + answer
+    defines = re.compile(rf"^def {re.escape(entry_point)}\b", re.MULTILINE)
+    whole = [block for block in blocks if defines.search(block)]
+    if not whole:
+        return prompt + blocks[-1]
+    start = defines.search(prompt)
+    before = prompt[: start.start()] if start else ""
+    return f"{before}\n{whole[-1]}"

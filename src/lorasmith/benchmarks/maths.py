@@ -4,7 +4,8 @@ Source: github.com/hendrycks/math (Hendrycks et al., 2021, arXiv:2103.03874); ta
 shipped. Layouts, with an invented problem:
 
     {"problem": "What is $2^5$?", "level": "Level 1", "type": "Prealgebra", "solution": "… $\\\\boxed{32}$."}
-    MATH-500: {"problem": …, "solution": …, "answer": "32", "subject": "Prealgebra", "level": 1, "unique_id": …}
+    MATH-500: {"problem": …, "solution": …, "answer": "32", "subject": "Prealgebra", "level": 1,
+               "unique_id": "test/prealgebra/1.json"}
 
 The final answer is the last \\boxed{} of the solution; answers are compared by math-verify.
 """
@@ -14,7 +15,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, SourceRow, Unscored, text
+from lorasmith.benchmarks import math_metric
+from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, SourceRow, text
 from lorasmith.records.dataset import Example
 
 INSTRUCTION = "Put the final answer in \\boxed{}."
@@ -38,7 +40,9 @@ class Maths(Benchmark):
         problem = text(row, "problem")
         solution = text(row, "solution")
         answer = row.value.get("answer")
-        final = answer.strip() if isinstance(answer, str) and answer.strip() else last_boxed(solution)
+        final = (
+            answer.strip() if isinstance(answer, str) and answer.strip() else math_metric.last_boxed(solution)
+        )
         if not final:
             raise RowError("the solution has no \\boxed{} answer")
         return Item(
@@ -56,25 +60,8 @@ class Maths(Benchmark):
         return ("medium" if item.native in ("Level 1", "Level 2") else "hard"), "level"
 
     def judge(self, example: Example, answer: str) -> Scores:
-        raise Unscored("math-verify is not available")
-
-
-def last_boxed(solution: str) -> str | None:
-    """What stands in the last \\boxed{…} (or \\fbox{…}), braces matched; None where there is none."""
-    start = max(solution.rfind("\\boxed"), solution.rfind("\\fbox"))
-    if start < 0:
-        return None
-    rest = solution[solution.index("box", start) + 3 :].removeprefix("ed")
-    if not rest.startswith("{"):
-        # `\boxed 5` is legal TeX: the next sign alone is boxed.
-        return rest.strip().split("$")[0].split()[0] if rest.strip() and rest[0].isspace() else None
-    depth = 0
-    for index, sign in enumerate(rest):
-        if sign in "{}" and rest[index - 1 : index] != "\\":
-            depth += 1 if sign == "{" else -1
-            if depth == 0:
-                return rest[1:index].strip() or None
-    return None
+        """1.0 when the answer equals the final answer, by the same text or by math-verify, else 0.0."""
+        return {"accuracy": float(math_metric.equal(example.metadata.extra()["final_answer"], answer))}
 
 
 def _level(row: Mapping[str, object]) -> str:
