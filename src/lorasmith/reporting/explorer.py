@@ -22,6 +22,9 @@ from lorasmith.reporting.tokens import Pieces
 CHUNK = 50
 """Examples in one packed chunk: small enough to open at once, large enough to pack well."""
 
+BUDGET = 13_500_000
+"""Characters of all chunks: with the rest of the page that stays below 15 MB."""
+
 _COLUMNS = ("id", "tokens", "loss", "token_ids", "logprobs")
 
 
@@ -33,6 +36,27 @@ class Explorer:
     """Columns over all examples: ids, groups (as numbers into their names), losses, flips, divergence."""
     chunks: list[str]
     """Base64 of deflated JSON, `CHUNK` examples each: prompt, response, pieces, losses."""
+    note: str
+    """What was left out to keep the page light; empty when nothing was."""
+
+
+@dataclass(frozen=True)
+class _Level:
+    """How much of each example is kept."""
+
+    characters: int | None
+    """Of prompt and response each; None for all of them."""
+    tokens: bool
+
+
+_LEVELS = (
+    _Level(None, True),
+    _Level(4000, True),
+    _Level(2000, True),
+    _Level(2000, False),
+    _Level(500, False),
+)
+"""From everything to little: the first one whose chunks fit in `BUDGET` is taken."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +86,38 @@ def build_explorer(records: RunRecords) -> Explorer | None:
         raise InputError("no row of the test set was scored", where=test_set, remedy="validate again")
     pieces = Pieces.load(records.folder / "merged" / "tokenizer.json")
     compared = {entry.id: entry for entry in records.behaviour.examples} if records.behaviour else {}
-    chunks = [
-        _pack([_detail(row, tables, pieces) for row in scored[start : start + CHUNK]])
-        for start in range(0, len(scored), CHUNK)
-    ]
-    return Explorer(_index(scored, tables, compared), chunks)
+    details = [_detail(row, tables, pieces) for row in scored]
+    chunks, note = _fit(details)
+    return Explorer(_index(scored, tables, compared), chunks, note)
+
+
+def _fit(details: list[dict[str, Any]]) -> tuple[list[str], str]:
+    """Chunks that fit the budget, and what was left out for that."""
+    for level in _LEVELS:
+        kept = [_reduce(detail, level) for detail in details]
+        chunks = [_pack(kept[start : start + CHUNK]) for start in range(0, len(kept), CHUNK)]
+        if sum(map(len, chunks)) <= BUDGET:
+            break
+    notes = []
+    if level.characters is not None:
+        notes.append(f"texts are cut after {level.characters:,} characters")
+    if not level.tokens:
+        notes.append("the losses of single tokens are left out; they are in validation/*.parquet")
+    return chunks, f"To keep this page light, {' and '.join(notes)}." if notes else ""
+
+
+def _reduce(detail: dict[str, Any], level: _Level) -> dict[str, Any]:
+    if detail.get("redacted") or level == _LEVELS[0]:
+        return detail
+    most = level.characters
+    kept = {"prompt": _cut(detail["prompt"], most), "response": _cut(detail["response"], most)}
+    return {**detail, **kept} if level.tokens else kept
+
+
+def _cut(text: str, most: int | None) -> str:
+    if most is None or len(text) <= most:
+        return text
+    return f"{text[:most]} … ({len(text) - most:,} more characters)"
 
 
 def _read_table(path: Path) -> dict[str, _Scored]:

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lorasmith.files.atomic import write_bytes
@@ -36,7 +36,7 @@ def render(records: RunRecords) -> str:
     """The page as text."""
     explorer = build_explorer(records)
     sentence, state = headline(records)
-    script = _asset("page.js")
+    script = _asset("page.js") + _asset("explorer.js")
     view: dict[str, Any] = {
         "records": records,
         "headline": sentence,
@@ -63,12 +63,16 @@ def render(records: RunRecords) -> str:
         **_test_set_view(records),
         **_timing_view(records),
     }
-    return _environment().from_string(_asset("template.html")).render(view)
+    return _environment().get_template("page.html").render(view)
 
 
 def _environment() -> Environment:
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("lorasmith.reporting"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.globals.update(
         number=figures.number,
@@ -84,7 +88,7 @@ def _environment() -> Environment:
 
 
 def _asset(name: str) -> str:
-    return (files("lorasmith.reporting") / name).read_text(encoding="utf-8")
+    return (files("lorasmith.reporting") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _policy(script: str) -> str:
