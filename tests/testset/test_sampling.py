@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from lorasmith.errors import UsageError
 from lorasmith.testset.sampling import allocate, require_size, sort_key
 
-COUNTS = st.dictionaries(st.text("abcdef", min_size=1, max_size=4), st.integers(1, 500), min_size=1, max_size=30)
+COUNTS = st.dictionaries(
+    st.text("abcdef", min_size=1, max_size=4), st.integers(1, 500), min_size=1, max_size=30
+)
 
 
 @given(COUNTS, st.integers(1, 600))

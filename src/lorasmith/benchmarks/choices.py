@@ -11,8 +11,9 @@ from lorasmith.records.dataset import Example
 
 LETTERS = "ABCD"
 
-_STATED = re.compile(r"\banswer\s*(?:is|:)?\s*:?\s*\(?\**\s*([A-D])\b(?!['’])", re.IGNORECASE)
-_ALONE = re.compile(r"^\W*(?:option|choice)?\W*([A-D])(?:[).:,\s]|$)")
+# A lower-case "a" is an article: "the answer is a force" names no letter.
+_STATED = re.compile(r"""\b(?i:answer)[\s:*]*(?:(?i:is)\b)?[\s:*("'\[]*([A-Db-d])\b(?!['’])""")
+_ALONE = re.compile(r"^[\s*(\[]*(?:(?i:option|choice)\s+)?[*(\[]*([A-D])[*\])]*(?:[.:,)]|\s*(?:\n|$))")
 _BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-D])\b")
 
 

@@ -1,0 +1,133 @@
+"""What every benchmark of the registry must do; one without a case file fails here."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasmith.benchmarks import sandbox
+from lorasmith.benchmarks.base import Benchmark, Item, RowError, SourceRow, Unscored
+from lorasmith.benchmarks.registry import BENCHMARKS, by_name, choose
+from lorasmith.errors import UsageError
+from lorasmith.records.dataset import Example, Metadata
+from tests.benchmarks.layouts import case_file, layout, rows_of
+
+LAYOUTS = [
+    pytest.param(benchmark, shape, id=f"{benchmark.name}: {shape['name']}")
+    for benchmark in BENCHMARKS
+    for shape in case_file(benchmark.name)["layouts"]
+]
+
+
+def entries(kind: str) -> list[Any]:
+    return [
+        pytest.param(benchmark, entry, id=f"{benchmark.name}: {entry.get('why') or entry.get('reason')}")
+        for benchmark in BENCHMARKS
+        for entry in case_file(benchmark.name)[kind]
+    ]
+
+
+def example(benchmark: Benchmark, item: Item) -> Example:
+    metadata = Metadata.model_validate({"source": benchmark.name, **item.extra})
+    return Example(id=item.record_id, prompt=item.prompt, response=item.response, metadata=metadata)
+
+
+@pytest.fixture(autouse=True)
+def _needs(request: pytest.FixtureRequest) -> None:
+    name = str(request.node.name)
+    if "HumanEval" in name and "score" in name and sandbox.lacking():
+        pytest.skip(f"this machine cannot give {sandbox.lacking()}")
+    if "MATH" in name and "score" in name:
+        pytest.importorskip("math_verify")
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda benchmark: benchmark.name)
+def test_it_is_one_short_file_that_names_its_source(benchmark: Benchmark) -> None:
+    module = inspect.getmodule(type(benchmark))
+    assert module is not None and module.__doc__ is not None
+    assert "Source:" in module.__doc__ and benchmark.licence and benchmark.source.startswith("https://")
+    assert len(inspect.getsource(module).splitlines()) <= 160
+    assert [type(other) for other in BENCHMARKS].count(type(benchmark)) == 1
+    cases = case_file(benchmark.name)
+    assert cases["about"] and cases["answers"] and cases["rejected"] and cases["foreign"]
+
+
+@pytest.mark.parametrize(("benchmark", "shape"), LAYOUTS)
+def test_a_layout_is_recognised_by_its_own_benchmark_alone(
+    benchmark: Benchmark, shape: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = rows_of(tmp_path, shape, benchmark)
+    assert rows
+    for row in rows:
+        assert [other.name for other in BENCHMARKS if other.recognises(row)] == [benchmark.name]
+
+
+@pytest.mark.parametrize(("benchmark", "shape"), LAYOUTS)
+def test_a_layout_becomes_whole_items_the_same_each_time(
+    benchmark: Benchmark, shape: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = rows_of(tmp_path, shape, benchmark)
+    items = [benchmark.read(row, seed=42) for row in rows]
+    assert items == [benchmark.read(row, seed=42) for row in rows]
+    assert len({item.record_id for item in items}) == len(items)
+    for item in items:
+        assert item.prompt.strip() and item.response.strip() and item.question.strip()
+        level, field = benchmark.guide_difficulty(item)
+        assert level in ("easy", "medium", "hard") and field
+        assert item.extra.get("private", False) is benchmark.private
+
+
+@pytest.mark.parametrize(("benchmark", "shape"), LAYOUTS)
+def test_the_gold_answer_scores_one(benchmark: Benchmark, shape: dict[str, Any], tmp_path: Path) -> None:
+    for row in rows_of(tmp_path, shape, benchmark):
+        made = example(benchmark, benchmark.read(row, seed=42))
+        if "unscored" in shape:
+            with pytest.raises(Unscored, match=shape["unscored"]):
+                benchmark.score(made, made.response)
+        else:
+            assert set(benchmark.score(made, made.response).values()) == {1.0}
+
+
+@pytest.mark.parametrize(("benchmark", "entry"), entries("answers"))
+def test_answers_score_as_the_reference(benchmark: Benchmark, entry: dict[str, Any], tmp_path: Path) -> None:
+    row = rows_of(tmp_path, layout(benchmark.name, entry["layout"]), benchmark)[entry["row"]]
+    made = example(benchmark, benchmark.read(row, seed=42))
+    assert benchmark.score(made, entry["answer"]) == pytest.approx(entry["scores"])
+
+
+@pytest.mark.parametrize(("benchmark", "shape"), LAYOUTS)
+def test_an_empty_answer_is_never_scored(benchmark: Benchmark, shape: dict[str, Any], tmp_path: Path) -> None:
+    row = rows_of(tmp_path, shape, benchmark)[0]
+    with pytest.raises(Unscored, match="empty"):
+        benchmark.score(example(benchmark, benchmark.read(row, seed=42)), " \n")
+
+
+@pytest.mark.parametrize(("benchmark", "entry"), entries("rejected"))
+def test_unusable_rows_are_refused_without_being_quoted(benchmark: Benchmark, entry: dict[str, Any]) -> None:
+    row = SourceRow("rows.jsonl", 1, entry["row"])
+    assert benchmark.recognises(row)
+    with pytest.raises(RowError) as caught:
+        benchmark.read(row, seed=42)
+    assert entry["reason"] in str(caught.value)
+    texts = [value for value in entry["row"].values() if isinstance(value, str) and len(value) > 12]
+    assert not any(text in str(caught.value) for text in texts)
+
+
+@pytest.mark.parametrize(("benchmark", "entry"), entries("foreign"))
+def test_other_sets_are_not_taken_for_it(benchmark: Benchmark, entry: dict[str, Any]) -> None:
+    assert not benchmark.recognises(SourceRow(entry.get("file", "data.jsonl"), 1, entry["row"]))
+
+
+def test_every_case_file_belongs_to_a_benchmark() -> None:
+    folder = Path(__file__).parents[1] / "cases" / "benchmarks"
+    assert {path.stem for path in folder.glob("*.json")} == {b.name.lower() for b in BENCHMARKS}
+
+
+def test_names_are_found_in_any_case_and_unknown_ones_refused() -> None:
+    assert by_name(" humaneval ").name == "HumanEval"
+    assert [found.name for found in choose(["mmlu", "Drop"])] == ["DROP", "MMLU"]
+    with pytest.raises(UsageError, match="DROP, GPQA, HumanEval, MATH, MMLU"):
+        by_name("HellaSwag")

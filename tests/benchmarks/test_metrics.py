@@ -1,0 +1,140 @@
+"""Scores of wrong and near-right answers are those of the reference scorers."""
+
+from __future__ import annotations
+
+import json
+import random
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasmith.benchmarks import math_metric
+from lorasmith.benchmarks.assignment import best_pairs
+from lorasmith.benchmarks.base import Unscored
+from lorasmith.benchmarks.choices import judge_letter, judge_likelihoods, read_letter
+from lorasmith.benchmarks.drop_metric import score, spans_score
+from lorasmith.records.dataset import Example, Metadata
+
+CASES = Path(__file__).parents[1] / "cases"
+
+
+def cases(name: str) -> list[Any]:
+    listed = json.loads((CASES / f"{name}.json").read_text())["cases"]
+    return [pytest.param(case, id=case["why"]) for case in listed]
+
+
+@pytest.mark.parametrize("case", cases("drop_metric"))
+def test_drop_scores_as_the_reference(case: dict[str, Any]) -> None:
+    assert spans_score(case["predicted"], case["gold"]) == (case["exact_match"], case["f1"])
+
+
+def test_drop_takes_the_best_of_all_golds() -> None:
+    assert score("17 August", [["17 August"], ["August"], ["17"]]) == {"exact_match": 1.0, "f1": 1.0}
+    assert score("span1", [["span1", "span2"], ["span2"]]) == {"exact_match": 0.0, "f1": 0.5}
+    assert score("answer", [["answer1"], ["answer2"]]) == {"exact_match": 0.0, "f1": 0.0}
+
+
+def test_drop_reads_several_spans_between_semicolons_from_the_first_line() -> None:
+    assert score("packers; bears\nQuestion: more", [["bears", "packers"]])["exact_match"] == 1.0
+    assert score("5,734", [["5,734"]])["exact_match"] == 1.0
+
+
+def test_the_best_pairing_is_the_best_of_all_pairings() -> None:
+    draw = random.Random(0)
+    for _ in range(200):
+        rows, columns = draw.randint(1, 5), draw.randint(1, 5)
+        table = [[draw.choice([0, 0.5, 1, draw.random()]) for _ in range(columns)] for _ in range(rows)]
+        found = best_pairs(table)
+        assert len({row for row, _ in found}) == len({c for _, c in found}) == min(rows, columns)
+        turned = table if rows <= columns else [list(column) for column in zip(*table, strict=True)]
+        best = max(
+            sum(turned[row][column] for row, column in enumerate(order))
+            for order in permutations(range(max(rows, columns)), min(rows, columns))
+        )
+        assert sum(table[row][column] for row, column in found) == pytest.approx(best, abs=1e-12)
+
+
+@pytest.mark.parametrize("case", cases("math"))
+def test_math_answers(case: dict[str, Any]) -> None:
+    pytest.importorskip("math_verify")
+    assert float(math_metric.equal(case["gold"], case["answer"])) == case["accuracy"]
+
+
+def test_math_gold_against_gold_is_right_even_where_math_verify_cannot_read_it() -> None:
+    for final in (r"\text{(A), (C)}", r"\spadesuit", r"x = 3 \text{ or } y", r"1,2,\ldots"):
+        assert math_metric.equal(final, f"Hence $\\boxed{{{final}}}$.")
+
+
+def test_math_has_a_time_limit_and_goes_on_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("math_verify")
+    worker = math_metric._Worker()
+    try:
+        told = worker.ask({"gold": r"\boxed{2}", "answer": "$9^{9^{9^{9}}}$"}, seconds=0.5)
+        assert told == {"verdict": None, "reason": "math-verify gave no verdict within 0.5 s"}
+        assert worker.ask({"gold": r"\boxed{2}", "answer": "$1+1$"}) == {"verdict": True}
+    finally:
+        worker.stop()
+
+
+def test_math_works_off_the_main_thread() -> None:
+    import threading
+
+    pytest.importorskip("math_verify")
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(math_metric.equal("4", "2+2 = $4$")))
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+def test_a_math_reference_that_nobody_can_read_is_unscored() -> None:
+    pytest.importorskip("math_verify")
+    with pytest.raises(Unscored, match="reference answer"):
+        math_metric.equal("", r"\boxed{3}")
+
+
+@pytest.mark.parametrize(
+    ("solution", "final"),
+    [
+        (r"so $\boxed{32}$.", "32"),
+        (r"$\boxed{1}$ then $\boxed{\frac{1}{2}}$", r"\frac{1}{2}"),
+        (r"$\boxed{\{1,2\}}$", r"\{1,2\}"),
+        (r"$\fbox{7}$", "7"),
+        (r"$\boxed 5$", "5"),
+        (r"no box", None),
+        (r"cut off \boxed{1 + {2}", None),
+        (r"\boxed{}", None),
+    ],
+)
+def test_the_last_box_is_found(solution: str, final: str | None) -> None:
+    assert math_metric.last_boxed(solution) == final
+
+
+def choice_example() -> Example:
+    listed = json.loads((CASES / "choices.json").read_text())
+    extra = {"choices": listed["choices"], "answer": listed["right"]}
+    metadata = Metadata.model_validate({"source": "MMLU", **extra})
+    return Example(id="x", prompt="p", response="B", metadata=metadata)
+
+
+@pytest.mark.parametrize("case", cases("choices"))
+def test_letters_are_read(case: dict[str, Any]) -> None:
+    assert judge_letter(choice_example(), case["answer"]) == {"accuracy": case["accuracy"]}
+
+
+def test_the_likeliest_letter_counts_and_the_first_of_equals() -> None:
+    assert judge_likelihoods(choice_example(), [-3.0, -1.0, -2.0, -4.0]) == {"accuracy": 1.0}
+    assert judge_likelihoods(choice_example(), [-1.0, -1.0, -2.0, -4.0]) == {"accuracy": 0.0}
+
+
+def test_a_row_without_choices_is_unscored() -> None:
+    bare = Example(id="x", prompt="p", response="r", metadata=Metadata(source="GPQA"))
+    with pytest.raises(Unscored, match="no choices"):
+        judge_letter(bare, "A")
+
+
+@pytest.mark.parametrize("answer", ["hm", "A unit of force", "the answer is a newton", "Because", "An A"])
+def test_prose_names_no_letter(answer: str) -> None:
+    assert read_letter(answer, ["Joule", "Newton", "Watt", "Pascal"]) is None
