@@ -11,6 +11,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lorasmith.errors import AdapterError, CheckpointError, InputError, UsageError
+from lorasmith.files import atomic, digests
+from lorasmith.proving.weights import prove
+from lorasmith.records.merging import MergeRecord
+from lorasmith.records.proof import WeightProof
 from tests.proving.small import (
     Tensors,
     adapter_tensors,
@@ -21,13 +28,6 @@ from tests.proving.small import (
     write_model,
 )
 from tests.tiny import save_adapter, save_base, tiny_tokenizer
-from transformers import AutoModelForCausalLM
-
-from lorasmith.errors import AdapterError, CheckpointError, InputError, UsageError
-from lorasmith.files import atomic, digests
-from lorasmith.proving.weights import prove
-from lorasmith.records.merging import MergeRecord
-from lorasmith.records.proof import WeightProof
 
 
 def folders(place: Path, **config: Any) -> tuple[Path, Path]:

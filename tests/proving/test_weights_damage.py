@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from lorasmith.errors import LorasmithError
+from lorasmith.proving.weights import prove
 from tests.proving.small import (
     adapter_tensors,
     base_tensors,
@@ -15,9 +18,6 @@ from tests.proving.small import (
     write_adapter,
     write_model,
 )
-
-from lorasmith.errors import LorasmithError
-from lorasmith.proving.weights import prove
 
 FLIPS = 300
 

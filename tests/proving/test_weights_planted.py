@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from lorasmith.proving.weights import prove
 from tests.proving.small import (
     SHAPES,
     Tensors,
@@ -24,8 +26,6 @@ from tests.proving.small import (
     write_adapter,
     write_model,
 )
-
-from lorasmith.proving.weights import prove
 
 RANKS = {module(0, "q_proj"): 2, module(1, "down_proj"): 4}
 PATTERNS = {"rank_pattern": {"layers.0.self_attn.q_proj": 2, "down_proj": 4}, "alpha_pattern": {"k_proj": 5}}

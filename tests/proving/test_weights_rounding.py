@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.proving.small import FORMATS, round_fraction
 
 from lorasmith.proving import weights_rounding as rounding
 from lorasmith.proving.weights_rounding import GRIDS, Grid
+from tests.proving.small import FORMATS, round_fraction
 
 ALL = pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lorasmith.errors import CheckpointError, InputError, UsageError
 from lorasmith.files import atomic, digests
 from lorasmith.progress import Progress, silent
 from lorasmith.proving.weights_adapter import read_adapter
 from lorasmith.proving.weights_check import check
-from lorasmith.proving.weights_files import Claims, Identity, check_files, read_claims
+from lorasmith.proving.weights_files import Claims, Identity, check_files, merged_config, read_claims
 from lorasmith.proving.weights_folder import TensorFolder, open_model, read_json
 from lorasmith.proving.weights_plan import make_plan
 from lorasmith.proving.weights_report import Report
@@ -42,9 +43,10 @@ def prove(
     merged_folder = open_model(merged, released=True)
     claims = read_claims(merged)
     factors = _factors(weights, claims, len(adapters))
-    base_folder = _open_base(base)
+    base_folder, config = _open_base(base)
     loaded = [read_adapter(path, factor) for path, factor in zip(adapters, factors, strict=True)]
-    plan = make_plan(base_folder, loaded)
+    plan = make_plan(base_folder, config, loaded)
+    plan.ties.settle(merged_folder.tensors)
     report = Report(claims, merged_folder)
     pairs = report.match(plan.expected)
     with progress("Prove the weights", total=sum(found.bytes for _, found in pairs), unit="B") as advance:
@@ -58,6 +60,7 @@ def prove(
         weights=factors,
     )
     report.findings += check_files(claims, identity, base, adapters, merged)
+    report.findings += plan.ties.check(merged_config(merged), merged_folder.tensors)
     proof = report.finish(identity, len(plan.used), sum(one.tensors for one in loaded))
     if output is not None:
         atomic.write_record(output, proof)
@@ -77,7 +80,7 @@ def _factors(asked: Sequence[float] | None, claims: Claims, adapters: int) -> li
     return factors
 
 
-def _open_base(path: Path) -> TensorFolder:
+def _open_base(path: Path) -> tuple[TensorFolder, dict[str, Any]]:
     try:
         folder = open_model(path)
         config = read_json(path / "config.json")
@@ -92,4 +95,4 @@ def _open_base(path: Path) -> TensorFolder:
         raise CheckpointError(
             "the base is quantized", where=path, remedy="give the 16-bit model that it was made from"
         )
-    return folder
+    return folder, config

@@ -26,7 +26,7 @@ ROLES: Mapping[str, str] = {
     ".lora_embedding_B": "embedding_B",
     ".lora_magnitude_vector": "magnitude",
     ".token_adapter.trainable_tokens_delta": "tokens",
-    ".base_layer.weight": "weight",
+    ".base_layer.weight": "copy",
     ".base_layer.bias": "bias",
     ".weight": "weight",
     ".bias": "bias",

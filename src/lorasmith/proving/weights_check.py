@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache, lru_cache
 from itertools import pairwise
 from math import prod
 
@@ -20,10 +22,13 @@ from lorasmith.proving.weights_compare import (
     Tally,
     compare,
     compare_bytes,
+    exact_sum,
     quick_type,
+    sums,
 )
 from lorasmith.proving.weights_folder import DTYPES, Index, Stored
 from lorasmith.proving.weights_formula import Expected, Term
+from lorasmith.proving.weights_gain import UNIT, Gain, gamma, make_gain
 from lorasmith.proving.weights_rounding import GRIDS
 
 _READ_ELEMENTS = 1 << 22
@@ -50,11 +55,15 @@ class _Task:
     index: Index
     first_row: int
     terms: tuple[LoadedTerm, ...]
+    magnitudes: torch.Tensor | None = None
+    gain: Gain | None = None
 
 
 def check(pairs: Iterable[tuple[Expected, Stored]], threads: int | None = None) -> Iterator[Checked]:
     """Compare stored tensors of the right shape with what is expected, in the order given."""
     workers = threads or min(8, os.cpu_count() or 1)
+    # A file may have been written anew since the last proof in this process.
+    _whole.cache_clear()
     with _one_thread_per_operation(), ThreadPoolExecutor(workers) as pool:
         waiting: deque[tuple[_Task, Future[Tally]]] = deque()
         current: Checked | None = None
@@ -97,8 +106,46 @@ def _collect(
 def _tasks(pairs: Iterable[tuple[Expected, Stored]]) -> Iterator[_Task]:
     for expected, found in pairs:
         terms = tuple(_load(term, expected, found) for term in expected.terms)
+        magnitudes, gain = None, None
+        if expected.magnitude:
+            magnitudes = expected.magnitude.stored.whole().reshape(-1)
+            if not expected.magnitude.per_row:
+                gain = _column_gain(expected, terms, magnitudes)
         for index, first_row in parts(found.shape, _READ_ELEMENTS):
-            yield _Task(expected, found, index, first_row, terms)
+            yield _Task(expected, found, index, first_row, terms, magnitudes, gain)
+
+
+def _column_gain(expected: Expected, terms: tuple[LoadedTerm, ...], magnitudes: torch.Tensor) -> Gain:
+    """Norms over all rows, before any block can be checked."""
+    source = expected.source
+    squares = torch.zeros(source.columns, dtype=torch.float64)
+    reaches, bound, blocks = torch.zeros(1, dtype=torch.float64), 0.0, 0
+    step = max(1, _BLOCK_ELEMENTS // source.columns)
+    for start in range(0, source.shape[0], step):
+        rows = source.rows((slice(start, min(start + step, source.shape[0])),))
+        v, reach, bound = sums(rows, terms, start, torch.float64)
+        squares += v.square().sum(dim=0)
+        reaches += reach.square().sum()
+        blocks += 1
+    spread = bound * (squares.sqrt() + 2 * reaches.sqrt())
+
+    def exact_square(column: int) -> Fraction:
+        total = Fraction(0)
+        for start in range(0, source.shape[0], step):
+            rows = source.rows((slice(start, min(start + step, source.shape[0])),))
+            for at, value in enumerate(rows[:, column].tolist()):
+                total += exact_sum(terms, value, start + at, column) ** 2
+        return total
+
+    return make_gain(
+        squares,
+        spread,
+        gamma(step + blocks + 3, UNIT),
+        magnitudes,
+        per_row=False,
+        exact_square=cache(exact_square),
+        name=expected.name,
+    )
 
 
 def parts(shape: tuple[int, ...], most: int) -> Iterator[tuple[Index, int]]:
@@ -120,9 +167,15 @@ def parts(shape: tuple[int, ...], most: int) -> Iterator[tuple[Index, int]]:
         yield (slice(start, min(start + step, shape[0])),), start * rows_each
 
 
+@lru_cache(maxsize=16)
+def _whole(stored: Stored) -> torch.Tensor:
+    """A factor tensor; the experts of a layer all take their parts of the same ones."""
+    return stored.whole()
+
+
 def _load(term: Term, expected: Expected, found: Stored) -> LoadedTerm:
-    left = term.left.load()
-    right = torch.ones(1, 1) if term.right is None else term.right.load()
+    left = term.left.view(_whole(term.left.stored))
+    right = torch.ones(1, 1) if term.right is None else term.right.view(_whole(term.right.stored))
     for factor in (left, right):
         if not bool(torch.isfinite(factor).all()):
             raise AdapterError(
@@ -132,8 +185,7 @@ def _load(term: Term, expected: Expected, found: Stored) -> LoadedTerm:
                 remedy="take a checkpoint of the training from before it diverged",
             )
     grid = GRIDS[found.dtype]
-    rank = sum(1 if each.right is None else each.right.load().shape[0] for each in expected.terms)
-    kind = quick_type(grid, rank, DTYPES[expected.source.dtype])
+    kind = quick_type(grid, left.shape[1], DTYPES[expected.source.dtype])
     norms = torch.linalg.vector_norm(right.to(torch.float64), dim=0)
     return LoadedTerm(
         term.factor, left, right, term.first_row, right.to(kind).contiguous(), float(norms.max())
@@ -141,28 +193,58 @@ def _load(term: Term, expected: Expected, found: Stored) -> LoadedTerm:
 
 
 def _run(task: _Task) -> Tally:
-    found, source = task.found.rows(task.index), task.expected.source.rows(task.index)
-    if not task.terms and task.found.dtype == task.expected.source.dtype:
-        return compare_bytes(found, source, task.first_row)
+    found = task.found.rows(task.index)
     tally = Tally()
-    grid, step = GRIDS[task.found.dtype], max(1, _BLOCK_ELEMENTS // found.shape[1])
-    for start, end in _cuts(task, len(found), step):
+    same = task.found.dtype == task.expected.source.dtype
+    for start, end, source in _segments(task, len(found)):
         row = task.first_row + start
-        terms = tuple(
-            term for term in task.terms if term.first_row <= row < term.first_row + term.left.shape[0]
-        )
-        tally.add(compare(Block(task.found.name, grid, row, found[start:end], source[start:end], terms)))
+        if same and source.dtype == found.dtype and not task.terms and not task.expected.magnitude:
+            tally.add(compare_bytes(found[start:end], source, row))
+            continue
+        for low, high in _cuts(task, row, row + len(source)):
+            tally.add(compare(_block(task, found, source, row, low, high)))
     return tally
 
 
-def _cuts(task: _Task, rows: int, step: int) -> Iterator[tuple[int, int]]:
-    """Row ranges that no term begins or ends within."""
-    edges = {0, rows}
+def _block(task: _Task, found: torch.Tensor, source: torch.Tensor, row: int, low: int, high: int) -> Block:
+    """The block of rows `low` to `high` of the matrix; `source` begins at `row`."""
+    terms = tuple(term for term in task.terms if term.first_row <= low < term.first_row + term.left.shape[0])
+    per_row = task.magnitudes is not None and task.gain is None
+    return Block(
+        task.found.name,
+        GRIDS[task.found.dtype],
+        low,
+        found[low - task.first_row : high - task.first_row],
+        source[low - row : high - row],
+        terms,
+        task.magnitudes[low:high] if per_row and task.magnitudes is not None else None,
+        task.gain,
+    )
+
+
+def _segments(task: _Task, rows: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Row ranges of the part and their source: its own rows, or single ones that another tensor replaces."""
+    own, first = task.expected.source.rows(task.index), 0
+    replaced = task.expected.rows
+    for row in sorted(row for row in replaced if task.first_row <= row < task.first_row + rows):
+        at = row - task.first_row
+        if at > first:
+            yield first, at, own[first:at]
+        stored, position = replaced[row]
+        yield at, at + 1, stored.rows((slice(position, position + 1),))
+        first = at + 1
+    if first < rows:
+        yield first, rows, own[first:]
+
+
+def _cuts(task: _Task, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of the matrix of a block's size that no term begins or ends within."""
+    edges = {first, last}
     for term in task.terms:
         for edge in (term.first_row, term.first_row + term.left.shape[0]):
-            if 0 < edge - task.first_row < rows:
-                edges.add(edge - task.first_row)
-    borders = sorted(edges)
-    for low, high in pairwise(borders):
+            if first < edge < last:
+                edges.add(edge)
+    step = max(1, _BLOCK_ELEMENTS // task.found.columns)
+    for low, high in pairwise(sorted(edges)):
         for start in range(low, high, step):
             yield start, min(start + step, high)

@@ -12,7 +12,8 @@ is off by at most γ(n)·Σ|products|, γ(n) = n·u/(1 − n·u), u half the dis
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 
 from lorasmith.errors import CheckpointError
 from lorasmith.proving import weights_rounding as rounding
+from lorasmith.proving.weights_gain import UNIT, Gain, gamma, make_gain, sum_of_squares
 from lorasmith.proving.weights_rounding import Floats, Grid, Ints
 
 _FIRST = 16
@@ -109,6 +111,10 @@ class Block:
     source: torch.Tensor
     """[rows, columns] in its own type."""
     terms: tuple[LoadedTerm, ...]
+    magnitudes: torch.Tensor | None = None
+    """DoRA with one norm per row: m for the block's rows."""
+    gain: Gain | None = None
+    """DoRA with one norm per column."""
 
 
 def quick_type(grid: Grid, rank: int, source: torch.dtype) -> torch.dtype:
@@ -117,13 +123,10 @@ def quick_type(grid: Grid, rank: int, source: torch.dtype) -> torch.dtype:
     return torch.float32 if narrow else torch.float64
 
 
-def gamma(products: int, unit: float) -> float:
-    """γ(n)."""
-    return products * unit / (1 - products * unit)
-
-
 def compare(block: Block) -> Tally:
     """Check every element of the block."""
+    if block.magnitudes is not None:
+        block = replace(block, gain=_row_gain(block, block.magnitudes))
     tally = Tally(elements=block.found.numel())
     doubtful = _quick(block)
     for start in range(0, len(doubtful), _SLOW_ELEMENTS):
@@ -134,29 +137,69 @@ def compare(block: Block) -> Tally:
 
 def _quick(block: Block) -> Ints:
     """Flat positions of the elements that are not certainly right."""
-    grid, rank = block.grid, sum(term.right.shape[0] for term in block.terms)
-    kind = quick_type(grid, rank, block.source.dtype)
-    unit, smallest = torch.finfo(kind).eps / 2, torch.finfo(kind).smallest_normal
-    # A product of rounded factors carries three more roundings each, the sum with S one, the difference one.
-    bound = gamma(rank + 8, unit)
-    x = block.source.to(kind, copy=True)
-    reach = torch.zeros(len(x), 1, dtype=torch.float64)
-    for term in block.terms:
-        left = term.left_rows(block.start, len(x)).to(torch.float64) * float(term.factor)
-        reach += torch.linalg.vector_norm(left, dim=1, keepdim=True) * term.right_norm
-        x.addmm_(left.to(kind), term.right_quick)
+    grid, rank = block.grid, _rank(block)
+    kind = torch.float64 if block.gain else quick_type(grid, rank, block.source.dtype)
+    smallest = torch.finfo(kind).smallest_normal
+    x, reach, bound = sums(block.source, block.terms, block.start, kind)
+    if block.gain:
+        x.mul_(block.gain.values)
+        reach = reach * block.gain.values.abs()
+        bound += block.gain.error
     x.sub_(block.found).abs_()
     # |S| ≤ |m| + |x − m| + reach, and |m| is at most twice its power of two: the share of the bound that
     # grows with |m| goes to the coefficient of that power, the share of |x − m| to a common divisor.
     half_ulp = 2.0 ** -(grid.fraction_bits + 1)
     coefficient = (half_ulp - 4 * bound) / (1 + 2 * bound) * (1 - 2.0**-20)
     offset = ((2 * bound) * reach + (rank + 1) * 4 * smallest).to(kind)
+    if not coefficient > 0:
+        return np.arange(x.numel())
     power = _power_below(grid, block.found, kind)
     threshold = torch.sub(power.mul_(coefficient), offset)
     accepted = torch.lt(x, threshold)
     if bool(accepted.all()):
         return np.empty(0, np.int64)
     return (~accepted).view(-1).nonzero().view(-1).numpy()
+
+
+def _rank(block: Block) -> int:
+    return sum(term.right.shape[0] for term in block.terms)
+
+
+def sums(
+    source: torch.Tensor, terms: Sequence[LoadedTerm], start: int, kind: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """S + Σ c·L·R of a block, a bound [rows, 1] on Σ|c·L|·|R| per element, and the relative bound b.
+
+    An element is off by at most b·(|S| + that bound).
+    """
+    x = source.to(kind, copy=True)
+    reach = torch.zeros(len(x), 1, dtype=torch.float64)
+    for term in terms:
+        left = term.left_rows(start, len(x)).to(torch.float64) * float(term.factor)
+        reach += torch.linalg.vector_norm(left, dim=1, keepdim=True) * term.right_norm
+        x.addmm_(left.to(kind), term.right_quick.to(kind))
+    # A product of rounded factors carries three more roundings each, the sum with S one, the difference one.
+    rank = sum(term.right.shape[0] for term in terms)
+    return x, reach, gamma(rank + 8, torch.finfo(kind).eps / 2)
+
+
+def _row_gain(block: Block, magnitudes: torch.Tensor) -> Gain:
+    v, reach, bound = sums(block.source, block.terms, block.start, torch.float64)
+    squares, error = sum_of_squares(v)
+    columns = v.shape[1]
+    spread = bound * (squares.sqrt() + 2 * reach[:, 0] * math.sqrt(columns))
+    cached: dict[int, Fraction] = {}
+
+    def exact_square(row: int) -> Fraction:
+        if row not in cached:
+            source = block.source[row].tolist()
+            total = sum((_exact_sum(block, source[j], row, j) ** 2 for j in range(columns)), Fraction(0))
+            cached[row] = total
+        return cached[row]
+
+    return make_gain(
+        squares, spread, error, magnitudes, per_row=True, exact_square=exact_square, name=block.name
+    )
 
 
 def _power_below(grid: Grid, found: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
@@ -193,10 +236,9 @@ def _slow(block: Block, flat: Ints) -> Tally:
         open_ = open_[finite[open_]]
     # The distance of a wrong element is exact too where its neighbours' midpoint is out of the error's reach.
     for k in open_:
-        value = _exact(block, float(source[k]), int(rows[k]), int(cols[k]))
-        wanted = rounding.exact_nearest(grid, value, bool(base_sign[k]))
+        wanted, zero = _exact(block, float(source[k]), int(rows[k]), int(cols[k]))
         expected[k], expected_negative[k] = wanted
-        free_zero = value == 0 and magnitude[k] == 0 and not negative[k]
+        free_zero = zero and magnitude[k] == 0 and not negative[k]
         finite = magnitude[k] < grid.infinity
         right[k] = finite and (free_zero or (int(magnitude[k]), bool(negative[k])) == wanted)
     tally = Tally(redone=len(open_))
@@ -227,16 +269,44 @@ def _formula(block: Block, source: Floats, rows: Ints, cols: Ints) -> tuple[Floa
         size += np.abs(products).sum(axis=1)
         rank += products.shape[1]
     # Each product is rounded twice and c once, the sums rank + number of terms times; all in one bound.
-    bound = gamma(rank + len(block.terms) + 4, 2.0**-53)
-    tiny = rank * 2.0**-1070
-    return x, np.where(touched, bound * size * (1 + 2.0**-40) + tiny, 0.0), size
+    bound = gamma(rank + len(block.terms) + 4, UNIT)
+    error = np.where(touched, bound * size * (1 + 2.0**-40) + rank * 2.0**-1070, 0.0)
+    if block.gain:
+        values = block.gain.values.numpy()
+        gain = values[rows, 0] if block.gain.per_row else values[0, cols]
+        x, size = x * gain, size * np.abs(gain)
+        # Where x is zero and exact it stays so; all else takes on the gain's own error.
+        error = error * np.abs(gain) * (1 + 2.0**-40) + np.abs(x) * (block.gain.error + 4 * UNIT)
+    return x, error, size
 
 
-def _exact(block: Block, source: float, row: int, col: int) -> Fraction:
-    """x as a rational number."""
+def _exact(block: Block, source: float, row: int, col: int) -> tuple[tuple[int, bool], bool]:
+    """The stored number (magnitude, minus) that is right for an element, and whether x is exactly zero."""
+    v, gain, sign = _exact_sum(block, source, row, col), block.gain, math.copysign(1, source) < 0
+    if gain is None:
+        return rounding.exact_nearest(block.grid, v, sign), v == 0
+    at = row if gain.per_row else col
+    m = Fraction(float(gain.magnitudes[at]))
+    if m * v == 0:
+        return (0, sign), True
+    # |m·V|/‖V‖ against y ≥ 0 is decided by the squares, which are rational.
+    left, square = (m * v) ** 2, gain.exact_square(at)
+    magnitude = rounding.nearest_magnitude(
+        block.grid, lambda y: (left > y * y * square) - (left < y * y * square)
+    )
+    return (magnitude, m * v < 0), False
+
+
+def _exact_sum(block: Block, source: float, row: int, col: int) -> Fraction:
+    """S + Σ c·L·R of one element as a rational number."""
+    return exact_sum(block.terms, source, block.start + row, col)
+
+
+def exact_sum(terms: Sequence[LoadedTerm], source: float, row: int, col: int) -> Fraction:
+    """The same by the row of the whole matrix."""
     total = Fraction(source)
-    for term in block.terms:
-        left = term.left_rows(block.start, len(block.found))[row].tolist()
+    for term in terms:
+        left = term.left[row - term.first_row].tolist()
         total += term.factor * rounding.exact_dot(left, term.right[:, col].tolist())
     return total
 

@@ -100,6 +100,14 @@ def check_files(
     return found
 
 
+def merged_config(merged: Path) -> dict[str, Any]:
+    """The merge's config, empty where there is none to read (which `check_files` reports)."""
+    try:
+        return read_json(merged / "config.json")
+    except InputError:
+        return {}
+
+
 def _check_record(record: MergeRecord, identity: Identity) -> Iterator[Finding]:
     claimed = {file.path: file for file in record.files}
     actual = {file.path: file for file in identity.merged if file.path != RECORD}

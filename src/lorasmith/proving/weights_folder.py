@@ -1,12 +1,13 @@
 """Model and adapter folders as the proof reads them: names, shapes and rows, through `safetensors` alone.
 
-A handle maps its file into memory and every page that was looked at counts as resident until the handle
-is gone. So no handle is kept: each read opens the file, takes its rows, and lets go.
+A handle maps its file into memory, and every page that was looked at counts as resident until the handle
+and all views into it are gone. So each thread lets go of a handle after it has read a bounded amount.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -40,6 +41,36 @@ _MAX_JSON_BYTES = 64 << 20
 Index = tuple[int | slice, ...]
 
 
+_READ_BYTES = 64 << 20
+"""A handle's pages that may be resident before it is opened anew: with two threads 256 MiB in all."""
+
+_local = threading.local()
+
+
+def _handle(file: Path) -> Any:
+    """This thread's handle on the file as it is now."""
+    handles: dict[Path, list[Any]] = _local.__dict__.setdefault("handles", {})
+    status = file.stat()
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    held = handles.get(file)
+    if held is None or held[1] != identity or held[2] > _READ_BYTES:
+        if len(handles) > 8:
+            handles.clear()
+        held = handles[file] = [safe_open(file, framework="pt"), identity, 0]
+    return held[0]
+
+
+def _note_read(file: Path, count: int) -> None:
+    held = _local.handles.get(file)
+    if held:
+        held[2] += count
+
+
+def release() -> None:
+    """Let go of this thread's handles."""
+    _local.__dict__.pop("handles", None)
+
+
 @dataclass(frozen=True)
 class Stored:
     """One tensor of a file: where it is and what it looks like, without its values."""
@@ -71,13 +102,14 @@ class Stored:
         """
         with os_errors(self.file, "read"):
             try:
-                with safe_open(self.file, framework="pt") as handle:
-                    if self.shape:
-                        part = handle.get_slice(self.name)[index or (slice(None),)]
-                    else:
-                        part = handle.get_tensor(self.name)
+                handle = _handle(self.file)
+                if self.shape:
+                    part: torch.Tensor = handle.get_slice(self.name)[index or (slice(None),)]
+                else:
+                    part = handle.get_tensor(self.name)
             except SafetensorError as error:
                 raise InputError(f"tensor {self.name!r} cannot be read: {error}", where=self.file) from error
+        _note_read(self.file, part.nbytes)
         return part.reshape(-1, self.columns)
 
     def whole(self) -> torch.Tensor:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
+
+from lorasmith.proving import weights_experts as experts
+from lorasmith.proving import weights_names as names
 from lorasmith.proving.weights_adapter import Adapter
 from lorasmith.proving.weights_folder import Stored, TensorFolder
-from lorasmith.proving.weights_formula import Expected, Factor, Term
+from lorasmith.proving.weights_formula import Expected, Factor, Magnitude, Term, transposed
+from lorasmith.proving.weights_ties import Ties
+
+CONV1D = frozenset(("c_attn", "c_proj", "c_fc", "q_attn"))
+"""Modules that store their weight as [in, out] in the model types below."""
+CONV1D_TYPES = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
 
 
 class Plan:
     """The right merge, tensor by tensor, by its name on disk."""
 
-    def __init__(self, base: TensorFolder) -> None:
+    def __init__(self, base: TensorFolder, config: Mapping[str, Any]) -> None:
         self.base = base
+        self.model_type = str(config.get("model_type", ""))
         self.expected = {name: Expected(name, stored.dtype, stored) for name, stored in base.tensors.items()}
+        self.ties = Ties(self.expected, config)
         self.used: set[tuple[str, str]] = set()
 
     def use(self, stored: Stored) -> Stored:
@@ -22,43 +34,186 @@ class Plan:
         self.used.add((str(stored.file), stored.name))
         return stored
 
+    def target(self, adapter: Adapter, path: str, leaf: str) -> Expected:
+        """What becomes of a module's tensor; raises `AdapterError` where the base has no such module."""
+        found = names.find(path, leaf, self.expected)
+        if len(found) == 1:
+            return self.expected[found[0]]
+        raise adapter.refuse(
+            f"the base has {'no' if not found else 'more than one'} tensor for {path + '.' + leaf!r}",
+            ", ".join(found) if found else "a base with this module",
+            "check that this is the base the adapter was trained on",
+        )
 
-def make_plan(base: TensorFolder, adapters: Sequence[Adapter]) -> Plan:
+
+def make_plan(base: TensorFolder, config: Mapping[str, Any], adapters: Sequence[Adapter]) -> Plan:
     """Raises `AdapterError` naming what has no place in the base."""
-    plan = Plan(base)
+    plan = Plan(base, config)
     for adapter in adapters:
+        plan.ties.loosen(adapter)
         for module, roles in adapter.modules.items():
-            _place(plan, adapter, module, roles)
+            if not module.endswith(".base_layer"):
+                _place(plan, adapter, module, roles)
+        plan.ties.follow(adapter)
+        for module, roles in adapter.modules.items():
             for role, stored in roles.items():
                 if (str(stored.file), stored.name) not in plan.used:
                     raise adapter.refuse(f"the {role} of {module!r} has no place in the merge")
+    for target in plan.expected.values():
+        _check_combination(adapters, target)
     return plan
 
 
 def _place(plan: Plan, adapter: Adapter, module: str, roles: Mapping[str, Stored]) -> None:
-    target = plan.expected.get(f"{module}.weight")
-    if target is None:
-        raise adapter.refuse(f"the base has no tensor {module + '.weight'!r}", "a base with this module")
+    for role, leaf in (("weight", "weight"), ("bias", "bias")):
+        if role in roles:
+            _replace(adapter, plan.target(adapter, module, leaf), plan.use(roles[role]))
+    if "copy" in roles:
+        _take_copy(plan, adapter, module, roles["copy"])
     if "A" in roles:
-        _check_shapes(adapter, module, target.source, roles["A"].shape, roles["B"].shape)
-        target.terms.append(
-            Term(
-                adapter.scale(module),
-                adapter.weight,
-                Factor(plan.use(roles["B"])),
-                Factor(plan.use(roles["A"])),
-            )
-        )
+        if names.find(module, "weight", plan.expected) and f"{module}.base_layer" not in adapter.modules:
+            _place_linear(plan, adapter, module, roles)
+        else:
+            _place_experts(plan, adapter, module)
+    if "embedding_A" in roles:
+        _place_embedding(plan, adapter, module, roles)
+    if "B.bias" in roles:
+        _place_bias(plan, adapter, module, plan.use(roles["B.bias"]))
+    if "tokens" in roles:
+        _place_tokens(plan, adapter, module, plan.use(roles["tokens"]))
+
+
+def _place_linear(plan: Plan, adapter: Adapter, module: str, roles: Mapping[str, Stored]) -> None:
+    target, a, b = plan.target(adapter, module, "weight"), plan.use(roles["A"]), plan.use(roles["B"])
+    turned = plan.model_type in CONV1D_TYPES and module.rpartition(".")[2] in CONV1D
+    shape = target.source.shape
+    wanted = (shape[1], shape[0]) if turned and len(shape) == 2 else shape
+    _check_shapes(adapter, module, wanted, (b.shape, a.shape))
+    left, right = (Factor(a, transposed), Factor(b, transposed)) if turned else (Factor(b), Factor(a))
+    target.terms.append(Term(adapter.scale(module), adapter.weight, left, right))
+    if "magnitude" in roles:
+        _scale(adapter, target, plan.use(roles["magnitude"]), per_row=not turned)
+
+
+def _place_embedding(plan: Plan, adapter: Adapter, module: str, roles: Mapping[str, Stored]) -> None:
+    target = plan.target(adapter, module, "weight")
+    a, b = plan.use(roles["embedding_A"]), plan.use(roles["embedding_B"])
+    shape = target.source.shape
+    _check_shapes(adapter, module, shape[::-1] if len(shape) == 2 else shape, (b.shape, a.shape))
+    target.terms.append(
+        Term(adapter.scale(module), adapter.weight, Factor(a, transposed), Factor(b, transposed))
+    )
+    if "magnitude" in roles:
+        _scale(adapter, target, plan.use(roles["magnitude"]), per_row=False)
 
 
 def _check_shapes(
-    adapter: Adapter, module: str, base: Stored, a: tuple[int, ...], b: tuple[int, ...]
+    adapter: Adapter, module: str, wanted: tuple[int, ...], factors: tuple[tuple[int, ...], tuple[int, ...]]
 ) -> None:
     rank = adapter.rank(module)
-    fits = len(base.shape) == 2 and a == (rank, base.shape[1]) and b == (base.shape[0], rank)
-    if not fits:
+    if len(wanted) != 2 or factors != ((wanted[0], rank), (rank, wanted[1])):
         raise adapter.refuse(
-            f"{module!r}: lora_A has shape {list(a)}, lora_B {list(b)}, the weight {list(base.shape)}",
-            f"A[r, in] and B[out, r] with r = {rank} for W[out, in]",
+            f"{module!r}: lora_A has shape {list(factors[1])}, lora_B {list(factors[0])}, "
+            f"the base's weight {list(wanted)}",
+            f"A[r, in] and B[out, r] with r = {rank}",
             "check that this is the base the adapter was trained on",
+        )
+
+
+def _scale(adapter: Adapter, target: Expected, magnitude: Stored, *, per_row: bool) -> None:
+    outputs = target.source.shape[0 if per_row else 1]
+    if magnitude.elements != outputs:
+        raise adapter.refuse(f"{magnitude.name!r} has {magnitude.elements} elements", f"{outputs}")
+    target.magnitude = Magnitude(magnitude, per_row)
+
+
+def _place_bias(plan: Plan, adapter: Adapter, module: str, bias: Stored) -> None:
+    target = plan.target(adapter, module, "bias")
+    if bias.shape != target.source.shape:
+        raise adapter.refuse(f"{bias.name!r} has shape {list(bias.shape)}", f"{list(target.source.shape)}")
+    column = Factor(bias, lambda tensor: tensor.reshape(-1, 1))
+    target.terms.append(Term(adapter.scale(module), adapter.weight, column, None))
+
+
+def _place_tokens(plan: Plan, adapter: Adapter, module: str, rows: Stored) -> None:
+    target = plan.target(adapter, module, "weight")
+    asked = adapter.config.get("trainable_token_indices")
+    if isinstance(asked, dict):
+        fitting = [value for key, value in asked.items() if module == key or module.endswith(f".{key}")]
+        asked = fitting[0] if len(fitting) == 1 else None
+    shape = target.source.shape
+    tokens = asked if isinstance(asked, list) and all(type(token) is int for token in asked) else []
+    known = len(shape) == 2 and all(0 <= token < shape[0] for token in tokens)
+    if not tokens or not known or len(set(tokens)) != len(tokens) or rows.shape != (len(tokens), shape[1]):
+        raise adapter.refuse(
+            f"{rows.name!r} has shape {list(rows.shape)}, and trainable_token_indices is {asked!r}",
+            f"one row of {shape[-1]} for each of the listed tokens",
+        )
+    target.rows = {token: (rows, position) for position, token in enumerate(tokens)}
+
+
+def _place_experts(plan: Plan, adapter: Adapter, module: str) -> None:
+    pairs, path = [], module
+    while path in adapter.modules and "A" in adapter.modules[path]:
+        roles = adapter.modules[path]
+        if set(roles) != {"A", "B"}:
+            raise adapter.refuse(f"{path!r} has {', '.join(sorted(roles))}", "lora_A and lora_B alone")
+        pairs.append((plan.use(roles["A"]), plan.use(roles["B"])))
+        path += ".base_layer"
+    found = experts.stacks(module, plan.expected)
+    if not found:
+        plan.target(adapter, module, "weight")
+    experts.place(adapter, module, pairs[::-1], found, plan.model_type)
+
+
+def _replace(adapter: Adapter, target: Expected, stored: Stored) -> None:
+    path, old, new = target.name.rpartition(".")[0], target.source.shape, stored.shape
+    # Only a vocabulary may change its size: rows of the embedding and of the head.
+    resized = (
+        len(old) == len(new) == 2 and new[1] == old[1] and (names.is_embedding(path) or names.is_head(path))
+    )
+    if new != old and not resized:
+        raise adapter.refuse(f"{stored.name!r} has shape {list(new)}", f"{list(old)}, as in the base")
+    if target.replaced:
+        raise adapter.refuse(f"{target.name!r} is replaced by more than one tensor", "one")
+    target.source, target.replaced = stored, True
+
+
+def _take_copy(plan: Plan, adapter: Adapter, module: str, copy: Stored) -> None:
+    """The base's own tensor, saved with the adapter: the new source where it was resized, else a check."""
+    target = plan.target(adapter, module, "weight")
+    plan.use(copy)
+    if copy.shape != target.source.shape:
+        _replace(adapter, target, copy)
+        return
+    if not _same_values(copy, target.source):
+        raise adapter.refuse(
+            f"the adapter's copy of {target.name!r} is not the base's tensor",
+            "the same values",
+            "give the base the adapter was trained on",
+        )
+
+
+def _same_values(copy: Stored, base: Stored) -> bool:
+    """Equal after rounding to the copy's precision, which may be less than the base's."""
+    step = max(1, (1 << 22) // copy.columns)
+    for start in range(0, copy.shape[0], step):
+        part = (slice(start, min(start + step, copy.shape[0])),)
+        a, b = copy.rows(part), base.rows(part)
+        if not torch.equal(a.double(), b.to(a.dtype).double()):
+            return False
+    return True
+
+
+def _check_combination(adapters: Sequence[Adapter], target: Expected) -> None:
+    if target.magnitude and (len(target.terms) != 1 or target.terms[0].weight != 1.0):
+        raise adapters[0].refuse(
+            f"{target.name!r}: DoRA cannot be combined with another adapter or a weight",
+            "DoRA alone, with weight 1",
+        )
+    if target.rows and (target.terms or target.replaced):
+        raise adapters[0].refuse(f"{target.name!r} has trainable tokens and another change", "one of them")
+    if target.replaced and len({id(adapter) for adapter in adapters}) > 1 and target.terms:
+        raise adapters[0].refuse(
+            f"{target.name!r} is replaced by one adapter and changed by another", "one of them"
         )

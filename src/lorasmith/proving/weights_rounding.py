@@ -10,6 +10,7 @@ right for it, and -0 where the base stored -0 there, because adding nothing to a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -146,13 +147,20 @@ def exact_nearest(grid: Grid, x: Fraction, base_sign: bool) -> tuple[int, bool]:
     if x == 0:
         return 0, base_sign
     size = abs(x)
+    return nearest_magnitude(grid, lambda other: (size > other) - (size < other)), x < 0
+
+
+def nearest_magnitude(grid: Grid, compare: Callable[[Fraction], int]) -> int:
+    """The magnitude nearest to a positive number that is known by comparison alone, ties to even.
+
+    `compare(y)` is the sign of the number less y: enough for irrational numbers too.
+    """
     low, high = 0, grid.infinity
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if _fraction(grid, middle) <= size else (low, middle)
-    halfway = (_fraction(grid, low) + _fraction(grid, low + 1)) / 2
-    up = size > halfway or (size == halfway and low % 2 == 1)
-    return low + up, x < 0
+        low, high = (middle, high) if compare(_fraction(grid, middle)) >= 0 else (low, middle)
+    side = compare((_fraction(grid, low) + _fraction(grid, low + 1)) / 2)
+    return low + int(side > 0 or (side == 0 and low % 2 == 1))
 
 
 def _fraction(grid: Grid, magnitude: int) -> Fraction:
