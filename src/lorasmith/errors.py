@@ -6,6 +6,7 @@
     │   ├── DataError                     a test set, training file or benchmark that cannot be used
     │   ├── CheckpointError               a model folder that cannot be used
     │   └── AdapterError                  an adapter folder that cannot be used
+    ├── DamageError              exit 1   a package that is not what its hashes say
     └── MachineError             exit 3   this machine cannot do it
         ├── DiskError                     too little space
         ├── MemoryLimitError              too little memory
@@ -84,6 +85,12 @@ class CheckpointError(InputError):
 
 class AdapterError(InputError):
     """An adapter folder that cannot be used as it is."""
+
+
+class DamageError(LorasmithError):
+    """A package that is not what its hashes say: damaged, incomplete or changed. Nothing of it is used."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.ANSWER_IS_NO
 
 
 class MachineError(LorasmithError):

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from tests.samples import ROLES, SECRET, sample_examples, sample_run, write_merged
 
 from lorasmith.errors import CheckpointError, DataError, DiskError, UsageError
 from lorasmith.files.atomic import read_record, write_record
@@ -24,6 +23,7 @@ from lorasmith.packaging.pack import pack
 from lorasmith.records.redaction import salted_sha256
 from lorasmith.records.release import PackageManifest
 from lorasmith.records.scoring import ValidationResult
+from tests.samples import ROLES, SECRET, sample_examples, sample_run, write_merged
 
 
 @pytest.fixture

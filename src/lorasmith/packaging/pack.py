@@ -7,26 +7,36 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from lorasmith.errors import CheckpointError, UsageError, os_errors
-from lorasmith.files.atomic import aside, publish_folder, write_bytes, write_record
-from lorasmith.files.digests import hash_file
+from lorasmith.files.atomic import aside, publish_folder, write_bytes
 from lorasmith.files.machine import require_disk
+from lorasmith.packaging.checksums import write_sums
 from lorasmith.packaging.compress import Compression
 from lorasmith.packaging.compress import compression as find_compression
 from lorasmith.packaging.contents import MODEL, RESULTS, collect, expected_model_digests
-from lorasmith.packaging.tarstream import Member, write_tar
-from lorasmith.progress import Advance, Progress, silent
+from lorasmith.packaging.parts import ArchiveWriter
+from lorasmith.packaging.tarstream import Advance, Member, write_tar
+from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest
 from lorasmith.records.release import PackageManifest
 
 MANIFEST = "manifest.json"
-SUMS = "SHA256SUMS"
 
 WriteReport = Callable[[Path, Path], None]
 """Writes the packaged report of a run (first path) to a file (second path): without timings."""
+
+
+@dataclass(frozen=True)
+class _Archive:
+    """What was written of one archive."""
+
+    whole: FileDigest
+    parts: list[FileDigest]
+    members: list[FileDigest]
+    stream_sha256: str
 
 
 def pack(
@@ -34,14 +44,16 @@ def pack(
     output: Path,
     *,
     compression: str = "gzip",
+    part_size: int | None = None,
     report: WriteReport | None = None,
     progress: Progress = silent,
 ) -> PackageManifest:
     """Pack a run folder into `output`: evidence, merged model, `manifest.json`, `SHA256SUMS`.
 
-    `report` renders the page that goes with the evidence; it is passed in because packing and reporting do
-    not know each other. Every member is hashed while it is read. The package appears as a whole or not at
-    all; an older package at `output` is replaced, anything else there is left alone.
+    `compression` is `gzip`, `zstd` or `none`; with `part_size` (bytes) an archive is cut into numbered parts
+    that `cat` joins. `report` renders the page that goes with the evidence; it is passed in because packing
+    and reporting do not know each other. Every member is hashed while it is read. The package appears as a
+    whole or not at all; an older package at `output` is replaced, anything else there is left alone.
 
     Raises `UsageError` for an unknown compression or an `output` that is no package, `DataError` and
     `CheckpointError` for a run that cannot be packed (see `contents.collect`), `DiskError` for too little
@@ -58,25 +70,22 @@ def pack(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     try:
-        archives, members, streams = [], {}, {}
+        archives: dict[str, _Archive] = {}
         with progress("Pack", total=total, unit="B") as advance:
-            for stem, group in groups.items():
-                archive = temporary / f"{stem}{method.suffix}"
-                digest, members[archive.name], streams[archive.name] = _archive(
-                    archive, group, method, advance
-                )
-                archives.append(digest)
+            for stem, members in groups.items():
+                path = temporary / f"{stem}{method.suffix}"
+                archives[path.name] = _write_archive(path, members, method, part_size, advance)
                 if stem == MODEL:
-                    _check_model(run, members[archive.name])
+                    _check_model(run, archives[path.name].members)
         manifest = PackageManifest(
             compression=compression,
-            archives=archives,
-            contents=members,
-            stream_sha256=streams,
+            archives=[archive.whole for archive in archives.values()],
+            contents={name: archive.members for name, archive in archives.items()},
+            stream_sha256={name: archive.stream_sha256 for name, archive in archives.items()},
+            parts={name: archive.parts for name, archive in archives.items() if part_size is not None},
             redacted=contents.redacted,
         )
-        write_record(temporary / MANIFEST, manifest)
-        _write_sums(temporary)
+        _finish(temporary, manifest)
         publish_folder(temporary, output)
     except BaseException:
         with suppress(OSError):
@@ -109,42 +118,22 @@ def _render(run: Path, report: WriteReport | None) -> bytes | None:
         return page.read_bytes()
 
 
-class _Hashed:
-    """Counts and hashes what is written on the way to the next writer."""
+def _write_archive(
+    path: Path, members: list[Member], method: Compression, part_size: int | None, advance: Advance
+) -> _Archive:
+    stream = hashlib.sha256()
+    with (
+        os_errors(path, "write"),
+        ArchiveWriter(path, part_size) as target,
+        method.writer(target) as pack_bytes,
+    ):
 
-    def __init__(self, target: Callable[[bytes], object]) -> None:
-        self._target = target
-        self._digest = hashlib.sha256()
-        self.bytes = 0
+        def write(data: bytes) -> None:
+            stream.update(data)
+            pack_bytes(data)
 
-    def write(self, data: bytes) -> int:
-        self._digest.update(data)
-        self._target(data)
-        self.bytes += len(data)
-        return len(data)
-
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-
-class _HashedFile(_Hashed):
-    """The same for a file that a compressor writes to."""
-
-    def __init__(self, handle: BinaryIO) -> None:
-        super().__init__(handle.write)
-        self.flush = handle.flush
-
-
-def _archive(
-    path: Path, members: list[Member], method: Compression, advance: Advance
-) -> tuple[FileDigest, list[FileDigest], str]:
-    """Write one archive; returns its digest, its members' digests, and the SHA-256 of its tar stream."""
-    with os_errors(path, "write"), path.open("wb") as handle:
-        packed = _HashedFile(handle)
-        with method.open(packed) as write:
-            stream = _Hashed(write)
-            digests = write_tar(members, stream.write, advance)
-    return FileDigest(path=path.name, bytes=packed.bytes, sha256=packed.sha256()), digests, stream.sha256()
+        digests = write_tar(members, write, advance)
+    return _Archive(target.digest(), target.parts, digests, stream.hexdigest())
 
 
 def _check_model(run: Path, members: list[FileDigest]) -> None:
@@ -159,6 +148,12 @@ def _check_model(run: Path, members: list[FileDigest]) -> None:
             )
 
 
-def _write_sums(folder: Path) -> None:
-    lines = [f"{hash_file(file)}  {file.name}\n" for file in sorted(folder.iterdir()) if file.is_file()]
-    write_bytes(folder / SUMS, "".join(lines).encode())
+def _finish(folder: Path, manifest: PackageManifest) -> None:
+    """Write the manifest, and the checksums of everything that lies in the folder."""
+    content = manifest.to_json()
+    write_bytes(folder / MANIFEST, content)
+    digests = {MANIFEST: hashlib.sha256(content).hexdigest()}
+    for archive in manifest.archives:
+        for file in manifest.parts.get(archive.path, [archive]):
+            digests[file.path] = file.sha256
+    write_sums(folder, digests)

@@ -100,5 +100,7 @@ class PackageManifest(Record):
     """Archive name → its members."""
     stream_sha256: dict[str, str]
     """Archive name → SHA-256 of its uncompressed tar stream, equal on every machine."""
+    parts: dict[str, list[FileDigest]] = {}
+    """Archive name → its parts, where it was cut."""
     redacted: dict[str, str] = {}
     """Member → SHA-256 of the run's file that it was made from, where forbidden text was taken out."""

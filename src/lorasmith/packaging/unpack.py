@@ -1,0 +1,152 @@
+"""The other end: nothing of a package is used before every hash has been checked."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import IO
+
+from lorasmith.errors import InputError, UsageError, os_errors
+from lorasmith.files.atomic import sync_folder, write_bytes
+from lorasmith.files.machine import require_disk
+from lorasmith.packaging.checksums import write_sums
+from lorasmith.packaging.opened import Package, check_files, open_package, read_members
+from lorasmith.packaging.pack import MANIFEST
+from lorasmith.packaging.tarstream import Advance, Write
+from lorasmith.packaging.verify import check_members
+from lorasmith.progress import Progress, silent
+from lorasmith.records.base import FileDigest
+from lorasmith.records.release import PackageManifest
+
+
+def unpack(archives: Sequence[Path], output: Path, *, progress: Progress = silent) -> PackageManifest:
+    """Unpack archives of one package into `output`; `manifest.json` and `SHA256SUMS` lie beside them.
+
+    Each of `archives` is an archive, one of its parts, or the package folder for all of them. In `output`
+    every archive becomes a folder, beside the manifest and a `SHA256SUMS` of all that was unpacked. Archives
+    that lie there already, whole, are kept; further ones are added. Links, devices, climbing, doubled and
+    foreign names cannot come out, and no more bytes than the manifest lists.
+
+    Raises `DamageError` for anything that is not as listed, and then leaves nothing of this call behind;
+    `InputError` for a missing manifest, `UsageError` for an `output` that is something else, `DiskError`.
+    """
+    package, names = _select(archives)
+    here = _open_output(output, package)
+    wanted = [name for name in names if package.stem(name) not in here]
+    sizes = {name: sum(member.bytes for member in package.manifest.contents[name]) for name in wanted}
+    packed = sum(package.archive(name).bytes for name in wanted)
+    require_disk(output, sum(sizes.values()), "unpack the package")
+    existed = output.is_dir()
+    finished: list[Path] = []
+    try:
+        with progress("Unpack", total=packed + sum(sizes.values()), unit="B") as advance:
+            for name in wanted:
+                check_files(package, name, advance)
+            for name in wanted:
+                finished.append(_unpack_one(package, name, output, advance))
+        _describe(package, {*here, *(folder.name for folder in finished)}, output)
+    except Exception:
+        for folder in finished:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not existed:
+            shutil.rmtree(output, ignore_errors=True)
+        raise
+    return package.manifest
+
+
+def _select(archives: Sequence[Path]) -> tuple[Package, list[str]]:
+    """The package that all of the paths belong to, and the names of its archives that are meant."""
+    if not archives:
+        raise UsageError("no archive was given", expected="archives, or the folder of a package")
+    folders = {path if path.is_dir() else path.parent for path in archives}
+    if len(folders) > 1:
+        raise UsageError("the archives lie in different folders", expected="archives of one package")
+    package = open_package(folders.pop())
+    names: list[str] = []
+    for path in archives:
+        if path.is_dir():
+            names += [archive.path for archive in package.manifest.archives]
+            continue
+        found = [
+            archive.path
+            for archive in package.manifest.archives
+            if path.name in {archive.path, *(piece.path for piece in package.files(archive.path))}
+        ]
+        if not found and path.name != MANIFEST:
+            known = ", ".join(archive.path for archive in package.manifest.archives)
+            raise InputError(f"the manifest does not list {path.name!r}", where=path, expected=known)
+        names += found or [archive.path for archive in package.manifest.archives]
+    return package, list(dict.fromkeys(names))
+
+
+def _open_output(output: Path, package: Package) -> set[str]:
+    """The archives that lie unpacked in `output` already and are whole."""
+    if output.exists() and not output.is_dir():
+        raise UsageError("there is a file of this name", where=output, expected="a folder")
+    if not output.is_dir() or not any(output.iterdir()):
+        return set()
+    manifest = output / MANIFEST
+    if not manifest.is_file() or manifest.read_bytes() != package.manifest.to_json():
+        raise UsageError(
+            "this folder holds something else",
+            where=output,
+            expected="a new folder, or one that holds a part of this package",
+            remedy="choose another output",
+        )
+    here = set()
+    for archive in package.manifest.archives:
+        stem = package.stem(archive.path)
+        if (output / stem).is_dir():
+            findings = check_members(output, stem, package.manifest.contents[archive.path])
+            if findings:
+                raise UsageError(
+                    f"{stem} lies here already and is damaged: {findings[0].message}",
+                    where=output / stem,
+                    remedy="remove it, then unpack again",
+                )
+            here.add(stem)
+    return here
+
+
+def _unpack_one(package: Package, name: str, output: Path, advance: Advance) -> Path:
+    """Unpack one archive aside and rename it into place."""
+    stem = package.stem(name)
+    temporary, final = output / f".{stem}.partial", output / stem
+    with os_errors(temporary, "write"):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    try:
+        with ExitStack() as stack:
+            opened: list[IO[bytes]] = []
+
+            def open_member(member: FileDigest) -> Write:
+                if opened:
+                    opened.pop().close()
+                path = temporary / member.path.split("/", 1)[1]
+                with os_errors(path, "write"):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    handle = stack.enter_context(path.open("xb"))
+                opened.append(handle)
+                return handle.write
+
+            read_members(package, name, open_member, advance)
+        with os_errors(final, "write"):
+            temporary.rename(final)
+            sync_folder(output)
+    except BaseException:
+        with suppress(OSError):
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _describe(package: Package, stems: set[str], output: Path) -> None:
+    """The manifest as it was, and checksums of what lies here now."""
+    write_bytes(output / MANIFEST, package.manifest.to_json())
+    digests = {MANIFEST: package.sums[MANIFEST]}
+    for archive in package.manifest.archives:
+        if package.stem(archive.path) in stems:
+            digests |= {member.path: member.sha256 for member in package.manifest.contents[archive.path]}
+    write_sums(output, digests)
