@@ -12,8 +12,6 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests.merging.reference import merged_value, nearest
-from tests.tiny import save_adapter, save_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasmith.errors import AdapterError, BusyError, CheckpointError, DiskError, LorasmithError, UsageError
@@ -21,6 +19,8 @@ from lorasmith.files.digests import digest_folder
 from lorasmith.merging import recipes, stream
 from lorasmith.merging.execute import merge
 from lorasmith.merging.folder import only_one
+from tests.merging.reference import merged_value, nearest
+from tests.tiny import save_adapter, save_base
 
 PREFIX = "base_model.model."
 NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

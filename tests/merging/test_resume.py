@@ -123,7 +123,7 @@ def test_finished_shards_are_not_made_again(
     def stop_after_one(*arguments: Any) -> Any:
         if made:
             raise KeyboardInterrupt
-        made.append(arguments[3].name)
+        made.append(arguments[4].name)
         return real(*arguments)
 
     monkeypatch.setattr("lorasmith.merging.execute.write_shard", stop_after_one)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.merging.reference import nearest
 
 from lorasmith.merging.exact import distil, round_rational
 from lorasmith.merging.rounding import (
@@ -21,6 +20,7 @@ from lorasmith.merging.rounding import (
     settle,
     to_stored,
 )
+from tests.merging.reference import nearest
 
 FORMATS = sorted(TARGETS)
 
@@ -106,7 +106,7 @@ def test_what_the_fast_path_calls_certain_is_right(dtype: str) -> None:
     bound = factor * (np.abs(exact) + 2 * size) * (1 - 2.0**-30)
     candidate = exact + bound * generator.choice([-1, 1], len(exact))
     rounded, unsure = round_certain(
-        torch.from_numpy(candidate)[:, None], torch.from_numpy(size)[:, None], factor, target
+        torch.from_numpy(candidate)[:, None], factor, torch.from_numpy(2 * factor * size)[:, None], target
     )
     certain = np.ones(len(exact), dtype=bool)
     certain[unsure.numpy()] = False
@@ -122,7 +122,9 @@ def test_what_the_fast_path_calls_certain_is_right(dtype: str) -> None:
 def test_a_number_that_is_none_is_never_certain(dtype: str) -> None:
     target = TARGETS[dtype]
     for bad in (float("nan"), float("inf"), -float("inf")):
-        _, unsure = round_certain(torch.tensor([[bad]]).double(), torch.ones(1, 1).double(), 2.0**-49, target)
+        _, unsure = round_certain(
+            torch.tensor([[bad]]).double(), 2.0**-49, torch.full((1, 1), 2.0**-49).double(), target
+        )
         assert unsure.tolist() == [0]
         assert not settle(np.array([bad]), np.array([1e-10]), target)[1].any()
 

@@ -6,12 +6,16 @@ Legend of shapes: O rows and I columns of the target as a matrix (last dimension
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 from lorasmith.checkpoint.header import TensorInfo
-from lorasmith.checkpoint.model import Checkpoint
+from lorasmith.checkpoint.model import Checkpoint, text_config
 from lorasmith.checkpoint.peft_config import PeftConfig
+
+EMBEDDING_LEAVES = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings"})
+"""What the module of the input embedding is called, over the architectures."""
 
 View = tuple[str | int, ...]
 """One step from a stored tensor to the matrix that is meant: `("T",)`, `("reshape", …)`,
@@ -53,12 +57,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter does to one tensor of the model."""
+    """What an adapter does to one tensor of the model.
+
+    W is the base's `source`, or the adapter's own `replacement`; then rows are replaced, products added, and
+    what results is scaled to DoRA's magnitude, as far as each is there.
+    """
 
     target: str
     """The tensor's name in the merged folder."""
     source: str
-    """The base's tensor that W is read from; another one than the target where a tied head is separated."""
+    """The base's tensor that W is read from; not the target's where a tied head is separated."""
     formula: str
     uses: tuple[str, ...]
     """Names on disk of the adapter tensors that go into it."""
@@ -68,12 +76,23 @@ class Change:
     magnitude_axis: int = 0
     """0: one m per row of the target; 1: one per column."""
     replacement: Factor | None = None
-    """Takes the place of the whole tensor."""
+    """W itself, as the adapter stores it."""
     shape: tuple[int, ...] | None = None
-    """The shape of the replacement where it differs from the base's."""
-    row_replacement: Factor | None = None
+    """The replacement's shape where it differs from the base's."""
+    row_values: Factor | None = None
     """Takes the place of the rows `row_indices`."""
     row_indices: tuple[int, ...] = ()
+    head_follows: bool = False
+    """Whether a tied head takes part in the change; otherwise it keeps the base's values and is separated."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """An adapter tensor that must equal one of the base: proof that it is the right base."""
+
+    adapter: int
+    tensor: str
+    base: str
 
 
 @dataclass(frozen=True)
@@ -104,12 +123,51 @@ class SiteError(Exception):
 
 
 @dataclass(frozen=True)
+class Weight:
+    """A tensor of the model: its name in the merged folder, and where the base keeps its values."""
+
+    name: str
+    info: TensorInfo
+
+
+@dataclass(frozen=True)
 class Base:
     """The base as the variants look it up."""
 
     checkpoint: Checkpoint
-    modules: Mapping[str, str] = field(default_factory=dict)
-    """Every module path of the base that owns a tensor, to itself."""
+
+    @cached_property
+    def modules(self) -> frozenset[str]:
+        """Every module path of the base that owns a tensor, and that of a tied head."""
+        found = {name.rpartition(".")[0] for name in self.checkpoint.tensors}
+        head = self.tied_head
+        return frozenset(found | {head.rpartition(".")[0]} if head else found)
+
+    @cached_property
+    def embedding(self) -> str | None:
+        """The name of the input embedding's tensor."""
+        found = [
+            name
+            for name in self.checkpoint.tensors
+            if name.rpartition(".")[0].rpartition(".")[2] in EMBEDDING_LEAVES and name.endswith(".weight")
+        ]
+        return found[0] if len(found) == 1 else None
+
+    @cached_property
+    def tied_head(self) -> str | None:
+        """The name of the head's tensor where the head shares the embedding's; None where it has its own."""
+        if not self.checkpoint.tied or self.embedding is None:
+            return None
+        # Vision-language models keep the head beside the language model's own prefix on disk.
+        inner = self.embedding.startswith("language_model.model.")
+        return "language_model.lm_head.weight" if inner else "lm_head.weight"
+
+    def weight(self, module: str) -> Weight:
+        """A module's weight, a tied head's included; `SiteError` where there is none."""
+        name = f"{module}.weight"
+        if name not in self.checkpoint.tensors and name == self.tied_head and self.embedding:
+            return Weight(name, self.tensor(self.embedding))
+        return Weight(name, self.tensor(name))
 
     def tensor(self, name: str) -> TensorInfo:
         """A tensor's entry; `SiteError` where there is none."""
@@ -118,14 +176,18 @@ class Base:
             raise SiteError(f"the base has no tensor {name}")
         return info
 
-    def has(self, name: str) -> bool:
-        """Whether the base stores this tensor."""
-        return name in self.checkpoint.tensors
-
     @property
-    def config(self) -> Mapping[str, Any]:
-        """The base's config."""
-        return self.checkpoint.config
+    def model_type(self) -> str:
+        """The model type of the language part."""
+        return str(text_config(self.checkpoint.config).get("model_type"))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a variant makes of a site."""
+
+    changes: tuple[Change, ...] = ()
+    copies: tuple[Copy, ...] = ()
 
 
 class Variant(Protocol):
@@ -136,5 +198,5 @@ class Variant(Protocol):
     def takes(self, site: Site) -> frozenset[str]:
         """The suffixes of this site that the variant accounts for; none where it is not meant."""
 
-    def changes(self, site: Site, module: str, base: Base) -> list[Change]:
-        """The changes of a site that it takes something of; `module` is the path as the base spells it."""
+    def find(self, site: Site, module: str, base: Base) -> Found:
+        """The changes by a site that it takes something of; `module` is the path as the base spells it."""

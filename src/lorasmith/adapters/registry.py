@@ -6,9 +6,23 @@ To add one: a file beside this with the maths, a line here, and a case in tests/
 from __future__ import annotations
 
 from lorasmith.adapters.base import Variant
+from lorasmith.adapters.bias import LoraBias, TrainedBias
+from lorasmith.adapters.dora import Dora
+from lorasmith.adapters.embedding import EmbeddingLora
+from lorasmith.adapters.experts import Experts
 from lorasmith.adapters.lora import Lora
+from lorasmith.adapters.replacements import SavedModule, TrainableTokens
 
-VARIANTS: tuple[Variant, ...] = (Lora(),)
+VARIANTS: tuple[Variant, ...] = (
+    Lora(),
+    Dora(),
+    EmbeddingLora(),
+    Experts(),
+    LoraBias(),
+    TrainedBias(),
+    SavedModule(),
+    TrainableTokens(),
+)
 
 SUFFIXES: tuple[str, ...] = (
     "base_layer.lora_A.weight",
@@ -18,6 +32,7 @@ SUFFIXES: tuple[str, ...] = (
     "lora_B.bias",
     "lora_embedding_A",
     "lora_embedding_B",
+    "lora_magnitude_vector.weight",
     "lora_magnitude_vector",
     "token_adapter.trainable_tokens_delta",
     "base_layer.weight",

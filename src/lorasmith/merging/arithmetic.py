@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lorasmith.adapters.base import Factor, Rows
@@ -27,6 +29,8 @@ from lorasmith.merging.rounding import (
 
 LoadFactor = Callable[[Factor], torch.Tensor]
 """Reads a factor and gives it as a float64 matrix; raises for NaN and infinities."""
+
+Indices = npt.NDArray[np.signedinteger[Any]]
 
 _ROUNDED_UP = 1 + 2.0**-20
 
@@ -74,7 +78,7 @@ class Products:
         """‖L̂·R‖² = Σ (L̂ᵀL̂) ∘ (R·Rᵀ), without making the product."""
         return float(((self.left.T @ self.left) * (self.right @ self.right.T)).sum())
 
-    def exact_terms(self, rows: Array, columns: Array) -> list[ExactTerm]:
+    def exact_terms(self, rows: Indices, columns: Indices) -> list[ExactTerm]:
         """The stored numbers that make the elements (rows[i], columns[i])."""
         return [
             ExactTerm(scale, weight, left.numpy()[rows], right.numpy()[:, columns].T)
@@ -121,8 +125,7 @@ def low_rank_piece(
     bound = products.bound[row : row + height]
     weights = stored.to(torch.float64)
     candidate = torch.addmm(weights, left, right)
-    merged, unsure = round_certain(candidate, bound, products.factor, target)
-    before = cast(stored, target)
+    merged, unsure = round_certain(candidate, products.factor, bound * (2 * products.factor), target)
     counts = Counts(base_square=float(torch.dot(weights.reshape(-1), weights.reshape(-1))))
     if len(unsure):
         places = unsure.numpy()
@@ -137,8 +140,8 @@ def low_rank_piece(
         )
         merged.view(-1)[unsure] = to_stored(values, target)
         counts.ties = ties
-        counts.underflowed = _underflowed(values, stored.reshape(-1)[unsure], target)
-    counts.changed = int(torch.count_nonzero(merged != before))
+        counts.underflowed = underflowed(values, stored.reshape(-1)[unsure], target)
+    counts.changed = count_changes(merged, stored, target)
     if products.updated is None:
         counts.updated = height * width
     else:
@@ -151,18 +154,14 @@ def _decide(
     candidate: Array,
     weights: Array,
     products: Products,
-    rows: Array,
-    columns: Array,
+    rows: Indices,
+    columns: Indices,
     target: Target,
     name: str,
 ) -> tuple[Array, int]:
     """RN of the elements that the fast path left open, and how many of them are ties."""
     if not np.isfinite(weights).all():
-        raise CheckpointError(
-            f"the base's tensor {name} holds NaN or infinite values",
-            expected="finite weights",
-            remedy="the base is damaged: fetch it again",
-        )
+        raise not_finite(name)
     size = products.bound.numpy()[rows, 0]
     bound = products.factor * (np.abs(candidate) + 2 * size) * _ROUNDED_UP
     values, certain = settle(candidate, bound, target)
@@ -175,6 +174,20 @@ def _decide(
     if not np.isfinite(values).all():
         raise overflow(name, target)
     return values, ties
+
+
+def not_finite(name: str) -> CheckpointError:
+    """NaN or infinities in a tensor that an adapter changes."""
+    return CheckpointError(
+        f"the base's tensor {name} holds NaN or infinite values",
+        expected="finite weights",
+        remedy="the base is damaged: fetch it again",
+    )
+
+
+def count_changes(merged: torch.Tensor, stored: torch.Tensor, target: Target) -> int:
+    """Elements that differ from the base's values in the merged type; zeros of both signs are equal."""
+    return int(torch.count_nonzero(merged != cast(stored, target)))
 
 
 def overflow(name: str, target: Target) -> InputError:
@@ -192,7 +205,7 @@ def overflow(name: str, target: Target) -> InputError:
     )
 
 
-def _underflowed(values: Array, stored: torch.Tensor, target: Target) -> int:
+def underflowed(values: Array, stored: torch.Tensor, target: Target) -> int:
     """Results below the smallest normal number where the base's value was normal in its own type."""
     own = torch.finfo(stored.dtype).tiny
     was_normal = stored.to(torch.float64).abs().numpy() >= own

@@ -90,8 +90,10 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
     return {name: file for name, file in names.items() if any(fnmatch(name, pattern) for pattern in patterns)}
 
 
-def merged_config(config: Mapping[str, Any], precision: str, *, untied: bool) -> dict[str, Any]:
-    """The base's config with the merged model's own type and tying, and nothing of a quantization."""
+def merged_config(
+    config: Mapping[str, Any], precision: str, *, untied: bool, vocabulary: int | None
+) -> dict[str, Any]:
+    """The base's config with the merged model's own type, tying and vocabulary, without a quantization."""
     merged = copy.deepcopy(dict(config))
     merged.pop("quantization_config", None)
     parts = [merged] + [part for part in merged.values() if isinstance(part, dict)]
@@ -102,6 +104,11 @@ def merged_config(config: Mapping[str, Any], precision: str, *, untied: bool) ->
                     part[field] = precision
         if "dtype" not in merged and "torch_dtype" not in merged:
             merged["dtype"] = precision
+    if vocabulary is not None:
+        holders = [part for part in parts if "vocab_size" in part]
+        text = [part for part in holders if part is merged.get("text_config")] or holders[:1] or [merged]
+        for part in text:
+            part["vocab_size"] = vocabulary
     if untied:
         for part in parts:
             if "tie_word_embeddings" in part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -104,6 +105,48 @@ def round_exactly(base: Array, terms: Sequence[ExactTerm], target: Target) -> tu
             number, tie = round_rational(value, target)
             rounded[start + index], ties[start + index], zeros[start + index] = number, tie, value == 0
     return rounded, ties, zeros
+
+
+def exact_values(base: Array, terms: Sequence[ExactTerm]) -> list[Fraction]:
+    """W + Σ w·s·L·R of n elements as rational numbers."""
+    values: list[Fraction] = []
+    for start in range(0, len(base), _CHUNK):
+        here = slice(start, start + _CHUNK)
+        cut = [ExactTerm(term.scale, term.weight, term.left[here], term.right[here]) for term in terms]
+        high, low, certain = distil(expand(base[here], cut))
+        for index in range(len(high)):
+            if certain[index]:
+                values.append(Fraction(float(high[index])) + Fraction(float(low[index])))
+            else:
+                dots = (_dot(term, index) for term in cut)
+                values.append(Fraction(float(base[here][index])) + sum(dots, start=Fraction(0)))
+    return values
+
+
+def sum_of_squares(values: Sequence[Fraction]) -> Fraction:
+    """Σ v² exactly; the denominators are powers of two, so that one shift brings them together."""
+    bits = max((value.denominator.bit_length() for value in values), default=1)
+    total = sum((value.numerator << (bits - value.denominator.bit_length())) ** 2 for value in values)
+    return Fraction(total, 1 << (2 * (bits - 1)))
+
+
+def round_scaled(magnitude: float, value: Fraction, square: Fraction, target: Target) -> tuple[float, bool]:
+    """RN of m·v/√S, and whether it is a tie.
+
+    x² = (m·v)²/S is rational. X = ⌊x·2ᵏ⌋ comes from an integer square root; with k = 400 every number of the
+    target and every midpoint is a multiple of 2⁻ᵏ, so that none lies strictly between X·2⁻ᵏ and (X + 1)·2⁻ᵏ,
+    and x rounds as any number between them does.
+    """
+    factor = Fraction(magnitude) * value
+    if factor == 0:
+        return 0.0, False
+    scaled = factor * factor / square * (1 << 800)
+    root = math.isqrt(scaled.numerator // scaled.denominator)
+    if root * root == scaled:
+        size = Fraction(root, 1 << 400)
+    else:
+        size = Fraction(2 * root + 1, 1 << 401)
+    return round_rational(size if factor > 0 else -size, target)
 
 
 def _dot(term: ExactTerm, index: int) -> Fraction:

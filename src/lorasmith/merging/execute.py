@@ -15,6 +15,7 @@ from lorasmith.files.atomic import write_record
 from lorasmith.files.digests import combine, describe, digest_folder, folder_files
 from lorasmith.files.machine import require_disk
 from lorasmith.merging.companions import companions, merged_config, merged_index
+from lorasmith.merging.copies import check_copies
 from lorasmith.merging.folder import PartialFolder, ShardDone, check_place, identity_of, make_key, only_one
 from lorasmith.merging.plan import PRECISIONS, Plan, make_plan
 from lorasmith.merging.recipes import Factors, make_recipe
@@ -74,6 +75,7 @@ def merge(
                 "rounding": rounding,
             }
         )
+        check_copies(plan.copies, checkpoint, adapters)
         partial = PartialFolder(output, key)
         _require_space(plan, partial, output)
         shards = _write_shards(checkpoint, adapters, plan, partial, progress)
@@ -134,6 +136,7 @@ def _write_shards(
     base: Checkpoint, adapters: Sequence[Adapter], plan: Plan, partial: PartialFolder, progress: Progress
 ) -> list[ShardDone]:
     factors = Factors(adapters)
+    files = [adapter.file.path for adapter in adapters]
     total = sum(output.nbytes for output in plan.outputs)
     finished = []
     with progress("Merge", total=total, unit="B") as advance:
@@ -141,8 +144,9 @@ def _write_shards(
             outputs = plan.shards[shard.path.name]
             done = partial.done(shard.path.name)
             if done is None:
-                recipes = [make_recipe(output, factors) for output in outputs]
-                written = write_shard(shard, outputs, recipes, partial.path / shard.path.name, advance)
+                recipes = [make_recipe(output, factors, shard) for output in outputs]
+                target = partial.path / shard.path.name
+                written = write_shard(shard, outputs, recipes, files, target, advance)
                 results = [recipe.result() for recipe in recipes]
                 done = ShardDone(
                     file=written.file,
@@ -159,7 +163,8 @@ def _write_shards(
 def _write_small_files(
     base: Checkpoint, adapters: list[Path], plan: Plan, precision: str, partial: PartialFolder
 ) -> list[FileDigest]:
-    contents = {"config.json": dump_object(merged_config(base.config, precision, untied=plan.untied))}
+    config = merged_config(base.config, precision, untied=plan.untied, vocabulary=plan.vocabulary)
+    contents = {"config.json": dump_object(config)}
     index = merged_index(base, plan)
     if index is not None:
         contents[INDEX] = index

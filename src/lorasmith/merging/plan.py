@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
-from lorasmith.adapters.base import Base, Change, Rows, Site, SiteError
+from lorasmith.adapters.base import Base, Change, Copy, Found, Rows, Site, SiteError, Term
 from lorasmith.adapters.registry import VARIANTS, split_name
 from lorasmith.checkpoint.adapter import PREFIX, Adapter
 from lorasmith.checkpoint.header import FLOATS, TensorInfo, nbytes_of
@@ -29,8 +30,10 @@ class Output:
     dtype: str
     shape: tuple[int, ...]
     source: TensorInfo
-    """The base's tensor that it is made from."""
-    change: Change | None
+    """The tensor that W is read from."""
+    adapter: int | None = None
+    """The adapter whose file holds `source`; None: the base."""
+    change: Change | None = None
     """None: copied, or cast where `dtype` is not the source's."""
 
     @property
@@ -46,10 +49,16 @@ class Output:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole merge: what each output shard holds, in the order of the base's data."""
+    """The whole merge."""
 
     shards: dict[str, tuple[Output, ...]]
+    """Per file: an output for every tensor of the base's file, in its order, then separated heads."""
     untied: bool
+    """Whether a head that shared the embedding's tensor has one of its own now."""
+    vocabulary: int | None
+    """The number of tokens where the adapter changed it."""
+    copies: tuple[Copy, ...]
+    """What must be equal for the base to be the right one."""
     findings: tuple[Finding, ...]
 
     @property
@@ -67,18 +76,23 @@ def make_plan(
     partner, so that every adapter tensor is used exactly once; `CheckpointError` for a target that this
     merge cannot write (integers, float64 kept as float64).
     """
-    view = Base(
-        base, {module: module for module in sorted({name.rpartition(".")[0] for name in base.tensors})}
-    )
+    view = Base(base)
     findings: list[Finding] = []
+    copies: list[Copy] = []
     collected: dict[str, list[Change]] = defaultdict(list)
     for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         sites = find_sites(adapter, number, weight)
-        for change in _changes(sites, view, adapter):
-            collected[change.target].append(change)
-        findings += _left_out(sites, view, adapter)
-    changes = {target: combine(found, adapters) for target, found in collected.items()}
-    return Plan(_lay_out(base, changes, PRECISIONS[precision]), untied=False, findings=tuple(findings))
+        for found in _found(sites, view, adapter):
+            copies += found.copies
+            for change in found.changes:
+                collected[change.target].append(change)
+        findings += left_out(sites, view, adapter)
+        findings += other_base(base, adapter)
+    changes = {target: combine(parts, adapters) for target, parts in collected.items()}
+    untied = separate_head(changes, view)
+    shards = _lay_out(base, adapters, changes, PRECISIONS[precision])
+    vocabulary = _vocabulary(changes, view)
+    return Plan(shards, untied, vocabulary, tuple(copies), tuple(findings))
 
 
 def find_sites(adapter: Adapter, number: int, weight: float) -> list[Site]:
@@ -97,11 +111,11 @@ def find_sites(adapter: Adapter, number: int, weight: float) -> list[Site]:
     return [Site(number, path, tensors, adapter.config, weight) for path, tensors in sorted(grouped.items())]
 
 
-def _changes(sites: Sequence[Site], base: Base, adapter: Adapter) -> list[Change]:
+def _found(sites: Sequence[Site], base: Base, adapter: Adapter) -> list[Found]:
     found = []
     for site in sites:
         try:
-            found += _changes_of_site(site, base)
+            found += _found_at(site, base)
         except SiteError as error:
             raise AdapterError(
                 f"{site.path}: {error.found}",
@@ -112,15 +126,15 @@ def _changes(sites: Sequence[Site], base: Base, adapter: Adapter) -> list[Change
     return found
 
 
-def _changes_of_site(site: Site, base: Base) -> list[Change]:
+def _found_at(site: Site, base: Base) -> list[Found]:
     module = _module_in_base(site, base)
     used: list[str] = []
-    changes = []
+    found = []
     for variant in VARIANTS:
         taken = variant.takes(site)
         if taken:
             used += sorted(taken)
-            changes += variant.changes(site, module, base)
+            found.append(variant.find(site, module, base))
     left = sorted(set(site.tensors) - set(used))
     if left:
         raise SiteError(
@@ -129,12 +143,22 @@ def _changes_of_site(site: Site, base: Base) -> list[Change]:
             "every adapter tensor used exactly once",
             "the adapter is incomplete, or holds something that cannot be merged",
         )
-    assert len(used) == len(set(used)), f"two variants use the same tensor of {site.path}"
-    return changes
+    if len(used) != len(set(used)):
+        raise AssertionError(f"two variants use the same tensor of {site.path}")
+    return found
 
 
 def _module_in_base(site: Site, base: Base) -> str:
-    found = resolve(site.path, base.modules)
+    present = set(base.modules)
+    if site.path.endswith("experts"):
+        # A stack that is fused in memory may be one module per expert on disk.
+        present |= {name.partition(".experts.")[0] + ".experts" for name in present if ".experts." in name}
+    found = resolve(site.path, present)
+    if not found and ".experts." in site.path:
+        # One expert of a stack that is fused on disk.
+        stack, _, rest = site.path.rpartition(".experts.")
+        owners = {name.rpartition(".")[0] for name in base.checkpoint.tensors}
+        found = [f"{name}.{rest}" for name in resolve(f"{stack}.experts", owners)]
     if not found:
         raise SiteError(
             f"the base has no module {site.path!r} under any of its spellings",
@@ -147,46 +171,109 @@ def _module_in_base(site: Site, base: Base) -> str:
 
 
 def combine(changes: Sequence[Change], adapters: Sequence[Adapter]) -> Change:
-    """One change from those of several adapters: the sum of their products, as PEFT's `cat` adds them."""
+    """One change from those of several sites or adapters: products are added, as PEFT's `cat` does.
+
+    Products of different rows of a tensor, such as experts of a stack, stay apart.
+    """
     first = changes[0]
     if len(changes) == 1:
         return first
-    additive = all(
-        change.magnitude is None and change.replacement is None and change.row_replacement is None
-        for change in changes
-    )
-    ranges = [[(rows.start, rows.stop) for rows in change.rows] for change in changes]
-    if not additive or any(found != ranges[0] for found in ranges):
+    kept = [(change.magnitude, change.replacement, change.row_values) for change in changes]
+    if any(part is not None for parts in kept for part in parts):
         raise AdapterError(
-            f"{first.target} is changed by {len(changes)} adapters, and not by low-rank products alone",
+            f"{first.target} is changed {len(changes)} times, and not by low-rank products alone",
             where=", ".join(str(adapter.folder) for adapter in adapters),
             expected="updates that can be added",
             remedy="DoRA and replaced tensors of several adapters do not add up: merge one adapter",
         )
-    rows = tuple(
-        Rows(part.start, part.stop, tuple(term for change in changes for term in change.rows[number].terms))
-        for number, part in enumerate(first.rows)
-    )
-    uses = tuple(name for change in changes for name in change.uses)
-    return replace(first, formula=first.formula.replace("s·", "Σ w·s·", 1), uses=uses, rows=rows)
+    parts = [part for change in changes for part in change.rows]
+    edges = sorted({part.start for part in parts} | {part.stop for part in parts})
+    rows = []
+    for start, stop in pairwise(edges):
+        terms = tuple(term for part in parts if part.start <= start < part.stop for term in part.terms)
+        if terms:
+            rows.append(_cut(start, stop, parts, terms))
+    uses = tuple(dict.fromkeys(name for change in changes for name in change.uses))
+    summed = len({term.left.adapter for part in parts for term in part.terms}) > 1
+    formula = first.formula.replace("s·", "Σ w·s·", 1) if summed else first.formula
+    return replace(first, formula=formula, uses=uses, rows=tuple(rows))
+
+
+def _cut(start: int, stop: int, parts: Sequence[Rows], terms: tuple[Term, ...]) -> Rows:
+    """The products of the rows `start` to `stop`, each cut out of the range that it was made for."""
+    cut = []
+    for part in parts:
+        if not part.start <= start < part.stop:
+            continue
+        for term in part.terms:
+            if (part.start, part.stop) == (start, stop):
+                cut.append(term)
+                continue
+            view = ("narrow", 0, start - part.start, stop - start)
+            cut.append(replace(term, left=replace(term.left, view=(*term.left.view, view))))
+    return Rows(start, stop, tuple(cut))
+
+
+def separate_head(changes: dict[str, Change], base: Base) -> bool:
+    """Give a tied head a tensor of its own where embedding and head no longer agree; True if it needs one.
+
+    Where the head follows a change of the embedding, both stay one tensor.
+    """
+    head, embedding = base.tied_head, base.embedding
+    if head is None or embedding is None or not (head in changes or embedding in changes):
+        return False
+    stored = head in base.checkpoint.tensors
+    change = changes.get(embedding)
+    follows = change is not None and change.head_follows
+    if change is not None and follows and head not in changes:
+        if stored:
+            changes[head] = replace(change, target=head, source=head)
+        return False
+    if head not in changes and not stored:
+        changes[head] = Change(head, embedding, "W, separated from the embedding", ())
+    return True
+
+
+def _vocabulary(changes: Mapping[str, Change], base: Base) -> int | None:
+    change = changes.get(base.embedding or "")
+    if change is None or change.shape is None or base.embedding is None:
+        return None
+    tokens = change.shape[0]
+    return tokens if tokens != base.checkpoint.tensors[base.embedding].shape[0] else None
 
 
 def _lay_out(
-    base: Checkpoint, changes: dict[str, Change], wanted: str | None
+    base: Checkpoint, adapters: Sequence[Adapter], changes: Mapping[str, Change], wanted: str | None
 ) -> dict[str, tuple[Output, ...]]:
+    left = dict(changes)
     shards = {}
     for shard in base.shards:
-        outputs = []
-        for info in shard.tensors.values():
-            change = changes.pop(info.name, None)
-            dtype = wanted if wanted and info.dtype in FLOATS else info.dtype
-            if change is not None:
-                _check_target(info, dtype, shard.path)
-            shape = change.shape if change and change.shape else info.shape
-            outputs.append(Output(info.name, dtype, shape, info, change))
+        outputs = [
+            _output(info, left.pop(info.name, None), adapters, wanted, shard.path)
+            for info in shard.tensors.values()
+        ]
+        for target, change in list(left.items()):
+            if target not in base.tensors and change.source in shard.tensors:
+                info = shard.tensors[change.source]
+                outputs.append(_output(info, left.pop(target), adapters, wanted, shard.path))
         shards[shard.path.name] = tuple(outputs)
-    assert not changes, f"no shard holds {sorted(changes)}"
+    if left:
+        raise AssertionError(f"no shard holds {sorted(left)}")
     return shards
+
+
+def _output(
+    info: TensorInfo, change: Change | None, adapters: Sequence[Adapter], wanted: str | None, path: Path
+) -> Output:
+    dtype = wanted if wanted and info.dtype in FLOATS else info.dtype
+    if change is None:
+        return Output(info.name, dtype, info.shape, info)
+    _check_target(info, dtype, path)
+    if change.replacement is not None:
+        number = change.replacement.adapter
+        source = adapters[number].file.tensors[change.replacement.tensor]
+        return Output(change.target, dtype, source.shape, source, number, change)
+    return Output(change.target, dtype, info.shape, info, None, change)
 
 
 def _check_target(info: TensorInfo, dtype: str, path: Path) -> None:
@@ -205,7 +292,7 @@ def _check_target(info: TensorInfo, dtype: str, path: Path) -> None:
         )
 
 
-def _left_out(sites: Sequence[Site], base: Base, adapter: Adapter) -> list[Finding]:
+def left_out(sites: Sequence[Site], base: Base, adapter: Adapter) -> list[Finding]:
     """Modules that the config targets by name and that the adapter has nothing for.
 
     An error where other layers have the same module (the file is incomplete); a note where no layer has.
@@ -232,6 +319,21 @@ def _left_out(sites: Sequence[Site], base: Base, adapter: Adapter) -> list[Findi
         )
         for target in sorted(targets)
         if not any(site.path == target or site.path.endswith("." + target) for site in sites)
+    ]
+
+
+def other_base(base: Checkpoint, adapter: Adapter) -> list[Finding]:
+    """Whether adapter and base name different models; a base without a name cannot tell."""
+    named, given = adapter.config.base_model, base.config.get("_name_or_path")
+    if not named or not isinstance(given, str) or not given or Path(named).name == Path(given).name:
+        return []
+    return [
+        Finding(
+            severity="warning",
+            code="base-name",
+            message=f"the adapter was trained on {Path(named).name!r}, the base is {Path(given).name!r}",
+            expected="the base that the adapter was trained on",
+        )
     ]
 
 

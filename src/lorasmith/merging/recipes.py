@@ -9,12 +9,15 @@ from typing import Protocol
 
 import torch
 
-from lorasmith.adapters.base import Change, Factor
+from lorasmith.adapters.base import Change, Factor, Rows
+from lorasmith.adapters.bias import UNIT
 from lorasmith.checkpoint.adapter import Adapter
-from lorasmith.checkpoint.header import TensorInfo
+from lorasmith.checkpoint.header import ITEM_BITS, TensorFile, TensorInfo
 from lorasmith.errors import AdapterError, os_errors
-from lorasmith.merging.arithmetic import Counts, Products, cast_piece, low_rank_piece, prepare
+from lorasmith.merging.arithmetic import Counts, Products, cast_piece, low_rank_piece, overflow, prepare
+from lorasmith.merging.magnitude import Scaling, prepare_scaling, scaled_piece
 from lorasmith.merging.plan import Output
+from lorasmith.merging.rounding import TARGETS, cast
 from lorasmith.records.merging import MergedTensor
 
 TORCH_TYPES: dict[str, torch.dtype] = {
@@ -38,7 +41,9 @@ class Factors:
         self._adapters = adapters
 
     def __call__(self, factor: Factor) -> torch.Tensor:
-        """A factor in its orientation; `AdapterError` naming the tensor for NaN, infinite or absurd ones."""
+        """A factor in float64; `AdapterError` naming the tensor for NaN, infinite or absurd ones."""
+        if factor is UNIT:
+            return torch.ones(1, 1, dtype=torch.float64)
         adapter = self._adapters[factor.adapter]
         info = adapter.file.tensors[factor.tensor]
         values = read_tensor(adapter.file.path, info).to(torch.float64)
@@ -93,6 +98,27 @@ def apply_view(values: torch.Tensor, factor: Factor) -> torch.Tensor:
     return values
 
 
+class Stored:
+    """A tensor on disk, read in stretches."""
+
+    def __init__(self, path: Path, info: TensorInfo) -> None:
+        self.path = path
+        self.info = info
+        self.width = info.shape[-1] if len(info.shape) > 1 else 1
+
+    def read(self, first: int, count: int) -> torch.Tensor:
+        """The elements from `first` on, flat."""
+        size = ITEM_BITS[self.info.dtype] // 8
+        with os_errors(self.path, "read"), self.path.open("rb") as handle:
+            handle.seek(self.info.start + first * size)
+            raw = bytearray(handle.read(count * size))
+        return torch.frombuffer(raw, dtype=TORCH_TYPES[self.info.dtype])
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Whole rows of the tensor as a matrix."""
+        return self.read(start * self.width, (stop - start) * self.width).view(stop - start, self.width)
+
+
 class Recipe(Protocol):
     """Turns stored bytes into bytes of the merged tensor, one whole number of elements after the other."""
 
@@ -103,26 +129,16 @@ class Recipe(Protocol):
         """What became of the tensor, once all pieces are made; None where no adapter changed it."""
 
 
-class Copy:
-    """Byte for byte."""
-
-    def piece(self, raw: torch.Tensor, first: int) -> torch.Tensor:
-        """The same bytes."""
-        return raw
-
-    def result(self) -> None:
-        """Nothing happened to it."""
-        return
-
-
-class Cast:
-    """Another type, correctly rounded."""
+class Plain:
+    """Byte for byte, or another type, correctly rounded: a tensor that no adapter changed."""
 
     def __init__(self, output: Output) -> None:
         self._output = output
 
     def piece(self, raw: torch.Tensor, first: int) -> torch.Tensor:
-        """The rounded values."""
+        """The same bytes, or the rounded values."""
+        if self._output.dtype == self._output.source.dtype:
+            return raw
         stored = raw.view(TORCH_TYPES[self._output.source.dtype])
         result, _ = cast_piece(stored, self._output.dtype, self._output.name)
         return result.view(torch.uint8)
@@ -132,16 +148,70 @@ class Cast:
         return
 
 
-class LowRank:
-    """W + Σ w·s·L·R, correctly rounded."""
+class Replaced:
+    """A tensor, or some of its rows, that the adapter stores itself; also a separated head that keeps W."""
 
-    def __init__(self, output: Output, change: Change, factors: Factors) -> None:
+    def __init__(self, output: Output, change: Change, factors: Factors, base: Stored) -> None:
+        self._output = output
+        self._change = change
+        self._base = base
+        self._counts = Counts()
+        self._rows = factors(change.row_values) if change.row_values else None
+
+    def piece(self, raw: torch.Tensor, first: int) -> torch.Tensor:
+        """The adapter's values in the merged type."""
+        output = self._output
+        stored = raw.view(TORCH_TYPES[output.source.dtype])
+        if output.adapter is not None and not bool(stored.isfinite().all()):
+            raise AdapterError(
+                f"the adapter tensor {output.source.name} holds NaN or infinite values",
+                expected="finite values",
+                remedy="the training diverged or the file is damaged: take an earlier checkpoint",
+            )
+        result, small = cast_piece(stored, output.dtype, output.name)
+        if self._rows is not None:
+            result = self._with_rows(result.clone(), first)
+        self._count(result, first, small)
+        return result.view(torch.uint8)
+
+    def _with_rows(self, result: torch.Tensor, first: int) -> torch.Tensor:
+        assert self._rows is not None
+        width = self._rows.shape[1]
+        for values, row in zip(self._rows, self._change.row_indices, strict=True):
+            start, stop = row * width - first, (row + 1) * width - first
+            if stop <= 0 or start >= len(result):
+                continue
+            rounded = cast(values, TARGETS[self._output.dtype])
+            if bool(rounded.isinf().any()):
+                raise overflow(self._output.name, TARGETS[self._output.dtype])
+            result[max(start, 0) : stop] = rounded[max(-start, 0) : width - max(stop - len(result), 0)]
+        return result
+
+    def _count(self, result: torch.Tensor, first: int, small: int) -> None:
+        known = max(0, min(len(result), self._base.info.elements - first))
+        before = cast(self._base.read(first, known), TARGETS[self._output.dtype]) if known else result[:0]
+        changed = int(torch.count_nonzero(result[:known] != before)) + len(result) - known
+        self._counts.changed += changed
+        self._counts.updated += changed
+        self._counts.underflowed += small
+
+    def result(self) -> MergedTensor:
+        """How many elements differ from the base's."""
+        return merged_tensor(self._output, self._change, self._counts)
+
+
+class LowRank:
+    """W + Σ w·s·L·R, correctly rounded, and scaled to DoRA's magnitude where there is one."""
+
+    def __init__(self, output: Output, change: Change, factors: Factors, base: Stored) -> None:
         self._output = output
         self._change = change
         self._factors = factors
+        self._base = base
         self._counts = Counts()
+        self._rows: Rows | None = None
         self._products: Products | None = None
-        self._stop = 0
+        self._scaling: Scaling | None = None
         self._width = output.shape[-1] if len(output.shape) > 1 else 1
 
     def piece(self, raw: torch.Tensor, first: int) -> torch.Tensor:
@@ -150,32 +220,67 @@ class LowRank:
         merged = torch.empty(len(stored), dtype=TORCH_TYPES[self._output.dtype])
         for offset, row, column, height, width in rectangles(first, len(stored), self._width):
             while height:
-                products = self._of_row(row)
-                part = min(height, self._stop - row)
+                rows = self._of_row(row)
+                part = min(height, rows.stop - row)
                 here = slice(offset, offset + part * width)
-                values, counts = low_rank_piece(
-                    stored[here].view(part, width),
-                    products,
-                    row - products.start,
-                    column,
-                    self._output.dtype,
-                    self._output.name,
-                )
-                merged[here] = values.view(-1)
-                self._counts.add(counts)
+                values = self._rectangle(stored[here].view(part, width), rows, row, column)
+                merged[here] = values.reshape(-1)
                 offset, row, height = here.stop, row + part, height - part
         return merged.view(torch.uint8)
 
-    def _of_row(self, row: int) -> Products:
-        if self._products is None or not self._products.start <= row < self._stop:
-            rows = next(rows for rows in self._change.rows if rows.start <= row < rows.stop)
-            self._products, self._stop = prepare(rows, self._factors), rows.stop
-            self._counts.update_square += self._products.update_square
-        return self._products
+    def _rectangle(self, stored: torch.Tensor, rows: Rows, row: int, column: int) -> torch.Tensor:
+        output = self._output
+        if not rows.terms:
+            values, small = cast_piece(stored, output.dtype, output.name)
+            self._counts.underflowed += small
+            return values
+        assert self._products is not None
+        row -= self._products.start
+        if self._change.magnitude is None:
+            values, counts = low_rank_piece(stored, self._products, row, column, output.dtype, output.name)
+        else:
+            scaling = self._scaling or self._prepare_scaling(self._products)
+            values, counts = scaled_piece(
+                stored, self._products, scaling, row, column, output.dtype, output.name, self._base.rows
+            )
+        self._counts.add(counts)
+        return values
+
+    def _of_row(self, row: int) -> Rows:
+        if self._rows is None or not self._rows.start <= row < self._rows.stop:
+            self._rows = rows_at(self._change.rows, row, math.prod(self._output.shape[:-1] or (row + 1,)))
+            if self._rows.terms:
+                self._products = prepare(self._rows, self._factors)
+                if self._change.magnitude is None:
+                    self._counts.update_square += self._products.update_square
+        return self._rows
+
+    def _prepare_scaling(self, products: Products) -> Scaling:
+        assert self._change.magnitude is not None
+        self._scaling = prepare_scaling(
+            self._factors(self._change.magnitude),
+            self._change.magnitude_axis,
+            products,
+            self._base.rows,
+            self._output.shape[0],
+            max(1, BLOCK_ELEMENTS // self._width),
+            self._output.name,
+        )
+        return self._scaling
 
     def result(self) -> MergedTensor:
         """Formula and counts."""
         return merged_tensor(self._output, self._change, self._counts)
+
+
+def rows_at(ranges: Sequence[Rows], row: int, count: int) -> Rows:
+    """The range of rows that `row` lies in; one without products between those that have some."""
+    for rows in ranges:
+        if rows.start <= row < rows.stop:
+            return rows
+    before = max((rows.stop for rows in ranges if rows.stop <= row), default=0)
+    after = min((rows.start for rows in ranges if rows.start > row), default=max(count, row + 1))
+    return Rows(before, after, ())
 
 
 def rectangles(first: int, count: int, width: int) -> Iterator[tuple[int, int, int, int, int]]:
@@ -222,8 +327,12 @@ def four_digits(number: float) -> float:
     return float(f"{number:.3e}")
 
 
-def make_recipe(output: Output, factors: Factors) -> Recipe:
-    """The recipe of one output tensor."""
-    if output.change is None:
-        return Copy() if output.dtype == output.source.dtype else Cast(output)
-    return LowRank(output, output.change, factors)
+def make_recipe(output: Output, factors: Factors, base: TensorFile) -> Recipe:
+    """The recipe of one output tensor; `base` is the file that holds the base's tensor."""
+    change = output.change
+    if change is None:
+        return Plain(output)
+    stored = Stored(base.path, base.tensors[change.source])
+    if change.rows:
+        return LowRank(output, change, factors, stored)
+    return Replaced(output, change, factors, stored)

@@ -14,14 +14,15 @@ M is not summed up: by Cauchy and Schwarz M ≤ ‖w·s·L[o,:]‖·‖R[:,i]‖
 column's, and enlarged by 2⁻²⁰ for its own rounding. Products neither under- nor overflow, because factors
 outside float32's range are refused. A product of the Strassen kind would break the first step; BLAS has none.
 
-*Which elements are certain.* For 16-bit targets, let f = RN₃₂(x̂). Midpoints between two target numbers are
-float32 numbers, and none lies next to a power of two. If |f| ≥ 2²⁷·g·M and g ≤ 2⁻²⁷, then
-E ≤ (2⁻²⁷ + 2⁻²⁶)(1 + 2⁻²⁴)|f| < 2⁻²⁵|f| ≤ ½ ulp₃₂(f), and |f − x| < ulp₃₂(f). So no midpoint lies between x
-and f but perhaps f itself: unless f is a midpoint (its neighbours are set aside as well), x rounds as f does.
-For float32 the same is said of the 29 bits that float64 has beyond float32, with E counted in float64's ulps.
-Elements that are too small (also all below the target's smallest normal number), too large, not numbers, or
-near a midpoint go on to `settle`, which compares RN(x̂ − E) with RN(x̂ + E): equal means certain, as rounding
-is monotone. What is left is decided exactly (exact.py).
+*Which elements are certain.* Let |x̂ − x| ≤ ρ|x̂| + a; above ρ = g and a = 2gM. For 16-bit targets, let
+f = RN₃₂(x̂). Midpoints between two target numbers are float32 numbers, and none lies next to a power of two.
+If ρ ≤ 2⁻²⁷ and |f| ≥ 2²⁶·a, then |x̂ − x| ≤ (2⁻²⁷ + 2⁻²⁶)(1 + 2⁻²⁴)|f| < 2⁻²⁵|f| ≤ ½ ulp₃₂(f), and
+|f − x| < ulp₃₂(f). So no midpoint lies between x and f but perhaps f itself: unless f is a midpoint (its
+neighbours are set aside as well), x rounds as f does. For float32 the same is said of the 29 bits that
+float64 has beyond float32: if |x̂| ≥ 2³⁷·a, the error is at most 2⁵³·ρ + 2¹⁶ ulps of float64, as one of these
+is at least 2⁻⁵³|x̂|. Elements that are too small (also all below the target's smallest normal number), too
+large, not numbers, or near a midpoint go on to `settle`, which compares RN(x̂ − E) with RN(x̂ + E): equal
+means certain, as rounding is monotone. What is left is decided exactly (exact.py).
 """
 
 from __future__ import annotations
@@ -116,22 +117,24 @@ def to_stored(values: Array, target: Target) -> torch.Tensor:
 
 
 def round_certain(
-    candidate: torch.Tensor, magnitude: torch.Tensor, factor: float, target: Target
+    candidate: torch.Tensor, relative: float, absolute: torch.Tensor, target: Target
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round float64 candidates [O, I]; and the flat indices of those that the error bound leaves open.
+    """Round float64 candidates; and the flat indices of those that the error bound leaves open.
 
-    `magnitude` [O, 1] is the bound of M per row, `factor` is g. What is returned for an open element is
-    of no use.
+    The bound is ρ|x̂| + a with `relative` ρ and `absolute` a (broadcast to the candidates; infinite where
+    nothing is known). What is returned for an open element is of no use.
     """
     if target.dtype == "F32":
-        return _round_to_float32(candidate, magnitude, factor)
+        return _round_to_float32(candidate, relative, absolute)
+    if relative > 2.0**-27:
+        return candidate.to(target.native), torch.arange(candidate.numel())
     single = candidate.to(torch.float32)
     bits = single.view(torch.int32)
     tail_bits = 24 - target.precision
     tail = torch.bitwise_and(bits, (1 << tail_bits) - 1)
     near = tail.sub_(1 << (tail_bits - 1)).abs_().le_(1)
     size = single.abs()
-    smallest = (magnitude * (factor * 2.0**27)).clamp_(min=target.smallest_normal).to(torch.float32)
+    smallest = (absolute * 2.0**26).clamp_(min=target.smallest_normal).to(torch.float32)
     # Not "too small or too large", but "not in between": a NaN is neither and must be flagged too.
     inside = (size >= smallest * (1 + 2.0**-20)).logical_and_(size < target.largest)
     open_ = near.to(torch.bool).logical_or_(inside.logical_not_())
@@ -139,17 +142,16 @@ def round_certain(
 
 
 def _round_to_float32(
-    candidate: torch.Tensor, magnitude: torch.Tensor, factor: float
+    candidate: torch.Tensor, relative: float, absolute: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     target = TARGETS["F32"]
-    # With |x̂| ≥ 2⁻⁹·M the error is at most g·(1 + 2¹⁰)|x̂|, and an ulp of float64 is at least 2⁻⁵³|x̂|.
-    reach = int(factor * 2.0**53 * (1 + 2**10)) + 1
+    reach = relative * 2.0**53 + 2**16 + 1
     if reach >= 1 << 27:
         return candidate.to(torch.float32), torch.arange(candidate.numel())
     tail = torch.bitwise_and(candidate.view(torch.int64), (1 << 29) - 1)
-    near = tail.sub_(1 << 28).abs_() <= reach
+    near = tail.sub_(1 << 28).abs_() <= int(reach)
     size = candidate.abs()
-    smallest = (magnitude * (2.0**-9 * (1 + 2.0**-20))).clamp_(min=target.smallest_normal)
+    smallest = (absolute * (2.0**37 * (1 + 2.0**-20))).clamp_(min=target.smallest_normal)
     inside = (size >= smallest).logical_and_(size < target.largest)
     open_ = near.logical_or_(inside.logical_not_())
     return candidate.to(torch.float32), open_.view(-1).nonzero().view(-1)

@@ -38,17 +38,35 @@ def shard_header(outputs: Sequence[Output]) -> tuple[bytes, int]:
 
 
 def write_shard(
-    source: TensorFile, outputs: Sequence[Output], recipes: Sequence[Recipe], path: Path, advance: Advance
+    source: TensorFile,
+    outputs: Sequence[Output],
+    recipes: Sequence[Recipe],
+    adapters: Sequence[Path],
+    path: Path,
+    advance: Advance,
 ) -> Written:
-    """Write a merged shard; `outputs` are in the order of the source's data."""
+    """Write a merged shard.
+
+    The first outputs stand for the source's tensors in the order of their data; separated heads follow.
+    `adapters` are the files that replaced tensors are read from.
+    """
     header, size = shard_header(outputs)
     digest = hashlib.sha256(header)
+    read = hashlib.sha256()
+    places = [*source.tensors.values(), *[None] * (len(outputs) - len(source.tensors))]
     with os_errors(path, "write"), path.open("wb") as sink, source.path.open("rb") as origin:
-        read = hashlib.sha256()
-        _read(origin, source.data_start, read)
+        read.update(_exactly(origin, source.data_start))
         sink.write(header)
-        for output, recipe in zip(outputs, recipes, strict=True):
-            for first, raw in _pieces(origin, output, read):
+        for output, recipe, place in zip(outputs, recipes, places, strict=True):
+            if place is output.source:
+                pieces = _pieces(origin, output, read)
+            else:
+                if place is not None:
+                    _pass_over(origin, place.nbytes, read)
+                pieces = _elsewhere(
+                    source.path if output.adapter is None else adapters[output.adapter], output
+                )
+            for first, raw in pieces:
                 made = recipe.piece(raw, first).numpy().data
                 digest.update(made)
                 sink.write(made)
@@ -60,18 +78,33 @@ def write_shard(
     return Written(FileDigest(path=path.name, bytes=size, sha256=digest.hexdigest()), read.hexdigest())
 
 
-def _pieces(origin: BinaryIO, output: Output, read: hashlib._Hash) -> Iterator[tuple[int, torch.Tensor]]:
+def _pieces(
+    origin: BinaryIO, output: Output, read: hashlib._Hash | None = None
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Whole elements of a tensor from where the file stands, with the number of the first."""
     info = output.source
-    bits = ITEM_BITS[info.dtype]
-    chunk = CHUNK_BYTES // 8 * 8
-    for start in range(0, info.nbytes, chunk):
-        raw = _read(origin, min(chunk, info.nbytes - start), read)
-        yield start * 8 // bits, torch.frombuffer(raw, dtype=torch.uint8)
+    for start in range(0, info.nbytes, CHUNK_BYTES):
+        raw = _exactly(origin, min(CHUNK_BYTES, info.nbytes - start))
+        if read is not None:
+            read.update(raw)
+        yield start * 8 // ITEM_BITS[info.dtype], torch.frombuffer(raw, dtype=torch.uint8)
 
 
-def _read(origin: BinaryIO, count: int, read: hashlib._Hash) -> bytearray:
+def _elsewhere(path: Path, output: Output) -> Iterator[tuple[int, torch.Tensor]]:
+    with path.open("rb") as origin:
+        origin.seek(output.source.start)
+        yield from _pieces(origin, output)
+
+
+def _pass_over(origin: BinaryIO, count: int, read: hashlib._Hash) -> None:
+    while count:
+        raw = _exactly(origin, min(CHUNK_BYTES, count))
+        read.update(raw)
+        count -= len(raw)
+
+
+def _exactly(origin: BinaryIO, count: int) -> bytearray:
     raw = bytearray(count)
     if origin.readinto(raw) != count:  # type: ignore[attr-defined]
-        raise CheckpointError("the shard ended while it was read", where=origin.name)
-    read.update(raw)
+        raise CheckpointError("the file ended while it was read", where=origin.name)
     return raw

@@ -1,0 +1,119 @@
+"""Whole modules and single rows that an adapter stores itself: they take the place of the base's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lorasmith.adapters.base import Base, Change, Found, Site, SiteError
+
+TOKENS = "token_adapter.trainable_tokens_delta"
+
+
+class SavedModule:
+    """`modules_to_save` and resized embeddings: the module's own tensors."""
+
+    name = "saved-module"
+
+    def takes(self, site: Site) -> frozenset[str]:
+        """`weight`, and the `bias` beside it."""
+        return frozenset({"weight", "bias"} & set(site.tensors)) if "weight" in site.tensors else frozenset()
+
+    def find(self, site: Site, module: str, base: Base) -> Found:
+        """The adapter's tensors in the place of the base's."""
+        if site.weight != 1.0:
+            raise SiteError(
+                f"the weight {site.weight} is asked for a module that the adapter replaces", "weight 1"
+            )
+        changes = []
+        for suffix in sorted(self.takes(site)):
+            stored = site.tensors[suffix]
+            if suffix == "weight":
+                weight = base.weight(module)
+                name, info = weight.name, weight.info
+            else:
+                info = base.tensor(f"{module}.{suffix}")
+                name = info.name
+            resized = stored.shape != info.shape
+            vocabulary = (
+                name in (base.embedding, base.tied_head) or info.name == base.embedding or is_head(name)
+            )
+            if resized and not (vocabulary and stored.shape[1:] == info.shape[1:] and suffix == "weight"):
+                raise SiteError(
+                    f"{stored.name} has the shape {list(stored.shape)}, {name} has {list(info.shape)}",
+                    "the shape of the base's tensor",
+                    "this adapter was trained on another base",
+                )
+            in_modules = _named(site.path, site.config.modules_to_save)
+            changes.append(
+                Change(
+                    name,
+                    info.name,
+                    "the adapter's tensor" + (", resized" if resized else ""),
+                    (stored.name,),
+                    replacement=site.factor(suffix),
+                    shape=stored.shape,
+                    # A vocabulary resized before the training keeps its tie, a copy made for it does not.
+                    head_follows=resized and not in_modules,
+                )
+            )
+        return Found(tuple(changes))
+
+
+class TrainableTokens:
+    """`trainable_token_indices`: some rows of an embedding or a head."""
+
+    name = "trainable-tokens"
+
+    def takes(self, site: Site) -> frozenset[str]:
+        """`token_adapter.trainable_tokens_delta`, which holds the rows themselves, not a difference."""
+        return frozenset({TOKENS} & set(site.tensors))
+
+    def find(self, site: Site, module: str, base: Base) -> Found:
+        """The trained rows in the place of the base's; a tied head follows."""
+        stored = site.tensors[TOKENS]
+        weight = base.weight(module)
+        indices = _indices_of(site, module, base)
+        if len(weight.info.shape) != 2 or stored.shape != (len(indices), weight.info.shape[1]):
+            raise SiteError(
+                f"{stored.name} has the shape {list(stored.shape)}",
+                f"[{len(indices)}, {weight.info.shape[-1]}], a row for each of the config's token ids",
+            )
+        if len(set(indices)) != len(indices) or max(indices, default=-1) >= weight.info.shape[0]:
+            raise SiteError(
+                f"the config's token ids are {str(list(indices))[:120]}",
+                f"distinct ids below {weight.info.shape[0]}",
+            )
+        if site.weight != 1.0:
+            raise SiteError(f"the weight {site.weight} is asked for trained tokens", "weight 1")
+        change = Change(
+            weight.name,
+            weight.info.name,
+            "the adapter's rows in the place of the base's",
+            (stored.name,),
+            row_values=site.factor(TOKENS),
+            row_indices=indices,
+            head_follows=True,
+        )
+        return Found((change,))
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is an output head, whose rows are tokens too."""
+    return name.rpartition(".")[0].rpartition(".")[2] in ("lm_head", "embed_out", "output")
+
+
+def _named(path: str, names: tuple[str, ...]) -> bool:
+    return any(path == name or path.endswith("." + name) for name in names)
+
+
+def _indices_of(site: Site, module: str, base: Base) -> tuple[int, ...]:
+    given = site.config.trainable_token_indices
+    if isinstance(given, Mapping):
+        for name, indices in given.items():
+            if _named(site.path, (name,)):
+                return indices
+    elif given is not None and f"{module}.weight" == base.embedding:
+        return given
+    raise SiteError(
+        "the adapter stores trained rows, its config does not say of which tokens", "trainable_token_indices"
+    )

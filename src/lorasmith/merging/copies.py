@@ -1,0 +1,46 @@
+"""Is this the base that the adapter was trained on? An adapter that keeps a copy of a weight can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lorasmith.adapters.base import Copy
+from lorasmith.checkpoint.adapter import Adapter
+from lorasmith.checkpoint.model import Checkpoint
+from lorasmith.errors import AdapterError
+from lorasmith.merging.recipes import Stored
+from lorasmith.merging.rounding import TARGETS, cast
+
+_STEP = 1 << 22
+
+
+def check_copies(copies: Sequence[Copy], base: Checkpoint, adapters: Sequence[Adapter]) -> None:
+    """Raise `AdapterError` unless every copy that an adapter keeps equals the base's tensor.
+
+    A copy of a lower precision must be the base's values rounded to it, and the other way round.
+    """
+    for copy in copies:
+        adapter = adapters[copy.adapter]
+        kept = Stored(adapter.file.path, adapter.file.tensors[copy.tensor])
+        given = Stored(base.shard_of(copy.base).path, base.tensors[copy.base])
+        for first in range(0, kept.info.elements, _STEP):
+            count = min(_STEP, kept.info.elements - first)
+            if not _agree(
+                kept.read(first, count), kept.info.dtype, given.read(first, count), given.info.dtype
+            ):
+                raise AdapterError(
+                    f"the adapter's copy of {copy.base} differs from this base's",
+                    where=adapter.file.path,
+                    expected="the base that the adapter was trained on",
+                    remedy="give the model that adapter_config.json names as its base",
+                )
+
+
+def _agree(kept: torch.Tensor, kept_type: str, given: torch.Tensor, given_type: str) -> bool:
+    if torch.equal(kept.to(torch.float64), given.to(torch.float64)):
+        return True
+    down = kept_type in TARGETS and torch.equal(cast(given, TARGETS[kept_type]), kept)
+    up = given_type in TARGETS and torch.equal(cast(kept, TARGETS[given_type]), given)
+    return down or up
