@@ -18,7 +18,7 @@ COUNTS = st.dictionaries(
 
 @given(COUNTS, st.integers(1, 600))
 def test_shares_add_up_and_never_exceed_what_is_there(rows: dict[str, int], size: int) -> None:
-    shares = allocate(rows, size)
+    shares = allocate(rows, size, 42)
     assert sum(shares.values()) == min(size, sum(rows.values()))
     assert all(0 <= shares[name] <= rows[name] for name in rows)
 
@@ -26,30 +26,34 @@ def test_shares_add_up_and_never_exceed_what_is_there(rows: dict[str, int], size
 @given(COUNTS, st.integers(1, 600))
 def test_every_share_is_within_one_of_its_quota(rows: dict[str, int], size: int) -> None:
     total = sum(rows.values())
-    shares = allocate(rows, size)
+    shares = allocate(rows, size, 42)
     for name, count in rows.items():
         assert abs(shares[name] - Fraction(min(size, total) * count, total)) < 1
 
 
 def test_largest_remainders_worked_by_hand() -> None:
     # Quotas for 7 of 20: a 3.5, b 2.1, c 1.4: floors 3, 2, 1, and the seat left over goes to a.
-    assert allocate({"a": 10, "b": 6, "c": 4}, 7) == {"a": 4, "b": 2, "c": 1}
+    assert allocate({"a": 10, "b": 6, "c": 4}, 7, 42) == {"a": 4, "b": 2, "c": 1}
 
 
-def test_a_tie_goes_to_the_name_that_sorts_first() -> None:
-    assert allocate({"b": 5, "a": 5}, 3) == {"a": 2, "b": 1}
+def test_ties_are_drawn_by_the_seed_so_that_no_name_always_wins() -> None:
+    rows = dict.fromkeys("abcdefgh", 5)
+    winners = [frozenset(n for n, share in allocate(rows, 2, seed).items() if share) for seed in range(40)]
+    assert all(len(pair) == 2 for pair in winners)
+    assert len(set(winners)) > 10
+    assert allocate(rows, 2, 7) == allocate(dict(reversed(rows.items())), 2, 7)
 
 
 def test_rare_strata_keep_one_row_where_the_size_allows() -> None:
     rows = {"common": 990, "rare": 5, "rarer": 5}
     keep = dict.fromkeys(rows, 1)
-    assert allocate(rows, 10) == {"common": 10, "rare": 0, "rarer": 0}
-    assert allocate(rows, 10, at_least=keep) == {"common": 8, "rare": 1, "rarer": 1}
-    assert sum(allocate(rows, 2, at_least=keep).values()) == 2
+    assert allocate(rows, 10, 42) == {"common": 10, "rare": 0, "rarer": 0}
+    assert allocate(rows, 10, 42, at_least=keep) == {"common": 8, "rare": 1, "rarer": 1}
+    assert sum(allocate(rows, 2, 42, at_least=keep).values()) == 2
 
 
 def test_limits_hold_and_the_rest_goes_elsewhere() -> None:
-    assert allocate({"a": 100, "b": 100}, 50, at_most={"a": 10, "b": 100}) == {"a": 10, "b": 40}
+    assert allocate({"a": 100, "b": 100}, 50, 42, at_most={"a": 10, "b": 100}) == {"a": 10, "b": 40}
 
 
 def test_the_order_is_pinned_so_that_every_machine_and_version_chooses_alike() -> None:

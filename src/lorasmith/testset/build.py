@@ -127,7 +127,7 @@ def _sample(benchmark: Benchmark, found: Found, size: int, seed: int) -> list[Ca
         strata.setdefault(f"{candidate.item.subdomain} / {candidate.item.native}", []).append(
             (key, candidate)
         )
-    shares = allocate({stratum: len(rows) for stratum, rows in strata.items()}, size)
+    shares = allocate({stratum: len(rows) for stratum, rows in strata.items()}, size, seed)
     chosen = [pair for stratum, rows in strata.items() for pair in rows[: shares[stratum]]]
     return [candidate for _, candidate in sorted(chosen, key=lambda pair: pair[0])]
 

@@ -8,8 +8,13 @@ from lorasmith.benchmarks.base import SourceRow
 from lorasmith.benchmarks.discover import Candidate, reject
 from lorasmith.records.base import Finding
 from lorasmith.records.dataset import RejectedRow
-from lorasmith.testset.normalise import normalise
+from lorasmith.testset.normalise import normalise, tokens
+from lorasmith.testset.similarity import repeats, shingles
 
+_SHINGLE = 3
+_NEARLY = 0.9
+"""Jaccard similarity of runs of three words and signs. One number changed in a problem of 60 words gives
+0.90, in a shorter one less: those are other questions and stay."""
 _TELLING_WORDS = 8
 """Shorter questions ("Which of the following is true?") stand in several benchmarks by chance."""
 
@@ -52,10 +57,24 @@ def within_benchmark(
             questions.add(question)
             ids[item.record_id] = row
             kept.append((key, candidate))
-    if repeated:
-        message = f"{repeated} repeated questions of {name} were dropped before sampling"
+    kept, near = _without_near(name, kept)
+    if repeated or near:
+        message = f"{repeated} repeated and {len(near)} nearly repeated questions of {name} were dropped"
         findings.append(Finding(severity="note", code="duplicates-dropped", message=message))
-    return kept, findings, rejected
+    return kept, findings, rejected + near
+
+
+def _without_near(name: str, keyed: Sequence[Keyed]) -> tuple[list[Keyed], list[RejectedRow]]:
+    items = [candidate.item for _, candidate in keyed]
+    flags = repeats(
+        [shingles(tokens(item.question), _SHINGLE) for item in items],
+        [item.scope for item in items],
+        _NEARLY,
+    )
+    reason = "nearly the same question stands in another row"
+    kept = [pair for pair, repeated in zip(keyed, flags, strict=True) if not repeated]
+    dropped = [pair[1].row for pair, repeated in zip(keyed, flags, strict=True) if repeated]
+    return kept, [reject(name, row, reason) for row in dropped]
 
 
 def across_benchmarks(candidates: Mapping[str, Sequence[Candidate]]) -> list[Finding]:

@@ -17,7 +17,7 @@ from lorasmith.files.jsonl import read_rows
 from lorasmith.records.dataset import ContaminationHit, Example
 from lorasmith.testset import rows as training_rows
 from lorasmith.testset.normalise import normalise, words
-from lorasmith.testset.overlap import U64, GramIndex, gram_hashes, number_of, numbers_of
+from lorasmith.testset.overlap import U64, GramIndex, grams, number_of, numbers_of
 
 _BLOCK_WORDS = 1 << 18
 _LISTED_HITS = 10
@@ -37,7 +37,8 @@ class Settings:
     similarity: float = 0.8
     """Jaccard similarity of the prompts' shingles: 1 is equal, 0 has nothing in common."""
     common: float = 0.5
-    """N-grams in more than this part of the test rows (and in 4 at least) are instructions: left out."""
+    """Runs of `ngram` words in more than this part of the test rows (and in 4 at least) are instructions:
+    their words count for nothing."""
 
     def __post_init__(self) -> None:
         if self.ngram < 2 or self.shingle < 1:
@@ -73,30 +74,33 @@ class Matcher:
                 self.exact.setdefault(form, []).append(index)
         self.numbers = {word: number_of(word) for text in self.texts for word in text}
         self.indices = self._ngram_indices()
-        self.shingles = GramIndex(self.prompts, settings.shingle)
+        self.shingles = GramIndex([numbers_of(prompt) for prompt in self.prompts], settings.shingle)
         self.counts: Counter[str] = Counter(exact=0, ngram=0, near=0)
         self.best: dict[tuple[int, str], list[tuple[float, str, str]]] = {}
 
     def _ngram_indices(self) -> list[GramIndex]:
         """One index per length: the set one, and the own length of each shorter row."""
         n = self.settings.ngram
-        lengths = {min(n, len(text)) for text in self.texts if len(text) >= min(n, _SHORTEST)}
-        everywhere = self._instructions()
-        return [
-            GramIndex(
-                [text if min(n, len(text)) == length else () for text in self.texts],
-                length,
-                ignore=everywhere if length == n else (),
-            )
-            for length in sorted(lengths)
-        ]
+        numbers = self._without_instructions()
+        lengths = [min(n, len(text)) if len(text) >= min(n, _SHORTEST) else 0 for text in self.texts]
 
-    def _instructions(self) -> list[int]:
-        seen: Counter[int] = Counter()
-        for text in self.texts:
-            seen.update(set(gram_hashes(numbers_of(text), self.settings.ngram).tolist()))
-        limit = max(3, self.settings.common * len(self.texts))
-        return [gram for gram, rows in seen.items() if rows > limit]
+        def of_length(length: int) -> list[U64]:
+            return [own if have == length else own[:0] for own, have in zip(numbers, lengths, strict=True)]
+
+        return [GramIndex(of_length(length), length) for length in sorted(set(lengths) - {0})]
+
+    def _without_instructions(self) -> list[U64]:
+        """The numbers of each test row's words, with gaps in place of what most test rows say alike."""
+        n = self.settings.ngram
+        numbers = [numbers_of(text) for text in self.texts]
+        rows = Counter(gram for own in numbers for gram in set(grams(own, n)[1].tolist()))
+        limit = max(3, self.settings.common * len(numbers))
+        common = np.array([gram for gram, count in rows.items() if count > limit], np.uint64)
+        for own in numbers:
+            starts, hashes = grams(own, n)
+            for start in starts[np.isin(hashes, common)]:
+                own[start : start + n] = 0
+        return numbers
 
     def read(self, path: Path) -> int:
         """Compare every row of a training file; returns how many there were."""
@@ -111,18 +115,18 @@ class Matcher:
         lengths: list[int] = []
         lookup = self.numbers.get
         for row in block:
-            for index in {index for form in row.forms for index in self.exact.get(form, ())}:
-                self._hit("exact", index, 1.0, row.name, path)
+            for text in {text for form in row.forms for text in self.exact.get(form, ())}:
+                self._hit("exact", text, 1.0, row.name, path)
             flat.extend([lookup(word, 0) for word in row.words])
             flat.append(0)
             lengths.append(len(row.words) + 1)
         numbers = np.array(flat, np.uint64)
         rows = np.repeat(np.arange(len(block), dtype=np.int32), lengths)
-        for grams in self.indices:
-            hits = grams.find(numbers, rows)
-            for place, index, shared in zip(hits.row, hits.text, hits.shared, strict=True):
-                score = float(shared / grams.grams[index])
-                self._hit("ngram", int(index), score, block[place].name, path)
+        for index in self.indices:
+            hits = index.find(numbers, rows)
+            for place, text, shared in zip(hits.row, hits.text, hits.shared, strict=True):
+                score = float(shared / index.grams[text])
+                self._hit("ngram", int(text), score, block[place].name, path)
         self._near(path, block, numbers, rows)
 
     def _near(self, path: Path, block: list[_TrainRow], numbers: U64, rows: NDArray[np.int32]) -> None:

@@ -9,7 +9,7 @@ with a chance below 10^-5.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,15 +28,16 @@ def _odd(position: int) -> np.uint64:
     return np.uint64(number_of(f"position {position}"))
 
 
-def gram_hashes(numbers: U64, n: int) -> U64:
-    """Hash of the n-gram at each of the len-n+1 positions."""
-    count = len(numbers) - n + 1
-    if count <= 0:
-        return np.empty(0, np.uint64)
-    total = np.zeros(count, np.uint64)
+def grams(numbers: U64, n: int) -> tuple[NDArray[np.int64], U64]:
+    """Start and hash of each run of n words; a 0 is a gap that no run crosses."""
+    if len(numbers) < n:
+        return np.empty(0, np.int64), np.empty(0, np.uint64)
+    gaps = np.concatenate(([0], np.cumsum(numbers == 0)))
+    starts = np.flatnonzero(gaps[n:] == gaps[:-n])
+    total = np.zeros(len(starts), np.uint64)
     for position in range(n):
-        total += numbers[position : position + count] * _odd(position)
-    return total
+        total += numbers[starts + position] * _odd(position)
+    return starts, total
 
 
 def numbers_of(words: Words) -> U64:
@@ -54,22 +55,21 @@ class Hits:
 
 
 class GramIndex:
-    """The distinct n-grams of some texts. `grams[i]` counts those of text i."""
+    """The distinct n-grams of some texts, given as numbers; `grams[i]` counts those of text i."""
 
-    def __init__(self, texts: Sequence[Words], n: int, *, ignore: Iterable[int] = ()) -> None:
+    def __init__(self, texts: Sequence[U64], n: int) -> None:
         self.n = n
-        skipped = np.fromiter(ignore, np.uint64)
-        hashes, owners, grams = [], [], []
-        for index, words in enumerate(texts):
-            own = np.setdiff1d(np.unique(gram_hashes(numbers_of(words), n)), skipped)
+        hashes, owners, counts = [], [], []
+        for index, numbers in enumerate(texts):
+            own = np.unique(grams(numbers, n)[1])
             hashes.append(own)
             owners.append(np.full(len(own), index, np.int64))
-            grams.append(len(own))
+            counts.append(len(own))
         flat = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
         order = np.argsort(flat, kind="stable")
         self.hashes: U64 = flat[order]
         self.owners: NDArray[np.int64] = (np.concatenate(owners) if owners else np.empty(0, np.int64))[order]
-        self.grams: NDArray[np.int64] = np.array(grams, np.int64)
+        self.grams: NDArray[np.int64] = np.array(counts, np.int64)
         self.distinct: U64 = np.unique(self.hashes)
 
     def find(self, numbers: U64, rows: NDArray[np.int32]) -> Hits:
@@ -77,16 +77,10 @@ class GramIndex:
 
         Rows must be separated by at least one 0.
         """
-        n = self.n
-        count = len(numbers) - n + 1
-        if count <= 0 or not len(self.hashes):
+        starts, total = grams(numbers, self.n)
+        if not len(starts) or not len(self.hashes):
             nothing = np.empty(0, np.int64)
             return Hits(nothing, nothing, nothing)
-        gaps = np.concatenate(([0], np.cumsum(numbers == 0)))
-        starts = np.flatnonzero(gaps[n:] == gaps[:-n])
-        total = np.zeros(len(starts), np.uint64)
-        for position in range(n):
-            total += numbers[starts + position] * _odd(position)
         places = np.searchsorted(self.distinct, total)
         places[places == len(self.distinct)] = 0
         found = self.distinct[places] == total

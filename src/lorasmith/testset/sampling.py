@@ -28,6 +28,7 @@ def require_size(size: int, what: str) -> None:
 def allocate(
     rows: Mapping[str, int],
     size: int,
+    seed: int,
     *,
     at_least: Mapping[str, int] | None = None,
     at_most: Mapping[str, int] | None = None,
@@ -35,8 +36,8 @@ def allocate(
     """Share `size` among strata in proportion to their rows by the method of largest remainders.
 
     No stratum gets more than it has (or than `at_most` says); `at_least` keeps rare strata where `size`
-    allows it. The shares add up to `size`, or to all there is when that is less. Ties go to the stratum
-    whose name sorts first.
+    allows it. The shares add up to `size`, or to all there is when that is less. Ties are
+    drawn by the seed: by name, the same strata would win in every test set.
     """
     total = sum(rows.values())
     most = {name: min(count, (at_most or rows).get(name, 0)) for name, count in rows.items()}
@@ -52,11 +53,12 @@ def allocate(
         """How far the share is above its quota, times `total`: whole numbers in place of fractions."""
         return shares[name] * total - size * rows[name]
 
+    drawn = {name: sort_key(seed, name) for name in rows}
     while (surplus := sum(shares.values()) - size) != 0:
         if surplus > 0:
-            order = sorted((n for n in shares if shares[n] > least[n]), key=lambda n: (-excess(n), n))
+            order = sorted((n for n in shares if shares[n] > least[n]), key=lambda n: (-excess(n), drawn[n]))
         else:
-            order = sorted((n for n in shares if shares[n] < most[n]), key=lambda n: (excess(n), n))
+            order = sorted((n for n in shares if shares[n] < most[n]), key=lambda n: (excess(n), drawn[n]))
         for name in order[: abs(surplus)]:
             shares[name] += -1 if surplus > 0 else 1
     return shares

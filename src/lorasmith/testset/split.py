@@ -60,7 +60,7 @@ def split(
         return done
     with progress("Scan training rows", total=before.st_size, unit="B") as advance:
         reservoir = scan(train, fields, size, seed, advance)
-    chosen, shares = _choose(reservoir, train, size)
+    chosen, shares = _choose(reservoir, train, size, seed)
     _write_test(train, output, chosen)
     if train.stat().st_mtime_ns != before.st_mtime_ns or train.stat().st_size != before.st_size:
         raise DataError("the training file changed while it was read", where=train, remedy="split again")
@@ -104,7 +104,7 @@ def _finished(output: Path, train: FileDigest, size: int, fields: list[str], see
     )
 
 
-def _choose(reservoir: Reservoir, train: Path, size: int) -> tuple[list[Choice], dict[str, int]]:
+def _choose(reservoir: Reservoir, train: Path, size: int, seed: int) -> tuple[list[Choice], dict[str, int]]:
     candidates = reservoir.candidates()
     available = sum(len(rows) for rows in candidates.values())
     total = sum(reservoir.rows.values())
@@ -118,7 +118,7 @@ def _choose(reservoir: Reservoir, train: Path, size: int) -> tuple[list[Choice],
         )
     keep = {name: 1 for name, rows in reservoir.rows.items() if rows >= 2}
     limits = {name: len(rows) for name, rows in candidates.items()}
-    shares = allocate(reservoir.rows, size, at_least=keep, at_most=limits)
+    shares = allocate(reservoir.rows, size, seed, at_least=keep, at_most=limits)
     chosen = [choice for name, rows in candidates.items() for choice in rows[: shares[name]]]
     return sorted(chosen), shares
 

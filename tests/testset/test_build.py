@@ -1,0 +1,447 @@
+"""Building a test set: exact sizes, the same rows everywhere, and wrong content that never passes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasmith.benchmarks.base import Unscored
+from lorasmith.benchmarks.registry import by_name
+from lorasmith.errors import DataError, UsageError
+from lorasmith.files.jsonl import read_examples
+from lorasmith.records.dataset import DatasetFindings, DatasetStatistics
+from lorasmith.testset.build import build
+
+SHARED = os.environ.get("LORASMITH_BENCHMARK_ROWS", "")
+GSM8K = {"question": "Ann has 3 pens and buys 4. How many has she?", "answer": "3 + 4 = 7\n#### 7"}
+
+
+def math_row(number: int, **changes: Any) -> dict[str, Any]:
+    subject = ("Algebra", "Geometry", "Prealgebra")[number % 3]
+    row = {
+        "problem": f"Let $x = {number}$ in the invented problem number {number}. Compute $x + {number % 7}$.",
+        "level": f"Level {number % 5 + 1}",
+        "type": subject,
+        "solution": f"Adding gives $\\boxed{{{number + number % 7}}}$.",
+    }
+    return row | changes
+
+
+def mmlu_row(number: int, subject: str = "anatomy") -> dict[str, Any]:
+    choices = [f"{number} {name}" for name in ("alphas", "betas", "gammas", "deltas")]
+    return {"question": f"Which is {number}?", "subject": subject, "choices": choices, "answer": number % 4}
+
+
+def code_row(number: int) -> dict[str, Any]:
+    return {
+        "task_id": f"HumanEval/{number}",
+        "prompt": f"def f{number}(x):\n",
+        "entry_point": f"f{number}",
+        "canonical_solution": f"    return x + {number}\n",
+        "test": f"def check(f):\n    assert f(1) == {number + 1}\n",
+    }
+
+
+def gpqa_row(number: int) -> dict[str, Any]:
+    wrong = {f"Incorrect Answer {k}": f"wrong {k} for {number}" for k in (1, 2, 3)}
+    return {
+        "Question": f"What is the invented constant number {number} of nature?",
+        "Correct Answer": f"right for {number}",
+        **wrong,
+        "High-level domain": ("Physics", "Biology")[number % 2],
+        "Writer's Difficulty Estimate": "",
+        "Record ID": f"rec{number}",
+    }
+
+
+def drop_row(number: int) -> dict[str, Any]:
+    return {
+        "section_id": f"nfl_{number}",
+        "query_id": f"q{number}",
+        "passage": f"Team {number} scored {number} points in the invented game.",
+        "question": f"How many points did team {number} score?",
+        "answers_spans": {"spans": [str(number)], "types": ["number"]},
+    }
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def five(tmp_path: Path) -> Path:
+    """All five benchmarks, 40 rows each."""
+    folder = tmp_path / "benchmarks"
+    makers = {"math": math_row, "mmlu": mmlu_row, "humaneval": code_row, "gpqa": gpqa_row, "drop": drop_row}
+    for name, make in makers.items():
+        write(folder / f"{name}.jsonl", [make(number) for number in range(40)])
+    return folder
+
+
+def findings(output: Path) -> DatasetFindings:
+    path = output.parent / "findings.json"
+    return DatasetFindings.from_json(path.read_bytes(), path)
+
+
+def codes(output: Path) -> set[str]:
+    return {finding.code for finding in findings(output).findings}
+
+
+def test_exactly_n_rows_of_each_with_statistics_beside_them(five: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out" / "test.jsonl"
+    statistics = build(five, output, samples_per_benchmark=20)
+    assert statistics.by_source == dict.fromkeys(("DROP", "GPQA", "HumanEval", "MATH", "MMLU"), 20)
+    assert statistics.by_domain == dict.fromkeys(
+        ("code generation", "math", "multitask understanding", "reading comprehension", "science Q&A"), 20
+    )
+    # The guide's policy: DROP easy; HumanEval and these MMLU rows medium; MATH by level; GPQA hard.
+    levels = [
+        int(e.metadata.extra()["native_difficulty"][-1]) for e in read_examples(output) if e.id[:4] == "MATH"
+    ]
+    easy_levels = sum(level <= 2 for level in levels)
+    assert statistics.by_difficulty == {"easy": 20, "hard": 40 - easy_levels, "medium": 40 + easy_levels}
+    path = output.parent / "statistics.json"
+    assert DatasetStatistics.from_json(path.read_bytes(), path) == statistics
+    assert sum(statistics.crossings["source × difficulty"].values()) == 100
+
+
+def test_every_row_says_where_it_comes_from(five: Path, tmp_path: Path) -> None:
+    output = tmp_path / "test.jsonl"
+    build(five, output, samples_per_benchmark=5)
+    examples = read_examples(output)
+    for example in examples:
+        metadata = example.metadata
+        assert example.id.startswith(f"{metadata.source}/")
+        assert metadata.file == f"{metadata.source.lower()}.jsonl" and len(metadata.sha256) == 64
+        assert metadata.difficulty_from.startswith("guide:") and metadata.record_id
+    kept = {example.metadata.source: set(example.metadata.extra()) for example in examples}
+    assert kept["DROP"] >= {"golds"} and kept["MATH"] >= {"final_answer"}
+    assert kept["HumanEval"] >= {"tests", "entry_point"} and kept["MMLU"] >= {"choices", "answer"}
+
+
+def test_the_rows_depend_neither_on_file_order_nor_on_other_benchmarks(five: Path, tmp_path: Path) -> None:
+    first = tmp_path / "a" / "test.jsonl"
+    build(five, first, samples_per_benchmark=10)
+    other = tmp_path / "again"
+    for path in five.iterdir():
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        random.Random(1).shuffle(rows)
+        write(other / path.name, rows)
+    second = tmp_path / "b" / "test.jsonl"
+    build(other, second, samples_per_benchmark=10)
+    assert first.read_bytes() == second.read_bytes()
+    alone = tmp_path / "c" / "test.jsonl"
+    build(other, alone, samples_per_benchmark=10, only=["MATH"])
+    assert [e for e in read_examples(first) if e.metadata.source == "MATH"] == read_examples(alone)
+
+
+def test_the_same_bytes_in_another_process_with_another_hash_seed(five: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "a" / "test.jsonl", tmp_path / "b" / "test.jsonl"
+    build(five, first, samples_per_benchmark=10)
+    code = (
+        "import sys; from pathlib import Path; from lorasmith.testset.build import build; "
+        "build(Path(sys.argv[1]), Path(sys.argv[2]), samples_per_benchmark=10)"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "LC_ALL": "C"}
+    subprocess.run([sys.executable, "-c", code, five, second], check=True, env=environment)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_choice_is_pinned(tmp_path: Path) -> None:
+    source = write(tmp_path / "in" / "math.jsonl", [math_row(number) for number in range(40)])
+    output = tmp_path / "test.jsonl"
+    build(source.parent, output, samples_per_benchmark=4, only=["MATH"], seed=42)
+    chosen = [example.prompt.split("number ")[1].split(".")[0] for example in read_examples(output)]
+    assert chosen == PINNED
+
+
+PINNED = ["18", "20", "24", "7"]
+"""Must never change: test sets built by any version, machine and Python with one seed are the same."""
+
+
+def test_another_seed_gives_other_rows(five: Path, tmp_path: Path) -> None:
+    ids = []
+    for seed in (1, 2):
+        output = tmp_path / str(seed) / "test.jsonl"
+        build(five, output, samples_per_benchmark=10, only=["MATH"], seed=seed)
+        ids.append([example.id for example in read_examples(output)])
+    assert set(ids[0]) != set(ids[1])
+
+
+def test_sizes_per_benchmark_and_a_file_with_fewer_rows_is_said(five: Path, tmp_path: Path) -> None:
+    output = tmp_path / "test.jsonl"
+    sizes = {"drop": 3, "mmlu": 100}
+    statistics = build(five, output, samples_per_benchmark=sizes, only=["drop", "mmlu"])
+    assert statistics.by_source == {"DROP": 3, "MMLU": 40}
+    assert statistics.asked == {"DROP": 3, "MMLU": 100}
+    assert codes(output) == {"fewer-than-asked"}
+
+
+def test_strata_are_shared_by_largest_remainder(tmp_path: Path) -> None:
+    rows = [mmlu_row(n, "anatomy") for n in range(60)] + [mmlu_row(n + 100, "virology") for n in range(30)]
+    write(tmp_path / "in" / "mmlu.jsonl", rows)
+    statistics = build(tmp_path / "in", tmp_path / "test.jsonl", samples_per_benchmark=10, only=["MMLU"])
+    # Quotas 6.67 and 3.33.
+    assert statistics.crossings["source × subdomain"] == {"MMLU / anatomy": 7, "MMLU / virology": 3}
+
+
+def test_policies_relabel_the_same_rows(five: Path, tmp_path: Path) -> None:
+    guide, native, measured = (tmp_path / name / "t.jsonl" for name in ("guide", "native", "measured"))
+    build(five, guide, samples_per_benchmark=9)
+    build(five, native, samples_per_benchmark=9, difficulty="native")
+    ids = [example.id for example in read_examples(guide)]
+    losses = {example: float(rank) for rank, example in enumerate(ids)}
+    statistics = build(five, measured, samples_per_benchmark=9, difficulty="measured", losses=losses)
+    assert statistics.by_difficulty == {"easy": 15, "hard": 15, "medium": 15}
+    assert [e.id for e in read_examples(native)] == [e.id for e in read_examples(measured)] == ids
+    by_source = {e.metadata.source: e.metadata for e in read_examples(native)}
+    assert by_source["MATH"].difficulty.startswith("Level ")
+    assert by_source["MATH"].difficulty_from == "native:level"
+    assert by_source["DROP"].difficulty == "unknown"
+    assert {e.metadata.difficulty_from for e in read_examples(measured)} == {"measured:loss"}
+    assert [e.metadata.difficulty for e in read_examples(measured)] == ["easy"] * 15 + ["medium"] * 15 + [
+        "hard"
+    ] * 15
+
+
+def test_measured_losses_must_cover_every_row(five: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="45 examples have no measured loss"):
+        build(five, tmp_path / "t.jsonl", samples_per_benchmark=9, difficulty="measured", losses={})
+    with pytest.raises(UsageError, match="belong together"):
+        build(five, tmp_path / "t.jsonl", difficulty="measured")
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_sizes_below_one_are_refused(five: Path, tmp_path: Path, size: int) -> None:
+    with pytest.raises(UsageError, match="at least 1"):
+        build(five, tmp_path / "t.jsonl", samples_per_benchmark=size)
+
+
+def refused(folder: Path, tmp_path: Path, only: list[str], code: str) -> DatasetFindings:
+    """Strict stops, the findings are written, and no test set is."""
+    output = tmp_path / "refused" / "test.jsonl"
+    with pytest.raises(DataError, match=r"findings\.json"):
+        build(folder, output, samples_per_benchmark=5, only=only)
+    assert not output.exists()
+    assert code in codes(output), codes(output)
+    return findings(output)
+
+
+@pytest.mark.parametrize("name", ["gpqa", "math"])
+def test_gsm8k_under_another_name_is_found(five: Path, tmp_path: Path, name: str) -> None:
+    write(five / f"{name}.jsonl", [GSM8K] * 3)
+    found = refused(five, tmp_path, [name], "wrong-content")
+    [wrong] = [finding for finding in found.findings if finding.code == "wrong-content"]
+    assert "GSM8K" in wrong.message and wrong.where == f"{name}.jsonl"
+    assert wrong.expected == f"rows of {name.upper()}" and wrong.remedy
+
+
+def test_one_benchmark_under_the_name_of_another_is_found(five: Path, tmp_path: Path) -> None:
+    (five / "math.jsonl").write_bytes((five / "mmlu.jsonl").read_bytes())
+    found = refused(five, tmp_path, ["MATH", "MMLU"], "wrong-content")
+    assert any("name says MATH, the rows are MMLU" in finding.message for finding in found.findings)
+
+
+def test_empty_levels_everywhere_are_found_and_can_be_accepted(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "math.jsonl", [math_row(number, level="") for number in range(20)])
+    refused(tmp_path / "in", tmp_path, ["MATH"], "no-difficulty")
+    output = tmp_path / "test.jsonl"
+    statistics = build(tmp_path / "in", output, samples_per_benchmark=5, only=["MATH"], strict=False)
+    assert statistics.by_difficulty == {"hard": 5}
+
+
+def test_a_set_of_empty_rows_is_found(tmp_path: Path) -> None:
+    empty = dict.fromkeys(math_row(0), "")
+    write(tmp_path / "in" / "math.jsonl", [empty] * 4)
+    found = refused(tmp_path / "in", tmp_path, ["MATH"], "rejected-rows")
+    assert [row.row for row in found.rejected] == [1, 2, 3, 4]
+    assert found.rejected[0].reason == "the field 'problem' is empty"
+    with pytest.raises(DataError):
+        build(tmp_path / "in", tmp_path / "t.jsonl", only=["MATH"], strict=False)
+
+
+def test_a_rejected_row_stops_and_is_left_out_when_told_so(tmp_path: Path) -> None:
+    rows = [math_row(number) for number in range(10)] + [math_row(10, solution="no box")]
+    write(tmp_path / "in" / "math.jsonl", rows)
+    found = refused(tmp_path / "in", tmp_path, ["MATH"], "rejected-rows")
+    assert found.rejected[0].row == 11
+    output = tmp_path / "test.jsonl"
+    statistics = build(tmp_path / "in", output, samples_per_benchmark=11, only=["MATH"], strict=False)
+    assert statistics.examples == 10
+    assert {finding.code for finding in statistics.findings} == {"rejected-rows", "fewer-than-asked"}
+
+
+BAD_FILES: dict[str, tuple[bytes, str]] = {
+    "lfs-pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
+    "html-page": (b"<!DOCTYPE html>\n<html><body>Log in</body></html>", "download"),
+    "utf-16": ('{"problem": 1}\n'.encode("utf-16"), "UTF-8"),
+    "nul-bytes": (b'{"a": 1}\n' + bytes(100), "damaged"),
+    "empty-file": (b"", "get it again"),
+}
+
+
+@pytest.mark.parametrize("code", BAD_FILES)
+def test_files_that_are_no_data_are_found(tmp_path: Path, code: str) -> None:
+    content, remedy = BAD_FILES[code]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "math.jsonl").write_bytes(content)
+    found = refused(tmp_path / "in", tmp_path, ["MATH"], code)
+    [wrong] = [finding for finding in found.findings if finding.code == code]
+    assert wrong.where == "math.jsonl" and remedy in str(wrong.remedy)
+
+
+def test_truncated_downloads_are_found(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    rows = [math_row(number) for number in range(200)]
+    whole = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    folder.mkdir()
+    packed = gzip.compress(whole)
+    for name, content in (
+        ("math.jsonl.gz", packed[: len(packed) // 2]),
+        ("math.jsonl", whole[:-30]),
+        ("math.json", json.dumps(rows).encode()[:-30]),
+        ("math.parquet", b"PAR1" + bytes(50)),
+        ("math.csv", b'problem,level,type,solution\n"broken,Level 1,Algebra,x\n'),
+    ):
+        for old in folder.iterdir():
+            old.unlink()
+        (folder / name).write_bytes(content)
+        refused(folder, tmp_path, ["MATH"], "unreadable")
+
+
+def test_json_of_another_shape_is_found(tmp_path: Path) -> None:
+    for document in (
+        [1, 2, 3],
+        {"columns": ["problem"], "rows": [[1]]},
+        "text",
+        [["problem", "level"]],
+        None,
+    ):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / "math.json").write_text(json.dumps(document))
+        refused(tmp_path / "in", tmp_path, ["MATH"], "wrong-content")
+
+
+def test_the_same_question_under_two_benchmarks_is_found(five: Path, tmp_path: Path) -> None:
+    row = math_row(3)
+    short = {"question": row["problem"], "answer": "6"}
+    write(
+        five / "gpqa.jsonl", [short, *({"question": f"Another one, {n}?", "answer": "x"} for n in range(5))]
+    )
+    found = refused(five, tmp_path, ["GPQA", "MATH"], "same-question")
+    [shared] = [finding for finding in found.findings if finding.code == "same-question"]
+    assert shared.message == "1 questions stand under both GPQA and MATH"
+    assert row["problem"] not in findings_text(tmp_path / "refused" / "test.jsonl")
+
+
+def findings_text(output: Path) -> str:
+    return (output.parent / "findings.json").read_text()
+
+
+def test_two_questions_under_one_id_are_found(tmp_path: Path) -> None:
+    rows = [code_row(number) for number in range(6)]
+    rows.append({**code_row(9), "task_id": "HumanEval/3"})
+    write(tmp_path / "in" / "HumanEval.jsonl", rows)
+    refused(tmp_path / "in", tmp_path, ["HumanEval"], "duplicate-id")
+
+
+def test_repeated_and_nearly_repeated_questions_are_dropped_before_sampling(tmp_path: Path) -> None:
+    long = " ".join(f"word{number}" for number in range(60))
+    rows = [math_row(0), math_row(0, solution="Other words, $\\boxed{0}$.")]
+    rows += [math_row(1, problem=f"{long} A?")]
+    rows += [math_row(1, problem=f"{long} B?")]
+    rows += [math_row(1, problem="Simplify $x+1$."), math_row(1, problem="Simplify $x-1$.")]
+    write(tmp_path / "in" / "math.jsonl", rows)
+    output = tmp_path / "t.jsonl"
+    statistics = build(tmp_path / "in", output, samples_per_benchmark=10, only=["MATH"])
+    assert statistics.examples == 4
+    reasons = sorted(row.reason for row in findings(output).rejected)
+    assert reasons == [
+        "nearly the same question stands in another row",
+        "the same question stands in another row",
+    ]
+
+
+def test_questions_about_one_passage_are_no_duplicates(tmp_path: Path) -> None:
+    passage = "The long invented passage about the game between the teams of the north and the south. " * 9
+    questions = [
+        "How many points were scored in the first quarter?",
+        "How many points were scored in the last quarter?",
+    ]
+    rows = [{"passage": passage, "question": question, "answers": ["3"]} for question in questions]
+    write(tmp_path / "in" / "drop.jsonl", rows)
+    assert build(tmp_path / "in", tmp_path / "t.jsonl", samples_per_benchmark=2, only=["DROP"]).examples == 2
+
+
+def test_the_test_split_is_taken_and_the_others_are_named(tmp_path: Path) -> None:
+    for split, start in (("dev", 0), ("test", 100), ("train", 200)):
+        rows = [mmlu_row(number) for number in range(start, start + 10)]
+        write(tmp_path / "in" / split / f"anatomy_{split}.jsonl", rows)
+    output = tmp_path / "t.jsonl"
+    build(tmp_path / "in", output, samples_per_benchmark=10, only=["MMLU"])
+    assert {example.metadata.file for example in read_examples(output)} == {"test/anatomy_test.jsonl"}
+    [note] = findings(output).findings
+    assert note.code == "split-chosen" and "validation, train" in note.message
+
+
+def test_its_own_output_in_the_folder_is_passed_over(five: Path) -> None:
+    output = five / "validation_test.jsonl"
+    build(five, output, samples_per_benchmark=5)
+    first = output.read_bytes()
+    build(five, output, samples_per_benchmark=5)
+    assert output.read_bytes() == first
+
+
+def test_a_missing_benchmark_is_an_error_that_names_only(five: Path, tmp_path: Path) -> None:
+    (five / "gpqa.jsonl").unlink()
+    found = refused(five, tmp_path, ["GPQA", "DROP"], "missing-benchmark")
+    assert "--only" in str(found.findings[0].remedy)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "file"])
+def test_a_place_without_benchmarks_is_one_message(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "place"
+    if kind == "empty":
+        place.mkdir()
+    if kind == "file":
+        place.write_text("hello")
+    with pytest.raises((DataError, Exception)) as caught:
+        build(place, tmp_path / "t.jsonl")
+    assert type(caught.value).__module__ == "lorasmith.errors"
+
+
+def test_gpqa_text_appears_in_no_finding_or_statistic(five: Path, tmp_path: Path) -> None:
+    rows = [gpqa_row(number) for number in range(10)] + [gpqa_row(11) | {"Incorrect Answer 1": ""}]
+    write(five / "gpqa.jsonl", rows)
+    output = tmp_path / "out" / "t.jsonl"
+    build(five, output, samples_per_benchmark=5, strict=False)
+    for name in ("findings.json", "statistics.json"):
+        text = (output.parent / name).read_text()
+        assert "invented constant" not in text and "right for" not in text
+
+
+@pytest.mark.skipif(
+    not Path(SHARED or "/nonexistent").is_dir(), reason="LORASMITH_BENCHMARK_ROWS names no folder"
+)
+def test_gold_answers_score_one_over_real_rows(tmp_path: Path) -> None:
+    """MMLU, DROP (original, jsonl): the folder holds real rows with their licences."""
+    output = tmp_path / "t.jsonl"
+    build(Path(SHARED), output, samples_per_benchmark=5000, only=["DROP", "MMLU"])
+    examples = read_examples(output)
+    assert len(examples) > 1000
+    for example in examples:
+        try:
+            scores = by_name(example.metadata.source).score(example, example.response)
+        except Unscored as reason:
+            raise AssertionError(f"{example.id}: {reason}") from reason
+        assert set(scores.values()) == {1.0}, (example.id, scores)

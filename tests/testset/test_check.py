@@ -1,0 +1,245 @@
+"""Contamination is found in its three kinds, against plain reference implementations of each."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasmith.errors import DataError, UsageError
+from lorasmith.files.atomic import read_record, write_record
+from lorasmith.files.jsonl import read_examples
+from lorasmith.records.dataset import ContaminationRecord, DatasetStatistics
+from lorasmith.testset.check import check, not_checked
+from lorasmith.testset.matching import Settings
+from lorasmith.testset.similarity import jaccard, repeats, shingles
+from lorasmith.testset.statistics import describe
+
+VOCABULARY = [f"word{number}" for number in range(2000)]
+
+
+def text(draw: random.Random, words: int) -> str:
+    return " ".join(draw.choices(VOCABULARY, k=words))
+
+
+def write(path: Path, rows: list[tuple[str, str]], prefix: str) -> Path:
+    made = [
+        {"id": f"{prefix}{n}", "prompt": prompt, "response": response}
+        for n, (prompt, response) in enumerate(rows)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return path
+
+
+@pytest.fixture
+def clean(tmp_path: Path) -> tuple[Path, Path, list[tuple[str, str]], list[tuple[str, str]]]:
+    draw = random.Random(0)
+    test = [(text(draw, 40), text(draw, 20)) for _ in range(30)]
+    train = [(text(draw, 60), text(draw, 30)) for _ in range(300)]
+    return tmp_path / "test.jsonl", tmp_path / "train.jsonl", test, train
+
+
+def run(clean: Any, train: list[tuple[str, str]], **options: Any) -> ContaminationRecord:
+    test_path, train_path, test, _ = clean
+    write(test_path, test, "t")
+    write(train_path, train, "r")
+    return check(test_path, [train_path], test_path.parent / "contamination.json", **options)
+
+
+def kinds(record: ContaminationRecord) -> set[tuple[str, str, str]]:
+    return {(hit.kind, hit.test_id, hit.train_id) for hit in record.hits}
+
+
+def test_unrelated_data_is_independent(clean: Any) -> None:
+    record = run(clean, clean[3])
+    assert record.verdict == "independent" and record.hits == []
+    assert record.counts == {"exact": 0, "ngram": 0, "near": 0, "test_rows": 0}
+    assert (record.rows_test, record.rows_train) == (30, 300)
+    path = clean[0].parent / "contamination.json"
+    assert read_record(path, ContaminationRecord) == record
+
+
+def test_an_exact_copy_but_for_case_and_spacing_is_found(clean: Any) -> None:
+    prompt, response = clean[2][4]
+    record = run(clean, [*clean[3], (f"  {prompt.upper()}\n", "another answer")])
+    assert record.verdict == "contaminated"
+    assert ("exact", "t4", "r300") in kinds(record)
+    assert "1 of 30 test rows" in record.reason
+    split_otherwise = run(clean, [*clean[3], (f"{prompt} {response.split()[0]}", response.split(" ", 1)[1])])
+    assert ("exact", "t4", "r300") in kinds(split_otherwise)
+
+
+def test_a_run_of_13_words_is_found_and_one_of_12_is_not(clean: Any) -> None:
+    prompt, _ = clean[2][7]
+    words = prompt.split()
+    hidden = run(clean, [*clean[3], ("before it all", " ".join(words[10:23]) + " and after")])
+    assert kinds(hidden) == {("ngram", "t7", "r300")}
+    # 40 + 20 words make 48 different 13-grams; one of them is shared.
+    assert hidden.hits[0].score == pytest.approx(1 / 48, abs=1e-6)
+    shorter = run(clean, [*clean[3], ("before it all", " ".join(words[10:22]) + " and after")])
+    assert shorter.verdict == "independent"
+    wider = run(
+        clean, [*clean[3], ("before", " ".join(words[10:22]) + " after")], settings=Settings(ngram=12)
+    )
+    assert kinds(wider) == {("ngram", "t7", "r300")}
+
+
+def test_a_run_never_crosses_from_one_row_to_the_next(clean: Any) -> None:
+    words = clean[2][7][0].split()
+    record = run(clean, [("a", " ".join(words[:7])), (" ".join(words[7:14]), "b")])
+    assert record.verdict == "independent"
+
+
+def test_short_test_rows_are_looked_for_as_a_whole(clean: Any) -> None:
+    clean[2][0] = ("one two three four five six", "seven eight nine ten")
+    clean[2][1] = ("tiny row", "yes")
+    long = "so one two, three four five six: seven eight nine ten and on it goes"
+    record = run(clean, [*clean[3], (long, "x"), ("this tiny row yes is here", "x")])
+    assert ("ngram", "t0", "r300") in kinds(record)
+    assert all(hit.test_id != "t1" for hit in record.hits)
+
+
+def test_a_near_duplicate_is_found_with_its_similarity(clean: Any) -> None:
+    words = clean[2][9][0].split()
+    changed = [*words]
+    for place in (8, 9, 17, 26):
+        changed[place] = "other"
+    record = run(clean, [*clean[3], (" ".join(changed), "else")])
+    near = [hit for hit in record.hits if hit.kind == "near"]
+    assert near == []
+    record = run(clean, [*clean[3], (" ".join([*words[:20], "other", *words[21:]]), "else")])
+    [near_hit] = [hit for hit in record.hits if hit.kind == "near"]
+    own = {tuple(words[k : k + 3]) for k in range(38)}
+    other_words = [*words[:20], "other", *words[21:]]
+    other = {tuple(other_words[k : k + 3]) for k in range(38)}
+    assert near_hit.score == pytest.approx(len(own & other) / len(own | other), abs=1e-6)
+
+
+def test_all_hits_are_those_of_plain_python(tmp_path: Path) -> None:
+    """Random texts of few words, so that everything overlaps somewhere: compare with sets of tuples."""
+    draw = random.Random(3)
+    short = VOCABULARY[:12]
+
+    def few(count: int) -> str:
+        return " ".join(draw.choices(short, k=count))
+
+    test = [(few(draw.randint(5, 30)), few(draw.randint(1, 9))) for _ in range(25)]
+    train = [(few(draw.randint(5, 60)), few(draw.randint(1, 20))) for _ in range(200)]
+    settings = Settings(ngram=5, shingle=2, similarity=0.15, common=1.0)
+    record = check(
+        write(tmp_path / "test.jsonl", test, "t"),
+        [write(tmp_path / "train.jsonl", train, "r")],
+        settings=settings,
+    )
+    ngram = near = exact = 0
+    for prompt, response in test:
+        own = (prompt + " " + response).split()
+        own_grams = {tuple(own[k : k + 5]) for k in range(len(own) - 4)}
+        own_shingles = {tuple(prompt.split()[k : k + 2]) for k in range(len(prompt.split()) - 1)}
+        for other_prompt, other_response in train:
+            other = (other_prompt + " " + other_response).split()
+            ngram += bool(own_grams & {tuple(other[k : k + 5]) for k in range(len(other) - 4)})
+            words = other_prompt.split()
+            other_shingles = {tuple(words[k : k + 2]) for k in range(len(words) - 1)}
+            near += len(own_shingles & other_shingles) >= 0.15 * len(own_shingles | other_shingles)
+            exact += prompt == other_prompt
+    assert record.counts == {
+        "exact": exact,
+        "ngram": ngram,
+        "near": near,
+        "test_rows": record.counts["test_rows"],
+    }
+    assert near > 20 and ngram > 20
+
+
+def test_an_instruction_in_most_test_rows_is_no_contamination(clean: Any) -> None:
+    instruction = " please think step by step and then put the final answer into one single box at the end"
+    test = [(prompt + instruction, response) for prompt, response in clean[2]]
+    train = [(prompt + instruction, response) for prompt, response in clean[3]]
+    clean = (clean[0], clean[1], test, train)
+    assert run(clean, train).counts["ngram"] == 0
+
+
+def test_a_passage_in_a_few_test_rows_counts(clean: Any) -> None:
+    passage = text(random.Random(5), 30)
+    for number in range(3):
+        clean[2][number] = (f"{passage} question {number}", "answer")
+    record = run(clean, [*clean[3], *((f"{passage} other {number}", "x") for number in range(50))])
+    assert {"t0", "t1", "t2"} <= {hit.test_id for hit in record.hits}
+
+
+def test_hits_are_listed_up_to_a_limit_and_counted_beyond_it(clean: Any) -> None:
+    record = run(clean, [*clean[3], *[clean[2][2]] * 500])
+    assert record.counts["exact"] == 500 and record.counts["test_rows"] == 1
+    assert len([hit for hit in record.hits if hit.kind == "exact"]) == 10
+
+
+def test_drop_removes_exactly_the_contaminated_rows(clean: Any) -> None:
+    test_path = clean[0]
+    write(test_path, clean[2], "t")
+    write_record(test_path.parent / "statistics.json", describe(test_path))
+    record = run(clean, [*clean[3], clean[2][2], clean[2][5]], drop=True)
+    assert record.verdict == "independent" and record.counts["dropped"] == 2
+    assert "2 contaminated rows were dropped" in record.reason
+    examples = read_examples(test_path)
+    assert [example.id for example in examples] == [f"t{n}" for n in range(30) if n not in (2, 5)]
+    assert record.test is not None and record.test == describe(test_path).file
+    assert read_record(test_path.parent / "statistics.json", DatasetStatistics).examples == 28
+    assert check(test_path, [clean[1]]).verdict == "independent"
+
+
+def test_dropping_everything_is_refused(clean: Any) -> None:
+    with pytest.raises(DataError, match="every row"):
+        run(clean, clean[2], drop=True)
+    assert len(read_examples(clean[0])) == 30
+
+
+def test_several_training_files_are_told_apart(clean: Any, tmp_path: Path) -> None:
+    write(clean[0], clean[2], "t")
+    first, second = (
+        write(tmp_path / "a.jsonl", clean[3], "r"),
+        write(tmp_path / "b.jsonl", [clean[2][0]], "s"),
+    )
+    record = check(clean[0], [first, second])
+    assert {hit.train_file for hit in record.hits} == {"b.jsonl"}
+    assert [file.path for file in record.train] == ["a.jsonl", "b.jsonl"] and record.rows_train == 301
+
+
+def test_blocks_do_not_change_the_result(clean: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = [*clean[3], clean[2][3]]
+    whole = run(clean, train)
+    monkeypatch.setattr("lorasmith.testset.matching._BLOCK_WORDS", 50)
+    assert run(clean, train) == whole
+
+
+def test_no_training_file_is_a_usage_error_and_not_checked_is_a_verdict(clean: Any) -> None:
+    write(clean[0], clean[2], "t")
+    with pytest.raises(UsageError):
+        check(clean[0], [])
+    assert not_checked("no training file was given").verdict == "not checked"
+
+
+@pytest.mark.parametrize("changes", [{"ngram": 1}, {"shingle": 0}, {"similarity": 0.0}, {"similarity": 1.5}])
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Settings(**changes)
+
+
+def test_prefix_filtering_misses_no_pair() -> None:
+    draw = random.Random(1)
+    base = [draw.choices("abcdefgh", k=draw.randint(3, 25)) for _ in range(40)]
+    texts = [shingles(words, 2) for words in base]
+    for words in base:
+        changed = [*words]
+        changed[draw.randrange(len(words))] = "z"
+        texts.append(shingles(changed, 2))
+    scopes = ["one" if number % 2 else "two" for number in range(len(texts))]
+    for threshold in (0.5, 0.8, 1.0):
+        expected: list[bool] = []
+        for index, found in enumerate(texts):
+            earlier = [k for k in range(index) if not expected[k] and scopes[k] == scopes[index]]
+            expected.append(any(jaccard(texts[k], found) >= threshold for k in earlier))
+        assert repeats(texts, scopes, threshold) == expected
