@@ -128,7 +128,7 @@ def test_all_hits_are_those_of_plain_python(tmp_path: Path) -> None:
 
     test = [(few(draw.randint(5, 30)), few(draw.randint(1, 9))) for _ in range(25)]
     train = [(few(draw.randint(5, 60)), few(draw.randint(1, 20))) for _ in range(200)]
-    settings = Settings(ngram=5, shingle=2, similarity=0.15, common=1.0)
+    settings = Settings(ngram=4, shingle=2, similarity=0.15, common=1.0)
     record = check(
         write(tmp_path / "test.jsonl", test, "t"),
         [write(tmp_path / "train.jsonl", train, "r")],
@@ -137,11 +137,11 @@ def test_all_hits_are_those_of_plain_python(tmp_path: Path) -> None:
     ngram = near = exact = 0
     for prompt, response in test:
         own = (prompt + " " + response).split()
-        own_grams = {tuple(own[k : k + 5]) for k in range(len(own) - 4)}
+        own_grams = {tuple(own[k : k + 4]) for k in range(len(own) - 3)}
         own_shingles = {tuple(prompt.split()[k : k + 2]) for k in range(len(prompt.split()) - 1)}
         for other_prompt, other_response in train:
             other = (other_prompt + " " + other_response).split()
-            ngram += bool(own_grams & {tuple(other[k : k + 5]) for k in range(len(other) - 4)})
+            ngram += bool(own_grams & {tuple(other[k : k + 4]) for k in range(len(other) - 3)})
             words = other_prompt.split()
             other_shingles = {tuple(words[k : k + 2]) for k in range(len(words) - 1)}
             near += len(own_shingles & other_shingles) >= 0.15 * len(own_shingles | other_shingles)
