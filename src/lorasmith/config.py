@@ -41,7 +41,7 @@ class RunConfig(Part):
     max_length: int | None = Field(default=None, gt=0)
     strict: bool = True
 
-    compression: Literal["gzip", "none"] = "gzip"
+    compression: Literal["gzip", "zstd", "none"] = "gzip"
     gate_defaults: Literal["guide", "none"] = "guide"
     gates: tuple[Gate, ...] = ()
     """Added to the defaults; one with the name of a default replaces it."""

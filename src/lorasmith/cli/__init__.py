@@ -17,7 +17,9 @@ from lorasmith.cli.prove import prove
 from lorasmith.cli.report import report
 from lorasmith.cli.run import run
 from lorasmith.cli.train import train
+from lorasmith.cli.unpack import unpack
 from lorasmith.cli.validate import validate
+from lorasmith.cli.verify import verify
 
 COMMANDS: list[tuple[str, Callable[..., Any]]] = [
     ("demo", demo),
@@ -29,6 +31,8 @@ COMMANDS: list[tuple[str, Callable[..., Any]]] = [
     ("compare", compare),
     ("report", report),
     ("package", package),
+    ("unpack", unpack),
+    ("verify", verify),
 ]
 
 GROUPS: list[tuple[str, str, list[tuple[str, Callable[..., Any]]]]] = []

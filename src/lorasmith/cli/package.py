@@ -15,7 +15,10 @@ def package(
     output: Annotated[
         Path | None, typer.Option(help="Folder of the package (RUN/package).", metavar="DIR")
     ] = None,
-    compression: Annotated[str, typer.Option(help="gzip or none.")] = "gzip",
+    compression: Annotated[str, typer.Option(help="gzip, zstd or none.")] = "gzip",
+    part_size: Annotated[
+        str | None, typer.Option(help="Cut archives into parts of this size, such as 2GB.", metavar="SIZE")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Pack a run again: evidence and merged model as archives, a manifest, and SHA256SUMS.
@@ -29,11 +32,17 @@ def package(
     from lorasmith.cli import views
     from lorasmith.cli.console import bar, console, show_record
     from lorasmith.packaging.pack import pack
+    from lorasmith.packaging.parts import parse_size
     from lorasmith.reporting.page import write_report
 
     folder = output or run / "package"
     manifest = pack(
-        run, folder, compression=compression, report=partial(write_report, timings=False), progress=bar
+        run,
+        folder,
+        compression=compression,
+        part_size=parse_size(part_size) if part_size else None,
+        report=partial(write_report, timings=False),
+        progress=bar,
     )
     if as_json:
         show_record(manifest)

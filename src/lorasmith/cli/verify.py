@@ -1,0 +1,41 @@
+"""`lorasmith verify`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorasmith.cli.options import AsJson
+
+
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(help="A package, an unpacked package, or a run folder.", metavar="DIR")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Check every byte of a package, an unpacked package or a run against its hash.
+
+    Finds every flipped bit, missing, added, renamed or swapped file. Exit code 1 when something is wrong.
+
+    Example: `lorasmith verify demo-output/package`
+    """
+    import json
+
+    from lorasmith.cli import views
+    from lorasmith.cli.console import bar, console
+    from lorasmith.packaging.verify import verify as check
+
+    findings = check(folder, progress=bar)
+    if as_json:
+        body = [finding.model_dump(mode="json") for finding in findings]
+        sys.stdout.write(json.dumps(body, indent=2, ensure_ascii=False) + "\n")
+    elif findings:
+        views.show_findings(findings, console())
+    else:
+        console().print(f"[green]✓[/] {folder}: everything is as it was written", soft_wrap=True)
+    if findings:
+        raise typer.Exit(1)
