@@ -1,55 +1,94 @@
-"""Chunks in this process: none lost, none twice, also when memory runs out."""
+"""Chunks in this process: none lost, none twice, also when memory runs out or the process is killed."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from lorasmith.errors import MemoryLimitError
 from lorasmith.executors.local import work_through
+from lorasmith.files.journal import Journal, Rows
 from lorasmith.models.batches import halve
 from lorasmith.models.memory import is_out_of_memory
 
 
-def run(
-    chunks: list[tuple[int, ...]], largest: int, released: list[int] | None = None
-) -> list[tuple[int, ...]]:
-    def work(rows: tuple[int, ...]) -> list[int]:
-        if len(rows) > largest:
+@dataclass
+class Squares:
+    """Squares its rows; more than `largest` of them do not fit."""
+
+    largest: int = 100
+    before: Callable[[Rows], None] = lambda rows: None
+    tried: list[Rows] = field(default_factory=list)
+    released: int = 0
+
+    def run(self, rows: Rows) -> list[int]:
+        self.tried.append(rows)
+        self.before(rows)
+        if len(rows) > self.largest:
             raise RuntimeError(
                 "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
             )
-        return [row * 10 for row in rows]
+        return [row * row for row in rows]
 
+    def split(self, rows: Rows) -> list[Rows]:
+        return halve(rows)
+
+    def size(self, rows: Rows) -> int:
+        return len(rows)
+
+    def out_of_memory(self, error: BaseException) -> bool:
+        return is_out_of_memory(error)
+
+    def release(self) -> None:
+        self.released += 1
+
+    def pack(self, result: list[int]) -> bytes:
+        return bytes(result)
+
+    def unpack(self, rows: Rows, packed: bytes) -> list[int]:
+        return list(packed)
+
+
+def through(work: Squares, chunks: list[Rows], journal: Journal | None = None) -> list[Rows]:
     seen = []
-    for rows, result in work_through(
-        chunks,
-        work,
-        split=halve,
-        out_of_memory=is_out_of_memory,
-        release=lambda: (released if released is not None else []).append(1),
-    ):
-        assert result == [row * 10 for row in rows]
+    for rows, result in work_through(chunks, work, journal):
+        assert result == [row * row for row in rows]
         seen.append(rows)
     return seen
 
 
 def test_a_chunk_that_does_not_fit_comes_in_parts_in_order() -> None:
-    released: list[int] = []
-    assert run([(0, 1, 2, 3, 4), (5, 6)], 2, released) == [(0, 1), (2,), (3, 4), (5, 6)]
-    assert len(released) == 2
+    work = Squares(largest=2)
+    assert through(work, [(0, 1, 2, 3, 4), (5, 6)]) == [(0, 1), (2,), (3, 4), (5, 6)]
+    assert work.released == 2
+
+
+def test_later_chunks_of_a_size_that_did_not_fit_are_not_tried_in_vain() -> None:
+    work = Squares(largest=3)
+    assert through(work, [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10)]) == [
+        (0, 1),
+        (2, 3),
+        (4, 5),
+        (6, 7),
+        (8, 9, 10),
+    ]
+    assert [rows for rows in work.tried if len(rows) > 3] == [(0, 1, 2, 3)]
 
 
 def test_a_single_row_that_does_not_fit_is_a_lack_of_memory() -> None:
     with pytest.raises(MemoryLimitError, match="can't allocate"):
-        run([(0, 1)], 0)
+        through(Squares(largest=0), [(0, 1)])
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory() -> None:
-    def work(rows: tuple[int, ...]) -> None:
+    def fail(rows: Rows) -> None:
         raise RuntimeError("size mismatch")
 
     with pytest.raises(RuntimeError, match="size mismatch"):
-        list(work_through([(1, 2)], work, split=halve, out_of_memory=is_out_of_memory, release=lambda: None))
+        through(Squares(before=fail), [(1, 2)])
 
 
 def test_a_lack_of_memory_is_seen_through_what_wraps_it() -> None:
@@ -58,3 +97,29 @@ def test_a_lack_of_memory_is_seen_through_what_wraps_it() -> None:
     assert is_out_of_memory(wrapped)
     assert is_out_of_memory(RuntimeError("could not create a memory object"))
     assert not is_out_of_memory(RuntimeError("shape"))
+
+
+@pytest.mark.parametrize("stop", range(9))
+def test_work_goes_on_where_it_stopped_in_the_same_parts(tmp_path: Path, stop: int) -> None:
+    chunks: list[Rows] = [(0, 1, 2, 3, 4, 5), (6, 7, 8, 9), (10, 11)]
+    whole = through(Squares(largest=2), chunks)
+
+    class Stop(Exception):
+        pass
+
+    left = stop
+
+    def interrupt(rows: Rows) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Stop
+
+    first, second = Squares(largest=2, before=interrupt), Squares(largest=2)
+    path = tmp_path / "journal"
+    with Journal(path, "key", {}) as journal, pytest.raises(Stop):
+        through(first, chunks, journal)
+    with Journal(path, "key", {}) as journal:
+        assert sorted(through(second, chunks, journal)) == sorted(whole)
+    done = [rows for rows in first.tried[:stop] if len(rows) <= 2]
+    assert not set(done) & set(second.tried)  # what was finished is not computed again

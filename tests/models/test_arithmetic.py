@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from lorasmith.errors import UsageError
+from lorasmith.models import arithmetic
 from lorasmith.models.arithmetic import (
     Probe,
     choose_route,
@@ -46,6 +49,23 @@ def test_the_chosen_route_is_float32_accurate() -> None:
     route = choose_route("auto", CPU)
     error = probe().onednn_error if route.name == "onednn" else probe().mkl_error
     assert error < 4e-6  # float32 over a sum of 768 products; bfloat16 has 3e-3
+
+
+def test_the_first_decision_of_a_machine_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORASMITH_CACHE", str(tmp_path))
+    answers = [Probe(1.0, 0.5, 4e-7, 1e-6), Probe(1.0, 0.9, 4e-7, 1e-6)]
+    monkeypatch.setattr(arithmetic, "measure", lambda: answers.pop(0))
+    try:
+        probe.cache_clear()
+        first = probe()
+        probe.cache_clear()  # as in another process
+        assert probe() == first
+        [file] = tmp_path.iterdir()
+        file.write_text("damaged")
+        probe.cache_clear()
+        assert probe() != first
+    finally:
+        probe.cache_clear()
 
 
 def test_unknown_names_and_missing_devices_are_usage_errors() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import pytest
 
@@ -23,7 +25,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         interval = mean_interval(tokens * generator.normal(2.0, 1.0, size=80), tokens, trial)
         assert interval is not None
         hits += interval.low <= 2.0 <= interval.high
-    # Binomial(200, 0.95) is above 178 with p > 0.9999; a percentile bootstrap of 80 examples is a little short.
+    # Binomial(200, 0.95) is above 178 with p > 0.9999; a percentile bootstrap of 80 examples is a bit short.
     assert 178 <= hits <= 199
 
 
@@ -68,5 +70,5 @@ def test_groups_and_crossings_hold_every_row_once() -> None:
     grouped = group_rows(rows)
     assert grouped["source"] == {"x": [0, 2], "y": [1]}
     assert grouped["source × domain"] == {"x / p": [0], "x / q": [2], "y / p": [1]}
-    assert all(sorted(sum(groups.values(), [])) == [0, 1, 2] for groups in grouped.values())
+    assert all(sorted(chain.from_iterable(groups.values())) == [0, 1, 2] for groups in grouped.values())
     assert len(grouped) == 6

@@ -92,8 +92,8 @@ def test_figures_do_not_move_with_batches_or_order(place: Path, tmp_path: Path) 
     backwards = write(tmp_path / "test.jsonl", rows[::-1])
     one = validate(place / "base", place / "test.jsonl", tmp_path / "a", adapter=place / "adapter")
     two = validate(place / "base", backwards, tmp_path / "b", adapter=place / "adapter", batch_tokens=60)
-    # The reason for 1e-6: other batches round the last digit of float32 logits otherwise, 1e-6 a token at most
-    # on average, with random signs.
+    # The reason for 1e-6: other batches round the last digits of float32 logits otherwise, by some 1e-6 a
+    # token with random signs.
     assert one.overall.loss == pytest.approx(two.overall.loss, abs=1e-6)
     for dimension, groups in one.groups.items():
         for name, group in groups.items():

@@ -9,16 +9,21 @@ processor's name.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
-from lorasmith.errors import UsageError
+from lorasmith.errors import LorasmithError, UsageError
+from lorasmith.files.atomic import write_bytes
+from lorasmith.files.digests import cache_folder
+from lorasmith.files.machine import hardware
 
 ARITHMETICS = ("auto", "mkl", "onednn", "bfloat16")
 """What a caller may ask for: `mkl` is torch's own float32 route (MKL on x86), `bfloat16` is not exact."""
@@ -91,28 +96,38 @@ def prefers_onednn(measured: Probe) -> bool:
 
 @cache
 def probe() -> Probe:
-    """Time and check one float32 product of [1536, 768]·[768, 2048] on both routes; once per process."""
+    """What this machine measured the first time it was asked; afterwards read from lorasmith's cache.
+
+    The first decision stands for a processor, a torch version and a number of threads: near a tie, a busy
+    moment would otherwise turn the choice and with it the last digits of every result.
+    """
+    about = f"{hardware()['processor']} torch {torch.__version__} threads {torch.get_num_threads()}"
+    file = cache_folder() / f"arithmetic-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+    try:
+        return Probe(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        measured = measure()
+    with suppress(LorasmithError):  # a cache that cannot be written costs a second, not the result
+        write_bytes(file, json.dumps(asdict(measured)).encode())
+    return measured
+
+
+def measure(repeats: int = 7) -> Probe:
+    """Time and check one float32 product of [1536, 768]·[768, 2048] on both routes, by turns; best times."""
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(1536, 768, generator=generator)
     right = torch.randn(2048, 768, generator=generator)
     reference = left.double() @ right.double().T
-    results: dict[str, tuple[float, float]] = {}
-    for name in ("mkl", "onednn"):
-        with use_route(_ROUTES[name]):
-            product = torch.nn.functional.linear(left, right)
-            seconds = _best_time(lambda: torch.nn.functional.linear(left, right))
-        error = float((product.double() - reference).abs().max() / reference.abs().max())
-        results[name] = (seconds, error)
-    return Probe(results["mkl"][0], results["onednn"][0], results["mkl"][1], results["onednn"][1])
-
-
-def _best_time(work: Callable[[], object], repeats: int = 5) -> float:
-    best = float("inf")
+    seconds = {"mkl": float("inf"), "onednn": float("inf")}
+    errors = dict.fromkeys(seconds, 0.0)
     for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-    return best
+        for name in seconds:
+            with use_route(_ROUTES[name]):
+                start = time.perf_counter()
+                product = torch.nn.functional.linear(left, right)
+                seconds[name] = min(seconds[name], time.perf_counter() - start)
+            errors[name] = float((product.double() - reference).abs().max() / reference.abs().max())
+    return Probe(seconds["mkl"], seconds["onednn"], errors["mkl"], errors["onednn"])
 
 
 @contextmanager

@@ -47,8 +47,10 @@ class Batch:
         )
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int = BATCH_TOKENS) -> list[tuple[int, ...]]:
-    """Row indices of each batch: longest first, rows × longest length ≤ `batch_tokens`.
+def plan_batches(
+    lengths: Sequence[int], batch_tokens: int = BATCH_TOKENS, batch_size: int | None = None
+) -> list[tuple[int, ...]]:
+    """Row indices of each batch: longest first, rows × longest length ≤ `batch_tokens`, ≤ `batch_size` rows.
 
     A row longer than the budget gets a batch of its own. Longest first, so that a lack of memory shows at
     once. Depends only on the lengths and their order in the file.
@@ -57,7 +59,8 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int = BATCH_TOKENS) -> li
     batches: list[tuple[int, ...]] = []
     current: list[int] = []
     for row in order:
-        if current and (len(current) + 1) * lengths[current[0]] > batch_tokens:
+        full = bool(current) and (len(current) + 1) * lengths[current[0]] > batch_tokens
+        if full or len(current) == batch_size:
             batches.append(tuple(current))
             current = []
         current.append(row)

@@ -38,9 +38,13 @@ class TokenPairs:
     def __len__(self) -> int:
         return len(self.kl)
 
+    def arrays(self) -> list[Any]:
+        """The arrays in the order of the fields."""
+        return [getattr(self, field.name) for field in fields(self)]
+
     def part(self, where: Any) -> TokenPairs:
         """The tokens of a slice or an index array."""
-        return TokenPairs(*(getattr(self, field.name)[where] for field in fields(self)))
+        return TokenPairs(*(array[where] for array in self.arrays()))
 
     @staticmethod
     def join(parts: Iterable[TokenPairs]) -> TokenPairs:

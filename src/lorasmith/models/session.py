@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.digests import digest_folder, sha256_file
+from lorasmith.files.journal import Journal
 from lorasmith.files.jsonl import read_examples
 from lorasmith.models.arithmetic import Route, choose_route, resolve_device
 from lorasmith.models.batches import BATCH_TOKENS, plan_batches
@@ -34,8 +40,10 @@ class ScoringOptions:
     device: str = "auto"
     arithmetic: str = "auto"
     batch_tokens: int | None = None
+    batch_size: int | None = None
     max_length: int | None = None
     limit: int | None = None
+    shuffle_seed: int | None = None
     strict: bool = False
     seed: int = 0
 
@@ -73,15 +81,19 @@ class Workload:
 
     def batches(self) -> list[tuple[int, ...]]:
         """Row indices of each batch."""
-        return plan_batches([len(row.ids) for row in self.rows], self.settings.batch_tokens)
+        lengths = [len(row.ids) for row in self.rows]
+        return plan_batches(lengths, self.settings.batch_tokens, self.settings.batch_size)
 
 
 def prepare(test_set: Path, loaded: LoadedModel, options: ScoringOptions, route: Route) -> Workload:
     """Read and encode a test set for a model; raises `DataError` for rows that cannot be scored."""
-    if options.batch_tokens is not None and options.batch_tokens < 1:
-        raise UsageError("a batch needs at least one token", expected="--batch-tokens 1 or more")
+    for name in ("batch_tokens", "batch_size", "limit"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} {value} leaves nothing to score", expected=f"{flag} 1 or more")
     everything = read_examples(test_set)
-    examples = _take(everything, options.limit)
+    examples = _take(everything, options)
     context = loaded.context or _NO_LIMIT
     if options.max_length is not None and options.max_length > context:
         raise UsageError(
@@ -106,6 +118,9 @@ def prepare(test_set: Path, loaded: LoadedModel, options: ScoringOptions, route:
         arithmetic=route.label,
         device=loaded.device.type,
         batch_tokens=options.batch_tokens or BATCH_TOKENS,
+        batch_size=options.batch_size,
+        limit=options.limit,
+        shuffle_seed=options.shuffle_seed,
         seed=options.seed,
     )
     return Workload(
@@ -113,12 +128,13 @@ def prepare(test_set: Path, loaded: LoadedModel, options: ScoringOptions, route:
     )
 
 
-def _take(examples: list[Example], limit: int | None) -> list[Example]:
-    if limit is None:
+def _take(examples: list[Example], options: ScoringOptions) -> list[Example]:
+    if options.limit is None or options.limit >= len(examples):
         return examples
-    if limit < 1:
-        raise UsageError(f"a limit of {limit} rows leaves nothing to score", expected="--limit 1 or more")
-    return examples[:limit]
+    if options.shuffle_seed is None:
+        return examples[: options.limit]
+    chosen = np.random.default_rng(options.shuffle_seed).permutation(len(examples))[: options.limit]
+    return [examples[index] for index in sorted(chosen)]
 
 
 def _findings(encoded: EncodedSet, examples: Sequence[Example]) -> list[Finding]:
@@ -155,6 +171,34 @@ def identify(role: str, folder: Path, adapter: Path | None, loaded: LoadedModel)
         architecture=loaded.architecture,
         parameters=loaded.parameters,
     )
+
+
+def open_journal(
+    path: Path | None, folders: Sequence[Path], test_set: FileDigest, options: ScoringOptions
+) -> AbstractContextManager[Journal | None]:
+    """The journal of one piece of work, nothing for no path.
+
+    Its results count only for the same models, test set, options, device and versions. The route of the
+    arithmetic is kept with them: probing again might choose another, and give other last digits.
+    """
+    if path is None:
+        return nullcontext()
+    device, route = options.place()
+    versions = [version(name) for name in ("lorasmith", "torch", "transformers", "peft")]
+    key = {
+        "folders": [digest_folder(folder) for folder in folders],
+        "test_set": test_set.sha256,
+        "options": {**asdict(options), "device": device.type},
+        "versions": versions,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return Journal(path, digest, {"route": route.name})
+
+
+def route_of(options: ScoringOptions, journal: Journal | None) -> Route:
+    """The route of interrupted work, else the one that the options choose."""
+    device, route = options.place()
+    return choose_route(str(journal.notes["route"]), device) if journal else route
 
 
 def describe_test_set(test_set: Path) -> FileDigest:

@@ -34,6 +34,12 @@ class ScoringSettings(Part):
     """Data type and route of the arithmetic, such as `float32` or `float32 (oneDNN)`."""
     device: str
     batch_tokens: int
+    batch_size: int | None = None
+    """Rows of a batch at most, where that was asked for."""
+    limit: int | None = None
+    """Rows that were scored at most, where that was asked for; see `partial`."""
+    shuffle_seed: int | None = None
+    """Of the choice of those rows; the first ones without it."""
     seed: int = 0
     """Of the bootstrap."""
 

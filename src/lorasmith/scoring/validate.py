@@ -5,15 +5,26 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import numpy as np
+
 from lorasmith.errors import UsageError
 from lorasmith.executors.local import work_through
 from lorasmith.files.atomic import write_bytes, write_record
+from lorasmith.files.journal import Journal
 from lorasmith.models.arithmetic import Route
-from lorasmith.models.batches import halve, make_batch
+from lorasmith.models.batches import make_batch
 from lorasmith.models.load import LoadedModel, load_model
 from lorasmith.models.loglik import Floats, open_forward, score_batch
-from lorasmith.models.memory import is_out_of_memory, release_memory
-from lorasmith.models.session import ScoringOptions, Workload, describe_test_set, identify, prepare
+from lorasmith.models.session import (
+    ScoringOptions,
+    Workload,
+    describe_test_set,
+    identify,
+    open_journal,
+    prepare,
+    route_of,
+)
+from lorasmith.models.work import RowWork
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest
 from lorasmith.records.scoring import ValidationResult
@@ -35,8 +46,10 @@ def validate(
     device: str = "auto",
     arithmetic: str = "auto",
     batch_tokens: int | None = None,
+    batch_size: int | None = None,
     max_length: int | None = None,
     limit: int | None = None,
+    shuffle_seed: int | None = None,
     strict: bool = False,
     seed: int = 0,
     progress: Progress = silent,
@@ -51,12 +64,18 @@ def validate(
     - `end_of_turn`: whether the token that ends the response is scored as well.
     - `device`: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; `arithmetic`: `auto` (float32 by the faster route),
       `mkl`, `onednn` or `bfloat16`.
-    - `batch_tokens`: padded tokens of a batch. `max_length`: tokens of a row, by default what the model was
-      made for; longer rows are cut and counted, under `strict` refused.
-    - `limit`: score only the first rows, and mark the result as partial. `seed`: of the bootstrap.
+    - `batch_tokens`, `batch_size`: padded tokens and rows of a batch at most; a batch that does not fit in
+      memory is halved anyway. `max_length`: tokens of a row, by default what the model was made for; longer
+      rows are cut and counted, under `strict` refused.
+    - `limit`: score only so many rows, the first or with `shuffle_seed` a random choice, and mark the result
+      as partial. `seed`: of the bootstrap.
+
+    Finished batches are kept in a journal beside the output: killed at any point, the same call goes on after
+    the last of them and gives the same bytes.
 
     Raises `DataError` for rows that cannot be scored, `CheckpointError` and `AdapterError` for a model that
-    cannot be used, `UsageError` for options that do not fit, `MemoryLimitError` when one row does not fit.
+    cannot be used, `UsageError` for options that do not fit, `MemoryLimitError` when one row does not fit,
+    `BusyError` while another process writes the same result.
     """
     role = role or ("base" if adapter is None else "adapter")
     if role not in ROLES:
@@ -68,21 +87,43 @@ def validate(
         device=device,
         arithmetic=arithmetic,
         batch_tokens=batch_tokens,
+        batch_size=batch_size,
         max_length=max_length,
         limit=limit,
+        shuffle_seed=shuffle_seed,
         strict=strict,
         seed=seed,
     )
     digest = describe_test_set(test_set)
-    place, route = options.place()
-    loaded = load_model(model, adapter=adapter, device=place, dtype=route.dtype)
-    work = prepare(test_set, loaded, options, route)
-    logprobs = score(loaded, work, route, f"Validate {role}", progress)
+    folders = [model] if adapter is None else [model, adapter]
+    with open_journal(output / f".{role}.journal", folders, digest, options) as journal:
+        route = route_of(options, journal)
+        loaded = load_model(model, adapter=adapter, device=options.place()[0], dtype=route.dtype)
+        work = prepare(test_set, loaded, options, route)
+        logprobs = score(loaded, work, route, f"Validate {role}", journal, progress)
+        result, table = _result(model, adapter, role, digest, loaded, work, logprobs)
+        write_bytes(output / f"{role}.parquet", table)
+        write_record(output / f"{role}.json", result)
+        if journal:
+            journal.remove()
+    return result
+
+
+def _result(
+    model: Path,
+    adapter: Path | None,
+    role: str,
+    test_set: FileDigest,
+    loaded: LoadedModel,
+    work: Workload,
+    logprobs: list[Floats],
+) -> tuple[ValidationResult, bytes]:
+    """The record and the per-example Parquet file."""
     table = example_table(work.examples, work.rows, logprobs, loaded.tokenizer)
-    overall, groups = aggregate(work.examples, logprobs, seed)
+    overall, groups = aggregate(work.examples, logprobs, work.settings.seed)
     result = ValidationResult(
         model=identify(role, model, adapter, loaded),
-        test_set=digest,
+        test_set=test_set,
         settings=work.settings,
         overall=overall,
         groups=groups,
@@ -94,13 +135,16 @@ def validate(
         partial=work.partial,
         findings=work.findings,
     )
-    write_bytes(output / f"{role}.parquet", table)
-    write_record(output / f"{role}.json", result)
-    return result
+    return result, table
 
 
 def score(
-    loaded: LoadedModel, work: Workload, route: Route, label: str, progress: Progress = silent
+    loaded: LoadedModel,
+    work: Workload,
+    route: Route,
+    label: str,
+    journal: Journal | None = None,
+    progress: Progress = silent,
 ) -> list[Floats]:
     """Log-probabilities of the scored tokens of every row, in the order of the test set."""
     found: dict[int, Floats] = {}
@@ -108,13 +152,13 @@ def score(
         open_forward(loaded, work.rows, route) as forward,
         progress(label, total=work.tokens, unit="tok") as advance,
     ):
-        for rows, values in work_through(
-            work.batches(),
-            lambda rows: score_batch(forward, make_batch(rows, work.rows), work.names),
-            split=halve,
-            out_of_memory=is_out_of_memory,
-            release=release_memory,
-        ):
+        scoring: RowWork[list[Floats]] = RowWork(
+            work.rows,
+            action=lambda rows: score_batch(forward, make_batch(rows, work.rows), work.names),
+            to_arrays=list,
+            from_arrays=lambda rows, arrays: [array.astype(np.float32) for array in arrays],
+        )
+        for rows, values in work_through(work.batches(), scoring, journal):
             found.update(zip(rows, values, strict=True))
             advance(sum(len(work.rows[row].ids) for row in rows))
     return [found[row] for row in range(len(work.rows))]
