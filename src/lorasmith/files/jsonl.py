@@ -65,7 +65,7 @@ def parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
     where = f"{path}:{number}"
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        row = json.loads(text, parse_constant=_refuse_constant)
+        row = _DECODER.decode(text)
         if b"\\ud" in line.lower():
             json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair has no UTF-8 form
     except UnicodeError as error:
@@ -89,6 +89,10 @@ def parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+"""Made once: making it takes longer than reading a short row."""
 
 
 def read_examples(path: Path) -> list[Example]:

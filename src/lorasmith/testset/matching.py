@@ -6,6 +6,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from lorasmith.records.dataset import ContaminationHit, Example
 from lorasmith.testset import rows as training_rows
 from lorasmith.testset.normalise import normalise, words
 from lorasmith.testset.overlap import U64, GramIndex, grams, number_of, numbers_of
+from lorasmith.testset.similarity import jaccard, shingles
 
 _BLOCK_WORDS = 1 << 18
 _LISTED_HITS = 10
@@ -117,7 +119,7 @@ class Matcher:
         for row in block:
             for text in {text for form in row.forms for text in self.exact.get(form, ())}:
                 self._hit("exact", text, 1.0, row.name, path)
-            flat.extend([lookup(word, 0) for word in row.words])
+            flat.extend(map(lookup, row.words, repeat(0)))
             flat.append(0)
             lengths.append(len(row.words) + 1)
         numbers = np.array(flat, np.uint64)
@@ -135,9 +137,9 @@ class Matcher:
         enough = hits.shared >= self.settings.similarity * self.shingles.grams[hits.text]
         for place, index in zip(hits.row[enough], hits.text[enough], strict=True):
             row = block[place]
-            own = _shingles(self.prompts[index], self.settings.shingle)
-            other = _shingles(row.words[: row.prompt_words], self.settings.shingle)
-            similarity = len(own & other) / len(own | other)
+            own = shingles(self.prompts[index], self.settings.shingle)
+            other = shingles(row.words[: row.prompt_words], self.settings.shingle)
+            similarity = jaccard(own, other)
             if similarity >= self.settings.similarity:
                 self._hit("near", int(index), similarity, row.name, path)
 
@@ -182,8 +184,5 @@ def _blocks(path: Path) -> Iterator[list[_TrainRow]]:
 
 
 def _forms(prompt: str, response: str) -> tuple[str, str]:
-    return normalise(prompt), normalise(f"{prompt} {response}")
-
-
-def _shingles(prompt: list[str], n: int) -> set[tuple[str, ...]]:
-    return {tuple(prompt[start : start + n]) for start in range(len(prompt) - n + 1)}
+    first = normalise(prompt)
+    return first, f"{first} {normalise(response)}"
