@@ -88,11 +88,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Copy:
-    """An adapter tensor that must equal one of the base: proof that it is the right base."""
+    """An adapter tensor that must equal another one, mostly of the base: does the adapter belong to it?"""
 
     adapter: int
     tensor: str
-    base: str
+    base: str | None = None
+    """The base's tensor; where one of the two has more rows, the common ones must agree."""
+    twin: str | None = None
+    """Instead of the base's, another tensor of the same adapter."""
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def base_copy(site: Site, weight: Weight) -> tuple[Copy, ...]:
             "the weight that the adapter was trained on",
             "give the base with the embeddings resized as they were for the training",
         )
-    return (Copy(site.adapter, stored.name, weight.info.name),)
+    return (Copy(site.adapter, stored.name, base=weight.info.name),)
 
 
 class Lora:

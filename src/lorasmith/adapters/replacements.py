@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lorasmith.adapters.base import Base, Change, Found, Site, SiteError
+from lorasmith.adapters.base import Base, Change, Copy, Found, Site, SiteError, Weight
 
+SAVED, ORIGINAL = "modules_to_save", "original_module"
 TOKENS = "token_adapter.trainable_tokens_delta"
 
 
@@ -15,8 +16,13 @@ class SavedModule:
     name = "saved-module"
 
     def takes(self, site: Site) -> frozenset[str]:
-        """`weight`, and the `bias` beside it."""
-        return frozenset({"weight", "bias"} & set(site.tensors)) if "weight" in site.tensors else frozenset()
+        """`weight` and `bias` of the module, and the copies that PEFT may save beside them."""
+        if not {"weight", "modules_to_save.weight"} & set(site.tensors):
+            return frozenset()
+        own = {"weight", "bias"}
+        return frozenset(
+            (own | {f"{kind}.{part}" for kind in (SAVED, ORIGINAL) for part in own}) & set(site.tensors)
+        )
 
     def find(self, site: Site, module: str, base: Base) -> Found:
         """The adapter's tensors in the place of the base's."""
@@ -24,39 +30,49 @@ class SavedModule:
             raise SiteError(
                 f"the weight {site.weight} is asked for a module that the adapter replaces", "weight 1"
             )
-        changes = []
-        for suffix in sorted(self.takes(site)):
-            stored = site.tensors[suffix]
-            if suffix == "weight":
-                weight = base.weight(module)
-                name, info = weight.name, weight.info
-            else:
-                info = base.tensor(f"{module}.{suffix}")
-                name = info.name
-            resized = stored.shape != info.shape
-            vocabulary = (
-                name in (base.embedding, base.tied_head) or info.name == base.embedding or is_head(name)
-            )
-            if resized and not (vocabulary and stored.shape[1:] == info.shape[1:] and suffix == "weight"):
-                raise SiteError(
-                    f"{stored.name} has the shape {list(stored.shape)}, {name} has {list(info.shape)}",
-                    "the shape of the base's tensor",
-                    "this adapter was trained on another base",
-                )
-            in_modules = _named(site.path, site.config.modules_to_save)
-            changes.append(
-                Change(
-                    name,
-                    info.name,
-                    "the adapter's tensor" + (", resized" if resized else ""),
-                    (stored.name,),
-                    replacement=site.factor(suffix),
-                    shape=stored.shape,
-                    # A vocabulary resized before the training keeps its tie, a copy made for it does not.
-                    head_follows=resized and not in_modules,
-                )
-            )
-        return Found(tuple(changes))
+        changes: list[Change] = []
+        copies: list[Copy] = []
+        for part in ("weight", "bias"):
+            saved, original = f"{SAVED}.{part}", f"{ORIGINAL}.{part}"
+            suffix = part if part in site.tensors else saved
+            if suffix not in site.tensors:
+                continue
+            target = _target(module, part, base)
+            changes.append(_change(site, suffix, target, base))
+            if suffix == part and saved in site.tensors:
+                copies.append(Copy(site.adapter, site.tensors[saved].name, twin=site.tensors[part].name))
+            if original in site.tensors:
+                copies.append(Copy(site.adapter, site.tensors[original].name, base=target.info.name))
+        return Found(tuple(changes), tuple(copies))
+
+
+def _target(module: str, part: str, base: Base) -> Weight:
+    if part == "weight":
+        return base.weight(module)
+    info = base.tensor(f"{module}.{part}")
+    return Weight(info.name, info)
+
+
+def _change(site: Site, suffix: str, target: Weight, base: Base) -> Change:
+    stored = site.tensors[suffix]
+    resized = stored.shape != target.info.shape
+    vocabulary = target.info.name == base.embedding or is_head(target.name)
+    if resized and not (vocabulary and stored.shape[1:] == target.info.shape[1:]):
+        raise SiteError(
+            f"{stored.name} has the shape {list(stored.shape)}, {target.name} has {list(target.info.shape)}",
+            "the shape of the base's tensor",
+            "this adapter was trained on another base",
+        )
+    return Change(
+        target.name,
+        target.info.name,
+        "the adapter's tensor" + (", resized" if resized else ""),
+        (stored.name,),
+        replacement=site.factor(suffix),
+        shape=stored.shape,
+        # A vocabulary resized before the training keeps its tie, a copy made for it does not.
+        head_follows=resized and not _named(site.path, site.config.modules_to_save),
+    )
 
 
 class TrainableTokens:

@@ -24,18 +24,33 @@ def check_copies(copies: Sequence[Copy], base: Checkpoint, adapters: Sequence[Ad
     for copy in copies:
         adapter = adapters[copy.adapter]
         kept = Stored(adapter.file.path, adapter.file.tensors[copy.tensor])
-        given = Stored(base.shard_of(copy.base).path, base.tensors[copy.base])
-        for first in range(0, kept.info.elements, _STEP):
-            count = min(_STEP, kept.info.elements - first)
+        if copy.base is not None:
+            other = Stored(base.shard_of(copy.base).path, base.tensors[copy.base])
+        else:
+            other = Stored(adapter.file.path, adapter.file.tensors[str(copy.twin)])
+        common = min(kept.info.elements, other.info.elements)
+        for first in range(0, common, _STEP):
+            count = min(_STEP, common - first)
             if not _agree(
-                kept.read(first, count), kept.info.dtype, given.read(first, count), given.info.dtype
+                kept.read(first, count), kept.info.dtype, other.read(first, count), other.info.dtype
             ):
-                raise AdapterError(
-                    f"the adapter's copy of {copy.base} differs from this base's",
-                    where=adapter.file.path,
-                    expected="the base that the adapter was trained on",
-                    remedy="give the model that adapter_config.json names as its base",
-                )
+                raise _differs(copy, adapter)
+
+
+def _differs(copy: Copy, adapter: Adapter) -> AdapterError:
+    if copy.base is None:
+        return AdapterError(
+            f"the adapter stores {copy.twin} twice, with different values",
+            where=adapter.file.path,
+            expected=f"{copy.tensor} equal to it",
+            remedy="save the adapter again",
+        )
+    return AdapterError(
+        f"the adapter's copy of {copy.base} differs from this base's",
+        where=adapter.file.path,
+        expected="the base that the adapter was trained on",
+        remedy="give the model that adapter_config.json names as its base",
+    )
 
 
 def _agree(kept: torch.Tensor, kept_type: str, given: torch.Tensor, given_type: str) -> bool:
