@@ -41,8 +41,8 @@ EXPERT_PARTS: dict[str, tuple[tuple[str, ...], ...]] = {
 """Parameter that stacks all experts → what its rows are, from the top, where each expert has its own file
 tensors: first as Qwen and most others call them, then as Mixtral does."""
 
-TRANSPOSED_EXPERTS = frozenset(("gpt_oss", "llama4", "llama4_text"))
-"""Model types whose stacked experts are stored [E, in, out]; all others store [E, out, in]."""
+TRANSPOSED_EXPERTS = frozenset(("gpt_oss", "openai_privacy_filter", "aria", "aria_text"))
+"""Model types whose classes say that their stacked experts are [E, in, out] (`is_transposed`)."""
 
 
 def spellings(path: str) -> Iterator[str]:

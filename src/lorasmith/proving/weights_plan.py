@@ -50,11 +50,11 @@ def make_plan(base: TensorFolder, config: Mapping[str, Any], adapters: Sequence[
     """Raises `AdapterError` naming what has no place in the base."""
     plan = Plan(base, config)
     for adapter in adapters:
-        plan.ties.loosen(adapter)
+        plan.ties.loosen()
         for module, roles in adapter.modules.items():
             if not module.endswith(".base_layer"):
                 _place(plan, adapter, module, roles)
-        plan.ties.follow(adapter)
+        plan.ties.follow()
         for module, roles in adapter.modules.items():
             for role, stored in roles.items():
                 if (str(stored.file), stored.name) not in plan.used:

@@ -2,7 +2,7 @@
 
 PEFT's modules act on the two separately: an update of one leaves the other as the base has it. So the right
 merge of such an adapter has two tensors, and its config says that they are not tied. Where the adapter
-changes both alike (trainable tokens, `ensure_weight_tying`, a resized vocabulary), they may stay one.
+changes both alike (trainable tokens, a resized vocabulary, one tensor saved for both), they may stay one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from lorasmith.proving import weights_names as names
-from lorasmith.proving.weights_adapter import Adapter
 from lorasmith.proving.weights_folder import Stored
 from lorasmith.proving.weights_formula import Expected
 from lorasmith.records.base import Finding
@@ -36,7 +35,7 @@ class Ties:
         self.alike = True
         """Whether head and embedding of the right merge are the same matrix."""
 
-    def loosen(self, adapter: Adapter) -> None:
+    def loosen(self) -> None:
         """Give the head of a tied model a formula of its own, so that adapters can change it."""
         if self.tied and self.head and self.embedding and not self._loose():
             embedding = self.expected[self.embedding]
@@ -45,14 +44,14 @@ class Ties:
     def _loose(self) -> bool:
         return self.head in self.expected and not self.stored_head
 
-    def follow(self, adapter: Adapter) -> None:
+    def follow(self) -> None:
         """What a tied head takes over from the embedding although the adapter names the embedding only."""
         if not (self.tied and self.head and self.embedding):
             return
         embedding, head = self.expected[self.embedding], self.expected[self.head]
         if head.terms or head.replaced or head.magnitude:
             return
-        if embedding.rows or adapter.config.get("ensure_weight_tying"):
+        if embedding.rows:
             self.expected[self.head] = replace(embedding, name=self.head, terms=list(embedding.terms))
         elif embedding.source.shape != head.source.shape:
             self.expected[self.head] = Expected(self.head, head.dtype, embedding.source, replaced=True)
