@@ -193,7 +193,7 @@ def _number(value: Any, field: str, where: Path) -> float:
     # Beyond 2**±64 the merge's products could leave the range that float64 computes exactly enough in.
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and (value == 0 or 2.0**-64 <= abs(value) <= 2.0**64):
-        return value  # type: ignore[no-any-return]
+        return value
     raise _wrong(where, field, value, "a number between 2**-64 and 2**64 in size, or 0")
 
 
