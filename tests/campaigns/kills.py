@@ -1,0 +1,108 @@
+"""Kill a run at seeded points, continue it, and compare every byte with an undisturbed run.
+
+`python -m tests.campaigns.kills --kills 100` prints a table; exit code 1 if any continued run differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import lorasmith
+from lorasmith.files.jsonl import write_rows
+from lorasmith.progress import silent
+from tests.faults import in_child, was_killed
+from tests.tiny import save_adapter, save_base, tiny_rows
+
+SEED = 20
+
+
+class LastStep:
+    """A watcher that leaves the title of the step in a file, for the parent of a killed child to read."""
+
+    progress = staticmethod(silent)
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def step(self, number: int, total: int, title: str) -> None:
+        self.file.write_text(title)
+
+    def finished(self, stage: str, *, reused: bool, seconds: float) -> None: ...
+
+    def show(self, stage: str, record: object) -> None: ...
+
+
+def contents(run: Path) -> dict[str, str]:
+    """Digest of every file of a run but what may differ: timings, the report that shows them, the lock."""
+    return {
+        path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(run.rglob("*"))
+        if path.is_file() and path.name not in ("timing.json", ".lock") and path != run / "report.html"
+    }
+
+
+def prepare(folder: Path) -> None:
+    """Base, adapter and test set."""
+    save_adapter(folder / "adapter", save_base(folder / "base"))
+    write_rows(folder / "test.jsonl", tiny_rows(12))
+
+
+def campaign(kills: int, folder: Path) -> tuple[Counter[str], list[str]]:
+    """Kill at `kills` seeded writes; returns how often in which step, and what went wrong."""
+    # Every computation happens in a child: torch's thread pool does not survive a fork.
+    if in_child(lambda: prepare(folder), die_at=None):
+        return Counter(), ["the inputs could not be made"]
+    inputs = {"base": folder / "base", "adapter": folder / "adapter", "test_set": folder / "test.jsonl"}
+    whole, counter, step = folder / "whole", folder / "writes", folder / "step"
+    status = in_child(lambda: lorasmith.run(**inputs, output=whole), die_at=None, count_to=counter)
+    if status:
+        return Counter(), ["the undisturbed run failed"]
+    expected = contents(whole)
+    writes = int(counter.read_text())
+    points = sorted(random.Random(SEED).sample(range(1, writes), min(kills, writes - 1)))
+    where: Counter[str] = Counter()
+    wrong: list[str] = []
+    for point in points:
+        run = folder / f"killed-{point}"
+        step.write_text("before the first step")
+
+        def work(run: Path = run) -> None:
+            lorasmith.run(**inputs, output=run, watcher=LastStep(step))
+
+        status = in_child(work, die_at=point)
+        where[step.read_text()] += 1
+        if not was_killed(status):
+            wrong.append(f"write {point} of {writes}: the child was not killed")
+        elif in_child(lambda run=run: lorasmith.run(**inputs, output=run), die_at=None):  # type: ignore[misc]
+            wrong.append(f"write {point} of {writes} ({step.read_text()}): the run did not continue")
+        elif contents(run) != expected:
+            wrong.append(f"write {point} of {writes} ({step.read_text()}): other bytes")
+        shutil.rmtree(run, ignore_errors=True)
+    return where, wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=100)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        where, wrong = campaign(asked.kills, Path(folder))
+    print("| killed in step | times |\n|---|---|")
+    for title, times in where.items():
+        print(f"| {title} | {times} |")
+    for line in wrong:
+        print(f"- {line}")
+    total = sum(where.values())
+    print(f"\n{total - len(wrong)} of {total} killed runs continued and ended with the same bytes.")
+    return 1 if wrong or not total else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
