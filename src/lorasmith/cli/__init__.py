@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lorasmith.cli import testset
 from lorasmith.cli.compare import compare
 from lorasmith.cli.demo import demo
 from lorasmith.cli.merge import merge
@@ -35,4 +36,10 @@ COMMANDS: list[tuple[str, Callable[..., Any]]] = [
     ("verify", verify),
 ]
 
-GROUPS: list[tuple[str, str, list[tuple[str, Callable[..., Any]]]]] = []
+GROUPS: list[tuple[str, str, list[tuple[str, Callable[..., Any]]]]] = [
+    (
+        "testset",
+        "Build, split and check test sets.",
+        [("build", testset.build), ("split", testset.split), ("check", testset.check)],
+    ),
+]

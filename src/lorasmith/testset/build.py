@@ -74,6 +74,9 @@ def _sizes(asked: int | Mapping[str, int], wanted: Sequence[Benchmark]) -> dict[
         sizes = {benchmark.name: asked for benchmark in wanted}
     else:
         named = {by_name(name).name: size for name, size in asked.items()}
+        unused = sorted(set(named) - {benchmark.name for benchmark in wanted})
+        if unused:
+            raise UsageError(f"a sample size is given for {', '.join(unused)}, which is not in use")
         lacking = [benchmark.name for benchmark in wanted if benchmark.name not in named]
         if lacking:
             raise UsageError(

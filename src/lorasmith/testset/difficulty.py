@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from lorasmith.benchmarks.base import Benchmark, Item
-from lorasmith.errors import DataError, UsageError
+from lorasmith.errors import DataError, UsageError, os_errors
 from lorasmith.records.dataset import Example
 
 POLICIES = ("guide", "native", "measured")
@@ -48,3 +49,24 @@ def by_loss(examples: Sequence[Example], losses: Mapping[str, float]) -> list[Ex
 def _relabelled(example: Example, difficulty: str) -> Example:
     update = {"difficulty": difficulty, "difficulty_from": "measured:loss"}
     return example.model_copy(update={"metadata": example.metadata.model_copy(update=update)})
+
+
+def read_losses(path: Path) -> dict[str, float]:
+    """Example id → loss in nats per token, from the per-example Parquet file of a validation.
+
+    Raises `DataError` for a file without these columns.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with os_errors(path, "read the losses"), path.open("rb") as handle:
+            table = pq.read_table(handle, columns=["id", "loss"])
+            return dict(zip(table["id"].to_pylist(), table["loss"].to_pylist(), strict=True))
+    except (pa.ArrowException, KeyError) as error:
+        raise DataError(
+            "this file has no losses",
+            where=path,
+            expected="the per-example Parquet file of a validation, with the columns id and loss",
+            remedy="run `lorasmith validate` with the base model on this test set",
+        ) from error

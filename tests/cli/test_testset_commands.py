@@ -1,0 +1,119 @@
+"""`lorasmith testset …` as a person types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lorasmith.files.jsonl import read_examples, write_rows
+
+GOLDS = {"spans": ["2"], "types": ["number"]}
+
+
+def lorasmith(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lorasmith.cli.main", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """`in/drop.jsonl` with 30 rows and `train.jsonl` with 40."""
+    rows = [
+        {
+            "passage": f"Team {n} won.",
+            "question": f"Who won {n}?",
+            "query_id": f"q{n}",
+            "answers_spans": GOLDS,
+        }
+        for n in range(30)
+    ]
+    (tmp_path / "in").mkdir()
+    write_rows(tmp_path / "in" / "drop.jsonl", rows)
+    levels = ("easy", "hard")
+    train = [
+        {"prompt": f"p{n}", "response": "r", "difficulty": levels[n % 2], "domain": "m"} for n in range(40)
+    ]
+    write_rows(tmp_path / "train.jsonl", train)
+    return tmp_path
+
+
+def test_build_shows_counts_and_writes_records(folder: Path) -> None:
+    output = folder / "out" / "test.jsonl"
+    common = ["testset", "build", "--benchmarks", folder / "in", "--output", output, "--only", "drop"]
+    done = lorasmith(*common, "--samples", "DROP=12")
+    assert done.returncode == 0, done.stderr
+    assert "12 examples" in done.stdout and "Source by difficulty" in done.stdout
+    assert len(read_examples(output)) == 12
+    told = lorasmith(*common, "--samples-per-benchmark", 12, "--json")
+    assert json.loads(told.stdout) == json.loads((output.parent / "statistics.json").read_text())
+
+
+def test_build_by_measured_losses(folder: Path) -> None:
+    output = folder / "out" / "test.jsonl"
+    common = ["testset", "build", "--benchmarks", folder / "in", "--output", output, "--only", "drop"]
+    assert lorasmith(*common, "--samples-per-benchmark", 9).returncode == 0
+    ids = [example.id for example in read_examples(output)]
+    losses = {"id": ids, "loss": [float(number) for number in range(9)]}
+    pq.write_table(pa.table(losses), folder / "base.parquet")
+    measured = ["--samples-per-benchmark", 9, "--difficulty", "measured"]
+    done = lorasmith(*common, *measured, "--losses", folder / "base.parquet")
+    assert done.returncode == 0, done.stderr
+    labels = [example.metadata.difficulty for example in read_examples(output)]
+    assert labels == ["easy"] * 3 + ["medium"] * 3 + ["hard"] * 3
+    wrong = lorasmith(*common, *measured, "--losses", folder / "train.jsonl")
+    assert wrong.returncode == 2 and "no losses" in wrong.stderr
+
+
+def test_split_then_check(folder: Path) -> None:
+    output = folder / "hold" / "test.jsonl"
+    done = lorasmith("testset", "split", "--train", folder / "train.jsonl", "--output", output, "--size", 10)
+    assert done.returncode == 0, done.stderr
+    assert "10 rows held out" in done.stdout and "was left as it is" in done.stdout
+    assert "independent only if" in done.stdout
+    check = ["testset", "check", "--test-set", output, "--train", folder / "train.jsonl"]
+    record = folder / "contamination.json"
+    found = lorasmith(*check, "--output", record)
+    assert found.returncode == 1 and "contaminated" in found.stdout
+    assert json.loads(record.read_text())["verdict"] == "contaminated"
+    assert lorasmith(*check, "--allow", 10).returncode == 0
+    removed = folder / "removed" / "test.jsonl"
+    split = [
+        "testset",
+        "split",
+        "--train",
+        folder / "train.jsonl",
+        "--output",
+        removed,
+        "--size",
+        10,
+        "--remove",
+    ]
+    done = lorasmith(*split)
+    assert done.returncode == 0 and "10 rows were removed" in done.stdout and "train.jsonl.bak" in done.stdout
+    clean = lorasmith("testset", "check", "--test-set", removed, "--train", folder / "train.jsonl")
+    assert clean.returncode == 0 and "independent" in clean.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build", "--only", "HellaSwag"], "no benchmark named 'HellaSwag'"),
+        (["build", "--only", "drop", "--samples", "drop"], "gives no size"),
+        (["build", "--only", "drop", "--samples", "MATH=5"], "not in use"),
+        (["build", "--only", "drop", "--samples-per-benchmark", "-1"], "at least 1"),
+        (["build", "--only", "drop", "--difficulty", "hard"], "no difficulty policy"),
+        (["build", "--only", "drop", "--difficulty", "measured"], "belong together"),
+        (["build"], "no usable rows of"),
+    ],
+)
+def test_mistakes_are_one_message_and_exit_2(folder: Path, arguments: list[str], message: str) -> None:
+    name, *rest = arguments
+    done = lorasmith("testset", name, "--benchmarks", folder / "in", "--output", folder / "t.jsonl", *rest)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
