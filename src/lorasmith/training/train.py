@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from lorasmith.files.digests import describe, digest_folder
 from lorasmith.files.jsonl import read_examples
 from lorasmith.models.arithmetic import resolve_device
 from lorasmith.models.encode import Encoded, encode_examples
-from lorasmith.models.load import load_model
+from lorasmith.models.load import load_model, quiet_libraries
 from lorasmith.progress import Progress, silent
 from lorasmith.records.training import TrainRecord
 
@@ -113,7 +114,14 @@ def _add_adapter(model: torch.nn.Module, settings: TrainSettings) -> PeftModel:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config).train()
+    try:
+        with quiet_libraries():
+            return get_peft_model(model, config).train()
+    except ValueError as error:
+        raise UsageError(
+            f"no layer of this model is named {wanted!r}",
+            expected="all-linear, or names of linear layers such as q_proj,v_proj",
+        ) from error
 
 
 _GROUP = 32
@@ -163,7 +171,7 @@ def _optimise(
     total = sum(len(row.ids) for batch in batches for row in batch)
     with progress("Training", total=total, unit="tok") as advance:
         for batch in batches:
-            loss, tokens = _batch_loss(model, batch, device)
+            loss, tokens = batch_loss(model, batch, device)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             optimizer.step()
@@ -184,7 +192,7 @@ def _rate(step: int, steps: int, warmup: float) -> float:
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _batch_loss(model: PeftModel, batch: Sequence[Encoded], device: torch.device) -> tuple[torch.Tensor, int]:
+def batch_loss(model: Any, batch: Sequence[Encoded], device: torch.device) -> tuple[torch.Tensor, int]:
     """Mean negative log-likelihood per response token of the batch, and the number of those tokens.
 
     Rows are padded on the right, where a causal model cannot see the padding from a scored position. Logits
@@ -203,7 +211,7 @@ def _batch_loss(model: PeftModel, batch: Sequence[Encoded], device: torch.device
     def select(head: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (arguments[0][before].unsqueeze(0), *arguments[1:])
 
-    hook = model.get_base_model().get_output_embeddings().register_forward_pre_hook(select)
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
         with torch.autocast(device.type, dtype=torch.bfloat16):
             logits = model(input_ids=ids.to(device), use_cache=False).logits[0]
