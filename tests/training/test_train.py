@@ -24,7 +24,7 @@ SETTINGS = TrainSettings(rank=4, alpha=8, learning_rate=2e-2, epochs=4, batch_si
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and a training file."""
     place = tmp_path_factory.mktemp("training")
-    save_base(place / "base", initializer_range=0.05)
+    save_base(place / "base")
     write_rows(place / "train.jsonl", tiny_rows(24))
     return place
 
