@@ -30,7 +30,7 @@ WriteReport = Callable[[Path, Path], None]
 
 
 @dataclass(frozen=True)
-class _Archive:
+class WrittenArchive:
     """What was written of one archive."""
 
     whole: FileDigest
@@ -70,11 +70,11 @@ def pack(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     try:
-        archives: dict[str, _Archive] = {}
+        archives: dict[str, WrittenArchive] = {}
         with progress("Pack", total=total, unit="B") as advance:
             for stem, members in groups.items():
                 path = temporary / f"{stem}{method.suffix}"
-                archives[path.name] = _write_archive(path, members, method, part_size, advance)
+                archives[path.name] = write_archive(path, members, method, part_size, advance)
                 if stem == MODEL:
                     _check_model(run, archives[path.name].members)
         manifest = PackageManifest(
@@ -118,9 +118,10 @@ def _render(run: Path, report: WriteReport | None) -> bytes | None:
         return page.read_bytes()
 
 
-def _write_archive(
+def write_archive(
     path: Path, members: list[Member], method: Compression, part_size: int | None, advance: Advance
-) -> _Archive:
+) -> WrittenArchive:
+    """Write one archive in one piece or in parts, hashing members, tar stream and files on the way."""
     stream = hashlib.sha256()
     with (
         os_errors(path, "write"),
@@ -133,7 +134,7 @@ def _write_archive(
             pack_bytes(data)
 
         digests = write_tar(members, write, advance)
-    return _Archive(target.digest(), target.parts, digests, stream.hexdigest())
+    return WrittenArchive(target.digest(), target.parts, digests, stream.hexdigest())
 
 
 def _check_model(run: Path, members: list[FileDigest]) -> None:

@@ -1,0 +1,130 @@
+"""Packing side by side with `tar czf`: rate, ratio and memory, on given and on random bf16 weights.
+
+    python benches/package.py --weights FOLDER [--random-mb 256]
+
+Weights that come from 4-bit values compress unusually well; the random ones are N(0, 0.02) as bf16, which is
+what trained weights look like to a compressor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from lorasmith.packaging.compress import COMPRESSIONS
+from lorasmith.packaging.opened import Package, read_members
+from lorasmith.packaging.pack import write_archive
+from lorasmith.packaging.tarstream import Member
+from lorasmith.records.base import FileDigest
+from lorasmith.records.release import PackageManifest
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way of packing one folder."""
+
+    name: str
+    seconds: float
+    size: int
+    peak_bytes: int | None
+    """None where it cannot be told apart from this interpreter's own."""
+    unpack_seconds: float
+
+
+def random_weights(folder: Path, megabytes: int) -> Path:
+    """A file of bf16 numbers drawn from N(0, 0.02): the upper halves of float32 numbers."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    with (folder / "model.safetensors").open("wb") as handle:
+        for _ in range(megabytes):
+            values = generator.normal(0, 0.02, size=500_000).astype(np.float32)
+            handle.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+    return folder
+
+
+def ours(folder: Path, method: str, place: Path) -> Row:
+    """Pack as `lorasmith package` does (tar, three SHA-256, compression), then read back as `unpack` does."""
+    members = [Member(f"model/{p.relative_to(folder)}", p) for p in sorted(folder.rglob("*")) if p.is_file()]
+    archive = place / f"model{COMPRESSIONS[method].suffix}"
+    began = time.perf_counter()
+    written = write_archive(archive, members, COMPRESSIONS[method], None, lambda count: None)
+    packed = time.perf_counter() - began
+    manifest = PackageManifest(
+        compression=method,
+        archives=[written.whole],
+        contents={archive.name: written.members},
+        stream_sha256={archive.name: written.stream_sha256},
+    )
+    began = time.perf_counter()
+    read_members(
+        Package(place, manifest, {}, COMPRESSIONS[method]), archive.name, _discard, lambda count: None
+    )
+    unpacked = time.perf_counter() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Row(f"lorasmith {method}", packed, written.whole.bytes, peak, unpacked)
+
+
+def _discard(member: FileDigest) -> Callable[[bytes], None]:
+    return lambda data: None
+
+
+def tar(folder: Path, place: Path) -> Row:
+    """`tar czf`, then `tar xzf`; neither hashes anything."""
+    archive = place / "model.tar.gz"
+    began = time.perf_counter()
+    subprocess.run(["tar", "czf", archive, "-C", folder.parent, folder.name], check=True)
+    packed = time.perf_counter() - began
+    began = time.perf_counter()
+    subprocess.run(["tar", "xzOf", archive], check=True, stdout=subprocess.DEVNULL)
+    unpacked = time.perf_counter() - began
+    return Row("tar czf", packed, archive.stat().st_size, None, unpacked)
+
+
+def measure(folder: Path) -> None:
+    """Each way in a process of its own, so that peak memory is its own; prints a table."""
+    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    rows = []
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        for call in [(tar, folder, Path(place)), *((ours, folder, m, Path(place)) for m in COMPRESSIONS)]:
+            with get_context("spawn").Pool(1) as pool:
+                rows.append(pool.apply(call[0], call[1:]))
+    print(f"\n{folder}: {total / 1e6:.0f} MB")
+    print(f"{'':<16} {'pack MB/s':>10} {'× tar':>6} {'ratio':>7} {'unpack MB/s':>12} {'peak MB':>8}")
+    for row in rows:
+        peak = "–" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"
+        print(
+            f"{row.name:<16} {total / row.seconds / 1e6:>10.0f} {rows[0].seconds / row.seconds:>6.1f} "
+            f"{row.size / total:>7.4f} {total / row.unpack_seconds / 1e6:>12.0f} {peak:>8}"
+        )
+
+
+def main() -> None:
+    """Parse the arguments and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", type=Path, help="a folder with real weights")
+    parser.add_argument("--random-mb", type=int, default=256)
+    options = parser.parse_args()
+    place = Path(tempfile.mkdtemp(prefix="lorasmith-bench-"))
+    try:
+        if options.weights:
+            copy = place / options.weights.resolve().name
+            shutil.copytree(options.weights, copy)
+            measure(copy)
+        measure(random_weights(place / "random-bf16", options.random_mb))
+    finally:
+        shutil.rmtree(place)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
