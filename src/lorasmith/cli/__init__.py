@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lorasmith.cli import testset
+from lorasmith.cli import benchmarks, testset
 from lorasmith.cli.compare import compare
 from lorasmith.cli.demo import demo
 from lorasmith.cli.merge import merge
@@ -42,4 +42,5 @@ GROUPS: list[tuple[str, str, list[tuple[str, Callable[..., Any]]]]] = [
         "Build, split and check test sets.",
         [("build", testset.build), ("split", testset.split), ("check", testset.check)],
     ),
+    ("benchmarks", "Fetch public benchmarks.", [("fetch", benchmarks.fetch)]),
 ]

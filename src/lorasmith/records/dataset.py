@@ -78,6 +78,28 @@ class DatasetFindings(Record):
     rejected: list[RejectedRow] = []
 
 
+class FetchedFile(Part):
+    """A benchmark file from the hub."""
+
+    benchmark: str
+    repository: str
+    revision: str
+    path: str
+    """Relative to the folder of the record."""
+    bytes: int
+    sha256: str
+    checked_against: str
+
+
+class FetchRecord(Record):
+    """`fetched.json`: what was downloaded, and what could not be."""
+
+    FORMAT: ClassVar[str] = "lorasmith/benchmarks-fetched/1"
+
+    files: list[FetchedFile] = []
+    findings: list[Finding] = []
+
+
 class SplitRecord(Record):
     """`split.json`: a seeded hold-out from a training file."""
 

@@ -1,0 +1,43 @@
+"""`lorasmith benchmarks fetch`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorasmith.cli.options import AsJson
+
+
+def fetch(
+    output: Annotated[Path, typer.Option(help="Folder for the benchmarks.", metavar="DIR")],
+    only: Annotated[
+        list[str] | None, typer.Option(help="Names of benchmarks, with commas or given again. [all five]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Download DROP, GPQA, HumanEval, MATH-500 and MMLU from the Hugging Face hub, pinned and checked.
+
+    The token for the gated GPQA comes from HF_TOKEN or `hf auth login`. Exit code 3 when one is missing.
+
+    Example: `lorasmith benchmarks fetch --output data/benchmarks`
+    """
+    from lorasmith.benchmarks.fetch import fetch as fetch_benchmarks
+    from lorasmith.cli import views
+    from lorasmith.cli.console import bar, console, show_record, table
+    from lorasmith.errors import ExitCode
+    from lorasmith.files.machine import human_bytes
+
+    names = [name.strip() for entry in only or [] for name in entry.split(",") if name.strip()]
+    record = fetch_benchmarks(output, only=names or None, progress=bar)
+    if as_json:
+        show_record(record)
+    else:
+        rows = [
+            [file.benchmark, file.path, human_bytes(file.bytes), file.sha256[:16]] for file in record.files
+        ]
+        console().print(table("Fetched", ("benchmark", "file", "size", "SHA-256"), rows))
+        views.show_findings(record.findings, console())
+    if any(finding.severity == "error" for finding in record.findings):
+        raise typer.Exit(ExitCode.MACHINE)
