@@ -21,8 +21,9 @@ from lorasmith.models.session import Workload
 from lorasmith.models.work import RowWork
 from lorasmith.progress import Progress
 
-FLOOR_ROWS = 64
-"""Rows on which the floor is measured, spread over all lengths: enough for its mean to a few percent."""
+FLOOR_ROWS = 16
+"""Rows on which the floor is measured, spread over all lengths: some thousand tokens give its mean to a tenth,
+and a grade asks for a factor of two."""
 
 _ELEMENTS = 1 << 24
 """Logits of one model that exist at one time: 64 MB in float32; a comparison makes some eight such."""
