@@ -22,8 +22,8 @@ from lorasmith.models.work import RowWork
 from lorasmith.progress import Progress
 
 FLOOR_ROWS = 16
-"""Rows on which the floor is measured, spread over all lengths: some thousand tokens give its mean to a tenth,
-and a grade asks for a factor of two."""
+"""Rows on which the floor is measured, spread over all lengths: some thousand tokens give its mean to a
+tenth, and a grade asks for a factor of two."""
 
 _ELEMENTS = 1 << 24
 """Logits of one model that exist at one time: 64 MB in float32; a comparison makes some eight such."""
