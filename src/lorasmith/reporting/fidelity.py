@@ -10,7 +10,7 @@ from typing import Any
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.proof import TokenComparison
 from lorasmith.reporting.figures import Axis, linear_axis, log_axis
-from lorasmith.reporting.groups import ALL, sort_groups
+from lorasmith.reporting.groups import ALL, is_idle, sort_groups
 from lorasmith.reporting.load import RunRecords
 
 FLOOR = "the adapter against itself"
@@ -66,6 +66,8 @@ def divergence_tables(records: RunRecords) -> list[DivergenceTable]:
     tables = []
     limit = proof.thresholds.get("mean_kl")
     for kind, groups in (proof.groups or {"": {}}).items():
+        if is_idle(kind, len(groups)):
+            continue
         found = {ALL: proof.overall}
         found.update({name: groups[name] for name in sort_groups(kind, set(groups))})
         if proof.floor is not None:

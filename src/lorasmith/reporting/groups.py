@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lorasmith.records.proof import PairedEffect
 from lorasmith.records.scoring import GroupMetrics
-from lorasmith.reporting.figures import Axis, linear_axis, number
+from lorasmith.reporting.figures import Axis, linear_axis, plain
 from lorasmith.reporting.load import RunRecords
 
 ALL = "all examples"
@@ -74,6 +74,8 @@ def model_tables(records: RunRecords) -> list[ModelTable]:
     tables = []
     for kind in kinds or ([""] if results else []):
         names = {name for result in results.values() for name in result.groups.get(kind, {})}
+        if is_idle(kind, len(names)):
+            continue
         found: dict[str, dict[str, GroupMetrics]] = {
             ALL: {role: result.overall for role, result in results.items()}
         }
@@ -85,6 +87,11 @@ def model_tables(records: RunRecords) -> list[ModelTable]:
             }
         tables.append(_model_table(kind, found))
     return tables
+
+
+def is_idle(kind: str, groups: int) -> bool:
+    """Whether a kind of group is a crossing that divides nothing."""
+    return "×" in kind and groups < 2
 
 
 def sort_groups(kind: str, names: set[str]) -> list[str]:
@@ -120,13 +127,17 @@ def _model_table(kind: str, found: dict[str, dict[str, GroupMetrics]]) -> ModelT
 
 def _perplexity_ticks(axis: Axis) -> list[tuple[float, str]]:
     """Round perplexities over an axis of losses, at least 9 % apart."""
+    low, high = (math.exp(max(0.0, min(end, 600.0))) for end in (axis.low, axis.high))
+    if high / low > 10:
+        top = math.floor(math.log10(high)) + 1
+        candidates = [step * 10.0**power for power in range(top) for step in (1.0, 1.5, 2.0, 3.0, 5.0)]
+    else:
+        candidates = list(linear_axis([low, high]).ticks)
     ticks: list[tuple[float, str]] = []
-    top = math.floor(min(axis.high, 600.0) / math.log(10)) + 1
-    candidates = [step * 10.0**power for power in range(top + 1) for step in (1, 1.2, 1.5, 2, 3, 5)]
     for value in candidates:
-        loss = math.log(value)
-        if axis.low <= loss <= axis.high and (not ticks or axis.at(loss) - ticks[-1][0] >= 9):
-            ticks.append((axis.at(loss), number(value, 2)))
+        place = axis.at(math.log(value)) if value >= 1 else -1.0
+        if 0 < place < 100 and (not ticks or place - ticks[-1][0] >= 9):
+            ticks.append((place, plain(round(value, 12))))
     return ticks
 
 
@@ -137,6 +148,8 @@ def effect_tables(records: RunRecords) -> list[EffectTable]:
         return []
     tables = []
     for kind, groups in (comparison.adapter_effect_groups or {"": {}}).items():
+        if is_idle(kind, len(groups)):
+            continue
         found = {ALL: comparison.adapter_effect}
         found.update({name: groups[name] for name in sort_groups(kind, set(groups))})
         spans = [effect.interval for effect in found.values() if effect.interval]

@@ -37,8 +37,8 @@ class RunRecords:
     gates: GateRecord | None
     timing: TimingRecord | None
 
-    def findings(self) -> list[tuple[str, Finding]]:
-        """All findings with the name of the record they stand in, errors first."""
+    def findings(self) -> list[tuple[list[str], Finding]]:
+        """All findings with the names of the records they stand in, each once, errors first."""
         sources: dict[str, list[Finding]] = {
             **{f"{role} validation": result.findings for role, result in self.validations.items()}
         }
@@ -52,8 +52,11 @@ class RunRecords:
             if record is not None:
                 sources[name] = record.findings
         ranks = {"error": 0, "warning": 1}
-        found = [(name, finding) for name, findings in sources.items() for finding in findings]
-        return sorted(found, key=lambda pair: ranks.get(pair[1].severity, 2))
+        found: dict[str, tuple[list[str], Finding]] = {}
+        for name, findings in sources.items():
+            for finding in findings:
+                found.setdefault(finding.model_dump_json(), ([], finding))[0].append(name)
+        return sorted(found.values(), key=lambda pair: ranks.get(pair[1].severity, 2))
 
 
 def load_run(run: Path, *, timings: bool) -> RunRecords:

@@ -54,6 +54,7 @@ def render(records: RunRecords) -> str:
         "findings": records.findings(),
         "provenance": provenance(records),
         "glossary": GLOSSARY,
+        "comparisons": {"<": "<", "<=": "≤", ">": ">", ">=": "≥", "==": "=", "!=": "≠"},
         "all_examples": ALL,
         "floor": FLOOR,
         "quantiles": QUANTILES,

@@ -73,7 +73,8 @@ def provenance(records: RunRecords) -> list[tuple[str, Pairs]]:
 
 
 def _inputs(records: RunRecords) -> Pairs:
-    found = dict(records.run.inputs) if records.run else {}
+    given = records.run.inputs if records.run else {}
+    found = {name.replace("_", " "): sha for name, sha in given.items()}
     for role, result in records.validations.items():
         found.setdefault("test set", result.test_set.sha256)
         found[f"{role} per example ({result.per_example.path})"] = result.per_example.sha256
@@ -84,7 +85,9 @@ def _scoring(records: RunRecords) -> Pairs:
     result = next(iter(records.validations.values()), None)
     if result is None:
         return []
-    settings = [(name.replace("_", " "), _text(value)) for name, value in result.settings]
+    settings = [
+        (name.replace("_", " "), _text(value)) for name, value in result.settings if value is not None
+    ]
     cut = [(f"cut rows, {role}", str(entry.truncated)) for role, entry in records.validations.items()]
     return [*settings, *cut]
 
@@ -105,8 +108,11 @@ def _merge(records: RunRecords) -> Pairs:
 
 
 def _config(config: dict[str, Any]) -> Pairs:
-    return [(name.replace("_", " "), _text(value)) for name, value in config.items() if name != "gates"]
+    given = {name: value for name, value in config.items() if name != "gates" and value is not None}
+    return [(name.replace("_", " "), _text(value)) for name, value in given.items()]
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -152,9 +152,9 @@ def _contamination(records: RunRecords) -> Claim:
     if found.verdict == "not checked":
         text = found.reason or "No training data was given."
     else:
-        hits = sum(found.counts.values())
+        hit = len({hit.test_id for hit in found.hits})
         text = (
-            f"{plural(hits, 'hit')} among {plural(found.rows_test, 'test row')} "
-            f"against {plural(found.rows_train, 'training row')}."
+            f"{hit:,} of {plural(found.rows_test, 'test row')} found again in "
+            f"{plural(found.rows_train, 'training row')}."
         )
     return Claim(title, found.verdict, state, text, "testset")

@@ -127,14 +127,15 @@
       const colours = { better: ink("--good"), worse: ink("--bad"), same: ink("--none"), line: ink("--line"),
         soft: ink("--soft"), ink: ink("--ink") };
       const both = data.id.map((_, i) => i).filter((i) => data.base[i] !== null && data.adapter[i] !== null);
-      const most = both.reduce((top, i) => Math.max(top, data.base[i], data.adapter[i]), 1e-6) * 1.04;
+      const most = both.reduce((top, i) => Math.max(top, data.base[i]), 1e-6) * 1.04;
+      const tall = both.reduce((top, i) => Math.max(top, data.adapter[i]), 1e-6) * 1.08;
       const x = (loss) => PAD + (loss / most) * (width - PAD - 8);
-      const y = (loss) => height - PAD - (loss / most) * (height - PAD - 8);
+      const y = (loss) => height - PAD - (loss / tall) * (height - PAD - 8);
       pen.strokeStyle = colours.line;
       pen.beginPath();
       pen.moveTo(x(0), y(0));
-      pen.lineTo(x(most), y(most));
-      pen.moveTo(x(0), y(most));
+      pen.lineTo(x(Math.min(most, tall)), y(Math.min(most, tall)));
+      pen.moveTo(x(0), y(tall));
       pen.lineTo(x(0), y(0));
       pen.lineTo(x(most), y(0));
       pen.stroke();
@@ -143,9 +144,9 @@
       pen.fillText("0", x(0) - 10, y(0) + 13);
       pen.fillText("base " + most.toFixed(1), x(most) - 52, y(0) + 15);
       pen.save();
-      pen.translate(x(0) - 8, y(most) + 62);
+      pen.translate(x(0) - 8, y(tall) + 62);
       pen.rotate(-Math.PI / 2);
-      pen.fillText("adapter " + most.toFixed(1), 0, 0);
+      pen.fillText("adapter " + tall.toFixed(1), 0, 0);
       pen.restore();
       const inside = new Set(shown);
       points = [];
