@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lorasmith.files.atomic import write_bytes
 from lorasmith.files.machine import human_bytes
-from lorasmith.reporting import figures
+from lorasmith.reporting.environment import render_page
 from lorasmith.reporting.explorer import Explorer, build_explorer
 from lorasmith.reporting.fidelity import FLOOR, QUANTILES, divergence_tables, heat_map, shifts
-from lorasmith.reporting.groups import ALL, effect_tables, model_tables, sort_groups
+from lorasmith.reporting.groups import effect_tables, model_tables, sort_groups
 from lorasmith.reporting.load import RunRecords, load_run
 from lorasmith.reporting.provenance import GLOSSARY, facts, provenance
 from lorasmith.reporting.verdict import claims, headline
@@ -36,7 +32,6 @@ def render(records: RunRecords) -> str:
     """The page as text."""
     explorer = build_explorer(records)
     sentence, state = headline(records)
-    script = _asset("page.js") + _asset("explorer.js")
     view: dict[str, Any] = {
         "records": records,
         "headline": sentence,
@@ -54,51 +49,12 @@ def render(records: RunRecords) -> str:
         "findings": records.findings(),
         "provenance": provenance(records),
         "glossary": GLOSSARY,
-        "comparisons": {"<": "<", "<=": "≤", ">": ">", ">=": "≥", "==": "=", "!=": "≠"},
-        "all_examples": ALL,
         "floor": FLOOR,
         "quantiles": QUANTILES,
-        "css": Markup(_asset("page.css")),
-        "js": Markup(script),
-        "policy": _policy(script),
         **_test_set_view(records),
         **_timing_view(records),
     }
-    return _environment().get_template("page.html").render(view)
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("lorasmith.reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals.update(
-        number=figures.number,
-        plain=figures.plain,
-        plural=figures.plural,
-        signed=figures.signed,
-        percent=figures.percent,
-        count=figures.count,
-        duration=figures.duration,
-        human_bytes=human_bytes,
-    )
-    return environment
-
-
-def _asset(name: str) -> str:
-    return (files("lorasmith.reporting") / "templates" / name).read_text(encoding="utf-8")
-
-
-def _policy(script: str) -> str:
-    """A content security policy under which only our own script runs and no request leaves the page."""
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return (
-        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
+    return render_page("page.html", view, extra_script="explorer.js")
 
 
 def _script_json(value: Any) -> Markup:
