@@ -13,6 +13,7 @@ from lorasmith.benchmarks.base import Benchmark, Item, RowError, SourceRow, Unsc
 from lorasmith.benchmarks.registry import BENCHMARKS, by_name, choose
 from lorasmith.errors import UsageError
 from lorasmith.records.dataset import Example, Metadata
+from lorasmith.records.redaction import is_redacted
 from tests.benchmarks.layouts import case_file, layout, rows_of
 
 LAYOUTS = [
@@ -124,6 +125,23 @@ def test_other_sets_are_not_taken_for_it(benchmark: Benchmark, entry: dict[str, 
 def test_every_case_file_belongs_to_a_benchmark() -> None:
     folder = Path(__file__).parents[1] / "cases" / "benchmarks"
     assert {path.stem for path in folder.glob("*.json")} == {b.name.lower() for b in BENCHMARKS}
+
+
+def test_texts_that_may_not_appear_are_hidden_by_name() -> None:
+    """Reports and packages go by the source's name, and by nothing else."""
+    assert {b.name for b in BENCHMARKS if b.private} == {b.name for b in BENCHMARKS if is_redacted(b.name)}
+
+
+def test_gpqa_choices_stand_in_an_order_of_seed_and_row() -> None:
+    source = layout("GPQA", "csv")["rows"][0]
+    rows = [SourceRow("gpqa.csv", n, {**source, "Record ID": f"rec{n}"}) for n in range(200)]
+    letters = [by_name("GPQA").read(row, seed=1).response for row in rows]
+    # 200 draws of four letters: each 50 times on average, 30 to 70 but for a chance of 1 in 1000.
+    assert all(30 <= letters.count(letter) <= 70 for letter in "ABCD")
+    assert letters != [by_name("GPQA").read(row, seed=2).response for row in rows]
+    item = by_name("GPQA").read(rows[0], seed=1)
+    assert item.extra["choices"]["ABCD".index(item.response)] == source["Correct Answer"]
+    assert f"{item.response}. {source['Correct Answer']}" in item.prompt.splitlines()
 
 
 def test_names_are_found_in_any_case_and_unknown_ones_refused() -> None:

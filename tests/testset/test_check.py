@@ -160,7 +160,8 @@ def test_an_instruction_in_most_test_rows_is_no_contamination(clean: Any) -> Non
     test = [(prompt + instruction, response) for prompt, response in clean[2]]
     train = [(prompt + instruction, response) for prompt, response in clean[3]]
     clean = (clean[0], clean[1], test, train)
-    assert run(clean, train).counts["ngram"] == 0
+    unknown = " ".join(f"unknown{number}" for number in range(60))
+    assert run(clean, [*train, (unknown, unknown)]).counts["ngram"] == 0
 
 
 def test_a_passage_in_a_few_test_rows_counts(clean: Any) -> None:
@@ -231,6 +232,7 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any]) -> Non
 def test_prefix_filtering_misses_no_pair() -> None:
     draw = random.Random(1)
     base = [draw.choices("abcdefgh", k=draw.randint(3, 25)) for _ in range(40)]
+    base += base[:10]
     texts = [shingles(words, 2) for words in base]
     for words in base:
         changed = [*words]

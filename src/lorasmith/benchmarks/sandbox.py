@@ -60,7 +60,11 @@ class Outcome:
 
 
 def run(program: str, limits: Limits | None = None, *, mode: str = "best") -> Outcome:
-    """Run Python source text. `mode` is `best`, or `landlock` to do without namespaces."""
+    """Run Python source text.
+
+    `mode` is `best`; `user` is the way of a person who is not root (a user namespace), `landlock` the way
+    where namespaces are not permitted.
+    """
     limits = limits or Limits()
     if not sys.platform.startswith("linux"):
         reason = f"generated code is not run: {sys.platform} has no sandbox that lorasmith can use"
