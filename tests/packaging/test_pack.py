@@ -50,12 +50,13 @@ def test_system_tools_unpack_and_check_the_package(run: Path, tmp_path: Path) ->
     pack(run, package, report=_page)
     assert sorted(_bytes(package)) == [
         "SHA256SUMS",
+        "bom.cdx.json",
         "manifest.json",
         "merged_model.tar.gz",
         "validation_results.tar.gz",
     ]
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=package, check=True)
-    assert len((package / "SHA256SUMS").read_text().splitlines()) == 3
+    assert len((package / "SHA256SUMS").read_text().splitlines()) == 4
     subprocess.run(["tar", "-xzf", package / "merged_model.tar.gz"], cwd=tmp_path, check=True)
     for file in (run / "merged").iterdir():
         assert (tmp_path / "merged_model" / file.name).read_bytes() == file.read_bytes()

@@ -48,6 +48,11 @@ class Package:
         """Of all archives."""
         return [file for archive in self.manifest.archives for file in self.files(archive.path)]
 
+    def companions(self) -> dict[str, str]:
+        """Name → SHA-256 of what lies beside archives and manifest, such as the bill of materials."""
+        own = {MANIFEST, *(file.path for file in self.all_files())}
+        return {name: sha for name, sha in self.sums.items() if name not in own and "/" not in name}
+
 
 def open_package(folder: Path) -> Package:
     """Read `SHA256SUMS` and `manifest.json`.
@@ -108,7 +113,7 @@ def check_files(package: Package, name: str, advance: Advance) -> None:
     for piece in package.files(name):
         path = package.folder / piece.path
         listed = package.sums.get(piece.path)
-        if listed is not None and listed != piece.sha256:
+        if listed != piece.sha256:
             raise DamageError(f"manifest and {SUMS} disagree on {piece.path}", where=package.folder)
         if path.is_symlink() or not path.is_file():
             raise DamageError(f"{piece.path} is missing", where=package.folder, remedy="fetch it")

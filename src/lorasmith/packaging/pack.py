@@ -13,6 +13,7 @@ from pathlib import Path
 from lorasmith.errors import CheckpointError, UsageError, os_errors
 from lorasmith.files.atomic import aside, publish_folder, write_bytes
 from lorasmith.files.machine import require_disk
+from lorasmith.packaging.bom import BOM, bill_of_materials
 from lorasmith.packaging.checksums import write_sums
 from lorasmith.packaging.compress import Compression
 from lorasmith.packaging.compress import compression as find_compression
@@ -48,7 +49,7 @@ def pack(
     report: WriteReport | None = None,
     progress: Progress = silent,
 ) -> PackageManifest:
-    """Pack a run folder into `output`: evidence, merged model, `manifest.json`, `SHA256SUMS`.
+    """Pack a run folder into `output`: evidence, model, manifest, bill of materials, `SHA256SUMS`.
 
     `compression` is `gzip`, `zstd` or `none`; with `part_size` (bytes) an archive is cut into numbered parts
     that `cat` joins. `report` renders the page that goes with the evidence; it is passed in because packing
@@ -85,7 +86,8 @@ def pack(
             parts={name: archive.parts for name, archive in archives.items() if part_size is not None},
             redacted=contents.redacted,
         )
-        _finish(temporary, manifest)
+        (model,) = (archive for name, archive in archives.items() if name.startswith(MODEL))
+        _finish(temporary, manifest, bill_of_materials(run, model.members, model.whole))
         publish_folder(temporary, output)
     except BaseException:
         with suppress(OSError):
@@ -149,11 +151,12 @@ def _check_model(run: Path, members: list[FileDigest]) -> None:
             )
 
 
-def _finish(folder: Path, manifest: PackageManifest) -> None:
-    """Write the manifest, and the checksums of everything that lies in the folder."""
-    content = manifest.to_json()
-    write_bytes(folder / MANIFEST, content)
-    digests = {MANIFEST: hashlib.sha256(content).hexdigest()}
+def _finish(folder: Path, manifest: PackageManifest, bom: bytes) -> None:
+    """Write manifest and bill of materials, and the checksums of everything that lies in the folder."""
+    digests = {}
+    for name, content in ((MANIFEST, manifest.to_json()), (BOM, bom)):
+        write_bytes(folder / name, content)
+        digests[name] = hashlib.sha256(content).hexdigest()
     for archive in manifest.archives:
         for file in manifest.parts.get(archive.path, [archive]):
             digests[file.path] = file.sha256

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO
 
-from lorasmith.errors import InputError, UsageError, os_errors
+from lorasmith.errors import DamageError, InputError, UsageError, os_errors
 from lorasmith.files.atomic import sync_folder, write_bytes
 from lorasmith.files.machine import require_disk
 from lorasmith.packaging.checksums import write_sums
@@ -33,6 +34,7 @@ def unpack(archives: Sequence[Path], output: Path, *, progress: Progress = silen
     `InputError` for a missing manifest, `UsageError` for an `output` that is something else, `DiskError`.
     """
     package, names = _select(archives)
+    companions = _companions(package)
     here = _open_output(output, package)
     wanted = [name for name in names if package.stem(name) not in here]
     sizes = {name: sum(member.bytes for member in package.manifest.contents[name]) for name in wanted}
@@ -46,7 +48,7 @@ def unpack(archives: Sequence[Path], output: Path, *, progress: Progress = silen
                 check_files(package, name, advance)
             for name in wanted:
                 finished.append(_unpack_one(package, name, output, advance))
-        _describe(package, {*here, *(folder.name for folder in finished)}, output)
+        _describe(package, {*here, *(folder.name for folder in finished)}, companions, output)
     except Exception:
         for folder in finished:
             shutil.rmtree(folder, ignore_errors=True)
@@ -142,10 +144,28 @@ def _unpack_one(package: Package, name: str, output: Path, advance: Advance) -> 
     return final
 
 
-def _describe(package: Package, stems: set[str], output: Path) -> None:
-    """The manifest as it was, and checksums of what lies here now."""
+def _companions(package: Package) -> dict[str, bytes]:
+    """What was fetched beside archives and manifest; raises `DamageError` for what is not as listed."""
+    found = {}
+    for name, sha in package.companions().items():
+        path = package.folder / name
+        if not path.exists():
+            continue
+        with os_errors(path, "read"):
+            content = path.read_bytes()
+        if path.is_symlink() or hashlib.sha256(content).hexdigest() != sha:
+            raise DamageError(f"{name} is damaged", where=path, expected=f"SHA-256 {sha}")
+        found[name] = content
+    return found
+
+
+def _describe(package: Package, stems: set[str], companions: dict[str, bytes], output: Path) -> None:
+    """The manifest as it was, what lay beside it, and checksums of what lies here now."""
     write_bytes(output / MANIFEST, package.manifest.to_json())
     digests = {MANIFEST: package.sums[MANIFEST]}
+    for name, content in companions.items():
+        write_bytes(output / name, content)
+        digests[name] = package.sums[name]
     for archive in package.manifest.archives:
         if package.stem(archive.path) in stems:
             digests |= {member.path: member.sha256 for member in package.manifest.contents[archive.path]}
