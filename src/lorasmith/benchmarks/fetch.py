@@ -197,7 +197,7 @@ def _download(
 
 def _reporting(advance: Advance) -> type[Any]:
     """A bar that draws nothing and hands on what arrives."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from huggingface_hub.utils.tqdm import tqdm
 
     class Reporting(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from lorasmith.benchmarks.base import SourceRow
 from lorasmith.errors import DataError, os_errors
 from lorasmith.files import sniff
-from lorasmith.files.jsonl import MAX_LINE_BYTES, open_text, read_lines, read_rows
+from lorasmith.files.jsonl import MAX_LINE_BYTES, load_json, open_text, read_lines, read_rows
 
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
 MAX_DOCUMENT_BYTES = 512 << 20
@@ -66,7 +66,7 @@ def _json(path: Path, name: str, unpack: Unpack) -> Iterator[SourceRow]:
             remedy="convert it to JSONL, which is read row by row",
         )
     try:
-        document = json.loads(content.decode("utf-8-sig"))
+        document = load_json(content)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"this is not JSON, or it is cut off ({type(error).__name__})",

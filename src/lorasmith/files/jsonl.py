@@ -64,10 +64,7 @@ def parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
     """One line as a JSON object."""
     where = f"{path}:{number}"
     try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        row = _DECODER.decode(text)
-        if b"\\ud" in line.lower():
-            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair has no UTF-8 form
+        row = load_json(line, may_have_mark=number == 1)
     except UnicodeError as error:
         raise DataError(
             "this line is not UTF-8 text",
@@ -85,6 +82,17 @@ def parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f"this line is a JSON {type(row).__name__}", where=where, expected="a JSON object")
     return row
+
+
+def load_json(raw: bytes, *, may_have_mark: bool = True) -> Any:
+    """Parse JSON that can be written again: UTF-8 (a byte order mark may lead), no NaN, no half characters.
+
+    Raises `UnicodeError` or `ValueError`.
+    """
+    value = _DECODER.decode(raw.decode("utf-8-sig" if may_have_mark else "utf-8"))
+    if b"\\ud" in raw.lower():
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair has no UTF-8 form
+    return value
 
 
 def _refuse_constant(name: str) -> NoReturn:
