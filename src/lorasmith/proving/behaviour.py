@@ -20,6 +20,7 @@ from lorasmith.models.session import (
 )
 from lorasmith.models.template import resolve_template
 from lorasmith.progress import Progress, silent
+from lorasmith.proving.behaviour_generation import compare_generation
 from lorasmith.proving.behaviour_grade import grade, resolve_thresholds
 from lorasmith.proving.behaviour_measure import measure
 from lorasmith.proving.behaviour_statistics import by_group, flips, per_example, summarise
@@ -47,6 +48,7 @@ def compare(
     strict: bool = False,
     seed: int = 0,
     thresholds: Mapping[str, float] | None = None,
+    generate: int | None = None,
     progress: Progress = silent,
 ) -> BehaviourProof:
     """Compare the adapter on its base (PEFT's forward, model A) with the merged model (B), token by token.
@@ -83,6 +85,7 @@ def compare(
         work = prepare(test_set, a, options, route)
         obstacles, findings = _compare_tokenizers(work, b, merged)
         measured = measure(work, a, b, route, journal, progress)
+        generation = None if generate is None else compare_generation(work, a, b, route, generate, progress)
         overall = summarise(measured.rows, seed)
         floor = summarise(measured.floor, seed)
         verdict, reasons = grade(overall, floor, limits, obstacles)
@@ -100,6 +103,7 @@ def compare(
             floor_layouts=measured.layouts,
             flips=flips(work.examples, measured.rows),
             examples=per_example(work.examples, measured.rows),
+            generation=generation,
             partial=work.partial,
             findings=[*work.findings, *findings],
         )

@@ -16,25 +16,19 @@ from math import prod
 import torch
 
 from lorasmith.errors import AdapterError
-from lorasmith.proving.weights_compare import (
-    Block,
-    LoadedTerm,
-    Tally,
-    compare,
-    compare_bytes,
-    exact_sum,
-    quick_type,
-    sums,
-)
+from lorasmith.proving.weights_compare import compare, compare_bytes
 from lorasmith.proving.weights_folder import DTYPES, Index, Stored
 from lorasmith.proving.weights_formula import Expected, Term
 from lorasmith.proving.weights_gain import UNIT, Gain, gamma, make_gain
+from lorasmith.proving.weights_quick import quick_type
 from lorasmith.proving.weights_rounding import GRIDS
+from lorasmith.proving.weights_tally import Tally
+from lorasmith.proving.weights_terms import Block, LoadedTerm, exact_sum, sums
 
 _READ_ELEMENTS = 1 << 22
 """Elements that a thread maps and checks at a time: their pages are resident meanwhile."""
-_BLOCK_ELEMENTS = 1 << 16
-"""Elements of one step of arithmetic: what it touches stays in a core's own cache."""
+_NORM_ELEMENTS = 1 << 18
+"""Elements whose sums are held in float64 at a time while norms are taken."""
 _WAITING = 8
 """Tasks that may be under way or waiting for a thread."""
 
@@ -120,7 +114,7 @@ def _column_gain(expected: Expected, terms: tuple[LoadedTerm, ...], magnitudes: 
     source = expected.source
     squares = torch.zeros(source.columns, dtype=torch.float64)
     reaches, bound, blocks = torch.zeros(1, dtype=torch.float64), 0.0, 0
-    step = max(1, _BLOCK_ELEMENTS // source.columns)
+    step = max(1, _NORM_ELEMENTS // source.columns)
     for start in range(0, source.shape[0], step):
         rows = source.rows((slice(start, min(start + step, source.shape[0])),))
         v, reach, bound = sums(rows, terms, start, torch.float64)
@@ -188,7 +182,14 @@ def _load(term: Term, expected: Expected, found: Stored) -> LoadedTerm:
     kind = quick_type(grid, left.shape[1], DTYPES[expected.source.dtype])
     norms = torch.linalg.vector_norm(right.to(torch.float64), dim=0)
     return LoadedTerm(
-        term.factor, left, right, term.first_row, right.to(kind).contiguous(), float(norms.max())
+        term.factor,
+        left,
+        right,
+        term.first_row,
+        right.to(kind).contiguous(),
+        right.T.contiguous(),
+        norms,
+        float(norms.max()),
     )
 
 
@@ -238,13 +239,13 @@ def _segments(task: _Task, rows: int) -> Iterator[tuple[int, int, torch.Tensor]]
 
 
 def _cuts(task: _Task, first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of the matrix of a block's size that no term begins or ends within."""
+    """Row ranges of the matrix that no term begins or ends within, short where norms need whole rows."""
     edges = {first, last}
     for term in task.terms:
         for edge in (term.first_row, term.first_row + term.left.shape[0]):
             if first < edge < last:
                 edges.add(edge)
-    step = max(1, _BLOCK_ELEMENTS // task.found.columns)
+    step = max(1, (_NORM_ELEMENTS if task.expected.magnitude else _READ_ELEMENTS) // task.found.columns)
     for low, high in pairwise(sorted(edges)):
         for start in range(low, high, step):
             yield start, min(start + step, high)

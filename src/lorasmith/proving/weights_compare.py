@@ -1,19 +1,13 @@
-"""One block of a merged tensor against its formula: a quick test for most elements, a slow one for the rest.
+"""Rows of a merged tensor against their formula: what the quick test does not accept is judged one by one.
 
-The quick test computes the formula in float32 or float64 with a bound on its own error, and accepts an
-element whose distance to the stored number is certainly below half a unit in the last place. What it does
-not accept is computed again in float64 with a bound per element and judged by intervals, and where those
-touch a midpoint, in rational numbers. A quick test can therefore cost time, never an answer.
-
-Error bound (Higham, Accuracy and Stability of Numerical Algorithms, 3.1): a sum of n products in any order
-is off by at most γ(n)·Σ|products|, γ(n) = n·u/(1 − n·u), u half the distance from 1 to the next number.
+It is computed again in float64 with a bound per element and judged by intervals, and where those touch a
+midpoint, in rational numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -21,196 +15,25 @@ import torch
 
 from lorasmith.errors import CheckpointError
 from lorasmith.proving import weights_rounding as rounding
-from lorasmith.proving.weights_gain import UNIT, Gain, gamma, make_gain, sum_of_squares
+from lorasmith.proving.weights_gain import UNIT, gamma
+from lorasmith.proving.weights_quick import doubtful
 from lorasmith.proving.weights_rounding import Floats, Grid, Ints
+from lorasmith.proving.weights_tally import FIRST, Tally, Wrong
+from lorasmith.proving.weights_terms import Block, exact_element, row_gain
 
-_FIRST = 16
-"""Differences kept per block: the proof lists the first ones."""
-_SLOW_ELEMENTS = 1 << 15
+_SLOW_ELEMENTS = 1 << 13
 """Elements judged slowly at a time, so that memory stays small when all are wrong."""
-_RANK_FOR_FLOAT32 = 64
-"""Above it the bound of float32 leaves too much to the slow test."""
-
-BUCKETS = (1, 2, 4, 16, 256, 65536)
-"""Lower ends of the classes of distances that the record counts, in ulps."""
-
-
-@dataclass(frozen=True)
-class Wrong:
-    """One wrong element, in coordinates of the matrix."""
-
-    row: int
-    column: int
-    found: float | str
-    expected: float | str
-    ulps: int
-
-
-@dataclass
-class Tally:
-    """What was found in a block, a tensor, or a model."""
-
-    elements: int = 0
-    wrong: int = 0
-    stale: int = 0
-    """Wrong elements that hold what the base holds."""
-    near: int = 0
-    """Wrong elements that are off by no more than a few roundings of the sum's terms."""
-    max_ulps: int = 0
-    redone: int = 0
-    buckets: dict[int, int] = field(default_factory=dict)
-    first: list[Wrong] = field(default_factory=list)
-    moved: float = 0.0
-    """Σ (merged − base)·ΔW over the wrong elements."""
-    wanted: float = 0.0
-    """Σ ΔW² over the wrong elements."""
-
-    def add(self, other: Tally) -> None:
-        """Take in the tally of the next block."""
-        self.elements += other.elements
-        self.wrong += other.wrong
-        self.stale += other.stale
-        self.near += other.near
-        self.max_ulps = max(self.max_ulps, other.max_ulps)
-        self.redone += other.redone
-        self.moved += other.moved
-        self.wanted += other.wanted
-        for bucket, count in other.buckets.items():
-            self.buckets[bucket] = self.buckets.get(bucket, 0) + count
-        self.first.extend(other.first[: max(0, _FIRST - len(self.first))])
-
-
-@dataclass(frozen=True)
-class LoadedTerm:
-    """A term with its factors at hand."""
-
-    factor: Fraction
-    left: torch.Tensor
-    right: torch.Tensor
-    first_row: int
-    right_quick: torch.Tensor
-    """R in the type of the quick test."""
-    right_norm: float
-    """Largest 2-norm of a column of R."""
-
-    def left_rows(self, start: int, count: int) -> torch.Tensor:
-        """Rows of L for rows of the matrix."""
-        return self.left[start - self.first_row : start - self.first_row + count]
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rows of the matrix: what the merge stores, and what goes into the formula."""
-
-    name: str
-    grid: Grid
-    start: int
-    """Row of the whole matrix that the block begins with."""
-    found: torch.Tensor
-    """[rows, columns] in the grid's type."""
-    source: torch.Tensor
-    """[rows, columns] in its own type."""
-    terms: tuple[LoadedTerm, ...]
-    magnitudes: torch.Tensor | None = None
-    """DoRA with one norm per row: m for the block's rows."""
-    gain: Gain | None = None
-    """DoRA with one norm per column."""
-
-
-def quick_type(grid: Grid, rank: int, source: torch.dtype) -> torch.dtype:
-    """The type of the quick test: float32 where its error is far below the grid's half ulp."""
-    narrow = grid.fraction_bits <= 10 and rank <= _RANK_FOR_FLOAT32 and source != torch.float64
-    return torch.float32 if narrow else torch.float64
 
 
 def compare(block: Block) -> Tally:
     """Check every element of the block."""
     if block.magnitudes is not None:
-        block = replace(block, gain=_row_gain(block, block.magnitudes))
+        block = replace(block, gain=row_gain(block, block.magnitudes))
     tally = Tally(elements=block.found.numel())
-    doubtful = _quick(block)
-    for start in range(0, len(doubtful), _SLOW_ELEMENTS):
-        part = doubtful[start : start + _SLOW_ELEMENTS]
-        tally.add(_slow(block, part))
+    open_ = doubtful(block)
+    for start in range(0, len(open_), _SLOW_ELEMENTS):
+        tally.add(_slow(block, open_[start : start + _SLOW_ELEMENTS]))
     return tally
-
-
-def _quick(block: Block) -> Ints:
-    """Flat positions of the elements that are not certainly right."""
-    grid, rank = block.grid, _rank(block)
-    kind = torch.float64 if block.gain else quick_type(grid, rank, block.source.dtype)
-    smallest = torch.finfo(kind).smallest_normal
-    x, reach, bound = sums(block.source, block.terms, block.start, kind)
-    if block.gain:
-        x.mul_(block.gain.values)
-        reach = reach * block.gain.values.abs()
-        bound += block.gain.error
-    x.sub_(block.found).abs_()
-    # |S| ≤ |m| + |x − m| + reach, and |m| is at most twice its power of two: the share of the bound that
-    # grows with |m| goes to the coefficient of that power, the share of |x − m| to a common divisor.
-    half_ulp = 2.0 ** -(grid.fraction_bits + 1)
-    coefficient = (half_ulp - 4 * bound) / (1 + 2 * bound) * (1 - 2.0**-20)
-    offset = ((2 * bound) * reach + (rank + 1) * 4 * smallest).to(kind)
-    if not coefficient > 0:
-        return np.arange(x.numel())
-    power = _power_below(grid, block.found, kind)
-    threshold = torch.sub(power.mul_(coefficient), offset)
-    accepted = torch.lt(x, threshold)
-    if bool(accepted.all()):
-        return np.empty(0, np.int64)
-    return (~accepted).view(-1).nonzero().view(-1).numpy()
-
-
-def _rank(block: Block) -> int:
-    return sum(term.right.shape[0] for term in block.terms)
-
-
-def sums(
-    source: torch.Tensor, terms: Sequence[LoadedTerm], start: int, kind: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """S + Σ c·L·R of a block, a bound [rows, 1] on Σ|c·L|·|R| per element, and the relative bound b.
-
-    An element is off by at most b·(|S| + that bound).
-    """
-    x = source.to(kind, copy=True)
-    reach = torch.zeros(len(x), 1, dtype=torch.float64)
-    for term in terms:
-        left = term.left_rows(start, len(x)).to(torch.float64) * float(term.factor)
-        reach += torch.linalg.vector_norm(left, dim=1, keepdim=True) * term.right_norm
-        x.addmm_(left.to(kind), term.right_quick.to(kind))
-    # A product of rounded factors carries three more roundings each, the sum with S one, the difference one.
-    rank = sum(term.right.shape[0] for term in terms)
-    return x, reach, gamma(rank + 8, torch.finfo(kind).eps / 2)
-
-
-def _row_gain(block: Block, magnitudes: torch.Tensor) -> Gain:
-    v, reach, bound = sums(block.source, block.terms, block.start, torch.float64)
-    squares, error = sum_of_squares(v)
-    columns = v.shape[1]
-    spread = bound * (squares.sqrt() + 2 * reach[:, 0] * math.sqrt(columns))
-    cached: dict[int, Fraction] = {}
-
-    def exact_square(row: int) -> Fraction:
-        if row not in cached:
-            source = block.source[row].tolist()
-            total = sum((_exact_sum(block, source[j], row, j) ** 2 for j in range(columns)), Fraction(0))
-            cached[row] = total
-        return cached[row]
-
-    return make_gain(
-        squares, spread, error, magnitudes, per_row=True, exact_square=exact_square, name=block.name
-    )
-
-
-def _power_below(grid: Grid, found: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
-    """The power of two at or below the number before |found|; 0 for zeros and subnormals.
-
-    The number before it decides how far the interval reaches towards zero, where it is narrowest.
-    """
-    bits = found.view(grid.stored_as)
-    exponent_mask = grid.infinity
-    before = torch.bitwise_and(bits, (1 << grid.sign) - 1).sub_(1).clamp_(min=0)
-    return before.bitwise_and_(exponent_mask).view(grid.dtype).to(kind)
 
 
 def _slow(block: Block, flat: Ints) -> Tally:
@@ -247,8 +70,8 @@ def _slow(block: Block, flat: Ints) -> Tally:
         distance = np.maximum(
             rounding.ulps(magnitude[wrong], negative[wrong], expected[wrong], expected_negative[wrong]), 1
         )
-        _count(tally, distance)
-        for k, far in zip(wrong[:_FIRST], distance[:_FIRST], strict=True):
+        tally.count(distance)
+        for k, far in zip(wrong[:FIRST], distance[:FIRST], strict=True):
             shown = grid.show(int(magnitude[k]), bool(negative[k]))
             wanted_shown = grid.show(int(expected[k]), bool(expected_negative[k]))
             tally.first.append(Wrong(block.start + int(rows[k]), int(cols[k]), shown, wanted_shown, int(far)))
@@ -262,11 +85,13 @@ def _formula(block: Block, source: Floats, rows: Ints, cols: Ints) -> tuple[Floa
     touched = np.zeros(len(x), np.bool_)
     for term in block.terms:
         left = term.left_rows(block.start, len(block.found))[torch.from_numpy(rows)].to(torch.float64)
-        right = term.right[:, torch.from_numpy(cols)].T.to(torch.float64)
-        products = (left * right).numpy() * float(term.factor)
-        touched |= ((left != 0) & (right != 0)).any(dim=1).numpy()
-        x += products.sum(axis=1)
-        size += np.abs(products).sum(axis=1)
+        right = term.right_columns[torch.from_numpy(cols)].to(torch.float64)
+        factor, products = float(term.factor), left.mul_(right)
+        sizes = torch.linalg.vector_norm(products, ord=1, dim=1).numpy()
+        x += products.sum(dim=1).numpy() * factor
+        size += sizes * abs(factor)
+        # Products of float64 factors may vanish below the smallest number without being zero.
+        touched |= (sizes > 0) | (term.left.dtype == torch.float64)
         rank += products.shape[1]
     # Each product is rounded twice and c once, the sums rank + number of terms times; all in one bound.
     bound = gamma(rank + len(block.terms) + 4, UNIT)
@@ -282,7 +107,7 @@ def _formula(block: Block, source: Floats, rows: Ints, cols: Ints) -> tuple[Floa
 
 def _exact(block: Block, source: float, row: int, col: int) -> tuple[tuple[int, bool], bool]:
     """The stored number (magnitude, minus) that is right for an element, and whether x is exactly zero."""
-    v, gain, sign = _exact_sum(block, source, row, col), block.gain, math.copysign(1, source) < 0
+    v, gain, sign = exact_element(block, source, row, col), block.gain, math.copysign(1, source) < 0
     if gain is None:
         return rounding.exact_nearest(block.grid, v, sign), v == 0
     at = row if gain.per_row else col
@@ -295,20 +120,6 @@ def _exact(block: Block, source: float, row: int, col: int) -> tuple[tuple[int, 
         block.grid, lambda y: (left > y * y * square) - (left < y * y * square)
     )
     return (magnitude, m * v < 0), False
-
-
-def _exact_sum(block: Block, source: float, row: int, col: int) -> Fraction:
-    """S + Σ c·L·R of one element as a rational number."""
-    return exact_sum(block.terms, source, block.start + row, col)
-
-
-def exact_sum(terms: Sequence[LoadedTerm], source: float, row: int, col: int) -> Fraction:
-    """The same by the row of the whole matrix."""
-    total = Fraction(source)
-    for term in terms:
-        left = term.left[row - term.first_row].tolist()
-        total += term.factor * rounding.exact_dot(left, term.right[:, col].tolist())
-    return total
 
 
 def compare_bytes(found: torch.Tensor, source: torch.Tensor, first_row: int) -> Tally:
@@ -324,8 +135,8 @@ def compare_bytes(found: torch.Tensor, source: torch.Tensor, first_row: int) -> 
     flat = a.ne(b).reshape(-1).nonzero().view(-1)
     tally = Tally(elements=found.numel())
     found, source = found.reshape(-1)[flat], source.reshape(-1)[flat]
-    _count(tally, np.maximum(_steps(found, source), 1))
-    for k in range(min(_FIRST, len(flat))):
+    tally.count(np.maximum(_steps(found, source), 1))
+    for k in range(min(FIRST, len(flat))):
         row, column = divmod(int(flat[k]), a.shape[1])
         far = int(np.maximum(_steps(found[k : k + 1], source[k : k + 1]), 1)[0])
         tally.first.append(Wrong(first_row + row, column, _show(found[k]), _show(source[k]), far))
@@ -345,16 +156,6 @@ def _steps(a: torch.Tensor, b: torch.Tensor) -> Ints:
 def _show(value: torch.Tensor) -> float | str:
     number = float(value)
     return number if math.isfinite(number) else str(number)
-
-
-def _count(tally: Tally, distance: Ints) -> None:
-    tally.wrong = len(distance)
-    tally.max_ulps = int(distance.max())
-    ends = (*BUCKETS[1:], None)
-    for low, end in zip(BUCKETS, ends, strict=True):
-        inside = (distance >= low) & (distance < end) if end is not None else distance >= low
-        if inside.any():
-            tally.buckets[low] = int(inside.sum())
 
 
 def _explain(

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from lorasmith.files import digests
 from lorasmith.proving.weights_check import Checked, check
-from lorasmith.proving.weights_compare import BUCKETS, Tally
 from lorasmith.proving.weights_files import Claims, Identity
 from lorasmith.proving.weights_folder import Stored, TensorFolder
 from lorasmith.proving.weights_formula import Expected
 from lorasmith.proving.weights_rounding import GRIDS
+from lorasmith.proving.weights_tally import BUCKETS, Tally
 from lorasmith.records.base import Finding
 from lorasmith.records.proof import Difference, TensorProof, WeightProof
 

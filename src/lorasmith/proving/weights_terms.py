@@ -1,0 +1,114 @@
+"""The sum S + Σ c·L·R over rows of a matrix: in floating point with a bound, and exactly for one element.
+
+Error bound (Higham, Accuracy and Stability of Numerical Algorithms, 3.1): a sum of n products in any order
+is off by at most γ(n)·Σ|products|, γ(n) = n·u/(1 − n·u), u half the distance from 1 to the next number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from lorasmith.proving import weights_rounding as rounding
+from lorasmith.proving.weights_gain import Gain, gamma, make_gain, sum_of_squares
+from lorasmith.proving.weights_rounding import Grid
+
+
+@dataclass(frozen=True)
+class LoadedTerm:
+    """A term with its factors at hand."""
+
+    factor: Fraction
+    left: torch.Tensor
+    right: torch.Tensor
+    first_row: int
+    right_quick: torch.Tensor
+    """R in the type of the quick test."""
+    right_columns: torch.Tensor
+    """R the other way round [columns, r], for single elements."""
+    right_norms: torch.Tensor
+    """2-norms of the columns of R."""
+    right_norm: float
+    """Largest 2-norm of a column of R."""
+
+    def left_rows(self, start: int, count: int) -> torch.Tensor:
+        """Rows of L for rows of the matrix."""
+        return self.left[start - self.first_row : start - self.first_row + count]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of the matrix: what the merge stores, and what goes into the formula."""
+
+    name: str
+    grid: Grid
+    start: int
+    """Row of the whole matrix that the block begins with."""
+    found: torch.Tensor
+    """[rows, columns] in the grid's type."""
+    source: torch.Tensor
+    """[rows, columns] in its own type."""
+    terms: tuple[LoadedTerm, ...]
+    magnitudes: torch.Tensor | None = None
+    """DoRA with one norm per row: m for the block's rows."""
+    gain: Gain | None = None
+    """DoRA with one norm per column."""
+
+
+def sums(
+    source: torch.Tensor,
+    terms: Sequence[LoadedTerm],
+    start: int,
+    kind: torch.dtype,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """S + Σ c·L·R of a block, a bound [rows, 1] on Σ|c·L|·|R| per element, and the relative bound b.
+
+    An element is off by at most b·(|S| + that bound).
+    """
+    x = source.to(kind, copy=True) if out is None else out.copy_(source)
+    reach = torch.zeros(len(x), 1, dtype=torch.float64)
+    for term in terms:
+        left = term.left_rows(start, len(x)).to(torch.float64) * float(term.factor)
+        reach += torch.linalg.vector_norm(left, dim=1, keepdim=True) * term.right_norm
+        x.addmm_(left.to(kind), term.right_quick.to(kind))
+    # To the additions come c·L in two roundings, R in one, the product, and the difference to m.
+    rank = sum(term.right.shape[0] for term in terms)
+    return x, reach, gamma(rank + 6, torch.finfo(kind).eps / 2)
+
+
+def row_gain(block: Block, magnitudes: torch.Tensor) -> Gain:
+    v, reach, bound = sums(block.source, block.terms, block.start, torch.float64)
+    squares, error = sum_of_squares(v)
+    columns = v.shape[1]
+    spread = bound * (squares.sqrt() + 2 * reach[:, 0] * math.sqrt(columns))
+    cached: dict[int, Fraction] = {}
+
+    def exact_square(row: int) -> Fraction:
+        if row not in cached:
+            source = block.source[row].tolist()
+            total = sum((exact_element(block, source[j], row, j) ** 2 for j in range(columns)), Fraction(0))
+            cached[row] = total
+        return cached[row]
+
+    return make_gain(
+        squares, spread, error, magnitudes, per_row=True, exact_square=exact_square, name=block.name
+    )
+
+
+def exact_element(block: Block, source: float, row: int, col: int) -> Fraction:
+    """S + Σ c·L·R of one element as a rational number."""
+    return exact_sum(block.terms, source, block.start + row, col)
+
+
+def exact_sum(terms: Sequence[LoadedTerm], source: float, row: int, col: int) -> Fraction:
+    """The same by the row of the whole matrix."""
+    total = Fraction(source)
+    for term in terms:
+        left = term.left[row - term.first_row].tolist()
+        total += term.factor * rounding.exact_dot(left, term.right[:, col].tolist())
+    return total
