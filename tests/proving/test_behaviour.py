@@ -205,3 +205,18 @@ def test_unknown_thresholds_and_inexact_arithmetic_are_refused(place: Path) -> N
         run(place, "float32", thresholds={"klmean": 1.0})
     with pytest.raises(UsageError, match="bfloat16"):
         run(place, "float32", arithmetic="bfloat16")
+
+
+def test_generation_is_compared_token_by_token(place: Path) -> None:
+    same = run(place, "float32", generate=10).generation
+    assert same is not None
+    assert (same.same, same.examples, same.divergences) == (ROWS, ROWS, [])
+    assert same.floor_same == same.floor_examples == 16
+    other = run(place, "base", generate=10, limit=6).generation
+    assert other is not None
+    assert other.same < other.examples == 6
+    assert len(other.divergences) == 6 - other.same
+    assert other.tokens_before_divergence < 10
+    assert run(place, "float32", limit=3).generation is None
+    with pytest.raises(UsageError):
+        run(place, "float32", generate=0)

@@ -56,7 +56,9 @@ def compare(
     Both models are held in memory in float32. `output` is the file for the record, if any; `thresholds`
     replaces some of `behaviour_grade.THRESHOLDS`; the other options are those of validation. The floor is the
     adapter against itself: the same rows one at a time and, where the device has two float32 routes, by the
-    other one, which adds in another order. Raises `CheckpointError` for models of different vocabulary.
+    other one, which adds in another order. `generate` also has both models write so many tokens at most
+    after each prompt, greedily, and compares them. Raises `CheckpointError` for models of different
+    vocabulary.
     """
     if arithmetic == "bfloat16":
         raise UsageError(

@@ -126,6 +126,36 @@ class ExampleComparison(Part):
     flips: int
 
 
+class Divergence(Part):
+    """An example after whose prompt the two models write different texts."""
+
+    id: str
+    position: int
+    """First token that differs, from 0."""
+    text_a: str
+    """From there on, shortened."""
+    text_b: str
+
+
+class GenerationComparison(Part):
+    """Greedy generation by both models after every prompt, compared token by token."""
+
+    max_new_tokens: int
+    examples: int
+    same: int
+    """Examples after which both write exactly the same tokens."""
+    same_fraction: float
+    unfinished_a: int
+    """Texts of model A that the limit cut off; they are compared up to there."""
+    unfinished_b: int
+    tokens_before_divergence: float
+    """Mean number of tokens that agree from the start, over all examples."""
+    divergences: list[Divergence]
+    floor_same: int | None = None
+    """Examples after which A writes the same tokens alone as in a batch, of `floor_examples`."""
+    floor_examples: int = 0
+
+
 class BehaviourProof(Record):
     """`proof/behaviour.json`: adapter against merged, token by token."""
 
@@ -148,6 +178,8 @@ class BehaviourProof(Record):
     """The two ways in which the adapter was computed for the floor."""
     flips: list[Flip]
     examples: list[ExampleComparison] = []
+    generation: GenerationComparison | None = None
+    """Only where it was asked for."""
     partial: bool = False
     """True when only a part of the test set was compared (`limit`)."""
     findings: list[Finding] = []

@@ -1,0 +1,136 @@
+"""Greedy generation in batches: padded on the left with positions that do not count the padding."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lorasmith.models.load import LoadedModel
+from lorasmith.models.template import end_token
+from lorasmith.models.work import Arrays
+
+GENERATE_ROWS = 16
+"""Rows generated together: each step then reads the weights once for all of them."""
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model wrote after one prompt."""
+
+    tokens: list[int]
+    """Without the token that ended it."""
+    finished: bool
+    """False when the limit cut it off."""
+
+
+def to_arrays(texts: list[Generated]) -> Arrays:
+    """For a journal: whether it ended, then the tokens."""
+    return [np.array([text.finished, *text.tokens], dtype=np.int64) for text in texts]
+
+
+def from_arrays(rows: tuple[int, ...], arrays: Arrays) -> list[Generated]:
+    """Back from `to_arrays`."""
+    return [Generated([int(token) for token in array[1:]], bool(array[0])) for array in arrays]
+
+
+def stop_tokens(loaded: LoadedModel, template: str) -> list[int]:
+    """What ends an answer: the template's end token and whatever the model folder names as EOS."""
+    found: set[int] = set()
+    named = [loaded.tokenizer.eos_token_id, getattr(loaded.model.generation_config, "eos_token_id", None)]
+    for value in named:
+        found.update(value if isinstance(value, list) else [] if value is None else [value])
+    if found or template == "chat":
+        found.add(end_token(loaded.tokenizer, template))
+    return sorted(found)
+
+
+def plan_generation(prompts: Sequence[Sequence[int]], rows: int = GENERATE_ROWS) -> list[tuple[int, ...]]:
+    """Which prompts go together: of like length, longest first, at most `rows` of them."""
+    order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
+    return [tuple(order[start : start + rows]) for start in range(0, len(order), rows)]
+
+
+def generate_greedy(
+    loaded: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[int],
+    stop_texts: Sequence[str] = (),
+) -> list[Generated]:
+    """The likeliest token at every step, until a stop token, one of `stop_texts`, or the limit.
+
+    A loop of its own: `generate` of transformers mixes in what the model's folder says of sampling and
+    penalties, and two models can only be compared by what they find likeliest. The tokens of a stop text are
+    kept; the caller cuts the text.
+    """
+    ids, mask = _left_padded(prompts, loaded.device)
+    rows: list[list[int]] = [[] for _ in prompts]
+    finished = [False] * len(prompts)
+    cache: Any = None
+    with _last_position_only(loaded.model):
+        for _ in range(max_new_tokens):
+            output = loaded.model(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                **_positions(loaded.model, mask, ids.shape[1]),
+            )
+            cache = output.past_key_values
+            ids = output.logits[:, -1:].argmax(-1)
+            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+            for place, token in enumerate(ids[:, 0].tolist()):
+                if finished[place]:
+                    continue
+                finished[place] = token in stop
+                if not finished[place]:
+                    rows[place].append(token)
+                    finished[place] = bool(stop_texts) and _ends(loaded.tokenizer, rows[place], stop_texts)
+            if all(finished):
+                break
+    return [Generated(row, done) for row, done in zip(rows, finished, strict=True)]
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for place, prompt in enumerate(prompts):
+        ids[place, width - len(prompt) :] = torch.tensor(list(prompt))
+        mask[place, width - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _positions(model: Any, mask: torch.Tensor, width: int) -> dict[str, torch.Tensor]:
+    """Positions of the newest tokens, counted from each row's first real token.
+
+    A model without the argument takes its positions from the mask (ALiBi) or has none (recurrent models).
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "position_ids" not in inspect.signature(inner.forward).parameters:
+        return {}
+    return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -width:]}
+
+
+@contextmanager
+def _last_position_only(model: Any) -> Iterator[None]:
+    """Apply the head to the last position alone: a prompt's full logits would not fit in memory."""
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, args: (args[0][:, -1:], *args[1:])
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _ends(tokenizer: Any, row: list[int], stop_texts: Sequence[str]) -> bool:
+    text = tokenizer.decode(row)
+    return any(end in text for end in stop_texts)
