@@ -18,4 +18,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Template = Annotated[
     str, typer.Option(help="How prompts are laid out: auto (the tokenizer's chat template), chat, plain.")
 ]
+PublicKey = Annotated[
+    Path | None, typer.Option(help="Public key (PEM) whose signature is required.", metavar="KEY")
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]

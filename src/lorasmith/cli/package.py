@@ -19,6 +19,12 @@ def package(
     part_size: Annotated[
         str | None, typer.Option(help="Cut archives into parts of this size, such as 2GB.", metavar="SIZE")
     ] = None,
+    sign: Annotated[
+        str | None,
+        typer.Option(
+            help="Private key (PEM) to sign with, or `sigstore`.", metavar="KEY", envvar="LORASMITH_SIGN"
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Pack a run again: evidence and merged model as archives, a manifest, and SHA256SUMS.
@@ -33,15 +39,18 @@ def package(
     from lorasmith.cli.console import bar, console, show_record
     from lorasmith.packaging.pack import pack
     from lorasmith.packaging.parts import parse_size
+    from lorasmith.packaging.signing import Signer
     from lorasmith.reporting.page import write_report
 
     folder = output or run / "package"
+    signer = None if sign is None else Signer(None if sign == "sigstore" else Path(sign))
     manifest = pack(
         run,
         folder,
         compression=compression,
         part_size=parse_size(part_size) if part_size else None,
         report=partial(write_report, timings=False),
+        signer=signer,
         progress=bar,
     )
     if as_json:

@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.options import AsJson
+from lorasmith.cli.options import AsJson, PublicKey
 
 
 def verify(
     folder: Annotated[
         Path, typer.Argument(help="A package, an unpacked package, or a run folder.", metavar="DIR")
     ],
+    public_key: PublicKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Check every byte of a package, an unpacked package or a run against its hash.
@@ -27,15 +28,18 @@ def verify(
 
     from lorasmith.cli import views
     from lorasmith.cli.console import bar, console
+    from lorasmith.packaging.signing import Verifier
     from lorasmith.packaging.verify import verify as check
+    from lorasmith.packaging.verify import worst
 
-    findings = check(folder, progress=bar)
+    verifier = Verifier(key=public_key) if public_key else None
+    findings = check(folder, verifier=verifier, progress=bar)
     if as_json:
         body = [finding.model_dump(mode="json") for finding in findings]
         sys.stdout.write(json.dumps(body, indent=2, ensure_ascii=False) + "\n")
-    elif findings:
-        views.show_findings(findings, console())
     else:
+        views.show_findings(findings, console())
+    if not worst(findings) and not as_json:
         console().print(f"[green]✓[/] {folder}: everything is as it was written", soft_wrap=True)
-    if findings:
+    if worst(findings):
         raise typer.Exit(1)

@@ -19,6 +19,7 @@ from lorasmith.packaging.compress import Compression
 from lorasmith.packaging.compress import compression as find_compression
 from lorasmith.packaging.contents import MODEL, RESULTS, collect, expected_model_digests
 from lorasmith.packaging.parts import ArchiveWriter
+from lorasmith.packaging.signing import Signer, sign_package
 from lorasmith.packaging.tarstream import Advance, Member, write_tar
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest
@@ -47,14 +48,16 @@ def pack(
     compression: str = "gzip",
     part_size: int | None = None,
     report: WriteReport | None = None,
+    signer: Signer | None = None,
     progress: Progress = silent,
 ) -> PackageManifest:
     """Pack a run folder into `output`: evidence, model, manifest, bill of materials, `SHA256SUMS`.
 
     `compression` is `gzip`, `zstd` or `none`; with `part_size` (bytes) an archive is cut into numbered parts
     that `cat` joins. `report` renders the page that goes with the evidence; it is passed in because packing
-    and reporting do not know each other. Every member is hashed while it is read. The package appears as a
-    whole or not at all; an older package at `output` is replaced, anything else there is left alone.
+    and reporting do not know each other. `signer` signs the whole (see `packaging.signing`). Every member is
+    hashed while it is read. The package appears as a whole or not at all; an older package at `output` is
+    replaced, anything else there is left alone.
 
     Raises `UsageError` for an unknown compression or an `output` that is no package, `DataError` and
     `CheckpointError` for a run that cannot be packed (see `contents.collect`), `DiskError` for too little
@@ -88,6 +91,8 @@ def pack(
         )
         (model,) = (archive for name, archive in archives.items() if name.startswith(MODEL))
         _finish(temporary, manifest, bill_of_materials(run, model.members, model.whole))
+        if signer is not None:
+            sign_package(temporary, signer)
         publish_folder(temporary, output)
     except BaseException:
         with suppress(OSError):

@@ -15,6 +15,7 @@ from lorasmith.files.machine import require_disk
 from lorasmith.packaging.checksums import write_sums
 from lorasmith.packaging.opened import Package, check_files, open_package, read_members
 from lorasmith.packaging.pack import MANIFEST
+from lorasmith.packaging.signing import Verifier, check_signature
 from lorasmith.packaging.tarstream import Advance, Write
 from lorasmith.packaging.verify import check_members
 from lorasmith.progress import Progress, silent
@@ -22,18 +23,25 @@ from lorasmith.records.base import FileDigest
 from lorasmith.records.release import PackageManifest
 
 
-def unpack(archives: Sequence[Path], output: Path, *, progress: Progress = silent) -> PackageManifest:
+def unpack(
+    archives: Sequence[Path],
+    output: Path,
+    *,
+    verifier: Verifier | None = None,
+    progress: Progress = silent,
+) -> PackageManifest:
     """Unpack archives of one package into `output`; `manifest.json` and `SHA256SUMS` lie beside them.
 
     Each of `archives` is an archive, one of its parts, or the package folder for all of them. In `output`
     every archive becomes a folder, beside the manifest and a `SHA256SUMS` of all that was unpacked. Archives
     that lie there already, whole, are kept; further ones are added. Links, devices, climbing, doubled and
-    foreign names cannot come out, and no more bytes than the manifest lists.
+    foreign names cannot come out, and no more bytes than the manifest lists. With a `verifier` the signature
+    is checked before anything else.
 
     Raises `DamageError` for anything that is not as listed, and then leaves nothing of this call behind;
     `InputError` for a missing manifest, `UsageError` for an `output` that is something else, `DiskError`.
     """
-    package, names = _select(archives)
+    package, names = _select(archives, verifier)
     companions = _companions(package)
     here = _open_output(output, package)
     wanted = [name for name in names if package.stem(name) not in here]
@@ -58,14 +66,17 @@ def unpack(archives: Sequence[Path], output: Path, *, progress: Progress = silen
     return package.manifest
 
 
-def _select(archives: Sequence[Path]) -> tuple[Package, list[str]]:
+def _select(archives: Sequence[Path], verifier: Verifier | None) -> tuple[Package, list[str]]:
     """The package that all of the paths belong to, and the names of its archives that are meant."""
     if not archives:
         raise UsageError("no archive was given", expected="archives, or the folder of a package")
     folders = {path if path.is_dir() else path.parent for path in archives}
     if len(folders) > 1:
         raise UsageError("the archives lie in different folders", expected="archives of one package")
-    package = open_package(folders.pop())
+    folder = folders.pop()
+    if verifier is not None:
+        check_signature(folder, verifier)
+    package = open_package(folder)
     names: list[str] = []
     for path in archives:
         if path.is_dir():

@@ -13,26 +13,28 @@ from lorasmith.packaging.checksums import SUMS
 from lorasmith.packaging.opened import Package, check_files, open_package, read_members
 from lorasmith.packaging.pack import MANIFEST
 from lorasmith.packaging.run_check import check_run
+from lorasmith.packaging.signing import SIGNATURE, Verifier, check_signature
 from lorasmith.packaging.tarstream import Advance
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest, Finding
 
 
-def verify(folder: Path, *, progress: Progress = silent) -> list[Finding]:
+def verify(folder: Path, *, verifier: Verifier | None = None, progress: Progress = silent) -> list[Finding]:
     """All that is wrong in a package, an unpacked package, or a run folder; empty when nothing is.
 
     A package is right when its files are exactly those of `SHA256SUMS`, each with its hash, and when both
     archives, read to the end, give exactly the members of the manifest. A run is right when every output that
-    its records name has the hash that they name. Raises `InputError` for a folder that is none of these.
+    its records name has the hash that they name. With a `verifier` the signature is checked too; a signature
+    that nobody asked about is a note. Raises `InputError` for a folder that is none of these.
     """
     if not folder.is_dir():
         raise InputError("there is no such folder", where=folder, expected="a package or a run")
     if (folder / SUMS).exists() or (folder / MANIFEST).exists():
-        return _verify_package(folder, progress)
+        return _verify_package(folder, verifier, progress)
     if (folder / "run.json").is_file():
         findings = check_run(folder, progress)
         if (folder / "package").is_dir():
-            inside = _verify_package(folder / "package", progress)
+            inside = _verify_package(folder / "package", verifier, progress)
             findings += [_below("package", finding) for finding in inside]
         return findings
     raise InputError(
@@ -59,8 +61,10 @@ def walk(folder: Path, below: str = "") -> dict[str, os.stat_result]:
     return found
 
 
-def _verify_package(folder: Path, progress: Progress) -> list[Finding]:
+def _verify_package(folder: Path, verifier: Verifier | None, progress: Progress) -> list[Finding]:
     try:
+        if verifier is not None:
+            check_signature(folder, verifier)
         package = open_package(folder)
     except LorasmithError as error:
         return [damage(error)]
@@ -71,6 +75,7 @@ def _verify_package(folder: Path, progress: Progress) -> list[Finding]:
     ]
     found = walk(folder)
     found.pop(SUMS, None)
+    signature = found.pop(SIGNATURE, None)
     if unpacked:
         findings = _compare(folder, package.sums, found)
         for name in unpacked:
@@ -78,7 +83,18 @@ def _verify_package(folder: Path, progress: Progress) -> list[Finding]:
             if any(package.sums.get(path) != sha for path, sha in listed.items()):
                 findings.append(_finding("contradiction", f"{SUMS} and {MANIFEST} disagree on {name}", SUMS))
         return findings
-    return _verify_archives(package, found, progress)
+    findings = _verify_archives(package, found, progress)
+    if signature is not None and verifier is None:
+        findings.append(
+            Finding(
+                severity="note",
+                code="signature-not-checked",
+                message="the package is signed, and its signature was not checked",
+                where=SIGNATURE,
+                remedy="give the public key of its maker",
+            )
+        )
+    return findings
 
 
 def _verify_archives(package: Package, found: dict[str, os.stat_result], progress: Progress) -> list[Finding]:
