@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasmith.errors import AdapterError, BusyError, CheckpointError, DiskError, LorasmithError, UsageError
 from lorasmith.files.digests import digest_folder
-from lorasmith.merging import recipes, stream
+from lorasmith.merging import disk, recipes
 from lorasmith.merging.execute import merge
 from lorasmith.merging.folder import only_one
 from tests.merging.reference import merged_value, nearest
@@ -175,11 +175,12 @@ def test_neither_threads_nor_block_sizes_change_a_byte(
     before = torch.get_num_threads()
     try:
         for number, (threads, block, chunk) in enumerate(
-            [(1, 1 << 17, 1 << 24), (2, 100, 1 << 10), (1, 7, 264)]
+            [(1, 1 << 17, 1 << 24), (2, 100, 1 << 12), (3, 7, 1 << 13)]
         ):
             torch.set_num_threads(threads)
             monkeypatch.setattr(recipes, "BLOCK_ELEMENTS", block)
-            monkeypatch.setattr(stream, "CHUNK_BYTES", chunk)
+            monkeypatch.setattr(disk, "BUFFER_BYTES", chunk)
+            monkeypatch.setattr("os.sched_getaffinity", lambda _, count=threads: range(count))
             merge(base, adapter, tmp_path / f"out{number}")
             digests.add(digest_folder(tmp_path / f"out{number}"))
     finally:

@@ -13,13 +13,16 @@ from hypothesis import strategies as st
 from lorasmith.merging.exact import distil, round_rational
 from lorasmith.merging.rounding import (
     TARGETS,
+    Array,
+    Indices,
     cast,
-    round_certain,
+    open_elements,
     round_expansion,
     round_reals,
     settle,
     to_stored,
 )
+from lorasmith.merging.workers import Scratch
 from tests.merging.reference import nearest
 
 FORMATS = sorted(TARGETS)
@@ -92,6 +95,13 @@ def test_the_low_part_breaks_a_tie(dtype: str) -> None:
         assert (rounded[0], ties[0]) == (expected, is_tie)
 
 
+def fast_path(candidate: Array, relative: float, absolute: Array, dtype: str) -> tuple[torch.Tensor, Indices]:
+    values = torch.from_numpy(candidate)
+    out = torch.empty(values.shape, dtype=TARGETS[dtype].native)
+    scratch = Scratch().of(values.numel())
+    return out, open_elements(values, relative, torch.from_numpy(absolute), TARGETS[dtype], scratch, out)
+
+
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_what_the_fast_path_calls_certain_is_right(dtype: str) -> None:
     """Exact numbers that lie anywhere within the error bound of the candidate round as the candidate does."""
@@ -105,11 +115,9 @@ def test_what_the_fast_path_calls_certain_is_right(dtype: str) -> None:
     size = 2.0 ** generator.integers(-6, 3, len(exact))
     bound = factor * (np.abs(exact) + 2 * size) * (1 - 2.0**-30)
     candidate = exact + bound * generator.choice([-1, 1], len(exact))
-    rounded, unsure = round_certain(
-        torch.from_numpy(candidate)[:, None], factor, torch.from_numpy(2 * factor * size)[:, None], target
-    )
+    rounded, unsure = fast_path(candidate[:, None], factor, 2 * factor * size[:, None], dtype)
     certain = np.ones(len(exact), dtype=bool)
-    certain[unsure.numpy()] = False
+    certain[unsure] = False
     assert 0.3 < certain.mean() < 1
     truth = round_reals(exact, target)
     assert (rounded.double().numpy().reshape(-1)[certain] == truth[certain]).all()
@@ -122,9 +130,7 @@ def test_what_the_fast_path_calls_certain_is_right(dtype: str) -> None:
 def test_a_number_that_is_none_is_never_certain(dtype: str) -> None:
     target = TARGETS[dtype]
     for bad in (float("nan"), float("inf"), -float("inf")):
-        _, unsure = round_certain(
-            torch.tensor([[bad]]).double(), 2.0**-49, torch.full((1, 1), 2.0**-49).double(), target
-        )
+        _, unsure = fast_path(np.array([[bad]]), 2.0**-49, np.full((1, 1), 2.0**-49), dtype)
         assert unsure.tolist() == [0]
         assert not settle(np.array([bad]), np.array([1e-10]), target)[1].any()
 

@@ -17,6 +17,7 @@ _BLOCK = 4 << 20
 _SETTLED_SECONDS = 2.0
 """A file younger than this may be written again within one clock tick: it is never cached."""
 
+
 def cache_folder() -> Path:
     """Where lorasmith keeps what can be made again: `LORASMITH_CACHE`, else below `XDG_CACHE_HOME`."""
     own = os.environ.get("LORASMITH_CACHE")
@@ -51,6 +52,18 @@ def sha256_file(path: Path, *, rehash: bool = False) -> str:
         )
     _store(after, digest)
     return digest
+
+
+def known_sha256(path: Path) -> str | None:
+    """The cached SHA-256 of a file that has not changed since; None where it would have to be read."""
+    with os_errors(path, "read"):
+        return _lookup(path.stat())
+
+
+def remember_sha256(path: Path, digest: str) -> None:
+    """Keep a digest that was taken while the file was read for another reason."""
+    with os_errors(path, "read"):
+        _store(path.stat(), digest)
 
 
 def folder_files(folder: Path) -> list[Path]:

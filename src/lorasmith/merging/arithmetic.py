@@ -1,11 +1,11 @@
-"""W + Σ w·s·L·R on pieces of a tensor: float64 candidates, correct rounding, and what became of each element.
+"""W + Σ w·s·L·R on blocks of a tensor: float64 candidates, correct rounding, and what became of each element.
 
-Legend of shapes: O rows and I columns of the target as a matrix, K products in all, m × n one piece of it.
+Legend of shapes: O rows and I columns of the target as a matrix, K products in all, m × n one block of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,22 +22,23 @@ from lorasmith.merging.rounding import (
     Target,
     cast,
     error_factor,
-    round_certain,
+    open_elements,
     settle,
     to_stored,
 )
+from lorasmith.merging.workers import Scratch
 
 LoadFactor = Callable[[Factor], torch.Tensor]
 """Reads a factor and gives it as a float64 matrix; raises for NaN and infinities."""
 
 Indices = npt.NDArray[np.signedinteger[Any]]
 
-_ROUNDED_UP = 1 + 2.0**-20
+ROUNDED_UP = 1 + 2.0**-20
 
 
 @dataclass
 class Counts:
-    """What became of the elements of one tensor, summed over its pieces."""
+    """What became of the elements of one tensor, summed over its blocks."""
 
     changed: int = 0
     updated: int = 0
@@ -50,14 +51,14 @@ class Counts:
     """‖ΔW‖²."""
 
     def add(self, other: Counts) -> None:
-        """Add another piece's counts."""
+        """Add another block's counts."""
         for name in vars(other):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 @dataclass
 class Products:
-    """The products of one range of rows, ready for pieces of it."""
+    """The products of one range of rows, ready for blocks of it."""
 
     start: int
     left: torch.Tensor
@@ -86,6 +87,19 @@ class Products:
         ]
 
 
+@dataclass(frozen=True)
+class Open:
+    """Elements of a block that the error bound leaves open, to be decided together with those of others."""
+
+    places: Indices
+    """Flat positions within the block."""
+    rows: Indices
+    columns: Indices
+    candidate: Array
+    weights: Array
+    """W of each, in float64."""
+
+
 def prepare(rows: Rows, load: LoadFactor) -> Products:
     """Read the factors of a range of rows and what their error bound needs."""
     parts = [(term.scale, term.weight, load(term.left), load(term.right)) for term in rows.terms]
@@ -97,7 +111,7 @@ def prepare(rows: Rows, load: LoadFactor) -> Products:
         start=rows.start,
         left=left,
         right=right,
-        bound=row_norm * column_norm * _ROUNDED_UP,
+        bound=row_norm * column_norm * ROUNDED_UP,
         factor=error_factor(right.shape[0]),
         updated=_updated(left, right),
         parts=parts,
@@ -110,60 +124,80 @@ def _updated(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
     return ((left != 0).to(torch.float32) @ (right != 0).to(torch.float32)) > 0
 
 
-def low_rank_piece(
-    stored: torch.Tensor, products: Products, row: int, column: int, dtype: str, name: str
-) -> tuple[torch.Tensor, Counts]:
-    """The merged values of the piece that begins at (`row`, `column`) of its range of rows.
+def sum_block(
+    stored: torch.Tensor, products: Products, row: int, column: int, out: torch.Tensor, scratch: Scratch
+) -> tuple[Counts, Open | None]:
+    """Write the merged values of the block that begins at (`row`, `column`) of its range of rows.
 
-    `stored` [m, n] holds W as the base stores it; what comes back has the type `dtype`. Raises
-    `CheckpointError` for NaN or infinities in W, and for a result beyond the target's range.
+    `stored` [m, n] holds W as the base stores it, `out` [m, n] has the target's type. The elements that come
+    back as open have no value yet and are not counted as changed.
     """
-    target = TARGETS[dtype]
     height, width = stored.shape
-    left = products.left[row : row + height]
-    right = products.right[:, column : column + width]
-    bound = products.bound[row : row + height]
-    weights = stored.to(torch.float64)
-    candidate = torch.addmm(weights, left, right)
-    merged, unsure = round_certain(candidate, products.factor, bound * (2 * products.factor), target)
-    counts = Counts(base_square=float(torch.dot(weights.reshape(-1), weights.reshape(-1))))
-    if len(unsure):
-        places = unsure.numpy()
-        values, ties = _decide(
-            candidate.numpy().reshape(-1)[places],
-            weights.numpy().reshape(-1)[places],
-            products,
-            row + places // width,
-            column + places % width,
-            target,
-            name,
-        )
-        merged.view(-1)[unsure] = to_stored(values, target)
-        counts.ties = ties
-        counts.underflowed = underflowed(values, stored.reshape(-1)[unsure], target)
-    counts.changed = count_changes(merged, stored, target)
+    elements = height * width
+    target = target_of(out)
+    own = scratch.of(elements)
+    values = own.double[:elements].view(height, width)
+    values.copy_(stored)
+    flat = values.view(-1)
+    counts = Counts(base_square=float(np.dot(flat.numpy(), flat.numpy())))
+    values.addmm_(products.left[row : row + height], products.right[:, column : column + width])
+    absolute = products.bound[row : row + height] * (2 * products.factor)
+    places = open_elements(values, products.factor, absolute, target, own, out)
+    counts.changed = different(out, stored, target, own)
     if products.updated is None:
-        counts.updated = height * width
+        counts.updated = elements
     else:
-        updated = products.updated[row : row + height, column : column + width]
-        counts.updated = int(torch.count_nonzero(updated))
-    return merged, counts
+        counts.updated = int(
+            torch.count_nonzero(products.updated[row : row + height, column : column + width])
+        )
+    if not len(places):
+        return counts, None
+    counts.changed -= different_at(out, stored, places, target)
+    weights = stored.reshape(-1)[torch.from_numpy(places)].to(torch.float64).numpy()
+    found = Open(places, row + places // width, column + places % width, flat.numpy()[places], weights)
+    return counts, found
 
 
-def _decide(
-    candidate: Array,
-    weights: Array,
-    products: Products,
-    rows: Indices,
-    columns: Indices,
-    target: Target,
-    name: str,
-) -> tuple[Array, int]:
-    """RN of the elements that the fast path left open, and how many of them are ties."""
+def target_of(out: torch.Tensor) -> Target:
+    """The format of a tensor."""
+    return next(target for target in TARGETS.values() if target.native == out.dtype)
+
+
+def different(merged: torch.Tensor, stored: torch.Tensor, target: Target, scratch: Scratch) -> int:
+    """Elements that are not the base's values in the merged type.
+
+    Zeros of both signs are equal; only open elements can differ in this, and they are counted by value.
+    """
+    if stored.dtype != merged.dtype:
+        return int(torch.count_nonzero(merged != cast(stored, target)))
+    flags = scratch.flags[: merged.numel()]
+    bits = target.bits
+    np.not_equal(merged.reshape(-1).view(bits).numpy(), stored.reshape(-1).view(bits).numpy(), out=flags)
+    return int(np.count_nonzero(flags))
+
+
+def different_at(merged: torch.Tensor, stored: torch.Tensor, places: Indices, target: Target) -> int:
+    """What `different` counted at some places."""
+    here = torch.from_numpy(places)
+    new, old = merged.reshape(-1)[here], stored.reshape(-1)[here]
+    if old.dtype != new.dtype:
+        return int(torch.count_nonzero(new != cast(old, target)))
+    return int(torch.count_nonzero(new.view(target.bits) != old.view(target.bits)))
+
+
+def decide(opened: Sequence[Open], products: Products, target: Target, name: str) -> tuple[Array, int]:
+    """RN of open elements of one range of rows, in their order, and how many of them are ties.
+
+    Raises `CheckpointError` for NaN or infinities in W, and for a result beyond the target's range.
+    """
+    candidate = np.concatenate([part.candidate for part in opened])
+    weights = np.concatenate([part.weights for part in opened])
+    rows = np.concatenate([part.rows for part in opened])
+    columns = np.concatenate([part.columns for part in opened])
     if not np.isfinite(weights).all():
         raise not_finite(name)
     size = products.bound.numpy()[rows, 0]
-    bound = products.factor * (np.abs(candidate) + 2 * size) * _ROUNDED_UP
+    bound = products.factor * (np.abs(candidate) + 2 * size) * ROUNDED_UP
     values, certain = settle(candidate, bound, target)
     ties = 0
     left_open = np.nonzero(~certain)[0]
@@ -176,6 +210,16 @@ def _decide(
     return values, ties
 
 
+def patch(out: torch.Tensor, stored: torch.Tensor, places: Indices, values: Array, target: Target) -> Counts:
+    """Write decided values at flat positions of a block, and count what became of them."""
+    here = torch.from_numpy(places)
+    old = stored.reshape(-1)[here]
+    new = to_stored(values, target)
+    out.view(-1)[here] = new
+    changed = int(torch.count_nonzero(new != cast(old, target)))
+    return Counts(changed=changed, underflowed=underflowed(values, old, target))
+
+
 def not_finite(name: str) -> CheckpointError:
     """NaN or infinities in a tensor that an adapter changes."""
     return CheckpointError(
@@ -183,11 +227,6 @@ def not_finite(name: str) -> CheckpointError:
         expected="finite weights",
         remedy="the base is damaged: fetch it again",
     )
-
-
-def count_changes(merged: torch.Tensor, stored: torch.Tensor, target: Target) -> int:
-    """Elements that differ from the base's values in the merged type; zeros of both signs are equal."""
-    return int(torch.count_nonzero(merged != cast(stored, target)))
 
 
 def overflow(name: str, target: Target) -> InputError:

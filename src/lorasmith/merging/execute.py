@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from lorasmith import __version__
@@ -12,14 +13,23 @@ from lorasmith.checkpoint.jsonfile import dump_object
 from lorasmith.checkpoint.model import INDEX, Checkpoint, open_checkpoint
 from lorasmith.errors import CheckpointError, UsageError, os_errors
 from lorasmith.files.atomic import write_record
-from lorasmith.files.digests import combine, describe, digest_folder, folder_files
+from lorasmith.files.digests import (
+    combine,
+    describe,
+    digest_folder,
+    folder_files,
+    known_sha256,
+    remember_sha256,
+)
 from lorasmith.files.machine import require_disk
 from lorasmith.merging.companions import companions, merged_config, merged_index
 from lorasmith.merging.copies import check_copies
+from lorasmith.merging.disk import Lanes
 from lorasmith.merging.folder import PartialFolder, ShardDone, check_place, identity_of, make_key, only_one
 from lorasmith.merging.plan import PRECISIONS, Plan, make_plan
 from lorasmith.merging.recipes import Factors, make_recipe
 from lorasmith.merging.stream import shard_header, write_shard
+from lorasmith.merging.workers import Workers
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.merging import MergeRecord
@@ -78,16 +88,19 @@ def merge(
         check_copies(plan.copies, checkpoint, adapters)
         partial = PartialFolder(output, key)
         _require_space(plan, partial, output)
-        shards = _write_shards(checkpoint, adapters, plan, partial, progress)
+        hashed = {shard.path.name: known_sha256(shard.path) for shard in checkpoint.shards}
+        hashed_before = {name: sha256 for name, sha256 in hashed.items() if sha256 is not None}
+        shards, direct = _write_shards(checkpoint, adapters, plan, partial, hashed_before, progress)
         if identity_of(base_files) != identity:
             raise CheckpointError(
                 "the base changed during the merge",
                 where=base,
                 remedy="merge again when nothing writes to it",
             )
-        known = {
-            shard.path.name: done.source_sha256 for shard, done in zip(checkpoint.shards, shards, strict=True)
-        }
+        known = {}
+        for shard, done in zip(checkpoint.shards, shards, strict=True):
+            known[shard.path.name] = done.source_sha256
+            remember_sha256(shard.path, done.source_sha256)
         small = _write_small_files(checkpoint, folders, plan, precision, partial)
         record = _make_record(
             plan,
@@ -101,7 +114,7 @@ def merge(
         )
         write_record(partial.path / RECORD, record)
         partial.publish([file.path for file in record.files] + [RECORD])
-    return record
+    return record.model_copy(update={"direct_io": direct})
 
 
 def _check_arguments(
@@ -133,31 +146,40 @@ def _require_space(plan: Plan, partial: PartialFolder, output: Path) -> None:
 
 
 def _write_shards(
-    base: Checkpoint, adapters: Sequence[Adapter], plan: Plan, partial: PartialFolder, progress: Progress
-) -> list[ShardDone]:
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    plan: Plan,
+    partial: PartialFolder,
+    known: Mapping[str, str],
+    progress: Progress,
+) -> tuple[list[ShardDone], bool]:
+    """Write the shards that are not there yet; and whether all went past the page cache."""
     factors = Factors(adapters)
     files = [adapter.file.path for adapter in adapters]
     total = sum(output.nbytes for output in plan.outputs)
     finished = []
-    with progress("Merge", total=total, unit="B") as advance:
+    lanes = Lanes()
+    with progress("Merge", total=total, unit="B") as advance, closing(lanes), Workers() as workers:
         for shard in base.shards:
-            outputs = plan.shards[shard.path.name]
-            done = partial.done(shard.path.name)
+            name = shard.path.name
+            outputs = plan.shards[name]
+            done = partial.done(name)
             if done is None:
-                recipes = [make_recipe(output, factors, shard) for output in outputs]
-                target = partial.path / shard.path.name
-                written = write_shard(shard, outputs, recipes, files, target, advance)
+                recipes = [make_recipe(output, factors, shard, workers) for output in outputs]
+                written = write_shard(
+                    shard, outputs, recipes, files, partial.path / name, advance, lanes, name not in known
+                )
                 results = [recipe.result() for recipe in recipes]
                 done = ShardDone(
                     file=written.file,
-                    source_sha256=written.source_sha256,
+                    source_sha256=written.source_sha256 or known[name],
                     tensors=[result for result in results if result is not None],
                 )
-                partial.finish_shard(shard.path.name, done)
+                partial.finish_shard(name, done)
             else:
                 advance(sum(output.nbytes for output in outputs))
             finished.append(done)
-    return finished
+    return finished, lanes.direct
 
 
 def _write_small_files(

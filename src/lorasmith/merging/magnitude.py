@@ -13,27 +13,34 @@ larger (V nearly vanishes against W and the products) every element of the row i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from lorasmith.errors import AdapterError
-from lorasmith.merging.arithmetic import Counts, Products, count_changes, not_finite, overflow, underflowed
+from lorasmith.merging.arithmetic import (
+    ROUNDED_UP,
+    Counts,
+    Open,
+    Products,
+    different,
+    different_at,
+    not_finite,
+    overflow,
+    target_of,
+)
 from lorasmith.merging.exact import exact_values, round_scaled, sum_of_squares, two_sum
-from lorasmith.merging.rounding import TARGETS, Array, Target, round_certain, settle, to_stored
+from lorasmith.merging.rounding import Array, Indices, Target, open_elements, settle
+from lorasmith.merging.workers import Scratch
 
 ReadRows = Callable[[int, int], torch.Tensor]
 """The stored W of the rows `start` to `stop`, [rows, I]."""
 
-Indices = npt.NDArray[np.signedinteger[Any]]
-
 _GROUP = 64
-_ROUNDED_UP = 1 + 2.0**-20
 _U = 2.0**-53
 _LARGEST_ETA = 2.0**-30
 
@@ -71,15 +78,15 @@ def prepare_scaling(
         error = torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(right)
     else:
         error = torch.linalg.vector_norm(left) * torch.linalg.vector_norm(right, dim=0)
-    eta = ((_GROUP * levels + 10) * _U + products.factor * (1 + 2 * error / norm)) * _ROUNDED_UP
+    eta = ((_GROUP * levels + 10) * _U + products.factor * (1 + 2 * error / norm)) * ROUNDED_UP
     good = eta <= _LARGEST_ETA
     largest = float(eta[good].max()) if bool(good.any()) else 0.0
-    share = (magnitude.abs() / norm) * _ROUNDED_UP
+    share = (magnitude.abs() / norm) * ROUNDED_UP
     return Scaling(
         axis=axis,
         magnitude=magnitude,
         norm=norm,
-        relative=(largest + products.factor + 4 * _U) * _ROUNDED_UP,
+        relative=(largest + products.factor + 4 * _U) * ROUNDED_UP,
         absolute=torch.where(good, share, torch.inf),
         squares={},
     )
@@ -130,48 +137,66 @@ def grouped_sum(values: torch.Tensor, dim: int) -> tuple[torch.Tensor, int]:
         values = padded.reshape(*values.shape[:-1], -1, _GROUP).sum(dim=-1)
 
 
-def scaled_piece(
+def scaled_block(
     stored: torch.Tensor,
     products: Products,
     scaling: Scaling,
     row: int,
     column: int,
-    dtype: str,
-    name: str,
-    read: ReadRows,
-) -> tuple[torch.Tensor, Counts]:
-    """m·V/‖V‖ of the piece of W that begins at (`row`, `column`), rounded to `dtype`."""
-    target = TARGETS[dtype]
+    out: torch.Tensor,
+    scratch: Scratch,
+) -> tuple[Counts, Open | None]:
+    """Write m·V/‖V‖ of the block of W that begins at (`row`, `column`); open elements as `sum_block` does."""
+    target = target_of(out)
     height, width = stored.shape
+    own = scratch.of(height * width)
     weights = stored.to(torch.float64)
     right = products.right[:, column : column + width]
-    values = torch.addmm(weights, products.left[row : row + height], right)
-    factor = _along(scaling.magnitude / scaling.norm, scaling.axis, row, column, height, width)
-    candidate = values * factor
-    share = _along(scaling.absolute, scaling.axis, row, column, height, width)
-    bound = products.bound[row : row + height] * (2 * products.factor) * share
-    bound = torch.where(bound.isnan(), torch.inf, bound)
-    merged, unsure = round_certain(candidate, scaling.relative, bound, target)
+    candidate = torch.addmm(weights, products.left[row : row + height], right)
+    candidate *= _along(scaling.magnitude / scaling.norm, scaling.axis, row, column, height, width)
+    bound = _bounds(products, scaling, row, column, height, width)
+    places = open_elements(candidate, scaling.relative, bound, target, own, out)
     difference = candidate - weights
     counts = Counts(
         updated=stored.numel(),
+        changed=different(out, stored, target, own),
         base_square=float(torch.dot(weights.view(-1), weights.view(-1))),
         update_square=float(torch.dot(difference.view(-1), difference.view(-1))),
     )
-    if len(unsure):
-        places = unsure.numpy()
-        rows, columns = row + places // width, column + places % width
-        flat = candidate.numpy().reshape(-1)[places]
-        bounds = bound.expand(height, width).numpy().reshape(-1)[places]
-        bounds = (bounds + scaling.relative * np.abs(flat)) * _ROUNDED_UP
-        fixed, certain = settle(flat, bounds, target)
-        counts.ties = _decide(fixed, ~certain, rows, columns, products, scaling, target, read)
-        if not np.isfinite(fixed).all():
-            raise overflow(name, target)
-        merged.view(-1)[unsure] = to_stored(fixed, target)
-        counts.underflowed = underflowed(fixed, stored.reshape(-1)[unsure], target)
-    counts.changed = count_changes(merged, stored, target)
-    return merged, counts
+    if not len(places):
+        return counts, None
+    counts.changed -= different_at(out, stored, places, target)
+    rows, columns = row + places // width, column + places % width
+    flat = candidate.numpy().reshape(-1)[places]
+    return counts, Open(places, rows, columns, flat, weights.numpy().reshape(-1)[places])
+
+
+def _bounds(
+    products: Products, scaling: Scaling, row: int, column: int, height: int, width: int
+) -> torch.Tensor:
+    """a of the bound; infinite where the norm is not good."""
+    share = _along(scaling.absolute, scaling.axis, row, column, height, width)
+    bound = products.bound[row : row + height] * (2 * products.factor) * share
+    return torch.where(bound.isnan(), torch.inf, bound)
+
+
+def decide_scaled(
+    opened: Sequence[Open], products: Products, scaling: Scaling, target: Target, name: str, read: ReadRows
+) -> tuple[Array, int]:
+    """RN of open elements, in their order, and how many of them are ties."""
+    candidate = np.concatenate([part.candidate for part in opened])
+    rows = np.concatenate([part.rows for part in opened])
+    columns = np.concatenate([part.columns for part in opened])
+    share = scaling.absolute.numpy()[rows if scaling.axis == 0 else columns]
+    with np.errstate(invalid="ignore"):
+        absolute = products.bound.numpy()[rows, 0] * (2 * products.factor) * share
+    absolute = np.where(np.isnan(absolute), np.inf, absolute)
+    bound = (absolute + scaling.relative * np.abs(candidate)) * ROUNDED_UP
+    values, certain = settle(candidate, bound, target)
+    ties = _decide(values, ~certain, rows, columns, products, scaling, target, read)
+    if not np.isfinite(values).all():
+        raise overflow(name, target)
+    return values, ties
 
 
 def _along(values: torch.Tensor, axis: int, row: int, column: int, height: int, width: int) -> torch.Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from lorasmith.adapters.base import Change, Factor, Rows
@@ -14,10 +16,21 @@ from lorasmith.adapters.bias import UNIT
 from lorasmith.checkpoint.adapter import Adapter
 from lorasmith.checkpoint.header import ITEM_BITS, TensorFile, TensorInfo
 from lorasmith.errors import AdapterError, os_errors
-from lorasmith.merging.arithmetic import Counts, Products, cast_piece, low_rank_piece, overflow, prepare
-from lorasmith.merging.magnitude import Scaling, prepare_scaling, scaled_piece
+from lorasmith.merging.arithmetic import (
+    Counts,
+    Open,
+    Products,
+    cast_piece,
+    decide,
+    overflow,
+    patch,
+    prepare,
+    sum_block,
+)
+from lorasmith.merging.magnitude import Scaling, decide_scaled, prepare_scaling, scaled_block
 from lorasmith.merging.plan import Output
 from lorasmith.merging.rounding import TARGETS, cast
+from lorasmith.merging.workers import Workers
 from lorasmith.records.merging import MergedTensor
 
 TORCH_TYPES: dict[str, torch.dtype] = {
@@ -30,6 +43,8 @@ TORCH_TYPES: dict[str, torch.dtype] = {
 BLOCK_ELEMENTS = 1 << 17
 """1 MiB of float64: the few arrays of one block stay in a core's cache."""
 
+_RECENT = 4
+
 _LARGEST_FACTOR = 2.0**128
 _SMALLEST_FACTOR = 2.0**-150
 
@@ -39,6 +54,7 @@ class Factors:
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self._adapters = adapters
+        self._recent: dict[tuple[int, str], torch.Tensor] = {}
 
     def __call__(self, factor: Factor) -> torch.Tensor:
         """A factor in float64; `AdapterError` naming the tensor for NaN, infinite or absurd ones."""
@@ -46,7 +62,7 @@ class Factors:
             return torch.ones(1, 1, dtype=torch.float64)
         adapter = self._adapters[factor.adapter]
         info = adapter.file.tensors[factor.tensor]
-        values = read_tensor(adapter.file.path, info).to(torch.float64)
+        values = apply_view(self._stored(factor.adapter, info), factor).to(torch.float64)
         if not bool(values.isfinite().all()):
             raise AdapterError(
                 f"the adapter tensor {info.name} holds NaN or infinite values",
@@ -56,7 +72,16 @@ class Factors:
             )
         if info.dtype == "F64":
             _refuse_extremes(values, info.name, adapter.file.path)
-        return apply_view(values, factor).contiguous()
+        return values.contiguous()
+
+    def _stored(self, number: int, info: TensorInfo) -> torch.Tensor:
+        """A tensor as it is on disk; the last few are kept, as each expert needs a part of the same two."""
+        key = (number, info.name)
+        if key not in self._recent:
+            while len(self._recent) >= _RECENT:
+                del self._recent[next(iter(self._recent))]
+            self._recent[key] = read_tensor(self._adapters[number].file.path, info)
+        return self._recent[key]
 
 
 def _refuse_extremes(values: torch.Tensor, name: str, path: Path) -> None:
@@ -122,8 +147,8 @@ class Stored:
 class Recipe(Protocol):
     """Turns stored bytes into bytes of the merged tensor, one whole number of elements after the other."""
 
-    def piece(self, raw: torch.Tensor, first: int) -> torch.Tensor:
-        """Bytes (uint8) of the elements from `first` on, made from their stored bytes."""
+    def piece(self, raw: torch.Tensor, first: int, out: torch.Tensor) -> None:
+        """Write the elements from `first` on into `out`, made from their stored bytes; both are uint8."""
 
     def result(self) -> MergedTensor | None:
         """What became of the tensor, once all pieces are made; None where no adapter changed it."""
@@ -135,13 +160,14 @@ class Plain:
     def __init__(self, output: Output) -> None:
         self._output = output
 
-    def piece(self, raw: torch.Tensor, first: int) -> torch.Tensor:
+    def piece(self, raw: torch.Tensor, first: int, out: torch.Tensor) -> None:
         """The same bytes, or the rounded values."""
         if self._output.dtype == self._output.source.dtype:
-            return raw
+            out.copy_(raw)
+            return
         stored = raw.view(TORCH_TYPES[self._output.source.dtype])
         result, _ = cast_piece(stored, self._output.dtype, self._output.name)
-        return result.view(torch.uint8)
+        out.copy_(result.view(torch.uint8))
 
     def result(self) -> None:
         """No adapter changed it."""
@@ -158,7 +184,7 @@ class Replaced:
         self._counts = Counts()
         self._rows = factors(change.row_values) if change.row_values else None
 
-    def piece(self, raw: torch.Tensor, first: int) -> torch.Tensor:
+    def piece(self, raw: torch.Tensor, first: int, out: torch.Tensor) -> None:
         """The adapter's values in the merged type."""
         output = self._output
         stored = raw.view(TORCH_TYPES[output.source.dtype])
@@ -172,7 +198,7 @@ class Replaced:
         if self._rows is not None:
             result = self._with_rows(result.clone(), first)
         self._count(result, first, small)
-        return result.view(torch.uint8)
+        out.copy_(result.view(torch.uint8))
 
     def _with_rows(self, result: torch.Tensor, first: int) -> torch.Tensor:
         assert self._rows is not None
@@ -200,73 +226,112 @@ class Replaced:
         return merged_tensor(self._output, self._change, self._counts)
 
 
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of a piece."""
+
+    offset: int
+    """Of its first element within the piece."""
+    row: int
+    column: int
+    height: int
+    width: int
+    rows: Rows
+
+
 class LowRank:
     """W + Σ w·s·L·R, correctly rounded, and scaled to DoRA's magnitude where there is one."""
 
-    def __init__(self, output: Output, change: Change, factors: Factors, base: Stored) -> None:
+    def __init__(
+        self, output: Output, change: Change, factors: Factors, base: Stored, workers: Workers
+    ) -> None:
         self._output = output
         self._change = change
         self._factors = factors
         self._base = base
+        self._workers = workers
         self._counts = Counts()
-        self._rows: Rows | None = None
-        self._products: Products | None = None
+        self._products: dict[int, Products] = {}
+        self._counted: set[int] = set()
         self._scaling: Scaling | None = None
         self._width = output.shape[-1] if len(output.shape) > 1 else 1
+        self._height = math.prod(output.shape) // self._width if self._width else 0
 
-    def piece(self, raw: torch.Tensor, first: int) -> torch.Tensor:
-        """The merged values, block by block so that each block's arrays stay in the cache."""
+    def piece(self, raw: torch.Tensor, first: int, out: torch.Tensor) -> None:
+        """The merged values: blocks in threads, then all that is still open at once."""
         stored = raw.view(TORCH_TYPES[self._output.source.dtype])
-        merged = torch.empty(len(stored), dtype=TORCH_TYPES[self._output.dtype])
-        for offset, row, column, height, width in rectangles(first, len(stored), self._width):
+        merged = out.view(TORCH_TYPES[self._output.dtype])
+        blocks = list(self._blocks(first, len(stored)))
+        self._prepare({block.rows.start: block.rows for block in blocks})
+
+        def work(block: Block) -> tuple[Counts, Open | None]:
+            here = slice(block.offset, block.offset + block.height * block.width)
+            shape = (block.height, block.width)
+            return self._make(block, stored[here].view(shape), merged[here].view(shape))
+
+        opened: dict[int, list[tuple[Block, Open]]] = {}
+        for block, (counts, found) in zip(blocks, self._workers.map(work, blocks), strict=True):
+            self._counts.add(counts)
+            if found is not None:
+                opened.setdefault(block.rows.start, []).append((block, found))
+        for start, parts in opened.items():
+            self._settle(start, parts, stored, merged)
+
+    def _blocks(self, first: int, count: int) -> Iterator[Block]:
+        for offset, row, column, height, width in rectangles(first, count, self._width):
             while height:
-                rows = self._of_row(row)
+                rows = rows_at(self._change.rows, row, self._height)
                 part = min(height, rows.stop - row)
-                here = slice(offset, offset + part * width)
-                values = self._rectangle(stored[here].view(part, width), rows, row, column)
-                merged[here] = values.reshape(-1)
-                offset, row, height = here.stop, row + part, height - part
-        return merged.view(torch.uint8)
+                yield Block(offset, row, column, part, width, rows)
+                offset, row, height = offset + part * width, row + part, height - part
 
-    def _rectangle(self, stored: torch.Tensor, rows: Rows, row: int, column: int) -> torch.Tensor:
-        output = self._output
-        if not rows.terms:
-            values, small = cast_piece(stored, output.dtype, output.name)
-            self._counts.underflowed += small
-            return values
-        assert self._products is not None
-        row -= self._products.start
-        if self._change.magnitude is None:
-            values, counts = low_rank_piece(stored, self._products, row, column, output.dtype, output.name)
-        else:
-            scaling = self._scaling or self._prepare_scaling(self._products)
-            values, counts = scaled_piece(
-                stored, self._products, scaling, row, column, output.dtype, output.name, self._base.rows
+    def _prepare(self, needed: dict[int, Rows]) -> None:
+        """Read the factors of the ranges that a piece needs, and forget those of earlier ones."""
+        self._products = {start: found for start, found in self._products.items() if start in needed}
+        for start, rows in needed.items():
+            if rows.terms and start not in self._products:
+                self._products[start] = prepare(rows, self._factors)
+                if self._change.magnitude is None and start not in self._counted:
+                    self._counted.add(start)
+                    self._counts.update_square += self._products[start].update_square
+        if self._change.magnitude is not None and self._scaling is None:
+            self._scaling = prepare_scaling(
+                self._factors(self._change.magnitude),
+                self._change.magnitude_axis,
+                self._products[0],
+                self._base.rows,
+                self._height,
+                max(1, BLOCK_ELEMENTS // self._width),
+                self._output.name,
             )
-        self._counts.add(counts)
-        return values
 
-    def _of_row(self, row: int) -> Rows:
-        if self._rows is None or not self._rows.start <= row < self._rows.stop:
-            self._rows = rows_at(self._change.rows, row, math.prod(self._output.shape[:-1] or (row + 1,)))
-            if self._rows.terms:
-                self._products = prepare(self._rows, self._factors)
-                if self._change.magnitude is None:
-                    self._counts.update_square += self._products.update_square
-        return self._rows
+    def _make(self, block: Block, stored: torch.Tensor, merged: torch.Tensor) -> tuple[Counts, Open | None]:
+        if not block.rows.terms:
+            values, small = cast_piece(stored, self._output.dtype, self._output.name)
+            merged.copy_(values)
+            return Counts(underflowed=small), None
+        products = self._products[block.rows.start]
+        row = block.row - products.start
+        scratch = self._workers.scratch()
+        if self._scaling is None:
+            return sum_block(stored, products, row, block.column, merged, scratch)
+        return scaled_block(stored, products, self._scaling, row, block.column, merged, scratch)
 
-    def _prepare_scaling(self, products: Products) -> Scaling:
-        assert self._change.magnitude is not None
-        self._scaling = prepare_scaling(
-            self._factors(self._change.magnitude),
-            self._change.magnitude_axis,
-            products,
-            self._base.rows,
-            self._output.shape[0],
-            max(1, BLOCK_ELEMENTS // self._width),
-            self._output.name,
-        )
-        return self._scaling
+    def _settle(
+        self, start: int, parts: list[tuple[Block, Open]], stored: torch.Tensor, merged: torch.Tensor
+    ) -> None:
+        target = TARGETS[self._output.dtype]
+        products = self._products[start]
+        opened = [found for _, found in parts]
+        if self._scaling is None:
+            values, ties = decide(opened, products, target, self._output.name)
+        else:
+            values, ties = decide_scaled(
+                opened, products, self._scaling, target, self._output.name, self._base.rows
+            )
+        places = np.concatenate([block.offset + found.places for block, found in parts])
+        self._counts.add(patch(merged, stored, places, values, target))
+        self._counts.ties += ties
 
     def result(self) -> MergedTensor:
         """Formula and counts."""
@@ -286,16 +351,15 @@ def rows_at(ranges: Sequence[Rows], row: int, count: int) -> Rows:
 def rectangles(first: int, count: int, width: int) -> Iterator[tuple[int, int, int, int, int]]:
     """Cut the elements `first` … `first + count` of a matrix with `width` columns into rectangles.
 
-    Gives (offset within the stretch, row, column, height, width), each of at most `BLOCK_ELEMENTS` elements
-    or one row.
+    Gives (offset within the stretch, row, column, height, width), each of at most `BLOCK_ELEMENTS` elements.
     """
     offset = 0
     while offset < count:
         row, column = divmod(first + offset, width)
-        if column or count - offset < width:
-            height, wide = 1, min(width - column, count - offset)
+        if column or count - offset < width or width > BLOCK_ELEMENTS:
+            height, wide = 1, min(width - column, count - offset, BLOCK_ELEMENTS)
         else:
-            height, wide = min((count - offset) // width, max(1, BLOCK_ELEMENTS // width)), width
+            height, wide = min((count - offset) // width, BLOCK_ELEMENTS // width), width
         yield offset, row, column, height, wide
         offset += height * wide
 
@@ -327,12 +391,12 @@ def four_digits(number: float) -> float:
     return float(f"{number:.3e}")
 
 
-def make_recipe(output: Output, factors: Factors, base: TensorFile) -> Recipe:
+def make_recipe(output: Output, factors: Factors, base: TensorFile, workers: Workers) -> Recipe:
     """The recipe of one output tensor; `base` is the file that holds the base's tensor."""
     change = output.change
     if change is None:
         return Plain(output)
     stored = Stored(base.path, base.tensors[change.source])
     if change.rows:
-        return LowRank(output, change, factors, stored)
+        return LowRank(output, change, factors, stored, workers)
     return Replaced(output, change, factors, stored)

@@ -28,12 +28,16 @@ means certain, as rounding is monotone. What is left is decided exactly (exact.p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from lorasmith.merging.workers import Scratch
+
 Array = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.signedinteger[Any]]
 
 
 @dataclass(frozen=True)
@@ -116,45 +120,64 @@ def to_stored(values: Array, target: Target) -> torch.Tensor:
     return torch.from_numpy(halves.view(np.int16)).view(torch.bfloat16)
 
 
-def round_certain(
-    candidate: torch.Tensor, relative: float, absolute: torch.Tensor, target: Target
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round float64 candidates; and the flat indices of those that the error bound leaves open.
+def open_elements(
+    candidate: torch.Tensor,
+    relative: float,
+    absolute: torch.Tensor,
+    target: Target,
+    scratch: Scratch,
+    out: torch.Tensor,
+) -> Indices:
+    """Round float64 candidates [m, n] into `out`; the flat positions that the error bound leaves open.
 
     The bound is ρ|x̂| + a with `relative` ρ and `absolute` a (broadcast to the candidates; infinite where
-    nothing is known). What is returned for an open element is of no use.
+    nothing is known). What stands in `out` at an open position is of no use.
     """
-    if target.dtype == "F32":
-        return _round_to_float32(candidate, relative, absolute)
     if relative > 2.0**-27:
-        return candidate.to(target.native), torch.arange(candidate.numel())
-    single = candidate.to(torch.float32)
-    bits = single.view(torch.int32)
-    tail_bits = 24 - target.precision
-    tail = torch.bitwise_and(bits, (1 << tail_bits) - 1)
-    near = tail.sub_(1 << (tail_bits - 1)).abs_().le_(1)
-    size = single.abs()
-    smallest = (absolute * 2.0**26).clamp_(min=target.smallest_normal).to(torch.float32)
-    # Not "too small or too large", but "not in between": a NaN is neither and must be flagged too.
-    inside = (size >= smallest * (1 + 2.0**-20)).logical_and_(size < target.largest)
-    open_ = near.to(torch.bool).logical_or_(inside.logical_not_())
-    return single.to(target.native), open_.view(-1).nonzero().view(-1)
+        out.copy_(candidate)
+        return np.arange(candidate.numel())
+    if target.dtype == "F32":
+        return _open_singles(candidate, relative, absolute, scratch, out)
+    count = candidate.numel()
+    single = scratch.single[:count].view(candidate.shape)
+    single.copy_(candidate)
+    out.copy_(single)
+    flat = single.view(-1).numpy()
+    bits, flags = scratch.bits[:count], scratch.flags[:count]
+    half = 1 << (23 - target.precision)
+    # The tail, less the midpoint's lower neighbour: 0, 1 or 2 for the three that are set aside.
+    np.bitwise_and(flat.view(np.uint32), 2 * half - 1, out=bits)
+    np.subtract(bits, half - 1, out=bits)
+    np.less_equal(bits, 2, out=flags)
+    size = np.abs(flat, out=scratch.size[:count])
+    limit = (absolute * (2.0**26 * (1 + 2.0**-20))).clamp_(min=target.smallest_normal)
+    # NaN is neither in between nor outside: the comparisons are put so that it counts as outside.
+    if not (size.min() >= float(limit.max()) and size.max() < target.largest):
+        inside = (size.reshape(candidate.shape) >= limit.numpy()) & (
+            size.reshape(candidate.shape) < target.largest
+        )
+        np.logical_or(flags, ~inside.reshape(-1), out=flags)
+    return np.flatnonzero(flags)
 
 
-def _round_to_float32(
-    candidate: torch.Tensor, relative: float, absolute: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _open_singles(
+    candidate: torch.Tensor, relative: float, absolute: torch.Tensor, scratch: Scratch, out: torch.Tensor
+) -> Indices:
     target = TARGETS["F32"]
-    reach = relative * 2.0**53 + 2**16 + 1
-    if reach >= 1 << 27:
-        return candidate.to(torch.float32), torch.arange(candidate.numel())
-    tail = torch.bitwise_and(candidate.view(torch.int64), (1 << 29) - 1)
-    near = tail.sub_(1 << 28).abs_() <= int(reach)
-    size = candidate.abs()
-    smallest = (absolute * (2.0**37 * (1 + 2.0**-20))).clamp_(min=target.smallest_normal)
-    inside = (size >= smallest).logical_and_(size < target.largest)
-    open_ = near.logical_or_(inside.logical_not_())
-    return candidate.to(torch.float32), open_.view(-1).nonzero().view(-1)
+    out.copy_(candidate)
+    count = candidate.numel()
+    reach = int(relative * 2.0**53) + 2**16 + 1
+    flat = candidate.reshape(-1).numpy()
+    tail, flags = scratch.longs(count)[:count], scratch.flags[:count]
+    np.bitwise_and(flat.view(np.int64), (1 << 29) - 1, out=tail)
+    np.subtract(tail, 1 << 28, out=tail)
+    np.abs(tail, out=tail)
+    np.less_equal(tail, reach, out=flags)
+    size = np.abs(candidate.numpy())
+    limit = (absolute * (2.0**37 * (1 + 2.0**-20))).clamp_(min=target.smallest_normal)
+    inside = (size >= limit.numpy()) & (size < target.largest)
+    np.logical_or(flags, ~inside.reshape(-1), out=flags)
+    return np.flatnonzero(flags)
 
 
 def settle(candidate: Array, bound: Array, target: Target) -> tuple[Array, npt.NDArray[np.bool_]]:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
 from lorasmith.checkpoint.header import ITEM_BITS, TensorFile, build_header
-from lorasmith.errors import CheckpointError, os_errors
+from lorasmith.errors import CheckpointError
+from lorasmith.merging.disk import Lanes, Reader, Writer
 from lorasmith.merging.plan import Output
-from lorasmith.merging.recipes import Recipe
+from lorasmith.merging.recipes import Recipe, Stored
 from lorasmith.progress import Advance
 from lorasmith.records.base import FileDigest
 
-CHUNK_BYTES = 16 << 20
+_STEP_BYTES = 8 << 20
+"""How much of a replaced tensor is read at a time."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Written:
     """A shard that is on disk and synced."""
 
     file: FileDigest
-    source_sha256: str
+    source_sha256: str | None
 
 
 def shard_header(outputs: Sequence[Output]) -> tuple[bytes, int]:
@@ -44,6 +43,8 @@ def write_shard(
     adapters: Sequence[Path],
     path: Path,
     advance: Advance,
+    lanes: Lanes,
+    hash_source: bool,
 ) -> Written:
     """Write a merged shard.
 
@@ -51,60 +52,118 @@ def write_shard(
     `adapters` are the files that replaced tensors are read from.
     """
     header, size = shard_header(outputs)
-    digest = hashlib.sha256(header)
-    read = hashlib.sha256()
     places = [*source.tensors.values(), *[None] * (len(outputs) - len(source.tensors))]
-    with os_errors(path, "write"), path.open("wb") as sink, source.path.open("rb") as origin:
-        read.update(_exactly(origin, source.data_start))
-        sink.write(header)
+    with (
+        Reader(source.path, source.size, lanes, digest=hash_source) as reader,
+        Writer(path, size, lanes) as writer,
+    ):
+        stream = Stream(reader)
+        stream.skip(source.data_start)
+        writer.append(header)
         for output, recipe, place in zip(outputs, recipes, places, strict=True):
             if place is output.source:
-                pieces = _pieces(origin, output, read)
+                pieces = stream.pieces(place.nbytes, ITEM_BITS[place.dtype])
             else:
-                if place is not None:
-                    _pass_over(origin, place.nbytes, read)
-                pieces = _elsewhere(
-                    source.path if output.adapter is None else adapters[output.adapter], output
-                )
+                stream.skip(place.nbytes if place is not None else 0)
+                file = source.path if output.adapter is None else adapters[output.adapter]
+                pieces = _elsewhere(Stored(file, output.source))
             for first, raw in pieces:
-                made = recipe.piece(raw, first).numpy().data
-                digest.update(made)
-                sink.write(made)
-                advance(len(made))
-        sink.flush()
-        os.fsync(sink.fileno())
-        if sink.tell() != size or origin.tell() != source.size:
+                _make(recipe, output, raw, first, writer, advance)
+        if not stream.at_end():
             raise CheckpointError("the shard changed while it was read", where=source.path)
-    return Written(FileDigest(path=path.name, bytes=size, sha256=digest.hexdigest()), read.hexdigest())
+        sha256 = writer.finish()
+        return Written(FileDigest(path=path.name, bytes=size, sha256=sha256), reader.finish())
 
 
-def _pieces(
-    origin: BinaryIO, output: Output, read: hashlib._Hash | None = None
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Whole elements of a tensor from where the file stands, with the number of the first."""
-    info = output.source
-    for start in range(0, info.nbytes, CHUNK_BYTES):
-        raw = _exactly(origin, min(CHUNK_BYTES, info.nbytes - start))
-        if read is not None:
-            read.update(raw)
-        yield start * 8 // ITEM_BITS[info.dtype], torch.frombuffer(raw, dtype=torch.uint8)
+def _make(
+    recipe: Recipe, output: Output, raw: torch.Tensor, first: int, writer: Writer, advance: Advance
+) -> None:
+    """Let a recipe write its result straight into the output's buffers, cut where these end."""
+    stored_bits, bits = ITEM_BITS[output.source.dtype], ITEM_BITS[output.dtype]
+    count = len(raw) * 8 // stored_bits
+    done = 0
+    while done < count:
+        space = writer.space()
+        fitting = min(count - done, len(space) * 8 // bits)
+        start = done * stored_bits // 8
+        straddling = fitting == 0
+        part = 1 if straddling else fitting
+        piece = raw[start : start + (part * stored_bits + 7) // 8]
+        length = (part * bits + 7) // 8
+        target = torch.empty(length, dtype=torch.uint8)
+        direct = None if straddling else _view(space[:length], bits)
+        recipe.piece(piece, first + done, direct if direct is not None else target)
+        if direct is None:
+            writer.append(target.numpy().data)
+        else:
+            writer.filled(length)
+        advance(length)
+        done += part
 
 
-def _elsewhere(path: Path, output: Output) -> Iterator[tuple[int, torch.Tensor]]:
-    with path.open("rb") as origin:
-        origin.seek(output.source.start)
-        yield from _pieces(origin, output)
+def _view(space: memoryview, bits: int) -> torch.Tensor | None:
+    """Memory as a tensor of bytes; None where numbers of `bits` would not lie at their own multiples."""
+    view = torch.frombuffer(space, dtype=torch.uint8)
+    return view if view.data_ptr() % max(1, bits // 8) == 0 else None
 
 
-def _pass_over(origin: BinaryIO, count: int, read: hashlib._Hash) -> None:
-    while count:
-        raw = _exactly(origin, min(CHUNK_BYTES, count))
-        read.update(raw)
-        count -= len(raw)
+class Stream:
+    """A reader's chunks as one run of bytes, given out in whole numbers of a tensor."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._chunks = reader.chunks()
+        self._path = reader.path
+        self._rest = memoryview(b"")
+
+    def _more(self) -> None:
+        while not len(self._rest):
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                raise CheckpointError("the file ended while it was read", where=self._path)
+            self._rest = chunk
+
+    def skip(self, count: int) -> None:
+        """Pass over bytes; they are hashed all the same."""
+        while count:
+            self._more()
+            part = min(count, len(self._rest))
+            self._rest = self._rest[part:]
+            count -= part
+
+    def take(self, count: int) -> bytearray:
+        """A few bytes, joined over the end of a chunk."""
+        found = bytearray()
+        while len(found) < count:
+            self._more()
+            part = min(count - len(found), len(self._rest))
+            found += self._rest[:part]
+            self._rest = self._rest[part:]
+        return found
+
+    def pieces(self, nbytes: int, bits: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """A tensor's bytes with the number of each piece's first element."""
+        item = max(1, bits // 8)
+        done = 0
+        while done < nbytes:
+            self._more()
+            part = min(nbytes - done, len(self._rest)) // item * item
+            if part == 0:
+                raw = torch.frombuffer(self.take(item), dtype=torch.uint8)
+            else:
+                raw = torch.frombuffer(self._rest[:part], dtype=torch.uint8)
+                self._rest = self._rest[part:]
+            if raw.data_ptr() % item:
+                raw = raw.clone()
+            yield done * 8 // bits, raw
+            done += len(raw)
+
+    def at_end(self) -> bool:
+        """Whether every byte has been given out."""
+        return not len(self._rest) and next(self._chunks, None) is None
 
 
-def _exactly(origin: BinaryIO, count: int) -> bytearray:
-    raw = bytearray(count)
-    if origin.readinto(raw) != count:  # type: ignore[attr-defined]
-        raise CheckpointError("the file ended while it was read", where=origin.name)
-    return raw
+def _elsewhere(stored: Stored) -> Iterator[tuple[int, torch.Tensor]]:
+    step = _STEP_BYTES * 8 // ITEM_BITS[stored.info.dtype]
+    for first in range(0, stored.info.elements, step):
+        values = stored.read(first, min(step, stored.info.elements - first))
+        yield first, values.view(torch.uint8)

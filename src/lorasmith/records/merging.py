@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pydantic import Field
+
 from lorasmith.records.base import FileDigest, Finding, Part, Record
 
 
@@ -22,13 +24,16 @@ class MergedTensor(Part):
     changed: int
     """Elements whose stored value differs from the base's (after the cast to the merged type)."""
     swallowed: int
-    """Elements with a non-zero update that rounding took back to the base's value."""
+    """Elements with a non-zero update that rounding took back to the base's value.
+
+    An update counts as non-zero if one of its products is; with DoRA every element has one.
+    """
     exact_redone: int = 0
-    """Elements that float64 could not round for certain and that exact arithmetic decided."""
+    """Elements exactly halfway between two neighbours, which only exact arithmetic can tell."""
     underflowed: int = 0
-    """Elements that became zero or subnormal only by the cast."""
+    """Elements below the smallest normal number of their type where the base's value was not."""
     relative_update: float = 0.0
-    """‖ΔW‖₂ / ‖W‖₂ in float64."""
+    """‖ΔW‖₂ / ‖W‖₂ to four digits, so that the order of the sums does not show; 0 for replaced tensors."""
 
 
 class MergeRecord(Record):
@@ -59,3 +64,5 @@ class MergeRecord(Record):
     files: list[FileDigest]
     """Everything in the merged folder but this record."""
     findings: list[Finding] = []
+    direct_io: bool = Field(default=True, exclude=True)
+    """Whether all shards went past the page cache; of this machine, hence not in the file."""
