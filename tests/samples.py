@@ -24,8 +24,10 @@ from lorasmith.records.merging import MergedTensor, MergeRecord
 from lorasmith.records.proof import (
     BehaviourProof,
     ComparisonRecord,
+    Divergence,
     ExampleComparison,
     Flip,
+    GenerationComparison,
     KLStatistics,
     PairedEffect,
     TensorProof,
@@ -391,6 +393,23 @@ def write_proof(run: Path, rows: list[Example], test_set: FileDigest, losses: Lo
                 Flip(example=row.id, position=0, token_a=271, token_b=198, margin=0.01 * (index + 1))
                 for index, row in enumerate(rows[:10])
             ],
+            generation=GenerationComparison(
+                max_new_tokens=64,
+                examples=len(rows),
+                same=len(rows) - 2,
+                same_fraction=(len(rows) - 2) / len(rows),
+                unfinished_a=1,
+                unfinished_b=1,
+                tokens_before_divergence=41.5,
+                divergences=[
+                    Divergence(
+                        id=row.id, position=3, text_a=row.response, text_b=f"other than {row.response}"
+                    )
+                    for row in rows[:2]
+                ],
+                floor_same=4,
+                floor_examples=4,
+            ),
             examples=[
                 ExampleComparison(
                     id=row.id,

@@ -186,6 +186,7 @@ def test_hostile_strings_stay_text(tmp_path: Path) -> None:
 
 def test_forbidden_text_is_nowhere_in_the_page(run: Path) -> None:
     page = render(run)
+    assert "other than" in page.sections["fidelity"], "what may be shown is not shown"
     assert SECRET not in (run.parent / "report.html").read_text()
     assert SECRET not in json.dumps(page.details())
     index = page.index()

@@ -69,7 +69,7 @@ def collect(run: Path, report: bytes | None) -> Contents:
     for record in (file for pattern in _RECORDS for file in sorted(run.glob(pattern))):
         path = record.relative_to(run).as_posix()
         if path == "proof/behaviour.json" and hidden:
-            add(path, _without_flips(record, hidden), hash_file(record))
+            add(path, _without_words(record, hidden), hash_file(record))
         else:
             add(path, record)
     for table in sorted((run / "validation").glob("*.parquet")):
@@ -111,11 +111,14 @@ def _publishable(examples: Iterable[Example], salt: str) -> bytes:
     return b"".join(dump_row(publishable_row(example, salt)) for example in examples)
 
 
-def _without_flips(path: Path, hidden: set[str]) -> bytes:
-    """The behaviour proof without the token choices within rows whose text must not be published."""
+def _without_words(path: Path, hidden: set[str]) -> bytes:
+    """The behaviour proof without token choices and generated texts of rows that must not be published."""
     proof = read_record(path, BehaviourProof)
-    kept = [flip for flip in proof.flips if flip.example not in hidden]
-    return proof.model_copy(update={"flips": kept}).to_json()
+    changes: dict[str, object] = {"flips": [flip for flip in proof.flips if flip.example not in hidden]}
+    if proof.generation is not None:
+        kept = [entry for entry in proof.generation.divergences if entry.id not in hidden]
+        changes["generation"] = proof.generation.model_copy(update={"divergences": kept})
+    return proof.model_copy(update=changes).to_json()
 
 
 def _without_text(path: Path, hidden: set[str]) -> bytes:

@@ -10,6 +10,7 @@ from pathlib import Path
 from lorasmith.errors import DamageError, InputError, LorasmithError
 from lorasmith.files.digests import hash_file
 from lorasmith.packaging.checksums import SUMS
+from lorasmith.packaging.contents import RESULTS
 from lorasmith.packaging.opened import Package, check_files, open_package, read_members
 from lorasmith.packaging.pack import MANIFEST
 from lorasmith.packaging.run_check import check_run
@@ -31,6 +32,9 @@ def verify(folder: Path, *, verifier: Verifier | None = None, progress: Progress
         raise InputError("there is no such folder", where=folder, expected="a package or a run")
     if (folder / SUMS).exists() or (folder / MANIFEST).exists():
         return _verify_package(folder, verifier, progress)
+    if folder.name == RESULTS and (folder.parent / SUMS).is_file() and (folder.parent / MANIFEST).is_file():
+        # A part of an unpacked package, whose redacted files are right by the manifest and not by the run.
+        return _verify_package(folder.parent, verifier, progress)
     if (folder / "run.json").is_file():
         findings = check_run(folder, progress)
         if (folder / "package").is_dir():

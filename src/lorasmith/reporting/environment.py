@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -15,9 +16,9 @@ from lorasmith.reporting import figures
 from lorasmith.reporting.groups import ALL
 
 
-def render_page(template: str, view: dict[str, Any], *, extra_script: str | None = None) -> str:
+def render_page(template: str, view: dict[str, Any], *, scripts: Sequence[str] = ()) -> str:
     """A whole page: the template with our style sheet, our script and a policy that admits nothing else."""
-    script = _asset("page.js") + (_asset(extra_script) if extra_script else "")
+    script = "".join(_asset(name) for name in ("page.js", *scripts))
     own = {"css": Markup(_asset("page.css")), "js": Markup(script), "policy": _policy(script)}
     return _environment().get_template(template).render({**view, **own})
 

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from lorasmith.files.atomic import write_bytes
 from lorasmith.files.machine import human_bytes
+from lorasmith.records.redaction import is_redacted
 from lorasmith.reporting.environment import render_page
 from lorasmith.reporting.explorer import Explorer, build_explorer
 from lorasmith.reporting.fidelity import FLOOR, QUANTILES, divergence_tables, heat_map, shifts
@@ -46,6 +47,7 @@ def render(records: RunRecords) -> str:
         "shift": shifts(explorer.index) if explorer else None,
         "explorer": explorer,
         "index_json": _script_json(explorer.index) if explorer else Markup(),
+        "visible": visible_ids(explorer),
         "findings": records.findings(),
         "provenance": provenance(records),
         "glossary": GLOSSARY,
@@ -54,7 +56,7 @@ def render(records: RunRecords) -> str:
         **_test_set_view(records),
         **_timing_view(records),
     }
-    return render_page("page.html", view, extra_script="explorer.js")
+    return render_page("page.html", view, scripts=("map.js", "tokens.js", "explorer.js"))
 
 
 def _script_json(value: Any) -> Markup:
@@ -63,6 +65,15 @@ def _script_json(value: Any) -> Markup:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
+
+
+def visible_ids(explorer: Explorer | None) -> frozenset[str]:
+    """Examples whose text may be shown: none where the test set, which says so, is gone."""
+    if explorer is None:
+        return frozenset()
+    sources = explorer.index["source"]
+    pairs = zip(explorer.index["id"], sources["of"], strict=True)
+    return frozenset(name for name, place in pairs if not is_redacted(sources["names"][place]))
 
 
 def _sections(records: RunRecords) -> list[tuple[str, str]]:

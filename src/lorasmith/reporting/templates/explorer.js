@@ -98,89 +98,9 @@
     list.addEventListener("scroll", () => requestAnimationFrame(draw), { passive: true });
     new ResizeObserver(draw).observe(list);
 
-    // Every example as a point: base against adapter. Those filtered out stay as a shadow.
-    const map = $("map");
-    if (!gain) {
-      map.hidden = true;
-      $("map-note").hidden = true;
-    } else {
-      $("map-note").textContent = "Each point is an example: loss of the base to the right, of the adapter upward. " +
-        "Below the line the adapter is better. Click a point to read it.";
-    }
-    const PAD = 26;
-    let points = [];
-    const drawMap = () => {
-      if (!gain || !map.clientWidth) return;
-      const [width, height, dots] = [map.clientWidth, map.clientHeight, devicePixelRatio || 1];
-      map.width = width * dots;
-      map.height = height * dots;
-      const pen = map.getContext("2d");
-      pen.scale(dots, dots);
-      const ink = (name) => {
-        const probe = document.createElement("i");
-        probe.style.color = `var(${name})`;
-        map.parentElement.append(probe);
-        const colour = getComputedStyle(probe).color;
-        probe.remove();
-        return colour;
-      };
-      const colours = { better: ink("--good"), worse: ink("--bad"), same: ink("--none"), line: ink("--line"),
-        soft: ink("--soft"), ink: ink("--ink") };
-      const both = data.id.map((_, i) => i).filter((i) => data.base[i] !== null && data.adapter[i] !== null);
-      const most = both.reduce((top, i) => Math.max(top, data.base[i]), 1e-6) * 1.04;
-      const tall = both.reduce((top, i) => Math.max(top, data.adapter[i]), 1e-6) * 1.08;
-      const x = (loss) => PAD + (loss / most) * (width - PAD - 8);
-      const y = (loss) => height - PAD - (loss / tall) * (height - PAD - 8);
-      pen.strokeStyle = colours.line;
-      pen.beginPath();
-      pen.moveTo(x(0), y(0));
-      pen.lineTo(x(Math.min(most, tall)), y(Math.min(most, tall)));
-      pen.moveTo(x(0), y(tall));
-      pen.lineTo(x(0), y(0));
-      pen.lineTo(x(most), y(0));
-      pen.stroke();
-      pen.fillStyle = colours.soft;
-      pen.font = "11px system-ui, sans-serif";
-      pen.fillText("0", x(0) - 10, y(0) + 13);
-      pen.fillText("base " + most.toFixed(1), x(most) - 52, y(0) + 15);
-      pen.save();
-      pen.translate(x(0) - 8, y(tall) + 62);
-      pen.rotate(-Math.PI / 2);
-      pen.fillText("adapter " + tall.toFixed(1), 0, 0);
-      pen.restore();
-      const inside = new Set(shown);
-      points = [];
-      for (const pass of [false, true])
-        for (const i of both) {
-          if (inside.has(i) !== pass) continue;
-          pen.globalAlpha = pass ? 0.65 : 0.08;
-          pen.fillStyle = Math.abs(gain[i]) < SAME ? colours.same : gain[i] < 0 ? colours.better : colours.worse;
-          pen.beginPath();
-          pen.arc(x(data.base[i]), y(data.adapter[i]), 3, 0, 7);
-          pen.fill();
-          if (pass) points.push([x(data.base[i]), y(data.adapter[i]), i]);
-        }
-      if (selected >= 0 && data.base[selected] !== null && data.adapter[selected] !== null) {
-        pen.globalAlpha = 1;
-        pen.strokeStyle = colours.ink;
-        pen.lineWidth = 2;
-        pen.beginPath();
-        pen.arc(x(data.base[selected]), y(data.adapter[selected]), 6, 0, 7);
-        pen.stroke();
-      }
-    };
-    map.addEventListener("click", (event) => {
-      const nearest = points.reduce((best, [px, py, i]) => {
-        const far = Math.hypot(px - event.offsetX, py - event.offsetY);
-        return far < best[0] ? [far, i] : best;
-      }, [24, -1])[1];
-      if (nearest < 0) return;
-      list.scrollTop = shown.indexOf(nearest) * HEIGHT - list.clientHeight / 2;
-      select(nearest);
+    const drawMap = exampleMap({
+      data, gain, SAME, list, HEIGHT, shown: () => shown, selected: () => selected, select: (i) => select(i),
     });
-    new ResizeObserver(drawMap).observe(map);
-    $("theme").addEventListener("click", drawMap);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawMap);
 
     let turn = 0;
     const refresh = async () => {
@@ -237,7 +157,7 @@
       if (selected === i) show(i, detail);
     };
 
-    let colouring = drift && !gain ? "delta" : has("adapter") ? "adapter" : data.roles[0];
+    const coloured = tokenView({ element, fixed, sign, first: has("adapter") ? "adapter" : data.roles[0] });
     const show = (i, detail) => {
       const pane = $("detail");
       const head = element("div");
@@ -256,81 +176,8 @@
       }
       pane.append(element("h3", "", "Prompt"), element("div", "text", detail.prompt));
       pane.append(element("h3", "", "Response"));
-      if (detail.pieces) pane.append(coloured(i, detail));
+      if (detail.pieces) pane.append(coloured(detail, () => show(i, detail)));
       else pane.append(element("div", "text", detail.response));
-    };
-
-    // Loss: from nothing to 6 nats. Differences: worse in one colour, better in the other, strongest at the ends.
-    const MOST = { delta: 0.05, gain: 3 };
-    const colourOf = (kind, value) => {
-      const most = MOST[kind] ?? 6;
-      const share = Math.min(1, Math.abs(value) / most) * 70;
-      return `color-mix(in srgb, var(--${value > 0 ? "worse" : "better"}) ${share.toFixed(1)}%, transparent)`;
-    };
-    const coloured = (i, detail) => {
-      const kinds = [["base", "loss: base"], ["adapter", "loss: adapter"]].filter(([role]) => detail[role]);
-      if (detail.base && detail.adapter) kinds.push(["gain", "adapter − base"]);
-      if (detail.delta) kinds.push(["delta", "merged − adapter"]);
-      if (detail.merged) kinds.push(["merged", "loss: merged"]);
-      if (!kinds.some(([kind]) => kind === colouring)) colouring = kinds[0][0];
-      const valueOf = (kind, t) => (kind === "gain" ? detail.adapter[t] - detail.base[t] : detail[kind][t]);
-      const box = element("div");
-      const pick = element("div", "pick");
-      for (const [kind, label] of kinds) {
-        const button = element("button", "", label);
-        button.type = "button";
-        button.setAttribute("aria-pressed", String(kind === colouring));
-        button.addEventListener("click", () => {
-          colouring = kind;
-          show(i, detail);
-        });
-        pick.append(button);
-      }
-      const text = element("div", "text");
-      detail.pieces.forEach((piece, t) => {
-        const token = element("span", "tok", piece === "\n" ? "↵\n" : piece);
-        token.style.background = colourOf(colouring, valueOf(colouring, t));
-        token.dataset.tip = [JSON.stringify(piece), ...kinds.map(([kind, label]) =>
-          `${label}: ${kind === "gain" || kind === "delta" ? sign(valueOf(kind, t)) : fixed(valueOf(kind, t), 3)}`),
-        ].join("\n");
-        text.append(token);
-      });
-      const key = element("p", "soft");
-      const ramp = element("span", "ramp");
-      const ends = colouring === "gain" || colouring === "delta";
-      const most = MOST[colouring] ?? 6;
-      ramp.style.background = ends
-        ? `linear-gradient(90deg, ${colourOf(colouring, -most)}, transparent, ${colourOf(colouring, most)})`
-        : `linear-gradient(90deg, transparent, ${colourOf(colouring, most)})`;
-      key.append(ends ? `better −${most} ` : "0 ", ramp, ends ? ` +${most} worse` : ` ${most} nats`);
-      box.append(pick, key, text, tokenTable(detail, kinds, valueOf));
-      return box;
-    };
-    const tokenTable = (detail, kinds, valueOf) => {
-      const folded = element("details");
-      folded.append(element("summary", "", "The same as a table"));
-      folded.addEventListener("toggle", () => {
-        if (!folded.open || folded.children.length > 1) return;
-        const table = element("table");
-        const head = table.createTHead().insertRow();
-        for (const label of ["token", ...kinds.map(([, label]) => label)]) {
-          const cell = element("th", label === "token" ? "" : "n", label);
-          cell.scope = "col";
-          head.append(cell);
-        }
-        const body = table.createTBody();
-        detail.pieces.forEach((piece, t) => {
-          const row = body.insertRow();
-          row.append(element("td", "mono", JSON.stringify(piece)));
-          for (const [kind] of kinds)
-            row.append(element("td", "n", kind === "gain" || kind === "delta"
-              ? sign(valueOf(kind, t)) : fixed(valueOf(kind, t), 3)));
-        });
-        const scroll = element("div", "scroll");
-        scroll.append(table);
-        folded.append(scroll);
-      });
-      return folded;
     };
 
     // A group's name in a table leads to its examples.
