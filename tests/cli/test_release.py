@@ -54,6 +54,17 @@ def test_damage_is_an_answer_not_a_crash(run: Path, capsys: pytest.CaptureFixtur
     assert not Path("there").exists()
 
 
+def test_hidden_rows_are_checked_against_an_own_copy(run: Path) -> None:
+    lorasmith(["package", "run", "--output", "out"])
+    lorasmith(["unpack", "out/validation_results.tar.gz", "--output", "there"])
+    own = "run/testset/test_set.jsonl"
+    assert lorasmith(["verify", "there", "--rows", own, "--rejoined", "whole.jsonl"]) == ExitCode.OK
+    assert Path("whole.jsonl").read_bytes() == Path(own).read_bytes()
+    rows = Path(own).read_text().replace("quintessential", "commonplace")
+    Path("other.jsonl").write_text(rows)
+    assert lorasmith(["verify", "there", "--rows", "other.jsonl"]) == ExitCode.ANSWER_IS_NO
+
+
 def test_several_runs_make_one_page(run: Path) -> None:
     sample_run(Path("other"), count=10, seed=1)
     assert lorasmith(["report", "run", "other"]) == ExitCode.OK

@@ -153,7 +153,13 @@
       drawMap();
       list.setAttribute("aria-activedescendant", "ex-" + i);
       draw();
-      const detail = await detailOf(i);
+      let detail;
+      try {
+        detail = await detailOf(i);
+      } catch {
+        $("detail").replaceChildren(element("p", "soft", "This browser cannot unpack the texts; a newer one can."));
+        return;
+      }
       if (selected === i) show(i, detail);
     };
 
