@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
 from lorasmith.errors import DamageError, InputError, UsageError, os_errors
-from lorasmith.files.atomic import sync_folder, write_bytes
+from lorasmith.files.atomic import aside, publish_folder, write_bytes
 from lorasmith.files.machine import require_disk
 from lorasmith.packaging.checksums import write_sums
 from lorasmith.packaging.opened import Package, check_files, open_package, read_members
@@ -45,23 +45,21 @@ def unpack(
     companions = _companions(package)
     here = _open_output(output, package)
     wanted = [name for name in names if package.stem(name) not in here]
-    sizes = {name: sum(member.bytes for member in package.manifest.contents[name]) for name in wanted}
+    sizes = sum(member.bytes for name in wanted for member in package.manifest.contents[name])
     packed = sum(package.archive(name).bytes for name in wanted)
-    require_disk(output, sum(sizes.values()), "unpack the package")
-    existed = output.is_dir()
-    finished: list[Path] = []
+    require_disk(output, sizes, "unpack the package")
+    temporary = aside(output)
+    _prepare(temporary, package)
     try:
-        with progress("Unpack", total=packed + sum(sizes.values()), unit="B") as advance:
+        with progress("Unpack", total=packed + sizes, unit="B") as advance:
             for name in wanted:
                 check_files(package, name, advance)
             for name in wanted:
-                finished.append(_unpack_one(package, name, output, advance))
-        _describe(package, {*here, *(folder.name for folder in finished)}, companions, output)
+                _unpack_one(package, name, temporary, advance)
+        _publish(package, [package.stem(name) for name in wanted], here, companions, output)
     except Exception:
-        for folder in finished:
-            shutil.rmtree(folder, ignore_errors=True)
-        if not existed:
-            shutil.rmtree(output, ignore_errors=True)
+        # An interruption leaves the archives that are finished for the next try; a failure leaves nothing.
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     return package.manifest
 
@@ -108,6 +106,9 @@ def _open_output(output: Path, package: Package) -> set[str]:
             expected="a new folder, or one that holds a part of this package",
             remedy="choose another output",
         )
+    for leftover in output.glob(".*.partial"):
+        if leftover.is_file():
+            leftover.unlink()
     here = set()
     for archive in package.manifest.archives:
         stem = package.stem(archive.path)
@@ -123,36 +124,60 @@ def _open_output(output: Path, package: Package) -> set[str]:
     return here
 
 
-def _unpack_one(package: Package, name: str, output: Path, advance: Advance) -> Path:
-    """Unpack one archive aside and rename it into place."""
-    stem = package.stem(name)
-    temporary, final = output / f".{stem}.partial", output / stem
+def _prepare(temporary: Path, package: Package) -> None:
+    """The folder aside: of what an interrupted call left there, only whole archives are kept."""
+    stems = {package.stem(archive.path): archive.path for archive in package.manifest.archives}
     with os_errors(temporary, "write"):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    try:
-        with ExitStack() as stack:
-            opened: list[IO[bytes]] = []
+        temporary.mkdir(parents=True, exist_ok=True)
+        for path in temporary.iterdir():
+            name = stems.get(path.name)
+            if name is not None and not check_members(temporary, path.name, package.manifest.contents[name]):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
-            def open_member(member: FileDigest) -> Write:
-                if opened:
-                    opened.pop().close()
-                path = temporary / member.path.split("/", 1)[1]
-                with os_errors(path, "write"):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    handle = stack.enter_context(path.open("xb"))
-                opened.append(handle)
-                return handle.write
 
-            read_members(package, name, open_member, advance)
-        with os_errors(final, "write"):
-            temporary.rename(final)
-            sync_folder(output)
-    except BaseException:
-        with suppress(OSError):
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
+def _unpack_one(package: Package, name: str, folder: Path, advance: Advance) -> None:
+    """Unpack one archive into `folder`, unless it lies there already."""
+    final = folder / package.stem(name)
+    if final.exists():
+        return
+    temporary = aside(final)
+    with os_errors(temporary, "write"):
+        temporary.mkdir()
+    with ExitStack() as stack:
+        opened: list[IO[bytes]] = []
+
+        def open_member(member: FileDigest) -> Write:
+            if opened:
+                opened.pop().close()
+            path = temporary / member.path.split("/", 1)[1]
+            with os_errors(path, "write"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handle = stack.enter_context(path.open("xb"))
+            opened.append(handle)
+            return handle.write
+
+        read_members(package, name, open_member, advance)
+    with os_errors(final, "write"):
+        temporary.rename(final)
+
+
+def _publish(
+    package: Package, new: list[str], here: set[str], companions: dict[str, bytes], output: Path
+) -> None:
+    """Rename what was unpacked into place: the whole folder, or single archives into one that exists."""
+    temporary = aside(output)
+    if not here:
+        _describe(package, set(new), companions, temporary)
+        publish_folder(temporary, output)
+        return
+    for stem in new:
+        publish_folder(temporary / stem, output / stem)
+    _describe(package, {*here, *new}, companions, output)
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _companions(package: Package) -> dict[str, bytes]:
