@@ -1,4 +1,4 @@
-"""Killed at a dozen writes: what lies there is an old package, a new one or none, and the next try succeeds."""
+"""Killed at a dozen writes: what lies there is an old package, a new one or none; the next try succeeds."""
 
 from __future__ import annotations
 

@@ -38,6 +38,8 @@ def unpack(
     foreign names cannot come out, and no more bytes than the manifest lists. With a `verifier` the signature
     is checked before anything else.
 
+    An interrupted call continues when it is given again: whole archives are kept, aside.
+
     Raises `DamageError` for anything that is not as listed, and then leaves nothing of this call behind;
     `InputError` for a missing manifest, `UsageError` for an `output` that is something else, `DiskError`.
     """
