@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lorasmith.proving.weights_files import Claims, Identity, check_files, merge
 from lorasmith.proving.weights_folder import TensorFolder, open_model, read_json
 from lorasmith.proving.weights_plan import make_plan
 from lorasmith.proving.weights_report import Report
+from lorasmith.records.base import FileDigest
 from lorasmith.records.proof import WeightProof
 
 
@@ -49,22 +51,29 @@ def prove(
     plan.ties.settle(merged_folder.tensors)
     report = Report(claims, merged_folder)
     pairs = report.match(plan.expected)
-    with progress("Prove the weights", total=sum(found.bytes for _, found in pairs), unit="B") as advance:
-        for checked in check(pairs):
-            report.take(checked)
-            advance(checked.found.bytes)
-    identity = Identity(
-        base=digests.digest_folder(base, rehash=True),
-        adapters=[digests.digest_folder(path, rehash=True) for path in adapters],
-        merged=digests.describe(digests.folder_files(merged), merged, rehash=True),
-        weights=factors,
-    )
+    # Hashing reads each file from end to end and so brings its pages in for the check beside it.
+    with ThreadPoolExecutor(2) as readers:
+        base_digest = readers.submit(digests.digest_folder, base, rehash=True)
+        merged_files = readers.submit(_describe, merged)
+        with progress("Prove the weights", total=sum(found.bytes for _, found in pairs), unit="B") as advance:
+            for checked in check(pairs, advance=advance):
+                report.take(checked)
+        identity = Identity(
+            base=base_digest.result(),
+            adapters=[digests.digest_folder(path, rehash=True) for path in adapters],
+            merged=merged_files.result(),
+            weights=factors,
+        )
     report.findings += check_files(claims, identity, base, adapters, merged)
     report.findings += plan.ties.check(merged_config(merged), merged_folder.tensors)
     proof = report.finish(identity, len(plan.used), sum(one.tensors for one in loaded))
     if output is not None:
         atomic.write_record(output, proof)
     return proof
+
+
+def _describe(folder: Path) -> list[FileDigest]:
+    return digests.describe(digests.folder_files(folder), folder, rehash=True)
 
 
 def _factors(asked: Sequence[float] | None, claims: Claims, adapters: int) -> list[float]:

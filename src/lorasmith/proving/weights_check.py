@@ -16,6 +16,7 @@ from math import prod
 import torch
 
 from lorasmith.errors import AdapterError
+from lorasmith.progress import Advance
 from lorasmith.proving.weights_compare import compare, compare_bytes
 from lorasmith.proving.weights_folder import DTYPES, Index, Stored
 from lorasmith.proving.weights_formula import Expected, Term
@@ -53,8 +54,13 @@ class _Task:
     gain: Gain | None = None
 
 
-def check(pairs: Iterable[tuple[Expected, Stored]], threads: int | None = None) -> Iterator[Checked]:
-    """Compare stored tensors of the right shape with what is expected, in the order given."""
+def check(
+    pairs: Iterable[tuple[Expected, Stored]], *, threads: int | None = None, advance: Advance | None = None
+) -> Iterator[Checked]:
+    """Compare stored tensors of the right shape with what is expected, in the order given.
+
+    `advance` is told the bytes of the merge that have just been checked.
+    """
     workers = threads or min(8, os.cpu_count() or 1)
     # A file may have been written anew since the last proof in this process.
     _whole.cache_clear()
@@ -64,11 +70,11 @@ def check(pairs: Iterable[tuple[Expected, Stored]], threads: int | None = None) 
         for task in _tasks(pairs):
             waiting.append((task, pool.submit(_run, task)))
             if len(waiting) >= _WAITING:
-                current, done = _collect(waiting, current)
+                current, done = _collect(waiting, current, advance)
                 if done:
                     yield done
         while waiting:
-            current, done = _collect(waiting, current)
+            current, done = _collect(waiting, current, advance)
             if done:
                 yield done
         if current:
@@ -87,10 +93,13 @@ def _one_thread_per_operation() -> Iterator[None]:
 
 
 def _collect(
-    waiting: deque[tuple[_Task, Future[Tally]]], current: Checked | None
+    waiting: deque[tuple[_Task, Future[Tally]]], current: Checked | None, advance: Advance | None
 ) -> tuple[Checked, Checked | None]:
+    """Take in the oldest task: the tensor it belongs to, and the one before it if that is complete."""
     task, future = waiting.popleft()
     tally = future.result()
+    if advance:
+        advance(tally.elements * DTYPES[task.found.dtype].itemsize)
     if current is not None and current.found == task.found:
         current.tally.add(tally)
         return current, None

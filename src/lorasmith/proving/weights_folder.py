@@ -41,8 +41,8 @@ _MAX_JSON_BYTES = 64 << 20
 Index = tuple[int | slice, ...]
 
 
-_READ_BYTES = 64 << 20
-"""A handle's pages that may be resident before it is opened anew: with two threads 256 MiB in all."""
+_READ_BYTES = 32 << 20
+"""A handle's pages that may be resident before it is opened anew: with two threads 200 MiB in all."""
 
 _local = threading.local()
 
@@ -54,7 +54,7 @@ def _handle(file: Path) -> Any:
     identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
     held = handles.get(file)
     if held is None or held[1] != identity or held[2] > _READ_BYTES:
-        if len(handles) > 8:
+        if len(handles) >= 3:
             handles.clear()
         held = handles[file] = [safe_open(file, framework="pt"), identity, 0]
     return held[0]
