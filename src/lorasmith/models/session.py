@@ -18,7 +18,7 @@ from lorasmith.files.digests import digest_folder, sha256_file
 from lorasmith.files.journal import Journal
 from lorasmith.files.jsonl import read_examples
 from lorasmith.models.arithmetic import Route, choose_route, resolve_device
-from lorasmith.models.batches import BATCH_TOKENS, plan_batches
+from lorasmith.models.batches import BATCH_TOKENS, BATCH_TOKENS_GPU, plan_batches
 from lorasmith.models.encode import Encoded, EncodedSet, encode_examples
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.loglik import check_ids
@@ -110,6 +110,7 @@ def prepare(test_set: Path, loaded: LoadedModel, options: ScoringOptions, route:
         strict=options.strict,
     )
     check_ids(encoded.rows, [example.id for example in examples], loaded.vocabulary)
+    default_budget = BATCH_TOKENS if loaded.device.type == "cpu" else BATCH_TOKENS_GPU
     settings = ScoringSettings(
         loss_on=options.loss_on,
         template=encoded.template,
@@ -117,7 +118,7 @@ def prepare(test_set: Path, loaded: LoadedModel, options: ScoringOptions, route:
         max_length=encoded.max_length,
         arithmetic=route.label,
         device=loaded.device.type,
-        batch_tokens=options.batch_tokens or BATCH_TOKENS,
+        batch_tokens=options.batch_tokens or default_budget,
         batch_size=options.batch_size,
         limit=options.limit,
         shuffle_seed=options.shuffle_seed,
