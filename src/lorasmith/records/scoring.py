@@ -76,3 +76,56 @@ class ValidationResult(Record):
     partial: bool = False
     """True when only a part of the test set was scored (`--limit`)."""
     findings: list[Finding] = []
+
+
+class TaskMetric(Part):
+    """One of a benchmark's own metrics for one model."""
+
+    benchmark: str
+    metric: str
+    """`accuracy`, `exact_match`, `f1`, `pass@1`."""
+    method: str
+    """`likelihood` of the choices, or `generation`."""
+    examples: int
+    scored: int
+    unscored: int
+    """Examples without a verdict, such as an empty answer; they are not counted as wrong or right."""
+    reasons: dict[str, int] = {}
+    """Why, with how often."""
+    hit_limit: int = 0
+    """Generated answers that the limit of new tokens cut off."""
+    max_new_tokens: int | None = None
+    value: float | None
+    """Mean over the scored examples, 0..1; None when there are none."""
+    interval: Interval | None = None
+
+
+class TaskResult(Record):
+    """`validation/{role}_tasks.json`."""
+
+    FORMAT: ClassVar[str] = "lorasmith/tasks/1"
+
+    model: ModelIdentity
+    test_set: FileDigest
+    settings: ScoringSettings
+    metrics: list[TaskMetric]
+    per_example: FileDigest
+    """The Parquet file beside this record."""
+    partial: bool = False
+    findings: list[Finding] = []
+
+
+class TaskEffect(Part):
+    """Model B against model A on the examples of a benchmark that both were scored on."""
+
+    benchmark: str
+    metric: str
+    examples: int
+    value_a: float
+    value_b: float
+    delta: float
+    """value_b − value_a: positive when B is better."""
+    interval: Interval | None
+    p_value: float
+    verdict: str
+    """`helps`, `no clear effect` or `hurts`."""

@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 
 from lorasmith.errors import DataError, os_errors
 from lorasmith.models.statistics import Array, group_rows, mean_interval, perplexity, seed_for, sign_flip_p
+from lorasmith.records.base import Interval
 from lorasmith.records.proof import PairedEffect
+from lorasmith.records.scoring import TaskEffect
 
 _COLUMNS = ["id", "source", "domain", "difficulty", "token_ids", "logprobs"]
 
@@ -28,7 +30,7 @@ def paired_effects(
     examples, a sign-flip p-value, and the verdict: `helps`, `no clear effect` or `hurts`. Raises
     `DataError` unless both files hold the same examples with the same scored tokens.
     """
-    a, b = _read(a_parquet), _read(b_parquet)
+    a, b = _read(a_parquet, _COLUMNS), _read(b_parquet, _COLUMNS)
     if [row["id"] for row in a] != [row["id"] for row in b]:
         raise DataError(
             "the two validations hold different examples",
@@ -66,13 +68,6 @@ def paired_effect(loss_a: Array, loss_b: Array, tokens: Array, seed: int) -> Pai
     mean_a, mean_b = float(loss_a.sum() / total), float(loss_b.sum() / total)
     interval = mean_interval(difference, tokens, seed)
     p_value = sign_flip_p(difference, seed)
-    clear = interval is not None and p_value < SIGNIFICANT
-    if clear and interval is not None and interval.high < 0:
-        verdict = "helps"
-    elif clear and interval is not None and interval.low > 0:
-        verdict = "hurts"
-    else:
-        verdict = "no clear effect"
     return PairedEffect(
         examples=len(tokens),
         tokens=int(total),
@@ -82,14 +77,14 @@ def paired_effect(loss_a: Array, loss_b: Array, tokens: Array, seed: int) -> Pai
         perplexity_delta=perplexity(mean_b) - perplexity(mean_a),
         interval=interval,
         p_value=p_value,
-        verdict=verdict,
+        verdict=_verdict(interval, p_value, better="lower"),
     )
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path, columns: list[str]) -> list[dict[str, Any]]:
     with os_errors(path, "read"):
         try:
-            table = pq.read_table(path, columns=_COLUMNS)
+            table = pq.read_table(path, columns=columns)
         except pa.ArrowInvalid as error:
             raise DataError(
                 f"not a Parquet file of a validation: {error}",
@@ -98,3 +93,49 @@ def _read(path: Path) -> list[dict[str, Any]]:
             ) from error
     rows: list[dict[str, Any]] = table.to_pylist()
     return rows
+
+
+def paired_tasks(a_parquet: Path, b_parquet: Path, *, seed: int = 0) -> list[TaskEffect]:
+    """Model B against model A on the benchmarks' own metrics, from files that `evaluate_tasks` wrote.
+
+    Over the examples that both have a verdict for; interval and p-value as in `paired_effects`.
+    """
+    a, b = _read_scores(a_parquet), _read_scores(b_parquet)
+    effects = []
+    for benchmark, metric in sorted(set(a) & set(b)):
+        one, two = a[benchmark, metric], b[benchmark, metric]
+        both = sorted(set(one) & set(two))
+        if not both:
+            continue
+        values_a, values_b = (np.array([side[name] for name in both]) for side in (one, two))
+        key = seed_for(seed, benchmark, metric)
+        interval = mean_interval(values_b - values_a, np.ones(len(both)), key)
+        p_value = sign_flip_p(values_b - values_a, key)
+        effects.append(
+            TaskEffect(
+                benchmark=benchmark,
+                metric=metric,
+                examples=len(both),
+                value_a=float(values_a.mean()),
+                value_b=float(values_b.mean()),
+                delta=float((values_b - values_a).mean()),
+                interval=interval,
+                p_value=p_value,
+                verdict=_verdict(interval, p_value, better="higher"),
+            )
+        )
+    return effects
+
+
+def _verdict(interval: Interval | None, p_value: float, *, better: str) -> str:
+    if interval is None or p_value >= SIGNIFICANT or interval.low <= 0 <= interval.high:
+        return "no clear effect"
+    return "helps" if (interval.low > 0) == (better == "higher") else "hurts"
+
+
+def _read_scores(path: Path) -> dict[tuple[str, str], dict[str, float]]:
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in _read(path, ["id", "benchmark", "metrics", "scores"]):
+        for metric, score in zip(row["metrics"], row["scores"], strict=True):
+            found.setdefault((row["benchmark"], metric), {})[row["id"]] = score
+    return found

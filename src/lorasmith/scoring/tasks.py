@@ -1,0 +1,236 @@
+"""The benchmarks' own metrics: choices by likelihood, written answers by each benchmark's own judge."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lorasmith.benchmarks.base import Benchmark, Unscored
+from lorasmith.benchmarks.choices import LETTERS, judge_likelihoods
+from lorasmith.benchmarks.registry import BENCHMARKS
+from lorasmith.errors import DataError
+from lorasmith.files.atomic import write_bytes, write_record
+from lorasmith.models.load import LoadedModel, load_model
+from lorasmith.models.session import (
+    ScoringOptions,
+    Workload,
+    describe_test_set,
+    identify,
+    open_journal,
+    prepare,
+    route_of,
+)
+from lorasmith.models.statistics import mean_interval, seed_for
+from lorasmith.progress import Progress, silent
+from lorasmith.records.base import FileDigest, Finding
+from lorasmith.records.dataset import Example
+from lorasmith.records.scoring import TaskMetric, TaskResult
+from lorasmith.scoring.answers import RULES, choice_likelihoods, cut, generated_answers
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("benchmark", pa.string()),
+        ("method", pa.string()),
+        ("answer", pa.string()),
+        ("finished", pa.bool_()),
+        ("metrics", pa.list_(pa.string())),
+        ("scores", pa.list_(pa.float64())),
+        ("unscored", pa.string()),
+    ]
+)
+"""Columns of `{role}_tasks.parquet`; `scores` belong to `metrics`, `unscored` says why there are none."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One example with its answer and verdict."""
+
+    example: Example
+    method: str
+    answer: str
+    finished: bool
+    scores: dict[str, float]
+    unscored: str = ""
+
+
+def evaluate_tasks(
+    model: Path,
+    test_set: Path,
+    output: Path,
+    *,
+    adapter: Path | None = None,
+    role: str | None = None,
+    template: str = "auto",
+    device: str = "auto",
+    arithmetic: str = "auto",
+    batch_tokens: int | None = None,
+    limit: int | None = None,
+    shuffle_seed: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> TaskResult:
+    """Answer the test set's benchmark examples and score the answers as each benchmark does.
+
+    Examples with choices (GPQA, MMLU) are answered by the likeliest letter, the others (DROP, MATH,
+    HumanEval) by greedy generation; rows of no known benchmark are left out and counted in a finding.
+    Writes `{role}_tasks.json` and `{role}_tasks.parquet`; resumable like `validate`, whose options these
+    are. Raises `DataError` when no row belongs to a benchmark.
+    """
+    role = role or ("base" if adapter is None else "adapter")
+    options = ScoringOptions(
+        template=template,
+        end_of_turn=False,
+        device=device,
+        arithmetic=arithmetic,
+        batch_tokens=batch_tokens,
+        limit=limit,
+        shuffle_seed=shuffle_seed,
+        seed=seed,
+    )
+    digest = describe_test_set(test_set)
+    folders = [model] if adapter is None else [model, adapter]
+    with ExitStack() as stack:
+        journals = [
+            stack.enter_context(open_journal(output / f".{role}_{kind}.journal", folders, digest, options))
+            for kind in ("choices", "answers")
+        ]
+        route = route_of(options, journals[0])
+        loaded = load_model(model, adapter=adapter, device=options.place()[0], dtype=route.dtype)
+        work = prepare(test_set, loaded, options, route)
+        known = _by_benchmark(work, test_set)
+        choices = [row for row in known if _has_choices(work.examples[row])]
+        written = [row for row in known if not _has_choices(work.examples[row])]
+        likelihoods = choice_likelihoods(loaded, work, choices, route, journals[0], progress)
+        answers = generated_answers(loaded, work, written, route, journals[1], progress)
+        judged = [_judge_choice(work.examples[row], likelihoods[row]) for row in choices]
+        with progress("Judge answers", total=len(written), unit="row") as advance:
+            for row in written:
+                judged.append(_judge_text(work, row, answers[row].tokens, answers[row].finished, loaded))
+                advance(1)
+        table = _table(judged)
+        result = TaskResult(
+            model=identify(role, model, adapter, loaded),
+            test_set=digest,
+            settings=work.settings,
+            metrics=_metrics(judged, seed),
+            per_example=FileDigest(
+                path=f"{role}_tasks.parquet", bytes=len(table), sha256=hashlib.sha256(table).hexdigest()
+            ),
+            partial=work.partial,
+            findings=_findings(work, len(known)),
+        )
+        write_bytes(output / f"{role}_tasks.parquet", table)
+        write_record(output / f"{role}_tasks.json", result)
+        for journal in journals:
+            if journal:
+                journal.remove()
+    return result
+
+
+_BY_NAME: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in BENCHMARKS}
+
+
+def _has_choices(example: Example) -> bool:
+    return "choices" in example.metadata.extra() and example.metadata.source not in RULES
+
+
+def _by_benchmark(work: Workload, test_set: Path) -> list[int]:
+    """Rows of a benchmark that can be answered."""
+    known = [
+        row
+        for row, example in enumerate(work.examples)
+        if example.metadata.source in _BY_NAME and (example.metadata.source in RULES or _has_choices(example))
+    ]
+    if not known:
+        raise DataError(
+            "no row belongs to a benchmark that can be answered",
+            where=test_set,
+            expected=f"metadata.source among {', '.join(_BY_NAME)}",
+            remedy="build the test set with `lorasmith testset build`, or validate without tasks",
+        )
+    return known
+
+
+def _judge_choice(example: Example, likelihoods: Sequence[float]) -> Judged:
+    best = LETTERS[int(np.argmax(likelihoods))]
+    return Judged(example, "likelihood", best, True, judge_likelihoods(example, likelihoods))
+
+
+def _judge_text(work: Workload, row: int, tokens: list[int], finished: bool, loaded: LoadedModel) -> Judged:
+    example = work.examples[row]
+    answer = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+    if work.settings.template == "plain":
+        answer = cut(answer, RULES[example.metadata.source].stop_texts)
+    try:
+        scores = _BY_NAME[example.metadata.source].score(example, answer)
+    except Unscored as error:
+        return Judged(example, "generation", answer, finished, {}, str(error))
+    return Judged(example, "generation", answer, finished, scores)
+
+
+def _metrics(judged: Sequence[Judged], seed: int) -> list[TaskMetric]:
+    found = []
+    for name in sorted({one.example.metadata.source for one in judged}):
+        own = [one for one in judged if one.example.metadata.source == name]
+        reasons = Counter(one.unscored for one in own if one.unscored)
+        rules = RULES.get(name) if own[0].method == "generation" else None
+        for metric in sorted({metric for one in own for metric in one.scores}) or ["unscored"]:
+            scores = np.array([one.scores[metric] for one in own if metric in one.scores])
+            found.append(
+                TaskMetric(
+                    benchmark=name,
+                    metric=metric,
+                    method=own[0].method,
+                    examples=len(own),
+                    scored=len(scores),
+                    unscored=len(own) - len(scores),
+                    reasons=dict(sorted(reasons.items())),
+                    hit_limit=sum(not one.finished for one in own),
+                    max_new_tokens=rules.max_new_tokens if rules else None,
+                    value=float(scores.mean()) if len(scores) else None,
+                    interval=mean_interval(scores, np.ones(len(scores)), seed_for(seed, name, metric)),
+                )
+            )
+    return found
+
+
+def _table(judged: Sequence[Judged]) -> bytes:
+    rows: list[dict[str, Any]] = [
+        {
+            "id": one.example.id,
+            "benchmark": one.example.metadata.source,
+            "method": one.method,
+            "answer": one.answer,
+            "finished": one.finished,
+            "metrics": list(one.scores),
+            "scores": list(one.scores.values()),
+            "unscored": one.unscored,
+        }
+        for one in judged
+    ]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _findings(work: Workload, known: int) -> list[Finding]:
+    left_out = len(work.examples) - known
+    if not left_out:
+        return work.findings
+    finding = Finding(
+        severity="note",
+        code="no-task",
+        message=f"{left_out} of {len(work.examples)} rows belong to no benchmark that can be answered",
+    )
+    return [*work.findings, finding]

@@ -1,0 +1,141 @@
+"""The benchmarks' own metrics: choices against a plain loop, written answers, unscored is not 0."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lorasmith.benchmarks.base import Unscored
+from lorasmith.benchmarks.drop import Drop
+from lorasmith.errors import DataError
+from lorasmith.files.atomic import read_record
+from lorasmith.records.scoring import TaskMetric, TaskResult
+from lorasmith.scoring.answers import cut, room_for
+from lorasmith.scoring.paired import paired_tasks
+from lorasmith.scoring.tasks import evaluate_tasks
+from tests.tiny import save_adapter, save_base, tiny_rows
+
+
+def mmlu(index: int) -> dict[str, Any]:
+    return {
+        "id": f"MMLU/{index}",
+        "prompt": f"the {'cat ' * index}\nA. one\nB. two\nC. in\nD. on\nAnswer:",
+        "response": "ABCD"[index % 4],
+        "metadata": {
+            "source": "MMLU",
+            "choices": ["one", "two", "in", "on"],
+            "answer": "ABCD"[index % 4],
+        },
+    }
+
+
+def drop(index: int) -> dict[str, Any]:
+    return {
+        "id": f"DROP/{index}",
+        "prompt": f"Passage: the {'rain ' * index}\nQuestion: how many?\nAnswer:",
+        "response": "7",
+        "metadata": {"source": "DROP", "golds": [["7"]]},
+    }
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    save_base(folder / "base")
+    save_adapter(folder / "adapter", folder / "base")
+    rows = [mmlu(i) for i in range(12)] + [drop(i) for i in range(5)] + tiny_rows(2)
+    (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def metric(result: TaskResult, benchmark: str, name: str) -> TaskMetric:
+    [found] = [one for one in result.metrics if (one.benchmark, one.metric) == (benchmark, name)]
+    return found
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_choices_are_the_likeliest_letter_of_a_plain_float64_loop(
+    place: Path, tmp_path: Path, template: str
+) -> None:
+    result = evaluate_tasks(place / "base", place / "test.jsonl", tmp_path, template=template)
+    model = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(place / "base")
+    expected = []
+    for index in range(12):
+        prompt = mmlu(index)["prompt"]
+        # The tokenizer spells a space apart: a plain answer " B" begins with the same token for all.
+        text = f"<|start|>user\n{prompt}<|end|>\n<|start|>assistant\n" if template == "chat" else prompt + " "
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        letters = [tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "ABCD"]
+        with torch.no_grad():
+            expected.append("ABCD"[int(model(torch.tensor([ids])).logits[0, -1, letters].argmax())])
+    table = {row["id"]: row for row in pq.read_table(tmp_path / "base_tasks.parquet").to_pylist()}
+    assert [table[f"MMLU/{index}"]["answer"] for index in range(12)] == expected
+    right = sum(answer == "ABCD"[index % 4] for index, answer in enumerate(expected))
+    assert metric(result, "MMLU", "accuracy").value == pytest.approx(right / 12)
+    assert result == read_record(tmp_path / "base_tasks.json", TaskResult)
+
+
+def test_written_answers_are_judged_and_limits_and_strangers_counted(place: Path, tmp_path: Path) -> None:
+    result = evaluate_tasks(place / "base", place / "test.jsonl", tmp_path)
+    found = metric(result, "DROP", "f1")
+    assert (found.examples, found.method, found.max_new_tokens) == (5, "generation", 64)
+    assert found.hit_limit > 0  # random weights hardly ever end a text
+    assert [(f.code, "2 of 19" in f.message) for f in result.findings] == [("no-task", True)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base_tasks.json", "base_tasks.parquet"]
+
+
+def test_an_unscored_answer_is_not_a_wrong_one(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(self: Drop, example: Any, answer: str) -> dict[str, float]:
+        if example.id in ("DROP/0", "DROP/1"):
+            raise Unscored("no verdict")
+        return {"f1": 1.0}
+
+    monkeypatch.setattr(Drop, "judge", judge)
+    found = metric(evaluate_tasks(place / "base", place / "test.jsonl", tmp_path), "DROP", "f1")
+    assert (found.scored, found.unscored, found.value, found.reasons) == (3, 2, 1.0, {"no verdict": 2})
+    monkeypatch.setattr(Drop, "judge", lambda *_: (_ for _ in ()).throw(Unscored("none")))
+    [none] = [
+        m
+        for m in evaluate_tasks(place / "base", place / "test.jsonl", tmp_path).metrics
+        if m.method == "generation"
+    ]
+    assert (none.value, none.scored, none.interval) == (None, 0, None)
+
+
+def test_two_models_are_paired_by_example(place: Path, tmp_path: Path) -> None:
+    evaluate_tasks(place / "base", place / "test.jsonl", tmp_path)
+    evaluate_tasks(place / "base", place / "test.jsonl", tmp_path, adapter=place / "adapter")
+    base, adapter = (
+        metric(read_record(tmp_path / f"{role}_tasks.json", TaskResult), "MMLU", "accuracy").value
+        for role in ("base", "adapter")
+    )
+    effects = {
+        (effect.benchmark, effect.metric): effect
+        for effect in paired_tasks(tmp_path / "base_tasks.parquet", tmp_path / "adapter_tasks.parquet")
+    }
+    effect = effects["MMLU", "accuracy"]
+    assert (effect.value_a, effect.value_b, effect.examples) == (base, adapter, 12)
+    same = paired_tasks(tmp_path / "base_tasks.parquet", tmp_path / "base_tasks.parquet")
+    assert all((one.delta, one.verdict) == (0.0, "no clear effect") for one in same)
+
+
+def test_a_test_set_without_benchmarks_is_refused(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(3)))
+    with pytest.raises(DataError, match="no row belongs"):
+        evaluate_tasks(place / "base", tmp_path / "t.jsonl", tmp_path / "out")
+
+
+def test_texts_are_cut_at_the_first_stop_and_prompts_at_their_beginning() -> None:
+    assert cut("    return 1\n\ndef other():\nclass X", ("\nclass", "\ndef")) == "    return 1\n"
+    assert cut("all of it", ("\n",)) == "all of it"
+    assert room_for([1, 2, 3, 4, 5], 7, 4) == [3, 4, 5]
+    assert room_for([1, 2, 3], None, 4) == [1, 2, 3]
