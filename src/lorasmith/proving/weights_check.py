@@ -18,18 +18,21 @@ import torch
 from lorasmith.errors import AdapterError
 from lorasmith.progress import Advance
 from lorasmith.proving.weights_compare import compare, compare_bytes
+from lorasmith.proving.weights_exact import exact_sum
 from lorasmith.proving.weights_folder import DTYPES, Index, Stored
 from lorasmith.proving.weights_formula import Expected, Term
 from lorasmith.proving.weights_gain import UNIT, Gain, gamma, make_gain
 from lorasmith.proving.weights_quick import quick_type
 from lorasmith.proving.weights_rounding import GRIDS
 from lorasmith.proving.weights_tally import Tally
-from lorasmith.proving.weights_terms import Block, LoadedTerm, exact_sum, sums
+from lorasmith.proving.weights_terms import Block, LoadedTerm, sums
 
 _READ_ELEMENTS = 1 << 22
 """Elements that a thread maps and checks at a time: their pages are resident meanwhile."""
 _NORM_ELEMENTS = 1 << 18
 """Elements whose sums are held in float64 at a time while norms are taken."""
+_HANDED_OVER = 1 << 14
+"""Elements from which a tensor is checked on another thread."""
 _WAITING = 8
 """Tasks that may be under way or waiting for a thread."""
 
@@ -68,7 +71,7 @@ def check(
         waiting: deque[tuple[_Task, Future[Tally]]] = deque()
         current: Checked | None = None
         for task in _tasks(pairs):
-            waiting.append((task, pool.submit(_run, task)))
+            waiting.append((task, _start(pool, task)))
             if len(waiting) >= _WAITING:
                 current, done = _collect(waiting, current, advance)
                 if done:
@@ -90,6 +93,15 @@ def _one_thread_per_operation() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _start(pool: ThreadPoolExecutor, task: _Task) -> Future[Tally]:
+    """On a thread of its own, or here and now where handing it over would take longer than doing it."""
+    if task.found.elements > _HANDED_OVER:
+        return pool.submit(_run, task)
+    done: Future[Tally] = Future()
+    done.set_result(_run(task))
+    return done
 
 
 def _collect(

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from fractions import Fraction
 
 import numpy as np
 import torch
 
 from lorasmith.errors import CheckpointError
 from lorasmith.proving import weights_rounding as rounding
+from lorasmith.proving.weights_exact import decide, float64_is_exact, row_gain
 from lorasmith.proving.weights_gain import UNIT, gamma
 from lorasmith.proving.weights_quick import doubtful
 from lorasmith.proving.weights_rounding import Floats, Grid, Ints
 from lorasmith.proving.weights_tally import FIRST, Tally, Wrong
-from lorasmith.proving.weights_terms import Block, exact_element, row_gain
+from lorasmith.proving.weights_terms import Block
 
 _SLOW_ELEMENTS = 1 << 13
 """Elements judged slowly at a time, so that memory stays small when all are wrong."""
@@ -51,6 +51,13 @@ def _slow(block: Block, flat: Ints) -> Tally:
     verdict = rounding.judge(grid, magnitude, negative, x, error, base_sign)
     expected, expected_negative = rounding.nearest(grid, np.nan_to_num(x), base_sign)
     right, open_ = verdict.right.copy(), np.flatnonzero(verdict.open)
+    if len(open_):
+        known = open_[float64_is_exact(block, source[open_], size[open_], rows[open_], cols[open_])]
+        settled = rounding.judge(
+            grid, magnitude[known], negative[known], x[known], np.zeros(len(known)), base_sign[known]
+        )
+        right[known] = settled.right
+        open_ = np.setdiff1d(open_, known)
     if not finite.all():
         # Infinities and NaNs that a buffer holds on purpose stay what they are when its precision changes.
         found = np.where(magnitude > grid.infinity, np.nan, np.where(negative, -np.inf, np.inf))
@@ -59,11 +66,11 @@ def _slow(block: Block, flat: Ints) -> Tally:
         open_ = open_[finite[open_]]
     # The distance of a wrong element is exact too where its neighbours' midpoint is out of the error's reach.
     for k in open_:
-        wanted, zero = _exact(block, float(source[k]), int(rows[k]), int(cols[k]))
+        wanted, zero = decide(block, float(source[k]), int(rows[k]), int(cols[k]), int(expected[k]))
         expected[k], expected_negative[k] = wanted
         free_zero = zero and magnitude[k] == 0 and not negative[k]
-        finite = magnitude[k] < grid.infinity
-        right[k] = finite and (free_zero or (int(magnitude[k]), bool(negative[k])) == wanted)
+        stored_finite = magnitude[k] < grid.infinity
+        right[k] = stored_finite and (free_zero or (int(magnitude[k]), bool(negative[k])) == wanted)
     tally = Tally(redone=len(open_))
     wrong = np.flatnonzero(~right)
     if len(wrong):
@@ -103,23 +110,6 @@ def _formula(block: Block, source: Floats, rows: Ints, cols: Ints) -> tuple[Floa
         # Where x is zero and exact it stays so; all else takes on the gain's own error.
         error = error * np.abs(gain) * (1 + 2.0**-40) + np.abs(x) * (block.gain.error + 4 * UNIT)
     return x, error, size
-
-
-def _exact(block: Block, source: float, row: int, col: int) -> tuple[tuple[int, bool], bool]:
-    """The stored number (magnitude, minus) that is right for an element, and whether x is exactly zero."""
-    v, gain, sign = exact_element(block, source, row, col), block.gain, math.copysign(1, source) < 0
-    if gain is None:
-        return rounding.exact_nearest(block.grid, v, sign), v == 0
-    at = row if gain.per_row else col
-    m = Fraction(float(gain.magnitudes[at]))
-    if m * v == 0:
-        return (0, sign), True
-    # |m·V|/‖V‖ against y ≥ 0 is decided by the squares, which are rational.
-    left, square = (m * v) ** 2, gain.exact_square(at)
-    magnitude = rounding.nearest_magnitude(
-        block.grid, lambda y: (left > y * y * square) - (left < y * y * square)
-    )
-    return (magnitude, m * v < 0), False
 
 
 def compare_bytes(found: torch.Tensor, source: torch.Tensor, first_row: int) -> Tally:

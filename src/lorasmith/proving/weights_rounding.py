@@ -10,6 +10,7 @@ right for it, and -0 where the base stored -0 there, because adding nothing to a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -58,6 +59,12 @@ class Grid:
         subnormal = fraction * 2.0 ** (1 - self.bias - self.fraction_bits)
         return np.where(exponent == 0, subnormal, normal.view(np.float64))
 
+    def one(self, magnitude: int) -> float:
+        """`value` of a single magnitude."""
+        exponent, fraction = magnitude >> self.fraction_bits, magnitude & ((1 << self.fraction_bits) - 1)
+        significand = fraction + ((1 << self.fraction_bits) if exponent else 0)
+        return math.ldexp(significand, max(exponent, 1) - self.bias - self.fraction_bits)
+
     def below(self, x: Floats) -> Ints:
         """The magnitude of the greatest number that is not greater than x ≥ 0, at most infinity's."""
         bits = x.view(np.int64) >> (52 - self.fraction_bits)
@@ -77,7 +84,7 @@ class Grid:
             return "nan"
         if magnitude == self.infinity:
             return "-inf" if negative else "inf"
-        value = float(self.value(np.asarray([magnitude], np.int64))[0])
+        value = self.one(magnitude)
         return -value if negative else value
 
 
@@ -142,29 +149,40 @@ def ulps(magnitude: Ints, negative: Mask, expected: Ints, expected_negative: Mas
     return np.abs(found - wanted)
 
 
-def exact_nearest(grid: Grid, x: Fraction, base_sign: bool) -> tuple[int, bool]:
+def exact_nearest(grid: Grid, x: Fraction, base_sign: bool, guess: int = 0) -> tuple[int, bool]:
     """Magnitude and sign of the number nearest to a rational number, ties to even."""
     if x == 0:
         return 0, base_sign
     size = abs(x)
-    return nearest_magnitude(grid, lambda other: (size > other) - (size < other)), x < 0
+    return nearest_magnitude(grid, lambda other: (size > other) - (size < other), guess), x < 0
 
 
-def nearest_magnitude(grid: Grid, compare: Callable[[Fraction], int]) -> int:
+def nearest_magnitude(grid: Grid, compare: Callable[[Fraction], int], guess: int = 0) -> int:
     """The magnitude nearest to a positive number that is known by comparison alone, ties to even.
 
-    `compare(y)` is the sign of the number less y: enough for irrational numbers too.
+    `compare(y)` is the sign of the number less y: enough for irrational numbers too. A `guess` that is right
+    or next to right saves the search.
     """
+    for near in (guess, guess + 1, guess - 1):
+        if 0 <= near <= grid.infinity and _is_nearest(grid, compare, near):
+            return near
     low, high = 0, grid.infinity
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if compare(_fraction(grid, middle)) >= 0 else (low, middle)
-    side = compare((_fraction(grid, low) + _fraction(grid, low + 1)) / 2)
-    return low + int(side > 0 or (side == 0 and low % 2 == 1))
+        low, high = (middle, high) if compare(Fraction(grid.one(middle))) >= 0 else (low, middle)
+    return low if _is_nearest(grid, compare, low) else low + 1
 
 
-def _fraction(grid: Grid, magnitude: int) -> Fraction:
-    return Fraction(float(grid.value(np.asarray([magnitude], np.int64))[0]))
+def _is_nearest(grid: Grid, compare: Callable[[Fraction], int], magnitude: int) -> bool:
+    even = magnitude % 2 == 0
+    if magnitude > 0:
+        side = compare(Fraction((grid.one(magnitude - 1) + grid.one(magnitude)) / 2))
+        if side < 0 or (side == 0 and not even):
+            return False
+    if magnitude == grid.infinity:
+        return True
+    side = compare(Fraction((grid.one(magnitude) + grid.one(magnitude + 1)) / 2))
+    return side < 0 or (side == 0 and even)
 
 
 def exact_dot(left: Any, right: Any) -> Fraction:

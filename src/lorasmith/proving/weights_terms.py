@@ -1,4 +1,4 @@
-"""The sum S + Σ c·L·R over rows of a matrix: in floating point with a bound, and exactly for one element.
+"""The sum S + Σ c·L·R over rows of a matrix, in floating point with a bound.
 
 Error bound (Higham, Accuracy and Stability of Numerical Algorithms, 3.1): a sum of n products in any order
 is off by at most γ(n)·Σ|products|, γ(n) = n·u/(1 − n·u), u half the distance from 1 to the next number.
@@ -6,15 +6,13 @@ is off by at most γ(n)·Σ|products|, γ(n) = n·u/(1 − n·u), u half the dis
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 
-from lorasmith.proving import weights_rounding as rounding
-from lorasmith.proving.weights_gain import Gain, gamma, make_gain, sum_of_squares
+from lorasmith.proving.weights_gain import Gain, gamma
 from lorasmith.proving.weights_rounding import Grid
 
 
@@ -79,36 +77,3 @@ def sums(
     # To the additions come c·L in two roundings, R in one, the product, and the difference to m.
     rank = sum(term.right.shape[0] for term in terms)
     return x, reach, gamma(rank + 6, torch.finfo(kind).eps / 2)
-
-
-def row_gain(block: Block, magnitudes: torch.Tensor) -> Gain:
-    v, reach, bound = sums(block.source, block.terms, block.start, torch.float64)
-    squares, error = sum_of_squares(v)
-    columns = v.shape[1]
-    spread = bound * (squares.sqrt() + 2 * reach[:, 0] * math.sqrt(columns))
-    cached: dict[int, Fraction] = {}
-
-    def exact_square(row: int) -> Fraction:
-        if row not in cached:
-            source = block.source[row].tolist()
-            total = sum((exact_element(block, source[j], row, j) ** 2 for j in range(columns)), Fraction(0))
-            cached[row] = total
-        return cached[row]
-
-    return make_gain(
-        squares, spread, error, magnitudes, per_row=True, exact_square=exact_square, name=block.name
-    )
-
-
-def exact_element(block: Block, source: float, row: int, col: int) -> Fraction:
-    """S + Σ c·L·R of one element as a rational number."""
-    return exact_sum(block.terms, source, block.start + row, col)
-
-
-def exact_sum(terms: Sequence[LoadedTerm], source: float, row: int, col: int) -> Fraction:
-    """The same by the row of the whole matrix."""
-    total = Fraction(source)
-    for term in terms:
-        left = term.left[row - term.first_row].tolist()
-        total += term.factor * rounding.exact_dot(left, term.right[:, col].tolist())
-    return total
