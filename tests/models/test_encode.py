@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lorasmith.errors import CheckpointError, DataError, UsageError
@@ -31,15 +31,14 @@ def with_bos(tokenizer: Any) -> Any:
 
 
 def dummy_prefix_tokenizer() -> PreTrainedTokenizerFast:
-    """Puts a space before every text it gets, as SentencePiece does with its dummy prefix."""
+    """Puts a space before every text it gets, as Llama 2's does (SentencePiece's dummy prefix)."""
     letters = ["▁", "\n", *"abcdefghijklmnopqrstuvwxyz:()"]
     vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters])}
     for left, right in [("▁", "▁"), ("▁▁", "▁▁"), ("▁", "t")]:
         vocab[left + right] = len(vocab)
     merges = [("▁", "▁"), ("▁▁", "▁▁"), ("▁", "t")]
     core = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    core.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
