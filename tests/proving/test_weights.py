@@ -60,8 +60,8 @@ def claim(base: Path, adapters: list[Path], merged: Path, **claims: Any) -> None
 
 
 def codes(proof: WeightProof) -> set[str]:
-    """Codes of the findings."""
-    return {finding.code for finding in proof.findings}
+    """Codes of the findings, without mere notes."""
+    return {finding.code for finding in proof.findings if finding.severity != "note"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -191,6 +191,60 @@ def test_calibrated_is_bounded_and_only_where_the_adapter_acts(tmp_path: Path) -
     merged = write_model(tmp_path / "untouched", tensors)
     claim(base, [adapter], merged, rounding="calibrated")
     assert prove(base, adapter, merged).grade == "different"
+
+
+def test_scalars_empty_tensors_and_buffers(tmp_path: Path) -> None:
+    odd = {
+        "model.scale": torch.tensor(1.5, dtype=torch.bfloat16),
+        "model.nothing": torch.empty(0, 12, dtype=torch.bfloat16),
+        "model.mask": torch.tensor([-math.inf, 0.0, math.nan, -0.0], dtype=torch.float32),
+        "model.flags": torch.tensor([True, False]),
+        "model.experts": torch.randn(3, 5, 2, 4).bfloat16(),
+    }
+    base = write_model(tmp_path / "base", base_tensors() | odd)
+    adapter = write_adapter(tmp_path / "adapter", adapter_tensors())
+    right = right_merge(base_tensors(), [(adapter_tensors(), 2.0)]) | odd
+    proof = prove(base, adapter, write_model(tmp_path / "merged", right))
+    assert proof.grade == "exact", proof.findings
+    assert proof.tensors_checked == len(right)
+    narrow = right_merge(base_tensors(), [(adapter_tensors(), 2.0)], torch.float32) | {
+        name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in odd.items()
+    }
+    proof = prove(base, adapter, write_model(tmp_path / "float32", narrow))
+    assert (proof.grade, proof.precision) == ("exact", "float32"), proof.findings
+    wrong = {name: tensor.clone() for name, tensor in right.items()}
+    wrong["model.experts"][2, 4, 1, 3] = 7
+    wrong["model.mask"][2] = 0
+    proof = prove(base, adapter, write_model(tmp_path / "wrong", wrong))
+    assert {tuple(d.index) for d in proof.differences} == {(2, 4, 1, 3), (2,)}
+
+
+def test_float64_bases_are_not_guessed_at(tmp_path: Path) -> None:
+    tensors = {
+        name: tensor.double() if tensor.is_floating_point() else tensor
+        for name, tensor in base_tensors().items()
+    }
+    base = write_model(tmp_path / "base", tensors)
+    adapter = write_adapter(tmp_path / "adapter", adapter_tensors())
+    with pytest.raises(CheckpointError, match="float64"):
+        prove(base, adapter, write_model(tmp_path / "merged", tensors))
+    merged = right_merge(base_tensors(), [(adapter_tensors(), 2.0)], torch.float32)
+    assert prove(base, adapter, write_model(tmp_path / "float32", merged)).grade == "exact"
+
+
+def test_findings_that_do_not_change_the_grade(tmp_path: Path) -> None:
+    base, _ = folders(tmp_path)
+    tensors = adapter_tensors()
+    lost = f"base_model.model.{module(1, 'k_proj')}.lora_"
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(lost)}
+    adapter = write_adapter(tmp_path / "part", tensors)
+    merged = write_model(tmp_path / "merged", right_merge(base_tensors(), [(tensors, 2.0)]))
+    (merged / "consolidated.safetensors").write_bytes(b"old")
+    (merged / "tokenizer.json").unlink()
+    proof = prove(base, adapter, merged)
+    assert proof.grade == "exact"
+    assert codes(proof) == {"untouched-targets", "stray-weights", "missing-tokenizer"}
+    assert "base-not-verified" in {finding.code for finding in proof.findings}
 
 
 def test_the_record_is_written_and_read_back(tmp_path: Path) -> None:

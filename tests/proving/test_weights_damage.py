@@ -19,7 +19,7 @@ from tests.proving.small import (
     write_model,
 )
 
-FLIPS = 300
+FLIPS = 200
 
 
 @pytest.fixture(scope="module")

@@ -224,7 +224,7 @@ def test_tied_embeddings_are_untied(name: str, bases: Callable[..., Path], tmp_p
         config_file.write_text(json.dumps({**body, **flag}))
         proof = prove(base, adapter, right)
         assert proof.grade == "different"
-        assert {finding.code for finding in proof.findings} == {"wrong-tie"}
+        assert {finding.code for finding in proof.findings if finding.severity == "error"} == {"wrong-tie"}
 
 
 def test_an_untied_base_must_not_be_tied(bases: Callable[..., Path], tmp_path: Path) -> None:
@@ -256,7 +256,8 @@ def test_a_resized_vocabulary(bases: Callable[..., Path], tmp_path: Path) -> Non
         assert proof.grade == "exact", show(proof)
         body = json.loads((merged / "config.json").read_text())
         (merged / "config.json").write_text(json.dumps({**body, "vocab_size": 300}))
-        assert {f.code for f in prove(base, adapter, merged).findings} == {"wrong-vocabulary"}
+        errors = [f.code for f in prove(base, adapter, merged).findings if f.severity == "error"]
+        assert errors == ["wrong-vocabulary"]
 
 
 def _rename(folder: Path, file: str, change: Callable[[str], str]) -> None:

@@ -21,8 +21,14 @@ from lorasmith.proving.weights_files import Claims, Identity, check_files, merge
 from lorasmith.proving.weights_folder import TensorFolder, open_model, read_json
 from lorasmith.proving.weights_plan import make_plan
 from lorasmith.proving.weights_report import Report
-from lorasmith.records.base import FileDigest
+from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.proof import WeightProof
+
+_BASE_UNKNOWN = Finding(
+    severity="note",
+    code="base-not-verified",
+    message="nothing in adapter or merge tells which base they belong to; this proof takes the one given",
+)
 
 
 def prove(
@@ -65,6 +71,9 @@ def prove(
             weights=factors,
         )
     report.findings += check_files(claims, identity, base, adapters, merged)
+    report.findings += plan.findings
+    if not plan.base_verified and claims.record is None:
+        report.findings.append(_BASE_UNKNOWN)
     report.findings += plan.ties.check(merged_config(merged), merged_folder.tensors)
     proof = report.finish(identity, len(plan.used), sum(one.tensors for one in loaded))
     if output is not None:

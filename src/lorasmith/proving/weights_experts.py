@@ -47,9 +47,10 @@ class Stack:
 def stacks(path: str, expected: Mapping[str, Expected]) -> list[Stack]:
     """The parameters of a module of experts, stacked on disk or stored one by one."""
     found: list[Stack] = []
+    starts = set(names.spellings(f"{path}."))
     for name, target in expected.items():
         parent, _, leaf = name.rpartition(".")
-        if len(target.source.shape) == 3 and f"{parent}." in names.spellings(f"{path}."):
+        if len(target.source.shape) == 3 and f"{parent}." in starts:
             experts, high, wide = target.source.shape
             slots = tuple(Slot(target, e, e * high, range(high)) for e in range(experts))
             found.append(Stack(leaf, experts, high, wide, slots))

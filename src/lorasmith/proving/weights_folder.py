@@ -181,7 +181,23 @@ def open_model(path: Path, *, released: bool = False) -> TensorFolder:
             expected="model.safetensors, or model.safetensors.index.json and its shards",
             remedy="convert a pickle checkpoint with transformers' save_pretrained first",
         )
+    if released:
+        _note_strays(folder)
     return folder
+
+
+def _note_strays(folder: TensorFolder) -> None:
+    """Weights beside the checkpoint that no loader takes by default, and that nothing here checks."""
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        for file in sorted(set(folder.path.glob(pattern)) - set(folder.files)):
+            folder.problems.append(
+                Finding(
+                    severity="warning",
+                    code="stray-weights",
+                    message=f"{file.name!r} is not part of the checkpoint and was not checked",
+                    where=file.name,
+                )
+            )
 
 
 def open_file(path: Path) -> TensorFolder:

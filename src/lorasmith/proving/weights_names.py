@@ -77,10 +77,12 @@ def expert_names(path: str, part: str, names: Iterable[str]) -> dict[int, str]:
     """Number of an expert → name of its weight, for a module of experts that are stored one by one."""
     starts = tuple(spellings(f"{path}."))
     result: dict[int, str] = {}
+    ending = f".{part}.weight"
     for name in names:
-        match = re.fullmatch(r"(.*\.)(\d+)\." + re.escape(part) + r"\.weight", name)
-        if match and match[1] in starts:
-            result[int(match[2])] = name
+        if name.endswith(ending) and name.startswith(starts):
+            match = re.fullmatch(r"(.*\.)(\d+)", name.removesuffix(ending))
+            if match and match[1] in starts:
+                result[int(match[2])] = name
     return result
 
 

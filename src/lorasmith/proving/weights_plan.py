@@ -13,6 +13,7 @@ from lorasmith.proving.weights_adapter import Adapter
 from lorasmith.proving.weights_folder import Stored, TensorFolder
 from lorasmith.proving.weights_formula import Expected, Factor, Magnitude, Term, transposed
 from lorasmith.proving.weights_ties import Ties
+from lorasmith.records.base import Finding
 
 CONV1D = frozenset(("c_attn", "c_proj", "c_fc", "q_attn"))
 """Modules that store their weight as [in, out] in the model types below."""
@@ -28,6 +29,9 @@ class Plan:
         self.expected = {name: Expected(name, stored.dtype, stored) for name, stored in base.tensors.items()}
         self.ties = Ties(self.expected, config)
         self.used: set[tuple[str, str]] = set()
+        self.base_verified = False
+        """Whether an adapter holds a copy of a tensor of the base, which agreed."""
+        self.findings: list[Finding] = []
 
     def use(self, stored: Stored) -> Stored:
         """Note that an adapter tensor has its place in a formula."""
@@ -59,9 +63,33 @@ def make_plan(base: TensorFolder, config: Mapping[str, Any], adapters: Sequence[
             for role, stored in roles.items():
                 if (str(stored.file), stored.name) not in plan.used:
                     raise adapter.refuse(f"the {role} of {module!r} has no place in the merge")
+        _note_gaps(plan, adapter)
     for target in plan.expected.values():
         _check_combination(adapters, target)
     return plan
+
+
+def _note_gaps(plan: Plan, adapter: Adapter) -> None:
+    """Modules that the config's list of targets names too, but that have no tensors in the adapter.
+
+    PEFT would give them fresh factors that do nothing; an adapter file that lost some looks just so.
+    """
+    targets = adapter.config.get("target_modules")
+    narrowed = any(adapter.config.get(key) for key in ("exclude_modules", "layers_to_transform"))
+    if not isinstance(targets, list) or narrowed:
+        return
+    ends = tuple(f".{target}.weight" for target in targets if isinstance(target, str))
+    gaps = [
+        name
+        for name, target in plan.expected.items()
+        if len(target.source.shape) == 2 and f".{name}".endswith(ends) and not target.terms
+    ]
+    if gaps and ends:
+        shown = ", ".join(gaps[:3]) + (f" and {len(gaps) - 3} more" if len(gaps) > 3 else "")
+        text = f"target_modules fits {len(gaps)} tensors that the adapter does not change: {shown}"
+        plan.findings.append(
+            Finding(severity="warning", code="untouched-targets", message=text, where=str(adapter.path))
+        )
 
 
 def _place(plan: Plan, adapter: Adapter, module: str, roles: Mapping[str, Stored]) -> None:
@@ -192,6 +220,7 @@ def _take_copy(plan: Plan, adapter: Adapter, module: str, copy: Stored) -> None:
             "the same values",
             "give the base the adapter was trained on",
         )
+    plan.base_verified = True
 
 
 def _same_values(copy: Stored, base: Stored) -> bool:

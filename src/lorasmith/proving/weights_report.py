@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lorasmith.errors import CheckpointError
 from lorasmith.files import digests
 from lorasmith.proving.weights_check import Checked, check
-from lorasmith.proving.weights_files import Claims, Identity
+from lorasmith.proving.weights_files import RECORD, Claims, Identity
 from lorasmith.proving.weights_folder import Stored, TensorFolder
 from lorasmith.proving.weights_formula import Expected
 from lorasmith.proving.weights_rounding import GRIDS
@@ -49,12 +50,18 @@ class Report:
             if want_or_none is None:
                 self._whole(name, "extra", found.elements, found.dtype, "in neither base nor adapter")
             elif self._comparable(want_or_none, found):
-                pairs.append((want_or_none, found))
+                if found.elements:
+                    pairs.append((want_or_none, found))
+                else:
+                    self.take(Checked(want_or_none, found, Tally()))
         return pairs
 
     def _precision(self, expected: Mapping[str, Expected]) -> str:
         if self.claims.record:
-            return self.claims.record.precision
+            claimed = self.claims.record.precision
+            if claimed not in ("base", *_NAMES):
+                self._note("record-disagrees", f"unknown precision {claimed!r}", RECORD)
+            return claimed
         stored = [
             (want.dtype, self.merged.tensors[name].dtype)
             for name, want in expected.items()
@@ -72,6 +79,12 @@ class Report:
             return False
         if found.dtype != wanted:
             self._note("wrong-dtype", f"stored as {found.dtype}, not {wanted}", found.name)
+        if found.dtype == "F64" and want.kind == "merged":
+            raise CheckpointError(
+                f"the base stores {found.name!r} as float64, whose rounding cannot be checked",
+                where=want.source.file,
+                remedy="merge with --precision float32",
+            )
         both_float = want.source.dtype in _FLOATS and found.dtype in GRIDS
         if both_float or (found.dtype == want.source.dtype and want.kind != "merged"):
             return True
