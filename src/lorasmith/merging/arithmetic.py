@@ -139,7 +139,8 @@ def sum_block(
     values = own.double[:elements].view(height, width)
     values.copy_(stored)
     flat = values.view(-1)
-    counts = Counts(base_square=float(np.dot(flat.numpy(), flat.numpy())))
+    # Not numpy's dot: its library has threads of its own, which wait for each other by spinning.
+    counts = Counts(base_square=float(torch.dot(flat, flat)))
     values.addmm_(products.left[row : row + height], products.right[:, column : column + width])
     absolute = products.bound[row : row + height] * (2 * products.factor)
     places = open_elements(values, products.factor, absolute, target, own, out)
