@@ -21,7 +21,7 @@ import lorasmith
 from lorasmith.errors import BusyError, InputError, os_errors
 from lorasmith.files.atomic import read_record, write_record
 from lorasmith.files.digests import describe, digest_path, folder_files
-from lorasmith.files.machine import hardware, peak_memory, reset_peak_memory
+from lorasmith.files.machine import hardware, peak_memory, reset_peak_memory, return_memory
 from lorasmith.records.base import FileDigest
 from lorasmith.records.release import StageRecord, StageTiming, TimingRecord
 
@@ -130,6 +130,7 @@ def read_timings(run: Path) -> dict[str, StageTiming]:
 
 def measure(name: str, action: Callable[[], object]) -> StageTiming:
     """Run `action` and take its wall time, processor time and peak memory."""
+    return_memory()
     can_reset = reset_peak_memory()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     wall, cpu = time.perf_counter(), _cpu_seconds()

@@ -151,6 +151,21 @@ def make_batches(rows: Sequence[Encoded], settings: TrainSettings) -> Iterator[l
             made += 1
 
 
+_PART_TOKENS = 1024
+"""Padded tokens of one forward and backward pass: the memory of training grows with it."""
+
+
+def parts(batch: Sequence[Encoded]) -> Iterator[list[Encoded]]:
+    """The batch in parts of at most `_PART_TOKENS` tokens, or of one row; their gradients add up."""
+    part: list[Encoded] = []
+    for row in sorted(batch, key=lambda row: len(row.ids)):
+        if part and len(row.ids) * (len(part) + 1) > _PART_TOKENS:
+            yield part
+            part = []
+        part.append(row)
+    yield part
+
+
 def _optimise(
     model: PeftModel, batches: Sequence[list[Encoded]], settings: TrainSettings, progress: Progress
 ) -> tuple[list[float], int]:
@@ -171,13 +186,18 @@ def _optimise(
     total = sum(len(row.ids) for batch in batches for row in batch)
     with progress("Training", total=total, unit="tok") as advance:
         for batch in batches:
-            loss, tokens = batch_loss(model, batch, device)
-            loss.backward()
+            tokens = sum(row.scored for row in batch)
+            loss = 0.0
+            for part in parts(batch):
+                mean, count = batch_loss(model, part, device)
+                share = mean * (count / tokens)
+                share.backward()
+                loss += share.item()
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(round(loss.item(), 6))
+            losses.append(round(loss, 6))
             scored += tokens
             advance(sum(len(row.ids) for row in batch))
     return losses, scored
