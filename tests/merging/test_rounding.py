@@ -14,6 +14,7 @@ from lorasmith.merging.exact import distil, round_rational
 from lorasmith.merging.rounding import (
     TARGETS,
     Array,
+    Bound,
     Indices,
     cast,
     open_elements,
@@ -99,7 +100,8 @@ def fast_path(candidate: Array, relative: float, absolute: Array, dtype: str) ->
     values = torch.from_numpy(candidate)
     out = torch.empty(values.shape, dtype=TARGETS[dtype].native)
     scratch = Scratch().of(values.numel())
-    return out, open_elements(values, relative, torch.from_numpy(absolute), TARGETS[dtype], scratch, out)
+    bound = Bound(relative, torch.from_numpy(absolute), float(absolute.max()))
+    return out, open_elements(values, bound, TARGETS[dtype], scratch, out)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)

@@ -5,12 +5,11 @@ Legend of shapes: O rows and I columns of the target as a matrix, K products in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from lorasmith.adapters.base import Factor, Rows
@@ -19,6 +18,8 @@ from lorasmith.merging.exact import ExactTerm, round_exactly
 from lorasmith.merging.rounding import (
     TARGETS,
     Array,
+    Bound,
+    Indices,
     Target,
     cast,
     error_factor,
@@ -30,8 +31,6 @@ from lorasmith.merging.workers import Scratch
 
 LoadFactor = Callable[[Factor], torch.Tensor]
 """Reads a factor and gives it as a float64 matrix; raises for NaN and infinities."""
-
-Indices = npt.NDArray[np.signedinteger[Any]]
 
 ROUNDED_UP = 1 + 2.0**-20
 
@@ -79,6 +78,16 @@ class Products:
         """‖L̂·R‖² = Σ (L̂ᵀL̂) ∘ (R·Rᵀ), without making the product."""
         return float(((self.left.T @ self.left) * (self.right @ self.right.T)).sum())
 
+    @cached_property
+    def absolute(self) -> torch.Tensor:
+        """a of the error bound, [O, 1]."""
+        return self.bound * (2 * self.factor)
+
+    @cached_property
+    def largest(self) -> float:
+        """The largest a."""
+        return float(self.absolute.max()) if self.absolute.numel() else 0.0
+
     def exact_terms(self, rows: Indices, columns: Indices) -> list[ExactTerm]:
         """The stored numbers that make the elements (rows[i], columns[i])."""
         return [
@@ -93,6 +102,13 @@ class Open:
 
     places: Indices
     """Flat positions within the block."""
+    candidate: Array
+
+
+@dataclass(frozen=True)
+class Undecided:
+    """Open elements of one range of rows."""
+
     rows: Indices
     columns: Indices
     candidate: Array
@@ -130,7 +146,7 @@ def sum_block(
     """Write the merged values of the block that begins at (`row`, `column`) of its range of rows.
 
     `stored` [m, n] holds W as the base stores it, `out` [m, n] has the target's type. The elements that come
-    back as open have no value yet and are not counted as changed.
+    back as open have no value yet.
     """
     height, width = stored.shape
     elements = height * width
@@ -142,26 +158,23 @@ def sum_block(
     # Not numpy's dot: its library has threads of its own, which wait for each other by spinning.
     counts = Counts(base_square=float(torch.dot(flat, flat)))
     values.addmm_(products.left[row : row + height], products.right[:, column : column + width])
-    absolute = products.bound[row : row + height] * (2 * products.factor)
-    places = open_elements(values, products.factor, absolute, target, own, out)
+    bound = Bound(products.factor, products.absolute[row : row + height], products.largest)
+    places = open_elements(values, bound, target, own, out)
     counts.changed = different(out, stored, target, own)
     if products.updated is None:
         counts.updated = elements
     else:
-        counts.updated = int(
-            torch.count_nonzero(products.updated[row : row + height, column : column + width])
-        )
-    if not len(places):
-        return counts, None
-    counts.changed -= different_at(out, stored, places, target)
-    weights = stored.reshape(-1)[torch.from_numpy(places)].to(torch.float64).numpy()
-    found = Open(places, row + places // width, column + places % width, flat.numpy()[places], weights)
-    return counts, found
+        here = products.updated[row : row + height, column : column + width]
+        counts.updated = int(torch.count_nonzero(here))
+    return counts, Open(places, flat.numpy()[places]) if len(places) else None
+
+
+_BY_TYPE = {target.native: target for target in TARGETS.values()}
 
 
 def target_of(out: torch.Tensor) -> Target:
     """The format of a tensor."""
-    return next(target for target in TARGETS.values() if target.native == out.dtype)
+    return _BY_TYPE[out.dtype]
 
 
 def different(merged: torch.Tensor, stored: torch.Tensor, target: Target, scratch: Scratch) -> int:
@@ -186,25 +199,21 @@ def different_at(merged: torch.Tensor, stored: torch.Tensor, places: Indices, ta
     return int(torch.count_nonzero(new.view(target.bits) != old.view(target.bits)))
 
 
-def decide(opened: Sequence[Open], products: Products, target: Target, name: str) -> tuple[Array, int]:
-    """RN of open elements of one range of rows, in their order, and how many of them are ties.
+def decide(opened: Undecided, products: Products, target: Target, name: str) -> tuple[Array, int]:
+    """RN of open elements, and how many of them are ties.
 
     Raises `CheckpointError` for NaN or infinities in W, and for a result beyond the target's range.
     """
-    candidate = np.concatenate([part.candidate for part in opened])
-    weights = np.concatenate([part.weights for part in opened])
-    rows = np.concatenate([part.rows for part in opened])
-    columns = np.concatenate([part.columns for part in opened])
-    if not np.isfinite(weights).all():
+    if not np.isfinite(opened.weights).all():
         raise not_finite(name)
-    size = products.bound.numpy()[rows, 0]
-    bound = products.factor * (np.abs(candidate) + 2 * size) * ROUNDED_UP
-    values, certain = settle(candidate, bound, target)
+    size = products.bound.numpy()[opened.rows, 0]
+    bound = products.factor * (np.abs(opened.candidate) + 2 * size) * ROUNDED_UP
+    values, certain = settle(opened.candidate, bound, target)
     ties = 0
     left_open = np.nonzero(~certain)[0]
     if len(left_open):
-        terms = products.exact_terms(rows[left_open], columns[left_open])
-        values[left_open], tied, _ = round_exactly(weights[left_open], terms, target)
+        terms = products.exact_terms(opened.rows[left_open], opened.columns[left_open])
+        values[left_open], tied, _ = round_exactly(opened.weights[left_open], terms, target)
         ties = int(np.count_nonzero(tied))
     if not np.isfinite(values).all():
         raise overflow(name, target)
@@ -212,13 +221,14 @@ def decide(opened: Sequence[Open], products: Products, target: Target, name: str
 
 
 def patch(out: torch.Tensor, stored: torch.Tensor, places: Indices, values: Array, target: Target) -> Counts:
-    """Write decided values at flat positions of a block, and count what became of them."""
+    """Write decided values at flat positions, and count anew what became of them."""
     here = torch.from_numpy(places)
     old = stored.reshape(-1)[here]
     new = to_stored(values, target)
+    counted = different_at(out, stored, places, target)
     out.view(-1)[here] = new
     changed = int(torch.count_nonzero(new != cast(old, target)))
-    return Counts(changed=changed, underflowed=underflowed(values, old, target))
+    return Counts(changed=changed - counted, underflowed=underflowed(values, old, target))
 
 
 def not_finite(name: str) -> CheckpointError:

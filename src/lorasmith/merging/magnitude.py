@@ -13,7 +13,7 @@ larger (V nearly vanishes against W and the products) every element of the row i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -27,14 +27,14 @@ from lorasmith.merging.arithmetic import (
     Counts,
     Open,
     Products,
+    Undecided,
     different,
-    different_at,
     not_finite,
     overflow,
     target_of,
 )
 from lorasmith.merging.exact import exact_values, round_scaled, sum_of_squares, two_sum
-from lorasmith.merging.rounding import Array, Indices, Target, open_elements, settle
+from lorasmith.merging.rounding import Array, Bound, Indices, Target, open_elements, settle
 from lorasmith.merging.workers import Scratch
 
 ReadRows = Callable[[int, int], torch.Tensor]
@@ -154,8 +154,9 @@ def scaled_block(
     right = products.right[:, column : column + width]
     candidate = torch.addmm(weights, products.left[row : row + height], right)
     candidate *= _along(scaling.magnitude / scaling.norm, scaling.axis, row, column, height, width)
-    bound = _bounds(products, scaling, row, column, height, width)
-    places = open_elements(candidate, scaling.relative, bound, target, own, out)
+    absolute = _bounds(products, scaling, row, column, height, width)
+    bound = Bound(scaling.relative, absolute, float(absolute.max()))
+    places = open_elements(candidate, bound, target, own, out)
     difference = candidate - weights
     counts = Counts(
         updated=stored.numel(),
@@ -163,12 +164,7 @@ def scaled_block(
         base_square=float(torch.dot(weights.view(-1), weights.view(-1))),
         update_square=float(torch.dot(difference.view(-1), difference.view(-1))),
     )
-    if not len(places):
-        return counts, None
-    counts.changed -= different_at(out, stored, places, target)
-    rows, columns = row + places // width, column + places % width
-    flat = candidate.numpy().reshape(-1)[places]
-    return counts, Open(places, rows, columns, flat, weights.numpy().reshape(-1)[places])
+    return counts, Open(places, candidate.numpy().reshape(-1)[places]) if len(places) else None
 
 
 def _bounds(
@@ -176,24 +172,21 @@ def _bounds(
 ) -> torch.Tensor:
     """a of the bound; infinite where the norm is not good."""
     share = _along(scaling.absolute, scaling.axis, row, column, height, width)
-    bound = products.bound[row : row + height] * (2 * products.factor) * share
+    bound = products.absolute[row : row + height] * share
     return torch.where(bound.isnan(), torch.inf, bound)
 
 
 def decide_scaled(
-    opened: Sequence[Open], products: Products, scaling: Scaling, target: Target, name: str, read: ReadRows
+    opened: Undecided, products: Products, scaling: Scaling, target: Target, name: str, read: ReadRows
 ) -> tuple[Array, int]:
-    """RN of open elements, in their order, and how many of them are ties."""
-    candidate = np.concatenate([part.candidate for part in opened])
-    rows = np.concatenate([part.rows for part in opened])
-    columns = np.concatenate([part.columns for part in opened])
-    share = scaling.absolute.numpy()[rows if scaling.axis == 0 else columns]
+    """RN of open elements, and how many of them are ties."""
+    share = scaling.absolute.numpy()[opened.rows if scaling.axis == 0 else opened.columns]
     with np.errstate(invalid="ignore"):
-        absolute = products.bound.numpy()[rows, 0] * (2 * products.factor) * share
+        absolute = products.absolute.numpy()[opened.rows, 0] * share
     absolute = np.where(np.isnan(absolute), np.inf, absolute)
-    bound = (absolute + scaling.relative * np.abs(candidate)) * ROUNDED_UP
-    values, certain = settle(candidate, bound, target)
-    ties = _decide(values, ~certain, rows, columns, products, scaling, target, read)
+    bound = (absolute + scaling.relative * np.abs(opened.candidate)) * ROUNDED_UP
+    values, certain = settle(opened.candidate, bound, target)
+    ties = _decide(values, ~certain, opened.rows, opened.columns, products, scaling, target, read)
     if not np.isfinite(values).all():
         raise overflow(name, target)
     return values, ties

@@ -20,6 +20,7 @@ from lorasmith.merging.arithmetic import (
     Counts,
     Open,
     Products,
+    Undecided,
     cast_piece,
     decide,
     overflow,
@@ -40,8 +41,8 @@ TORCH_TYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 
-BLOCK_ELEMENTS = 1 << 17
-"""1 MiB of float64: the few arrays of one block stay in a core's cache."""
+BLOCK_ELEMENTS = 1 << 18
+"""2 MiB of float64: the few arrays of one block stay in a core's caches."""
 
 _RECENT = 4
 
@@ -322,14 +323,18 @@ class LowRank:
     ) -> None:
         target = TARGETS[self._output.dtype]
         products = self._products[start]
-        opened = [found for _, found in parts]
+        places = np.concatenate([block.offset + found.places for block, found in parts])
+        opened = Undecided(
+            np.concatenate([block.row - start + found.places // block.width for block, found in parts]),
+            np.concatenate([block.column + found.places % block.width for block, found in parts]),
+            np.concatenate([found.candidate for _, found in parts]),
+            stored[torch.from_numpy(places)].to(torch.float64).numpy(),
+        )
         if self._scaling is None:
             values, ties = decide(opened, products, target, self._output.name)
         else:
-            values, ties = decide_scaled(
-                opened, products, self._scaling, target, self._output.name, self._base.rows
-            )
-        places = np.concatenate([block.offset + found.places for block, found in parts])
+            name, read = self._output.name, self._base.rows
+            values, ties = decide_scaled(opened, products, self._scaling, target, name, read)
         self._counts.add(patch(merged, stored, places, values, target))
         self._counts.ties += ties
 

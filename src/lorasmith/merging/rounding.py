@@ -28,6 +28,7 @@ means certain, as rounding is monotone. What is left is decided exactly (exact.p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -55,12 +56,12 @@ class Target:
     emax: int
     """Exponent of the largest number."""
 
-    @property
+    @cached_property
     def smallest_normal(self) -> float:
         """Below it numbers are subnormal."""
         return 2.0**self.emin
 
-    @property
+    @cached_property
     def largest(self) -> float:
         """The largest finite number."""
         return (2.0 - 2.0 ** (1 - self.precision)) * 2.0**self.emax
@@ -120,53 +121,84 @@ def to_stored(values: Array, target: Target) -> torch.Tensor:
     return torch.from_numpy(halves.view(np.int16)).view(torch.bfloat16)
 
 
+@dataclass(frozen=True)
+class Bound:
+    """What is known of the candidates of a tensor: |x̂ − x| ≤ ρ|x̂| + a."""
+
+    relative: float
+    """ρ."""
+    absolute: torch.Tensor
+    """a [m, 1], [1, n] or [m, n], for the block in hand; infinite where nothing is known."""
+    largest: float
+    """No smaller than any a of the tensor: what most blocks are tested with, as it costs nothing."""
+
+
 def open_elements(
-    candidate: torch.Tensor,
-    relative: float,
-    absolute: torch.Tensor,
-    target: Target,
-    scratch: Scratch,
-    out: torch.Tensor,
+    candidate: torch.Tensor, bound: Bound, target: Target, scratch: Scratch, out: torch.Tensor
 ) -> Indices:
     """Round float64 candidates [m, n] into `out`; the flat positions that the error bound leaves open.
 
-    The bound is ρ|x̂| + a with `relative` ρ and `absolute` a (broadcast to the candidates; infinite where
-    nothing is known). What stands in `out` at an open position is of no use.
+    What stands in `out` at an open position is of no use.
     """
-    if relative > 2.0**-27:
+    if bound.relative > 2.0**-27:
         out.copy_(candidate)
         return np.arange(candidate.numel())
     if target.dtype == "F32":
-        return _open_singles(candidate, relative, absolute, scratch, out)
+        return _open_singles(candidate, bound, scratch, out)
     count = candidate.numel()
     single = scratch.single[:count].view(candidate.shape)
     single.copy_(candidate)
     out.copy_(single)
-    flat = single.view(-1).numpy()
-    bits, flags = scratch.bits[:count], scratch.flags[:count]
-    half = 1 << (23 - target.precision)
-    # The tail, less the midpoint's lower neighbour: 0, 1 or 2 for the three that are set aside.
-    np.bitwise_and(flat.view(np.uint32), 2 * half - 1, out=bits)
-    np.subtract(bits, half - 1, out=bits)
-    np.less_equal(bits, 2, out=flags)
-    size = np.abs(flat, out=scratch.size[:count])
-    limit = (absolute * (2.0**26 * (1 + 2.0**-20))).clamp_(min=target.smallest_normal)
-    # NaN is neither in between nor outside: the comparisons are put so that it counts as outside.
-    if not (size.min() >= float(limit.max()) and size.max() < target.largest):
-        inside = (size.reshape(candidate.shape) >= limit.numpy()) & (
-            size.reshape(candidate.shape) < target.largest
-        )
-        np.logical_or(flags, ~inside.reshape(-1), out=flags)
+    tail = scratch.ints[:count]
+    shift, unit, last = _tail_test(target)
+    torch.add(shift, single.view(-1).view(torch.int32), alpha=unit, out=tail)
+    flags = scratch.flags[:count]
+    np.less_equal(tail.numpy(), last, out=flags)
+    if not _all_between(out, bound, target, scratch):
+        limit = (bound.absolute * (2.0**26 * (1 + 2.0**-20))).clamp_(min=target.smallest_normal)
+        size = single.abs()
+        # NaN is neither between nor outside: it must count as outside.
+        inside = (size >= limit).logical_and_(size < target.largest)
+        np.logical_or(flags, ~inside.reshape(-1).numpy(), out=flags)
     return np.flatnonzero(flags)
 
 
-def _open_singles(
-    candidate: torch.Tensor, relative: float, absolute: torch.Tensor, scratch: Scratch, out: torch.Tensor
-) -> Indices:
+@cache
+def _tail_test(target: Target) -> tuple[torch.Tensor, int, int]:
+    """A number to add, a factor, and the last of the results that are set aside.
+
+    The factor moves the bits beyond the target's to the top of an integer, the sum turns them so that a
+    midpoint and its two neighbours become the three smallest integers.
+    """
+    tail_bits = 24 - target.precision
+    unit = 1 << (32 - tail_bits)
+    below = ((1 << (tail_bits - 1)) - 1) * unit
+    shift = -(1 << 31) - below
+    wrapped = (shift + (1 << 31)) % (1 << 32) - (1 << 31)
+    return torch.tensor(wrapped, dtype=torch.int32), unit, -(1 << 31) + 2 * unit
+
+
+@lru_cache(maxsize=64)
+def _bits_of(number: float, target: Target) -> int:
+    return int(torch.tensor(number, dtype=torch.float64).to(target.native).view(torch.int16).item())
+
+
+def _all_between(out: torch.Tensor, bound: Bound, target: Target, scratch: Scratch) -> bool:
+    """Whether every size is certainly above the limit and below the largest number, from the rounded bits."""
+    limit = max(bound.largest * (2.0**26 * (1 + 2.0**-20)), target.smallest_normal)
+    if not limit < target.largest:
+        return False
+    bits = out.view(-1).view(torch.int16).numpy()
+    size = np.bitwise_and(bits, 0x7FFF, out=scratch.shorts[: len(bits)])
+    # Rounding keeps the order: a number up to the limit has at most its bits, a NaN has more than any.
+    return bool(size.min() > _bits_of(limit, target) and size.max() < _bits_of(target.largest, target))
+
+
+def _open_singles(candidate: torch.Tensor, bound: Bound, scratch: Scratch, out: torch.Tensor) -> Indices:
     target = TARGETS["F32"]
     out.copy_(candidate)
     count = candidate.numel()
-    reach = int(relative * 2.0**53) + 2**16 + 1
+    reach = int(bound.relative * 2.0**53) + 2**16 + 1
     flat = candidate.reshape(-1).numpy()
     tail, flags = scratch.longs(count)[:count], scratch.flags[:count]
     np.bitwise_and(flat.view(np.int64), (1 << 29) - 1, out=tail)
@@ -174,7 +206,7 @@ def _open_singles(
     np.abs(tail, out=tail)
     np.less_equal(tail, reach, out=flags)
     size = np.abs(candidate.numpy())
-    limit = (absolute * (2.0**37 * (1 + 2.0**-20))).clamp_(min=target.smallest_normal)
+    limit = (bound.absolute * (2.0**37 * (1 + 2.0**-20))).clamp_(min=target.smallest_normal)
     inside = (size >= limit.numpy()) & (size < target.largest)
     np.logical_or(flags, ~inside.reshape(-1), out=flags)
     return np.flatnonzero(flags)

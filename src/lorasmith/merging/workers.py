@@ -28,8 +28,8 @@ class Scratch:
             self._size = elements
             self.double = torch.empty(elements, dtype=torch.float64)
             self.single = torch.empty(elements, dtype=torch.float32)
-            self.size = np.empty(elements, dtype=np.float32)
-            self.bits = np.empty(elements, dtype=np.uint32)
+            self.ints = torch.empty(elements, dtype=torch.int32)
+            self.shorts = np.empty(elements, dtype=np.int16)
             self.long_bits = np.empty(0, dtype=np.int64)
             self.flags = np.empty(elements, dtype=np.bool_)
         return self
