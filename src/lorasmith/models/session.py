@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lorasmith import __version__
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.digests import digest_folder, sha256_file
 from lorasmith.files.journal import Journal
@@ -185,7 +186,7 @@ def open_journal(
     if path is None:
         return nullcontext()
     device, route = options.place()
-    versions = [version(name) for name in ("lorasmith", "torch", "transformers", "peft")]
+    versions = [__version__, *(version(name) for name in ("torch", "transformers", "peft"))]
     key = {
         "folders": [digest_folder(folder) for folder in folders],
         "test_set": test_set.sha256,
