@@ -196,3 +196,12 @@ def test_inputs_are_never_written_to(finished: RunResult, inputs: dict[str, Any]
         path.name for path in inputs["adapter"].iterdir()
     }
     assert not {name for name in names if "lorasmith" in name or name.startswith(".")}
+
+
+def test_the_public_functions_take_paths_as_text(inputs: dict[str, Any], tmp_path: Path) -> None:
+    base, adapter, test_set = (str(inputs[name]) for name in ("base", "adapter", "test_set"))
+    merged = str(tmp_path / "merged")
+    lorasmith.merge(base, adapter, merged)
+    assert lorasmith.prove(base, adapter, merged, output=str(tmp_path / "weights.json")).grade == "exact"
+    assert lorasmith.validate(base, test_set, str(tmp_path / "v"), adapter=adapter).overall.examples == 12
+    assert lorasmith.compare(base, adapter, merged, test_set, str(tmp_path / "b.json")).overall.examples == 12

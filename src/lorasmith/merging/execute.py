@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from os import PathLike
 from pathlib import Path
 
 from lorasmith import __version__
@@ -22,6 +23,7 @@ from lorasmith.files.digests import (
     remember_sha256,
 )
 from lorasmith.files.machine import require_disk
+from lorasmith.files.paths import StrPath
 from lorasmith.merging.companions import companions, merged_config, merged_index
 from lorasmith.merging.copies import check_copies
 from lorasmith.merging.disk import Lanes
@@ -43,9 +45,9 @@ NO_OP_FRACTION = 0.5
 
 
 def merge(
-    base: Path,
-    adapter: Path | Sequence[Path],
-    output: Path,
+    base: StrPath,
+    adapter: StrPath | Sequence[StrPath],
+    output: StrPath,
     *,
     weights: Sequence[float] | None = None,
     precision: str = "base",
@@ -63,7 +65,7 @@ def merge(
     `AdapterError` for inputs that cannot be merged rightly, `DiskError` before anything is written where the
     space will not do, and `BusyError` while another merge writes to the same output.
     """
-    folders = [Path(adapter)] if isinstance(adapter, (str, Path)) else [Path(item) for item in adapter]
+    folders = [Path(adapter)] if isinstance(adapter, str | PathLike) else [Path(item) for item in adapter]
     base, output = Path(base), Path(output)
     factors = _check_arguments(folders, weights, precision, rounding)
     check_place(output, [base, *folders])

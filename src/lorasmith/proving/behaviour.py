@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lorasmith.errors import CheckpointError, UsageError
 from lorasmith.files.atomic import write_record
+from lorasmith.files.paths import StrPath
 from lorasmith.models.encode import encode_examples
 from lorasmith.models.load import LoadedModel, has_tokenizer, load_model
 from lorasmith.models.session import (
@@ -29,11 +30,11 @@ from lorasmith.records.proof import BehaviourProof
 
 
 def compare(
-    base: Path,
-    adapter: Path,
-    merged: Path,
-    test_set: Path,
-    output: Path | None = None,
+    base: StrPath,
+    adapter: StrPath,
+    merged: StrPath,
+    test_set: StrPath,
+    output: StrPath | None = None,
     *,
     template: str = "auto",
     loss_on: str = "response",
@@ -64,6 +65,8 @@ def compare(
         raise UsageError(
             "bfloat16 arithmetic cannot tell the two models apart", expected="auto, mkl or onednn"
         )
+    base, adapter, merged, test_set = Path(base), Path(adapter), Path(merged), Path(test_set)
+    output = None if output is None else Path(output)
     limits = resolve_thresholds(thresholds)
     options = ScoringOptions(
         template=template,

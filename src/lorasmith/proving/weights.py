@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from lorasmith.errors import CheckpointError, InputError, UsageError
 from lorasmith.files import atomic, digests
+from lorasmith.files.paths import StrPath
 from lorasmith.progress import Progress, silent
 from lorasmith.proving.weights_adapter import read_adapter
 from lorasmith.proving.weights_check import check
@@ -32,12 +34,12 @@ _BASE_UNKNOWN = Finding(
 
 
 def prove(
-    base: Path,
-    adapter: Path | Sequence[Path],
-    merged: Path,
+    base: StrPath,
+    adapter: StrPath | Sequence[StrPath],
+    merged: StrPath,
     *,
     weights: Sequence[float] | None = None,
-    output: Path | None = None,
+    output: StrPath | None = None,
     progress: Progress = silent,
 ) -> WeightProof:
     """Check every element of every tensor of `merged` and grade it `exact`, `bounded` or `different`.
@@ -47,7 +49,8 @@ def prove(
     Raises `AdapterError` or `CheckpointError` where base or adapter cannot be used, `InputError` where the
     merge claims a rounding that cannot be checked. What is wrong with the merge itself is graded, not raised.
     """
-    adapters = [Path(adapter)] if isinstance(adapter, str | Path) else [Path(one) for one in adapter]
+    base, merged = Path(base), Path(merged)
+    adapters = [Path(adapter)] if isinstance(adapter, str | PathLike) else [Path(one) for one in adapter]
     merged_folder = open_model(merged, released=True)
     claims = read_claims(merged)
     factors = _factors(weights, claims, len(adapters))
@@ -77,7 +80,7 @@ def prove(
     report.findings += plan.ties.check(merged_config(merged), merged_folder.tensors)
     proof = report.finish(identity, len(plan.used), sum(one.tensors for one in loaded))
     if output is not None:
-        atomic.write_record(output, proof)
+        atomic.write_record(Path(output), proof)
     return proof
 
 

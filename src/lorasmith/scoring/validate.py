@@ -11,6 +11,7 @@ from lorasmith.errors import UsageError
 from lorasmith.executors.local import work_through
 from lorasmith.files.atomic import write_bytes, write_record
 from lorasmith.files.journal import Journal
+from lorasmith.files.paths import StrPath
 from lorasmith.models.arithmetic import Route
 from lorasmith.models.batches import make_batch
 from lorasmith.models.load import LoadedModel, load_model
@@ -34,11 +35,11 @@ ROLES = ("base", "adapter", "merged")
 
 
 def validate(
-    model: Path,
-    test_set: Path,
-    output: Path,
+    model: StrPath,
+    test_set: StrPath,
+    output: StrPath,
     *,
-    adapter: Path | None = None,
+    adapter: StrPath | None = None,
     role: str | None = None,
     template: str = "auto",
     loss_on: str = "response",
@@ -77,6 +78,8 @@ def validate(
     cannot be used, `UsageError` for options that do not fit, `MemoryLimitError` when one row does not fit,
     `BusyError` while another process writes the same result.
     """
+    model, test_set, output = Path(model), Path(test_set), Path(output)
+    adapter = None if adapter is None else Path(adapter)
     role = role or ("base" if adapter is None else "adapter")
     if role not in ROLES:
         raise UsageError(f"there is no role {role!r}", expected=" | ".join(ROLES))

@@ -20,6 +20,7 @@ from lorasmith.errors import DataError, UsageError
 from lorasmith.files.atomic import aside, publish_folder, write_bytes, write_record
 from lorasmith.files.digests import describe, digest_folder
 from lorasmith.files.jsonl import read_examples
+from lorasmith.files.paths import StrPath
 from lorasmith.models.arithmetic import resolve_device
 from lorasmith.models.encode import Encoded, encode_examples
 from lorasmith.models.load import load_model, quiet_libraries
@@ -54,9 +55,9 @@ class TrainSettings:
 
 
 def train(
-    base: Path,
-    train_file: Path,
-    output: Path,
+    base: StrPath,
+    train_file: StrPath,
+    output: StrPath,
     *,
     settings: TrainSettings | None = None,
     device: str = "auto",
@@ -68,6 +69,7 @@ def train(
     inputs, settings, versions and device class give the same adapter. Raises `InputError` for a wrong base
     or file, and when every row is cut before its response.
     """
+    base, train_file, output = Path(base), Path(train_file), Path(output)
     chosen = settings or TrainSettings()
     chosen.check()
     examples = read_examples(train_file)
