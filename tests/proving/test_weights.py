@@ -38,6 +38,7 @@ def folders(place: Path, **config: Any) -> tuple[Path, Path]:
 
 def claim(base: Path, adapters: list[Path], merged: Path, **claims: Any) -> None:
     """Write the record that lorasmith's merge leaves in its output."""
+    (merged / "lorasmith_merge.json").unlink(missing_ok=True)
     record = MergeRecord(
         **{
             "lorasmith_version": "0",
@@ -191,6 +192,25 @@ def test_calibrated_is_bounded_and_only_where_the_adapter_acts(tmp_path: Path) -
     merged = write_model(tmp_path / "untouched", tensors)
     claim(base, [adapter], merged, rounding="calibrated")
     assert prove(base, adapter, merged).grade == "different"
+
+
+def test_every_part_of_a_tensor_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Parts of a few rows each, so that every tensor here is cut, and one expert's matrix within itself.
+    monkeypatch.setattr("lorasmith.proving.weights_check._READ_ELEMENTS", 30)
+    monkeypatch.setattr("lorasmith.proving.weights_check._HANDED_OVER", 0)
+    monkeypatch.setattr("lorasmith.proving.weights_quick._STEP_BYTES", 64)
+    odd = {"model.experts": torch.randn(3, 9, 5, generator=torch.Generator().manual_seed(2)).bfloat16()}
+    base = write_model(tmp_path / "base", base_tensors() | odd)
+    adapter = write_adapter(tmp_path / "adapter", adapter_tensors())
+    right = right_merge(base_tensors(), [(adapter_tensors(), 2.0)]) | odd
+    for name, tensor in right.items():
+        for corner in (0, tensor.numel() // 2, tensor.numel() - 1):
+            changed = right | {name: tensor.clone()}
+            changed[name].view(-1)[corner] = 3
+            proof = prove(base, adapter, write_model(tmp_path / "merged", changed))
+            assert proof.elements_checked == sum(tensor.numel() for tensor in right.values())
+            index = [int(part[0]) for part in torch.unravel_index(torch.tensor([corner]), tensor.shape)]
+            assert [(d.tensor, d.index) for d in proof.differences] == [(name, index)]
 
 
 def test_scalars_empty_tensors_and_buffers(tmp_path: Path) -> None:

@@ -28,7 +28,11 @@ from tests.proving.small import (
 )
 
 RANKS = {module(0, "q_proj"): 2, module(1, "down_proj"): 4}
-PATTERNS = {"rank_pattern": {"layers.0.self_attn.q_proj": 2, "down_proj": 4}, "alpha_pattern": {"k_proj": 5}}
+# "proj" and "k_pro" fit no module: a pattern is a whole number of parts of a path, at its end.
+PATTERNS = {
+    "rank_pattern": {"layers.0.self_attn.q_proj": 2, "down_proj": 4},
+    "alpha_pattern": {"proj": 9, "k_pro": 7, "mlp": 3, "k_proj": 5, "self_attn.k_proj": 8},
+}
 Q0, K0, K1, UP0, DOWN1, TIES = (
     module(0, "q_proj"),
     module(0, "k_proj"),

@@ -343,30 +343,24 @@ def test_the_copy_of_the_base_in_the_adapter_tells_another_base(
 
 def test_dora_ties_are_decided_exactly(tmp_path: Path) -> None:
     # Rows of four ones have the norm 2: m = 2 + 2⁻⁷ puts every element halfway between 1 and 1 + 2⁻⁷.
-    rows = 6
-    m = torch.full((rows,), 2 + 2.0**-7)
+    m = torch.full((6,), 2 + 2.0**-7)
     m[1::3] += 2.0**-22
     m[2::3] -= 2.0**-22
+    sign = torch.tensor([1.0, 1, 1, -1, -1, -1])
     base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
-    for folder, values in (
-        (base, torch.ones(rows, 4)),
-        (merged, torch.tensor([1, 1 + 2.0**-7, 1] * 2)[:, None]),
-    ):
+    for folder, values in ((base, [1.0, 1.0, 1.0]), (merged, [1, 1 + 2.0**-7, 1])):
         folder.mkdir()
         (folder / "config.json").write_text('{"model_type": "llama"}')
-        write_tensors(folder, {"a.weight": (values * torch.ones(rows, 4)).bfloat16()})
+        weight = (torch.tensor(values * 2) * sign)[:, None].repeat(1, 4).bfloat16()
+        write_tensors(folder, {"a.weight": weight})
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "use_dora": true}')
     path = "base_model.model.a"
-    factors = {f"{path}.lora_A.weight": torch.ones(2, 4), f"{path}.lora_B.weight": torch.zeros(rows, 2)}
+    factors = {f"{path}.lora_A.weight": torch.ones(2, 4), f"{path}.lora_B.weight": torch.zeros(6, 2)}
     save_file({**factors, f"{path}.lora_magnitude_vector": m}, adapter / "adapter_model.safetensors")
     proof = prove(base, adapter, merged)
     assert proof.grade == "exact", show(proof)
     assert proof.tensors[0].redone >= 8
-    half_up = {
-        "a.weight": (
-            torch.tensor([1 + 2.0**-7, 1 + 2.0**-7, 1] * 2)[:, None] * torch.ones(rows, 4)
-        ).bfloat16()
-    }
-    write_tensors(merged, half_up)
+    half_up = torch.tensor([1 + 2.0**-7, 1 + 2.0**-7, 1] * 2) * sign
+    write_tensors(merged, {"a.weight": half_up[:, None].repeat(1, 4).bfloat16()})
     assert prove(base, adapter, merged).tensors[0].wrong == 8
