@@ -37,7 +37,9 @@ class RunConfig(Part):
     loss_on: Literal["response", "all"] = "response"
     end_of_turn: bool = True
     device: str = "auto"
+    arithmetic: Literal["auto", "mkl", "onednn"] = "auto"
     batch_tokens: int | None = Field(default=None, gt=0)
+    batch_size: int | None = Field(default=None, gt=0)
     max_length: int | None = Field(default=None, gt=0)
     strict: bool = True
 

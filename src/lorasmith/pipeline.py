@@ -173,7 +173,18 @@ def _numbered(name: str, paths: tuple[Path, ...]) -> dict[str, Path]:
 
 
 def _scoring_options(config: RunConfig) -> dict[str, Any]:
-    names = ("template", "loss_on", "end_of_turn", "device", "batch_tokens", "max_length", "strict", "seed")
+    names = (
+        "template",
+        "loss_on",
+        "end_of_turn",
+        "device",
+        "arithmetic",
+        "batch_tokens",
+        "batch_size",
+        "max_length",
+        "strict",
+        "seed",
+    )
     return {name: getattr(config, name) for name in names}
 
 

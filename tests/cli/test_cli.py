@@ -45,7 +45,7 @@ def test_help_has_an_example_and_answers_at_once(path: list[str]) -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.returncode == 0, done.stderr
         assert "lorasmith" in done.stdout
-        assert path == [] or "Example: lorasmith " + " ".join(path) in " ".join(done.stdout.split())
+        assert path == [] or "Example: `lorasmith " + " ".join(path) in " ".join(done.stdout.split())
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     # Processor time too moves on a shared machine (cold caches, a slower clock): the best of three counts.

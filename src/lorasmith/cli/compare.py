@@ -7,7 +7,23 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.options import Adapter, AsJson, Base, Device, Merged, Seed, Template, TestSet
+from lorasmith.cli.options import (
+    Adapter,
+    Arithmetic,
+    AsJson,
+    Base,
+    BatchSize,
+    BatchTokens,
+    Device,
+    Limit,
+    MaxLength,
+    Merged,
+    Seed,
+    ShuffleSeed,
+    Strict,
+    Template,
+    TestSet,
+)
 
 
 def compare(
@@ -18,9 +34,16 @@ def compare(
     output: Annotated[Path | None, typer.Option(help="File for the record.", metavar="FILE")] = None,
     template: Template = "auto",
     device: Device = "auto",
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest row in tokens.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at rows that would be cut.")] = False,
+    arithmetic: Arithmetic = "auto",
+    batch_tokens: BatchTokens = None,
+    batch_size: BatchSize = None,
+    max_length: MaxLength = None,
+    limit: Limit = None,
+    shuffle_seed: ShuffleSeed = None,
+    strict: Strict = False,
+    generate: Annotated[
+        int | None, typer.Option(help="Also let both models write so many tokens after each prompt.")
+    ] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -42,9 +65,14 @@ def compare(
         output,
         template=template,
         device=device,
+        arithmetic=arithmetic,
         batch_tokens=batch_tokens,
+        batch_size=batch_size,
         max_length=max_length,
+        limit=limit,
+        shuffle_seed=shuffle_seed,
         strict=strict,
+        generate=generate,
         seed=seed,
         progress=bar,
     )

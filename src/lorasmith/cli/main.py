@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -18,10 +19,10 @@ app = typer.Typer(
     name="lorasmith",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,  # plain help costs two thirds of the time of a framed one
     pretty_exceptions_enable=False,
-    help="Validate a LoRA adapter, merge it, **prove** the merge, and package model and evidence.",
-    epilog="Start with: `lorasmith demo --output demo-output`",
+    help="Validate a LoRA adapter, merge it, prove the merge, and package model and evidence.",
+    epilog="Start with: lorasmith demo --output demo-output",
 )
 
 
@@ -40,12 +41,18 @@ def _root(
     """Options before the subcommand."""
 
 
+def _add(to: typer.Typer, name: str, function: Callable[..., Any]) -> None:
+    """A subcommand whose line in the overview is the first paragraph of its docstring, uncut."""
+    summary = " ".join((function.__doc__ or "").split("\n\n")[0].split())
+    to.command(name, no_args_is_help=True, short_help=summary)(function)
+
+
 for _name, _function in COMMANDS:
-    app.command(_name, no_args_is_help=True)(_function)
+    _add(app, _name, _function)
 for _name, _help, _commands in GROUPS:
-    _group = typer.Typer(help=_help, no_args_is_help=True, rich_markup_mode="markdown")
+    _group = typer.Typer(help=_help, no_args_is_help=True, rich_markup_mode=None)
     for _inner, _function in _commands:
-        _group.command(_inner, no_args_is_help=True)(_function)
+        _add(_group, _inner, _function)
     app.add_typer(_group, name=_name)
 
 

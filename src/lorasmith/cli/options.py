@@ -21,4 +21,13 @@ Template = Annotated[
 PublicKey = Annotated[
     Path | None, typer.Option(help="Public key (PEM) whose signature is required.", metavar="KEY")
 ]
+BatchTokens = Annotated[int | None, typer.Option(help="Padded tokens of a batch.")]
+BatchSize = Annotated[int | None, typer.Option(help="Rows of a batch at most.")]
+MaxLength = Annotated[int | None, typer.Option(help="Longest row in tokens. [the model's context]")]
+Arithmetic = Annotated[
+    str, typer.Option(help="auto (float32 by the faster route), mkl, onednn, or bfloat16 (not exact).")
+]
+Limit = Annotated[int | None, typer.Option(help="Take only so many rows; the result is marked as partial.")]
+ShuffleSeed = Annotated[int | None, typer.Option(help="With --limit: choose the rows at random.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at rows that would be cut.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.options import AsJson
+from lorasmith.cli.options import AsJson, BatchSize, BatchTokens, MaxLength
 
 
 # Every option is None unless it was typed, so that only typed ones win over the config file.
@@ -42,10 +42,10 @@ def run(
         typer.Option("--end-of-turn/--no-end-of-turn", help="Score the token that ends a response. [on]"),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. [auto]")] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch.")] = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Longest row in tokens. [the model's context]")
-    ] = None,
+    arithmetic: Annotated[str | None, typer.Option(help="auto, mkl or onednn. [auto]")] = None,
+    batch_tokens: BatchTokens = None,
+    batch_size: BatchSize = None,
+    max_length: MaxLength = None,
     strict: Annotated[
         bool | None, typer.Option("--strict/--no-strict", help="Stop at rows that would be cut. [on]")
     ] = None,
@@ -73,7 +73,9 @@ def run(
         "loss_on": loss_on,
         "end_of_turn": end_of_turn,
         "device": device,
+        "arithmetic": arithmetic,
         "batch_tokens": batch_tokens,
+        "batch_size": batch_size,
         "max_length": max_length,
         "strict": strict,
         "compression": compression,

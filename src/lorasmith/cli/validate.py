@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.options import AsJson, Device, Seed, Template, TestSet
+from lorasmith.cli.options import (
+    Arithmetic,
+    AsJson,
+    BatchSize,
+    BatchTokens,
+    Device,
+    Limit,
+    MaxLength,
+    Seed,
+    ShuffleSeed,
+    Strict,
+    Template,
+    TestSet,
+)
 
 
 def validate(
@@ -26,10 +39,16 @@ def validate(
         bool, typer.Option("--end-of-turn/--no-end-of-turn", help="Score the token that ends a response.")
     ] = True,
     device: Device = "auto",
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens in a batch.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Longest row in tokens.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Score only the first rows; marked as partial.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at rows that would be cut.")] = False,
+    arithmetic: Arithmetic = "auto",
+    batch_tokens: BatchTokens = None,
+    batch_size: BatchSize = None,
+    max_length: MaxLength = None,
+    limit: Limit = None,
+    shuffle_seed: ShuffleSeed = None,
+    strict: Strict = False,
+    tasks: Annotated[
+        bool, typer.Option("--tasks", help="Also answer the benchmarks' questions and score the answers.")
+    ] = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -51,9 +70,12 @@ def validate(
         loss_on=loss_on,
         end_of_turn=end_of_turn,
         device=device,
+        arithmetic=arithmetic,
         batch_tokens=batch_tokens,
+        batch_size=batch_size,
         max_length=max_length,
         limit=limit,
+        shuffle_seed=shuffle_seed,
         strict=strict,
         seed=seed,
         progress=bar,
@@ -63,3 +85,26 @@ def validate(
     else:
         views.show_validation(result, console())
         console().print(f"Results: {output / (result.model.role + '.json')}")
+    if not tasks:
+        return
+    from lorasmith.scoring.tasks import evaluate_tasks
+
+    answered = evaluate_tasks(
+        model,
+        test_set,
+        output,
+        adapter=adapter,
+        role=role,
+        template=template,
+        device=device,
+        arithmetic=arithmetic,
+        batch_tokens=batch_tokens,
+        limit=limit,
+        shuffle_seed=shuffle_seed,
+        seed=seed,
+        progress=bar,
+    )
+    if as_json:
+        show_record(answered)
+    else:
+        views.show_tasks(answered, console())

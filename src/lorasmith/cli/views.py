@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         WeightProof,
     )
     from lorasmith.records.release import GateRecord, GateResult, PackageManifest, StageTiming
-    from lorasmith.records.scoring import GroupMetrics, ValidationResult
+    from lorasmith.records.scoring import GroupMetrics, TaskResult, ValidationResult
     from lorasmith.records.training import TrainRecord
 
 _MARK = {
@@ -100,6 +100,24 @@ def _interval(metrics: GroupMetrics) -> str:
     return f"  ({found.level:.0%} interval {found.low:.4f} to {found.high:.4f})" if found else ""
 
 
+def show_tasks(result: TaskResult, console: Console) -> None:
+    """Each benchmark's own metric, with what could not be scored and what the token limit cut off."""
+    rows = [
+        (
+            f"{metric.benchmark} {metric.metric}",
+            metric.method,
+            "not measured" if metric.value is None else f"{metric.value:.2%}",
+            f"{metric.interval.low:.1%} to {metric.interval.high:.1%}" if metric.interval else "",
+            f"{metric.scored} of {metric.examples}",
+            str(metric.hit_limit) if metric.method == "generation" else "",
+        )
+        for metric in result.metrics
+    ]
+    columns = ("metric", "by", "value", "95 % interval", "scored", "cut off")
+    console.print(table("The benchmarks' own metrics", columns, rows))
+    show_findings(result.findings, console)
+
+
 def show_training(record: TrainRecord, console: Console) -> None:
     """What was trained, and the loss at both ends."""
     tenth = max(1, len(record.losses) // 10)
@@ -171,6 +189,12 @@ def show_behaviour(proof: BehaviourProof, console: Console) -> None:
     rows = [(name, show(found), show(floor) if floor else "not measured") for name, show in _COMPARED]
     columns = ("adapter against merged", "measured", "noise floor")
     console.print(table("Token by token", columns, rows))
+    if proof.generation:
+        wrote = proof.generation
+        console.print(
+            f"Greedy answers up to {wrote.max_new_tokens} tokens: {wrote.same} of {wrote.examples} alike,"
+            f" {wrote.tokens_before_divergence:.1f} tokens before the first difference on average"
+        )
     show_findings(proof.findings, console)
 
 
