@@ -21,9 +21,9 @@ from lorasmith.models.session import Workload
 from lorasmith.models.work import RowWork
 from lorasmith.progress import Progress
 
-FLOOR_ROWS = 16
-"""Rows on which the floor is measured, spread over all lengths: some thousand tokens give its mean to a
-tenth, and a grade asks for a factor of two."""
+FLOOR_ROWS = 8
+"""Rows on which the floor is measured, spread over all lengths: some hundred tokens give its mean to a fifth,
+and a grade asks for a factor of two, where a rounded merge is six orders of magnitude away."""
 
 _ELEMENTS = 1 << 24
 """Logits of one model that exist at one time: 64 MB in float32; a comparison makes some eight such."""
