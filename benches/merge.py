@@ -4,7 +4,7 @@
     python benches/merge.py --parameters 5e8,1e9,3e9,7e9 --tools lorasmith --repeats 1
 
 Every tool starts from a cold source (POSIX_FADV_DONTNEED) and is done when its output is synced. The tools
-take turns, so that a noisy moment of the machine hits all of them; the table shows medians. `lorasmith` hashes
+take turns, so that a noisy moment hits all of them; the table shows medians. `lorasmith` hashes
 what it writes, `lorasmith+base` what it reads as well, as for a base that it has not seen before. All that is
 written is removed.
 """
