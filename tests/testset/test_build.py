@@ -20,7 +20,6 @@ from lorasmith.files.jsonl import read_examples
 from lorasmith.records.dataset import DatasetFindings, DatasetStatistics
 from lorasmith.testset.build import build
 
-SHARED = os.environ.get("LORASMITH_BENCHMARK_ROWS", "")
 GSM8K = {"question": "Ann has 3 pens and buys 4. How many has she?", "answer": "3 + 4 = 7\n#### 7"}
 
 
@@ -430,13 +429,10 @@ def test_gpqa_text_appears_in_no_finding_or_statistic(five: Path, tmp_path: Path
         assert "invented constant" not in text and "right for" not in text
 
 
-@pytest.mark.skipif(
-    not Path(SHARED or "/nonexistent").is_dir(), reason="LORASMITH_BENCHMARK_ROWS names no folder"
-)
-def test_gold_answers_score_one_over_real_rows(tmp_path: Path) -> None:
+def test_gold_answers_score_one_over_real_rows(real_rows: Path, tmp_path: Path) -> None:
     """MMLU, DROP (original, jsonl): the folder holds real rows with their licences."""
     output = tmp_path / "t.jsonl"
-    build(Path(SHARED), output, samples_per_benchmark=5000, only=["DROP", "MMLU"])
+    build(real_rows, output, samples_per_benchmark=5000, only=["DROP", "MMLU"])
     examples = read_examples(output)
     assert len(examples) > 1000
     for example in examples:
