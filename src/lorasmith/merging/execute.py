@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from functools import partial as partial_function
 from os import PathLike
 from pathlib import Path
 
@@ -167,15 +168,13 @@ def _write_shards(
             outputs = plan.shards[name]
             done = partial.done(name)
             if done is None:
-                recipes = [make_recipe(output, factors, shard, workers) for output in outputs]
-                written = write_shard(
-                    shard, outputs, recipes, files, partial.path / name, advance, lanes, name not in known
-                )
-                results = [recipe.result() for recipe in recipes]
+                make = partial_function(make_recipe, factors=factors, base=shard, workers=workers)
+                target = partial.path / name
+                written = write_shard(shard, outputs, make, files, target, advance, lanes, name not in known)
                 done = ShardDone(
                     file=written.file,
                     source_sha256=written.source_sha256 or known[name],
-                    tensors=[result for result in results if result is not None],
+                    tensors=written.tensors,
                 )
                 partial.finish_shard(name, done)
             else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from lorasmith.merging.plan import Output
 from lorasmith.merging.recipes import Recipe, Stored
 from lorasmith.progress import Advance
 from lorasmith.records.base import FileDigest
+from lorasmith.records.merging import MergedTensor
 
 _STEP_BYTES = 8 << 20
 """How much of a replaced tensor is read at a time."""
@@ -26,6 +27,8 @@ class Written:
 
     file: FileDigest
     source_sha256: str | None
+    tensors: list[MergedTensor]
+    """What became of those that an adapter changed."""
 
 
 def shard_header(outputs: Sequence[Output]) -> tuple[bytes, int]:
@@ -39,7 +42,7 @@ def shard_header(outputs: Sequence[Output]) -> tuple[bytes, int]:
 def write_shard(
     source: TensorFile,
     outputs: Sequence[Output],
-    recipes: Sequence[Recipe],
+    make: Callable[[Output], Recipe],
     adapters: Sequence[Path],
     path: Path,
     advance: Advance,
@@ -49,6 +52,7 @@ def write_shard(
     """Write a merged shard.
 
     The first outputs stand for the source's tensors in the order of their data; separated heads follow.
+    `make` gives a tensor's recipe when its turn comes, so that only one holds its factors at a time;
     `adapters` are the files that replaced tensors are read from.
     """
     header, size = shard_header(outputs)
@@ -60,7 +64,9 @@ def write_shard(
         stream = Stream(reader)
         stream.skip(source.data_start)
         writer.append(header)
-        for output, recipe, place in zip(outputs, recipes, places, strict=True):
+        tensors = []
+        for output, place in zip(outputs, places, strict=True):
+            recipe = make(output)
             if place is output.source:
                 pieces = stream.pieces(place.nbytes, ITEM_BITS[place.dtype])
             else:
@@ -69,10 +75,13 @@ def write_shard(
                 pieces = _elsewhere(Stored(file, output.source))
             for first, raw in pieces:
                 _make(recipe, output, raw, first, writer, advance)
+            result = recipe.result()
+            if result is not None:
+                tensors.append(result)
         if not stream.at_end():
             raise CheckpointError("the shard changed while it was read", where=source.path)
         sha256 = writer.finish()
-        return Written(FileDigest(path=path.name, bytes=size, sha256=sha256), reader.finish())
+        return Written(FileDigest(path=path.name, bytes=size, sha256=sha256), reader.finish(), tensors)
 
 
 def _make(
