@@ -252,6 +252,17 @@ def test_float64_bases_are_not_guessed_at(tmp_path: Path) -> None:
     assert prove(base, adapter, write_model(tmp_path / "float32", merged)).grade == "exact"
 
 
+def test_factors_too_small_for_float64_are_refused(tmp_path: Path) -> None:
+    base, _ = folders(tmp_path)
+    tensors = adapter_tensors()
+    name = f"base_model.model.{module(0, 'q_proj')}.lora_A.weight"
+    tensors[name] = tensors[name].double() * 2.0**-600
+    adapter = write_adapter(tmp_path / "tiny", tensors)
+    merged = write_model(tmp_path / "merged", right_merge(base_tensors(), [(adapter_tensors(), 2.0)]))
+    with pytest.raises(AdapterError, match="holds numbers below"):
+        prove(base, adapter, merged)
+
+
 def test_findings_that_do_not_change_the_grade(tmp_path: Path) -> None:
     base, _ = folders(tmp_path)
     tensors = adapter_tensors()

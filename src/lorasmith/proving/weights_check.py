@@ -31,6 +31,8 @@ _READ_ELEMENTS = 1 << 22
 """Elements that a thread maps and checks at a time: their pages are resident meanwhile."""
 _NORM_ELEMENTS = 1 << 18
 """Elements whose sums are held in float64 at a time while norms are taken."""
+_LEAST_FACTOR = 2.0**-400
+"""Squares of anything larger are far from vanishing in float64, so that a norm of 0 means zeros."""
 _HANDED_OVER = 1 << 14
 """Elements from which a tensor is checked on another thread."""
 _WAITING = 8
@@ -198,6 +200,13 @@ def _load(term: Term, expected: Expected, found: Stored) -> LoadedTerm:
                 where=term.left.stored.file,
                 expected="finite numbers",
                 remedy="take a checkpoint of the training from before it diverged",
+            )
+        sizes = factor.abs()
+        if factor.dtype == torch.float64 and bool(((sizes > 0) & (sizes < _LEAST_FACTOR)).any()):
+            raise AdapterError(
+                f"a factor of the update of {found.name!r} holds numbers below {_LEAST_FACTOR:.0e}",
+                where=term.left.stored.file,
+                expected="larger numbers, or zeros: products of such numbers vanish in float64",
             )
     grid = GRIDS[found.dtype]
     kind = quick_type(grid, left.shape[1], DTYPES[expected.source.dtype])

@@ -87,22 +87,22 @@ def _slow(block: Block, flat: Ints) -> Tally:
 
 
 def _formula(block: Block, source: Floats, rows: Ints, cols: Ints) -> tuple[Floats, Floats, Floats]:
-    """x, a bound on its error, and Σ|summands|, in float64, for single elements."""
-    x, size, rank = source.copy(), np.abs(source), 0
-    touched = np.zeros(len(x), np.bool_)
+    """x, a bound on its error, and a bound on Σ|summands|, in float64, for single elements."""
+    x, reach, rank = source.copy(), np.zeros(len(source)), 0
+    at, across = torch.from_numpy(rows), torch.from_numpy(cols)
     for term in block.terms:
-        left = term.left_rows(block.start, len(block.found))[torch.from_numpy(rows)].to(torch.float64)
-        right = term.right_columns[torch.from_numpy(cols)].to(torch.float64)
-        factor, products = float(term.factor), left.mul_(right)
-        sizes = torch.linalg.vector_norm(products, ord=1, dim=1).numpy()
-        x += products.sum(dim=1).numpy() * factor
-        size += sizes * abs(factor)
-        # Products of float64 factors may vanish below the smallest number without being zero.
-        touched |= (sizes > 0) | (term.left.dtype == torch.float64)
-        rank += products.shape[1]
+        left = term.left_rows(block.start, len(block.found))[at].to(torch.float64)
+        right = term.right_columns[across].to(torch.float64)
+        factor = float(term.factor)
+        x += torch.linalg.vecdot(left, right).numpy() * factor
+        norms = torch.linalg.vecdot(left, left).sqrt_().numpy() * term.right_norms[across].numpy()
+        reach += norms * (abs(factor) * (1 + 2.0**-40))
+        rank += right.shape[1]
+    size = np.abs(source) + reach
     # Each product is rounded twice and c once, the sums rank + number of terms times; all in one bound.
     bound = gamma(rank + len(block.terms) + 4, UNIT)
-    error = np.where(touched, bound * size * (1 + 2.0**-40) + rank * 2.0**-1070, 0.0)
+    # Where a row of L or a column of R is all zeros nothing is added, and nothing rounded.
+    error = np.where(reach > 0, bound * size * (1 + 2.0**-40) + rank * 2.0**-1000, 0.0)
     if block.gain:
         values = block.gain.values.numpy()
         gain = values[rows, 0] if block.gain.per_row else values[0, cols]

@@ -7,18 +7,20 @@ bound on its own error. What it cannot accept it names; it never rejects. So it 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from lorasmith.proving.weights_rounding import Floats, Grid, Ints, Mask
-from lorasmith.proving.weights_terms import Block, sums
+from lorasmith.proving.weights_terms import Block, prepare
 
 _STEP_BYTES = 1 << 20
 """Size of each array of a step: a few of them stay in the cache that cores share."""
 _RANK_FOR_FLOAT32 = 64
 """Above it the bound of float32 leaves too much to the slow test."""
+
+_ALL_TRUE = np.uint64(0x0101010101010101)
+"""Eight true values of a mask, as one word."""
 
 _local = threading.local()
 
@@ -29,63 +31,65 @@ def quick_type(grid: Grid, rank: int, source: torch.dtype) -> torch.dtype:
     return torch.float32 if narrow else torch.float64
 
 
-@dataclass(frozen=True)
-class _Left:
-    """What a step leaves: flat positions in the block, and there x − m and the bound on the terms' row."""
-
-    positions: Ints
-    beyond: Floats
-    reach: Floats
-    bound: float
-
-
 def doubtful(block: Block) -> Ints:
     """Flat positions, ascending, of the elements of the block that are not certainly right."""
     rows, columns = block.found.shape
     rank = sum(term.right.shape[0] for term in block.terms)
     kind = torch.float64 if block.gain else quick_type(block.grid, rank, block.source.dtype)
-    step = max(1, _STEP_BYTES // kind.itemsize // columns)
-    left = [_step(block, start, min(start + step, rows), kind, rank) for start in range(0, rows, step)]
-    positions = np.concatenate([part.positions for part in left])
-    if not len(positions):
-        return positions
-    return _second_look(
-        block,
-        positions,
-        np.concatenate([part.beyond for part in left]),
-        np.concatenate([part.reach for part in left]),
-        max(part.bound for part in left),
-    )
-
-
-def _step(block: Block, start: int, end: int, kind: torch.dtype, rank: int) -> _Left:
-    grid, stored = block.grid, block.found[start:end]
-    x, work, before, mask = _scratch(kind, grid, stored.shape)
-    x, reach, bound = sums(block.source[start:end], block.terms, block.start + start, kind, out=x)
+    lefts, reach, bound = prepare(block.terms, block.start, rows, kind)
     if block.gain:
-        gain = block.gain.values[start:end] if block.gain.per_row else block.gain.values
-        x.mul_(gain)
-        # Per row: the largest gain of any column bounds them all.
-        reach = reach * (gain.abs() if block.gain.per_row else gain.abs().max())
+        gain = block.gain.values.abs()
+        # With a gain per column the largest bounds them all.
+        reach = reach * (gain if block.gain.per_row else gain.max())
         bound += block.gain.error
     # With d = |x − m|: |S| ≤ |m| + d + reach, so the error is at most bound·(|m| + d + 2·reach), and |m| is
     # at most twice the power of two before it. The share that grows with |m| goes to the coefficient of that
-    # power, the share of d to the divisor.
-    half_ulp = 2.0 ** -(grid.fraction_bits + 1)
+    # power, the share of d to the divisor; what may underflow adds the smallest numbers.
+    half_ulp = 2.0 ** -(block.grid.fraction_bits + 1)
     coefficient = max((half_ulp - 4 * bound) / (1 + 2 * bound) * (1 - 2.0**-20), 0.0) if bound < 1 else 0.0
-    offset = 2 * bound * reach + (rank + 1) * 4 * torch.finfo(kind).smallest_normal
+    tiny = (rank + 1) * 4 * torch.finfo(kind).smallest_normal
+    offset = -(2 * bound * reach + tiny).to(kind)
+    step = max(1, _STEP_BYTES // kind.itemsize // columns)
+    found = [
+        _step(block, start, min(start + step, rows), lefts, offset, coefficient)
+        for start in range(0, rows, step)
+    ]
+    positions = np.concatenate([part[0] for part in found])
+    if not len(positions):
+        return positions
+    beyond = np.concatenate([part[1] for part in found])
+    return _second_look(block, positions, beyond, reach[:, 0].numpy(), bound, tiny)
+
+
+def _step(
+    block: Block, start: int, end: int, lefts: list[torch.Tensor], offset: torch.Tensor, coefficient: float
+) -> tuple[Ints, Floats]:
+    """Flat positions in the block that a step does not accept, and x − m there."""
+    grid, stored, kind = block.grid, block.found[start:end], offset.dtype
+    x, work, before, mask = _scratch(kind, grid, stored.shape)
+    x.copy_(block.source[start:end])
+    for left, term in zip(lefts, block.terms, strict=True):
+        x.addmm_(left[start:end], term.right_quick.to(kind))
+    if block.gain:
+        x.mul_(block.gain.values[start:end] if block.gain.per_row else block.gain.values)
     x.sub_(stored)
     torch.abs(x, out=work[0])
     _powers_before(grid, stored, before, work[1])
-    torch.add(-offset.to(kind), work[1], alpha=coefficient, out=work[1])
+    torch.add(offset[start:end], work[1], alpha=coefficient, out=work[1])
     # NumPy's comparison is several times as fast as torch's; a NaN compares false and stays doubtful.
-    np.less(work[0].numpy(), work[1].numpy(), out=mask)
-    np.logical_not(mask, out=mask)
-    at = torch.from_numpy(mask).view(-1).nonzero().view(-1)
-    positions: Ints = at.numpy()
-    beyond: Floats = x.view(-1)[at].to(torch.float64).numpy()
-    rows = positions // stored.shape[1]
-    return _Left(positions + start * stored.shape[1], beyond, reach[:, 0].numpy()[rows], bound)
+    np.less(work[0].view(-1).numpy(), work[1].view(-1).numpy(), out=mask[: x.numel()])
+    mask[x.numel() :] = True
+    positions = _false(mask)
+    beyond: Floats = x.view(-1)[torch.from_numpy(positions)].to(torch.float64).numpy()
+    return positions + start * stored.shape[1], beyond
+
+
+def _false(mask: Mask) -> Ints:
+    """Where a mask of whole 8-byte words is false; words that are all true are passed over as words."""
+    words = torch.from_numpy(mask.view(np.uint64) != _ALL_TRUE).nonzero().view(-1).numpy()
+    word, byte = np.nonzero(~mask.reshape(-1, 8)[words])
+    positions: Ints = words[word] * 8 + byte
+    return positions
 
 
 def _powers_before(grid: Grid, stored: torch.Tensor, bits: torch.Tensor, out: torch.Tensor) -> None:
@@ -98,29 +102,28 @@ def _powers_before(grid: Grid, stored: torch.Tensor, bits: torch.Tensor, out: to
     out.copy_(bits.view(grid.dtype))
 
 
-def _second_look(block: Block, positions: Ints, beyond: Floats, reach: Floats, bound: float) -> Ints:
+def _second_look(
+    block: Block, positions: Ints, beyond: Floats, reach: Floats, bound: float, tiny: float
+) -> Ints:
     """Positions still doubtful when both ends of each one's own interval are looked at.
 
     Powers of two, whose interval is wider on the far side, are much of what the first look leaves.
     """
-    grid = block.grid
+    grid, columns = block.grid, block.found.shape[1]
     magnitude, negative = grid.magnitudes(block.found.reshape(-1)[torch.from_numpy(positions)])
     known = (magnitude > 0) & (magnitude < grid.infinity)
-    magnitude = np.where(known, magnitude, 1)
-    value = grid.value(magnitude)
+    down, up = grid.half_steps(np.where(known, magnitude, 1))
     beyond = np.where(negative, -beyond, beyond)
+    rows, cols = np.divmod(positions, columns)
+    reach = reach[rows]
     if len(block.terms) == 1 and not block.gain:
         # One term: its columns tell more than the largest of them.
         term = block.terms[0]
-        reach = (
-            reach * (term.right_norms.numpy() / (term.right_norm or 1.0))[positions % block.found.shape[1]]
-        )
-    tiny = 2.0**-110 if grid.fraction_bits <= 10 else 2.0**-1000
-    error = (1 + 2.0**-20) * bound * (value + 2 * np.abs(beyond) + 2 * reach) + tiny
-    inside = (beyond + error < grid.midpoint(magnitude) - value) & (
-        beyond - error > grid.midpoint(magnitude - 1) - value
-    )
-    return positions[~(inside & known)]
+        reach *= (term.right_norms.numpy() / (term.right_norm or 1.0))[cols]
+    # |m| is less than half a step times 2 to the width of the significand and one.
+    size = up * 2.0 ** (grid.fraction_bits + 2) + 2 * np.abs(beyond) + 2 * reach
+    error = (1 + 2.0**-20) * (bound * size + tiny)
+    return positions[~(known & (beyond + error < up) & (beyond - error > -down))]
 
 
 def _scratch(
@@ -129,8 +132,9 @@ def _scratch(
     """This thread's working memory: fresh pages for every step would cost more than the arithmetic."""
     held = _local.__dict__.setdefault("held", {})
     size = shape.numel()
-    if held.get((kind, grid.name)) is None or len(held[kind, grid.name][0]) < size:
+    if (kind, grid.name) not in held or len(held[kind, grid.name][0]) < size:
         floats = [torch.empty(size, dtype=kind) for _ in range(3)]
-        held[kind, grid.name] = (*floats, torch.empty(size, dtype=grid.stored_as), np.empty(size, np.bool_))
-    x, one, two, bits, mask = (part[:size] for part in held[kind, grid.name])
-    return x.view(shape), (one.view(shape), two.view(shape)), bits.view(shape), mask.reshape(tuple(shape))
+        bits = torch.empty(size, dtype=grid.stored_as)
+        held[kind, grid.name] = (*floats, bits, np.empty(size + 7, np.bool_))
+    x, one, two, bits = (part[:size].view(shape) for part in held[kind, grid.name][:4])
+    return x, (one, two), bits, held[kind, grid.name][4][: -(-size // 8) * 8]

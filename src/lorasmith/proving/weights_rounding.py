@@ -78,6 +78,13 @@ class Grid:
         """Halfway between a magnitude's number and the next."""
         return (self.value(magnitude) + self.value(magnitude + 1)) / 2
 
+    def half_steps(self, magnitude: Ints) -> tuple[Floats, Floats]:
+        """Distance to the midpoint below and above, for finite magnitudes from 1 on."""
+        exponent = magnitude >> self.fraction_bits
+        up = ((np.maximum(exponent, 1) - self.bias - self.fraction_bits - 1 + 1023) << 52).view(np.float64)
+        edge = (exponent > 1) & ((magnitude & ((1 << self.fraction_bits) - 1)) == 0)
+        return np.where(edge, up / 2, up), up
+
     def show(self, magnitude: int, negative: bool) -> float | str:
         """For a record, which holds finite numbers only."""
         if magnitude > self.infinity:

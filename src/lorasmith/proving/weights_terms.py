@@ -57,23 +57,29 @@ class Block:
     """DoRA with one norm per column."""
 
 
-def sums(
-    source: torch.Tensor,
-    terms: Sequence[LoadedTerm],
-    start: int,
-    kind: torch.dtype,
-    out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """S + Σ c·L·R of a block, a bound [rows, 1] on Σ|c·L|·|R| per element, and the relative bound b.
+def prepare(
+    terms: Sequence[LoadedTerm], start: int, rows: int, kind: torch.dtype
+) -> tuple[list[torch.Tensor], torch.Tensor, float]:
+    """c·L of each term for some rows, a bound [rows, 1] on Σ|c·L|·|R| per element, and the relative bound b.
 
-    An element is off by at most b·(|S| + that bound).
+    An element of S + Σ c·L·R, computed with them, is off by at most b·(|S| + the bound on its row).
     """
-    x = source.to(kind, copy=True) if out is None else out.copy_(source)
-    reach = torch.zeros(len(x), 1, dtype=torch.float64)
+    lefts, reach = [], torch.zeros(rows, 1, dtype=torch.float64)
     for term in terms:
-        left = term.left_rows(start, len(x)).to(torch.float64) * float(term.factor)
-        reach += torch.linalg.vector_norm(left, dim=1, keepdim=True) * term.right_norm
-        x.addmm_(left.to(kind), term.right_quick.to(kind))
+        left = term.left_rows(start, rows).to(torch.float64) * float(term.factor)
+        reach += left.square().sum(dim=1, keepdim=True).sqrt_() * term.right_norm
+        lefts.append(left.to(kind))
     # To the additions come c·L in two roundings, R in one, the product, and the difference to m.
     rank = sum(term.right.shape[0] for term in terms)
-    return x, reach, gamma(rank + 6, torch.finfo(kind).eps / 2)
+    return lefts, reach, gamma(rank + 6, torch.finfo(kind).eps / 2)
+
+
+def sums(
+    source: torch.Tensor, terms: Sequence[LoadedTerm], start: int, kind: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """S + Σ c·L·R of rows from `start` on, with the two bounds of `prepare`."""
+    lefts, reach, bound = prepare(terms, start, len(source), kind)
+    x = source.to(kind, copy=True)
+    for left, term in zip(lefts, terms, strict=True):
+        x.addmm_(left, term.right_quick.to(kind))
+    return x, reach, bound
