@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from lorasmith.errors import DiskError, MemoryLimitError, os_errors
+from lorasmith.errors import DiskError, os_errors
 
 
 def require_disk(folder: Path, needed: int, doing: str) -> None:
@@ -31,17 +31,6 @@ def require_disk(folder: Path, needed: int, doing: str) -> None:
             where=folder,
             expected=f"{human_bytes(wanted)} free",
             remedy="free some space, or choose another disk",
-        )
-
-
-def require_memory(needed: int, doing: str) -> None:
-    """Raise `MemoryLimitError` unless `needed` bytes of memory are available."""
-    available = psutil.virtual_memory().available
-    if available < needed:
-        raise MemoryLimitError(
-            f"too little memory to {doing}: {human_bytes(available)} are available",
-            expected=f"{human_bytes(needed)}",
-            remedy="close other programs, or use a machine with more memory",
         )
 
 
