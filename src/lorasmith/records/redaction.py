@@ -26,9 +26,11 @@ class Redacted(Part):
 
 
 def is_redacted(source: str) -> bool:
-    """Whether rows of this source must not show their text, in any case or subset (`GPQA-diamond`)."""
-    name = source.strip().lower().replace("_", "-").replace(" ", "-")
-    return any(name == hidden or name.startswith(f"{hidden}-") for hidden in REDACTED_SOURCES)
+    """Whether rows of this source must not show their text: `GPQA-diamond`, `Idavidrein/gpqa`, `my_gpqa_rows`.
+
+    Wherever the name stands in the source, since a row hidden for nothing costs less than one shown.
+    """
+    return any(hidden in source.lower() for hidden in REDACTED_SOURCES)
 
 
 def salted_sha256(salt: str, prompt: str, response: str) -> str:
