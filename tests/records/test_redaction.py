@@ -7,7 +7,9 @@ import pytest
 from lorasmith.records.redaction import is_redacted
 
 
-@pytest.mark.parametrize("source", ["GPQA", "gpqa_diamond", "Idavidrein/gpqa", "my_GPQA rows", "hf-gpqa-main"])
+@pytest.mark.parametrize(
+    "source", ["GPQA", "gpqa_diamond", "Idavidrein/gpqa", "my_GPQA rows", "hf-gpqa-main"]
+)
 def test_a_source_that_names_gpqa_is_redacted(source: str) -> None:
     assert is_redacted(source)
 

@@ -26,7 +26,7 @@ class Redacted(Part):
 
 
 def is_redacted(source: str) -> bool:
-    """Whether rows of this source must not show their text: `GPQA-diamond`, `Idavidrein/gpqa`, `my_gpqa_rows`.
+    """Whether rows of this source must not show their text: `GPQA-diamond`, `Idavidrein/gpqa`.
 
     Wherever the name stands in the source, since a row hidden for nothing costs less than one shown.
     """
