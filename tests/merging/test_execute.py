@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasmith.errors import AdapterError, BusyError, CheckpointError, DiskError, LorasmithError, UsageError
 from lorasmith.files.digests import digest_folder
-from lorasmith.merging import disk, recipes
+from lorasmith.merging import disk, lowrank
 from lorasmith.merging.execute import merge
 from lorasmith.merging.folder import only_one
 from tests.merging.reference import merged_value, nearest
@@ -178,7 +178,7 @@ def test_neither_threads_nor_block_sizes_change_a_byte(
             [(1, 1 << 17, 1 << 24), (2, 100, 1 << 12), (3, 7, 1 << 13)]
         ):
             torch.set_num_threads(threads)
-            monkeypatch.setattr(recipes, "BLOCK_ELEMENTS", block)
+            monkeypatch.setattr(lowrank, "BLOCK_ELEMENTS", block)
             monkeypatch.setattr(disk, "BUFFER_BYTES", chunk)
             monkeypatch.setattr("os.sched_getaffinity", lambda _, count=threads: range(count))
             merge(base, adapter, tmp_path / f"out{number}")

@@ -1,4 +1,4 @@
-"""W + Σ w·s·L·R on blocks of a tensor: float64 candidates, correct rounding, and what became of each element.
+"""W + Σ w·s·L·R on blocks of a tensor: float64 candidates and their correct rounding.
 
 Legend of shapes: O rows and I columns of the target as a matrix, K products in all, m × n one block of it.
 """
@@ -14,6 +14,7 @@ import torch
 
 from lorasmith.adapters.base import Factor, Rows
 from lorasmith.errors import AdapterError, CheckpointError, InputError
+from lorasmith.merging.counts import Counts, different, different_at, underflowed
 from lorasmith.merging.exact import ExactTerm, round_exactly
 from lorasmith.merging.rounding import (
     TARGETS,
@@ -33,26 +34,6 @@ LoadFactor = Callable[[Factor], torch.Tensor]
 """Reads a factor and gives it as a float64 matrix; raises for NaN and infinities."""
 
 ROUNDED_UP = 1 + 2.0**-20
-
-
-@dataclass
-class Counts:
-    """What became of the elements of one tensor, summed over its blocks."""
-
-    changed: int = 0
-    updated: int = 0
-    """Elements with a product that is not zero."""
-    ties: int = 0
-    underflowed: int = 0
-    base_square: float = 0.0
-    """‖W‖²."""
-    update_square: float = 0.0
-    """‖ΔW‖²."""
-
-    def add(self, other: Counts) -> None:
-        """Add another block's counts."""
-        for name in vars(other):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
 @dataclass
@@ -177,28 +158,6 @@ def target_of(out: torch.Tensor) -> Target:
     return _BY_TYPE[out.dtype]
 
 
-def different(merged: torch.Tensor, stored: torch.Tensor, target: Target, scratch: Scratch) -> int:
-    """Elements that are not the base's values in the merged type.
-
-    Zeros of both signs are equal; only open elements can differ in this, and they are counted by value.
-    """
-    if stored.dtype != merged.dtype:
-        return int(torch.count_nonzero(merged != cast(stored, target)))
-    flags = scratch.flags[: merged.numel()]
-    bits = target.bits
-    np.not_equal(merged.reshape(-1).view(bits).numpy(), stored.reshape(-1).view(bits).numpy(), out=flags)
-    return int(np.count_nonzero(flags))
-
-
-def different_at(merged: torch.Tensor, stored: torch.Tensor, places: Indices, target: Target) -> int:
-    """What `different` counted at some places."""
-    here = torch.from_numpy(places)
-    new, old = merged.reshape(-1)[here], stored.reshape(-1)[here]
-    if old.dtype != new.dtype:
-        return int(torch.count_nonzero(new != cast(old, target)))
-    return int(torch.count_nonzero(new.view(target.bits) != old.view(target.bits)))
-
-
 def decide(opened: Undecided, products: Products, target: Target, name: str) -> tuple[Array, int]:
     """RN of open elements, and how many of them are ties.
 
@@ -253,13 +212,6 @@ def overflow(name: str, target: Target) -> InputError:
         expected="an update of a sensible size",
         remedy="the adapter's factors or its scale are far too large",
     )
-
-
-def underflowed(values: Array, stored: torch.Tensor, target: Target) -> int:
-    """Results below the smallest normal number where the base's value was normal in its own type."""
-    own = torch.finfo(stored.dtype).tiny
-    was_normal = stored.to(torch.float64).abs().numpy() >= own
-    return int(np.count_nonzero(was_normal & (np.abs(values) < target.smallest_normal)))
 
 
 def cast_piece(stored: torch.Tensor, dtype: str, name: str) -> tuple[torch.Tensor, int]:

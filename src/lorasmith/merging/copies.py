@@ -10,8 +10,8 @@ from lorasmith.adapters.base import Copy
 from lorasmith.checkpoint.adapter import Adapter
 from lorasmith.checkpoint.model import Checkpoint
 from lorasmith.errors import AdapterError
-from lorasmith.merging.recipes import Stored
 from lorasmith.merging.rounding import TARGETS, cast
+from lorasmith.merging.tensors import Stored
 
 _STEP = 1 << 22
 

@@ -30,19 +30,18 @@ from lorasmith.merging.copies import check_copies
 from lorasmith.merging.disk import Lanes
 from lorasmith.merging.folder import PartialFolder, ShardDone, check_place, identity_of, make_key, only_one
 from lorasmith.merging.plan import PRECISIONS, Plan, make_plan
-from lorasmith.merging.recipes import Factors, make_recipe
+from lorasmith.merging.recipes import make_recipe
 from lorasmith.merging.stream import shard_header, write_shard
+from lorasmith.merging.summary import make_record
+from lorasmith.merging.tensors import Factors
 from lorasmith.merging.workers import Workers
 from lorasmith.progress import Progress, silent
-from lorasmith.records.base import FileDigest, Finding
+from lorasmith.records.base import FileDigest
 from lorasmith.records.merging import MergeRecord
 
 RECORD = "lorasmith_merge.json"
 REVISION = 1
 """Raised whenever the merged bytes of the same inputs change, so that no older partial folder is taken up."""
-
-NO_OP_FRACTION = 0.5
-"""From this share of swallowed updates on a merge is called close to a no-op."""
 
 
 def merge(
@@ -105,7 +104,7 @@ def merge(
             known[shard.path.name] = done.source_sha256
             remember_sha256(shard.path, done.source_sha256)
         small = _write_small_files(checkpoint, folders, plan, precision, partial)
-        record = _make_record(
+        record = make_record(
             plan,
             shards,
             files=[done.file for done in shards] + small,
@@ -207,56 +206,3 @@ def _base_digest(base: Path, files: Sequence[Path], known: dict[str, str]) -> st
         for name, sha256 in known.items()
     ]
     return combine([*describe(others, base), *digests])
-
-
-def _make_record(
-    plan: Plan,
-    shards: Sequence[ShardDone],
-    *,
-    files: list[FileDigest],
-    base_sha256: str,
-    adapter_sha256: list[str],
-    weights: list[float],
-    precision: str,
-    rounding: str,
-) -> MergeRecord:
-    tensors = [tensor for done in shards for tensor in done.tensors]
-    swallowed = sum(tensor.swallowed for tensor in tensors)
-    updated = swallowed + sum(tensor.changed for tensor in tensors)
-    fraction = swallowed / updated if updated else 0.0
-    untouched = [output for output in plan.outputs if output.change is None]
-    findings = list(plan.findings)
-    if not updated:
-        findings.append(
-            Finding(
-                severity="warning",
-                code="no-op",
-                message="the adapter changes nothing: all its updates are zero",
-            )
-        )
-    elif fraction >= NO_OP_FRACTION:
-        findings.append(
-            Finding(
-                severity="warning",
-                code="close-to-no-op",
-                message=f"rounding swallowed {fraction:.1%} of the updates: they are below half an ulp",
-                remedy="merge with --precision float32 or float16 to keep them",
-            )
-        )
-    return MergeRecord(
-        lorasmith_version=__version__,
-        base_sha256=base_sha256,
-        adapter_sha256=adapter_sha256,
-        adapter_weights=weights,
-        precision=precision,
-        rounding=rounding,
-        tensors=tensors,
-        copied=sum(output.dtype == output.source.dtype for output in untouched),
-        cast=sum(output.dtype != output.source.dtype for output in untouched),
-        elements_updated=updated,
-        elements_swallowed=swallowed,
-        swallowed_fraction=fraction,
-        untied=plan.untied,
-        files=sorted(files, key=lambda file: file.path),
-        findings=findings,
-    )

@@ -24,15 +24,14 @@ import torch
 from lorasmith.errors import AdapterError
 from lorasmith.merging.arithmetic import (
     ROUNDED_UP,
-    Counts,
     Open,
     Products,
     Undecided,
-    different,
     not_finite,
     overflow,
     target_of,
 )
+from lorasmith.merging.counts import Counts, different
 from lorasmith.merging.exact import exact_values, round_scaled, sum_of_squares, two_sum
 from lorasmith.merging.rounding import Array, Bound, Indices, Target, open_elements, settle
 from lorasmith.merging.workers import Scratch

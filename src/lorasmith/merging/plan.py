@@ -6,16 +6,15 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
-from lorasmith.adapters.base import Base, Change, Copy, Found, Rows, Site, SiteError, Term
-from lorasmith.adapters.registry import VARIANTS, split_name
-from lorasmith.checkpoint.adapter import PREFIX, Adapter
+from lorasmith.adapters.base import Base, Change, Copy
+from lorasmith.checkpoint.adapter import Adapter
 from lorasmith.checkpoint.header import FLOATS, TensorInfo, nbytes_of
 from lorasmith.checkpoint.model import Checkpoint
-from lorasmith.checkpoint.names import resolve
-from lorasmith.errors import AdapterError, CheckpointError
+from lorasmith.errors import CheckpointError
+from lorasmith.merging.combine import combine
+from lorasmith.merging.sites import changes_at, find_sites, left_out, other_base
 from lorasmith.records.base import Finding
 
 PRECISIONS: dict[str, str | None] = {"base": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -82,7 +81,7 @@ def make_plan(
     collected: dict[str, list[Change]] = defaultdict(list)
     for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         sites = find_sites(adapter, number, weight)
-        for found in _found(sites, view, adapter):
+        for found in changes_at(sites, view, adapter):
             copies += found.copies
             for change in found.changes:
                 collected[change.target].append(change)
@@ -93,125 +92,6 @@ def make_plan(
     shards = _lay_out(base, adapters, changes, PRECISIONS[precision])
     vocabulary = _vocabulary(changes, view)
     return Plan(shards, untied, vocabulary, tuple(copies), tuple(findings))
-
-
-def find_sites(adapter: Adapter, number: int, weight: float) -> list[Site]:
-    """Group an adapter's tensors by the module that they belong to."""
-    grouped: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
-    for name, info in adapter.tensors.items():
-        parts = split_name(name.removeprefix(PREFIX))
-        if parts is None:
-            raise AdapterError(
-                f"the adapter tensor {name!r} is of no known kind",
-                where=adapter.file.path,
-                expected="…lora_A.weight, …lora_B.weight and the other names that PEFT writes for LoRA",
-                remedy="nothing of an adapter is left out silently: use a newer lorasmith, or PEFT itself",
-            )
-        grouped[parts[0]][parts[1]] = info
-    return [Site(number, path, tensors, adapter.config, weight) for path, tensors in sorted(grouped.items())]
-
-
-def _found(sites: Sequence[Site], base: Base, adapter: Adapter) -> list[Found]:
-    found = []
-    for site in sites:
-        try:
-            found += _found_at(site, base)
-        except SiteError as error:
-            raise AdapterError(
-                f"{site.path}: {error.found}",
-                where=adapter.file.path,
-                expected=error.expected,
-                remedy=error.remedy or "check that the adapter was trained on this base",
-            ) from error
-    return found
-
-
-def _found_at(site: Site, base: Base) -> list[Found]:
-    module = _module_in_base(site, base)
-    used: list[str] = []
-    found = []
-    for variant in VARIANTS:
-        taken = variant.takes(site)
-        if taken:
-            used += sorted(taken)
-            found.append(variant.find(site, module, base))
-    left = sorted(set(site.tensors) - set(used))
-    if left:
-        raise SiteError(
-            f"the adapter tensor {site.tensors[left[0]].name} has no use"
-            + (" without its partner" if left[0].startswith("lora_") else ""),
-            "every adapter tensor used exactly once",
-            "the adapter is incomplete, or holds something that cannot be merged",
-        )
-    if len(used) != len(set(used)):
-        raise AssertionError(f"two variants use the same tensor of {site.path}")
-    return found
-
-
-def _module_in_base(site: Site, base: Base) -> str:
-    present = set(base.modules)
-    if site.path.endswith("experts"):
-        # A stack that is fused in memory may be one module per expert on disk.
-        present |= {name.partition(".experts.")[0] + ".experts" for name in present if ".experts." in name}
-    found = resolve(site.path, present)
-    if not found and ".experts." in site.path:
-        # One expert of a stack that is fused on disk.
-        stack, _, rest = site.path.rpartition(".experts.")
-        owners = {name.rpartition(".")[0] for name in base.checkpoint.tensors}
-        found = [f"{name}.{rest}" for name in resolve(f"{stack}.experts", owners)]
-    if not found:
-        raise SiteError(
-            f"the base has no module {site.path!r} under any of its spellings",
-            "a module of the base",
-            "this adapter was trained on another base",
-        )
-    if len(found) > 1:
-        raise SiteError(f"the module may be {found[0]} or {found[1]} of the base", "one module")
-    return found[0]
-
-
-def combine(changes: Sequence[Change], adapters: Sequence[Adapter]) -> Change:
-    """One change from those of several sites or adapters: products are added, as PEFT's `cat` does.
-
-    Products of different rows of a tensor, such as experts of a stack, stay apart.
-    """
-    first = changes[0]
-    if len(changes) == 1:
-        return first
-    kept = [(change.magnitude, change.replacement, change.row_values) for change in changes]
-    if any(part is not None for parts in kept for part in parts):
-        raise AdapterError(
-            f"{first.target} is changed {len(changes)} times, and not by low-rank products alone",
-            where=", ".join(str(adapter.folder) for adapter in adapters),
-            expected="updates that can be added",
-            remedy="DoRA and replaced tensors of several adapters do not add up: merge one adapter",
-        )
-    parts = [part for change in changes for part in change.rows]
-    edges = sorted({part.start for part in parts} | {part.stop for part in parts})
-    rows = []
-    for start, stop in pairwise(edges):
-        terms = tuple(term for part in parts if part.start <= start < part.stop for term in part.terms)
-        if terms:
-            rows.append(_cut(start, stop, parts, terms))
-    uses = tuple(dict.fromkeys(name for change in changes for name in change.uses))
-    summed = len({term.left.adapter for part in parts for term in part.terms}) > 1
-    formula = first.formula.replace("s·", "Σ w·s·", 1) if summed else first.formula
-    return replace(first, formula=formula, uses=uses, rows=tuple(rows))
-
-
-def _cut(start: int, stop: int, parts: Sequence[Rows], terms: tuple[Term, ...]) -> Rows:
-    """The products of the rows `start` to `stop`, each cut out of the range that it was made for."""
-    cut = []
-    for part in parts:
-        if not part.start <= start < part.stop:
-            continue
-        for term in part.terms:
-            if (part.start, part.stop) == (start, stop):
-                cut.append(term)
-                continue
-            view = ("narrow", 0, start - part.start, stop - start)
-            cut.append(replace(term, left=replace(term.left, view=(*term.left.view, view))))
-    return Rows(start, stop, tuple(cut))
 
 
 def separate_head(changes: dict[str, Change], base: Base) -> bool:
@@ -290,53 +170,3 @@ def _check_target(info: TensorInfo, dtype: str, path: Path) -> None:
             expected="float32, bfloat16 or float16 in the merged model",
             remedy="give --precision float32",
         )
-
-
-def left_out(sites: Sequence[Site], base: Base, adapter: Adapter) -> list[Finding]:
-    """Modules that the config targets by name and that the adapter has nothing for.
-
-    An error where other layers have the same module (the file is incomplete); a note where no layer has.
-    """
-    targets = adapter.config.target_modules
-    if not isinstance(targets, tuple) or adapter.config.some_layers:
-        return []
-    adapted = {name for site in sites for name in resolve(site.path, base.modules)}
-    kinds = {_kind(name) for name in adapted}
-    for module in base.modules:
-        targeted = any(module == target or module.endswith("." + target) for target in targets)
-        if targeted and module not in adapted and _kind(module) in kinds:
-            raise AdapterError(
-                f"the config targets {module}, the adapter has no tensors for it",
-                where=adapter.file.path,
-                expected="tensors for every layer that was trained",
-                remedy="the adapter is incomplete: save or fetch it again",
-            )
-    return [
-        Finding(
-            severity="note",
-            code="target-without-tensors",
-            message=f"the config targets {target!r}, the adapter has no tensors for it",
-        )
-        for target in sorted(targets)
-        if not any(site.path == target or site.path.endswith("." + target) for site in sites)
-    ]
-
-
-def other_base(base: Checkpoint, adapter: Adapter) -> list[Finding]:
-    """Whether adapter and base name different models; a base without a name cannot tell."""
-    named, given = adapter.config.base_model, base.config.get("_name_or_path")
-    if not named or not isinstance(given, str) or not given or Path(named).name == Path(given).name:
-        return []
-    return [
-        Finding(
-            severity="warning",
-            code="base-name",
-            message=f"the adapter was trained on {Path(named).name!r}, the base is {Path(given).name!r}",
-            expected="the base that the adapter was trained on",
-        )
-    ]
-
-
-def _kind(module: str) -> str:
-    """The path without the numbers of layers and experts."""
-    return ".".join("*" if part.isdigit() else part for part in module.split("."))

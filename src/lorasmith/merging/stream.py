@@ -12,7 +12,8 @@ from lorasmith.checkpoint.header import ITEM_BITS, TensorFile, build_header
 from lorasmith.errors import CheckpointError
 from lorasmith.merging.disk import Lanes, Reader, Writer
 from lorasmith.merging.plan import Output
-from lorasmith.merging.recipes import Recipe, Stored
+from lorasmith.merging.recipes import Recipe
+from lorasmith.merging.tensors import Stored
 from lorasmith.progress import Advance
 from lorasmith.records.base import FileDigest
 from lorasmith.records.merging import MergedTensor

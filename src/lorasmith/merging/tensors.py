@@ -1,0 +1,121 @@
+"""Stored tensors as the merge reads them: the base's in stretches, an adapter's factors whole, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lorasmith.adapters.base import Factor
+from lorasmith.adapters.bias import UNIT
+from lorasmith.checkpoint.adapter import Adapter
+from lorasmith.checkpoint.header import ITEM_BITS, TensorInfo
+from lorasmith.errors import AdapterError, os_errors
+
+TORCH_TYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+_RECENT = 4
+
+_LARGEST_FACTOR = 2.0**128
+_SMALLEST_FACTOR = 2.0**-150
+
+
+class Stored:
+    """A tensor on disk, read in stretches."""
+
+    def __init__(self, path: Path, info: TensorInfo) -> None:
+        self.path = path
+        self.info = info
+        self.width = info.shape[-1] if len(info.shape) > 1 else 1
+
+    def read(self, first: int, count: int) -> torch.Tensor:
+        """The elements from `first` on, flat."""
+        size = ITEM_BITS[self.info.dtype] // 8
+        with os_errors(self.path, "read"), self.path.open("rb") as handle:
+            handle.seek(self.info.start + first * size)
+            raw = bytearray(handle.read(count * size))
+        return torch.frombuffer(raw, dtype=TORCH_TYPES[self.info.dtype])
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Whole rows of the tensor as a matrix."""
+        return self.read(start * self.width, (stop - start) * self.width).view(stop - start, self.width)
+
+
+class Factors:
+    """Reads adapter tensors as float64 matrices."""
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        self._adapters = adapters
+        self._recent: dict[tuple[int, str], torch.Tensor] = {}
+
+    def __call__(self, factor: Factor) -> torch.Tensor:
+        """A factor in float64; `AdapterError` naming the tensor for NaN, infinite or absurd ones."""
+        if factor is UNIT:
+            return torch.ones(1, 1, dtype=torch.float64)
+        adapter = self._adapters[factor.adapter]
+        info = adapter.file.tensors[factor.tensor]
+        values = apply_view(self._stored(factor.adapter, info), factor).to(torch.float64)
+        if not bool(values.isfinite().all()):
+            raise AdapterError(
+                f"the adapter tensor {info.name} holds NaN or infinite values",
+                where=adapter.file.path,
+                expected="finite values",
+                remedy="the training diverged or the file is damaged: take an earlier checkpoint",
+            )
+        if info.dtype == "F64":
+            _refuse_extremes(values, info.name, adapter.file.path)
+        return values.contiguous()
+
+    def _stored(self, number: int, info: TensorInfo) -> torch.Tensor:
+        """A tensor as it is on disk; the last few are kept, as each expert needs a part of the same two."""
+        key = (number, info.name)
+        if key not in self._recent:
+            while len(self._recent) >= _RECENT:
+                del self._recent[next(iter(self._recent))]
+            self._recent[key] = read_tensor(self._adapters[number].file.path, info)
+        return self._recent[key]
+
+
+def _refuse_extremes(values: torch.Tensor, name: str, path: Path) -> None:
+    # The proof of the error bound needs products that neither under- nor overflow in float64.
+    size = values.abs()
+    if bool(((size > _LARGEST_FACTOR) | ((size > 0) & (size < _SMALLEST_FACTOR))).any()):
+        raise AdapterError(
+            f"the adapter tensor {name} holds float64 values beyond the range of float32",
+            where=path,
+            expected="values between 2**-150 and 2**128 in size",
+            remedy="save the adapter in float32",
+        )
+
+
+def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
+    """A whole tensor as it is stored."""
+    with os_errors(path, "read"), path.open("rb") as handle:
+        handle.seek(info.start)
+        raw = bytearray(handle.read(info.nbytes))
+    if not raw:
+        return torch.empty(info.shape, dtype=TORCH_TYPES[info.dtype])
+    return torch.frombuffer(raw, dtype=TORCH_TYPES[info.dtype]).reshape(info.shape)
+
+
+def apply_view(values: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """The steps of a factor's view."""
+    for step in factor.view:
+        match step:
+            case ("T",):
+                values = values.T
+            case ("reshape", *shape):
+                values = values.reshape([int(extent) for extent in shape])
+            case ("select", dim, index):
+                values = values.select(int(dim), int(index))
+            case ("narrow", dim, start, length):
+                values = values.narrow(int(dim), int(start), int(length))
+            case _:
+                raise AssertionError(f"unknown view {step}")
+    return values
