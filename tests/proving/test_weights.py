@@ -196,7 +196,7 @@ def test_calibrated_is_bounded_and_only_where_the_adapter_acts(tmp_path: Path) -
 
 def test_every_part_of_a_tensor_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Parts of a few rows each, so that every tensor here is cut, and one expert's matrix within itself.
-    monkeypatch.setattr("lorasmith.proving.weights_check._READ_ELEMENTS", 30)
+    monkeypatch.setattr("lorasmith.proving.weights_parts._READ_ELEMENTS", 30)
     monkeypatch.setattr("lorasmith.proving.weights_check._HANDED_OVER", 0)
     monkeypatch.setattr("lorasmith.proving.weights_quick._STEP_BYTES", 64)
     odd = {"model.experts": torch.randn(3, 9, 5, generator=torch.Generator().manual_seed(2)).bfloat16()}

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.errors import AdapterError, InputError
-from lorasmith.proving.weights_folder import Stored, open_file, read_json
+from lorasmith.proving.weights_folder import open_file, read_json
+from lorasmith.proving.weights_stored import Stored
 
 PREFIX = "base_model.model."
 

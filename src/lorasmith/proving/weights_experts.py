@@ -14,8 +14,8 @@ import torch
 
 from lorasmith.proving import weights_names as names
 from lorasmith.proving.weights_adapter import Adapter
-from lorasmith.proving.weights_folder import Stored
 from lorasmith.proving.weights_formula import Expected, Factor, Term, View
+from lorasmith.proving.weights_stored import Stored
 
 _SWAPPED_SINCE = (0, 19)
 

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import torch
 
-from lorasmith.proving.weights_folder import Stored
+from lorasmith.proving.weights_stored import Stored
 
 View = Callable[[torch.Tensor], torch.Tensor]
 

@@ -10,8 +10,9 @@ import torch
 from lorasmith.proving import weights_experts as experts
 from lorasmith.proving import weights_names as names
 from lorasmith.proving.weights_adapter import Adapter
-from lorasmith.proving.weights_folder import Stored, TensorFolder
+from lorasmith.proving.weights_folder import TensorFolder
 from lorasmith.proving.weights_formula import Expected, Factor, Magnitude, Term, transposed
+from lorasmith.proving.weights_stored import Stored
 from lorasmith.proving.weights_ties import Ties
 from lorasmith.records.base import Finding
 

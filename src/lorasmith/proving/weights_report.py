@@ -8,9 +8,10 @@ from lorasmith.errors import CheckpointError
 from lorasmith.files import digests
 from lorasmith.proving.weights_check import Checked, check
 from lorasmith.proving.weights_files import RECORD, Claims, Identity
-from lorasmith.proving.weights_folder import Stored, TensorFolder
+from lorasmith.proving.weights_folder import TensorFolder
 from lorasmith.proving.weights_formula import Expected
 from lorasmith.proving.weights_rounding import GRIDS
+from lorasmith.proving.weights_stored import Stored
 from lorasmith.proving.weights_tally import BUCKETS, Tally
 from lorasmith.records.base import Finding
 from lorasmith.records.proof import Difference, TensorProof, WeightProof

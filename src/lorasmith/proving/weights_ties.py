@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from lorasmith.proving import weights_names as names
-from lorasmith.proving.weights_folder import Stored
 from lorasmith.proving.weights_formula import Expected
+from lorasmith.proving.weights_stored import Stored
 from lorasmith.records.base import Finding
 
 
