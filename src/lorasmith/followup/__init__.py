@@ -1,0 +1,1 @@
+"""After the release: responses, a draft model, speculative decoding, compression, chat."""
