@@ -36,7 +36,9 @@ def validation(role: str, loss: float = 0.05, perplexity: float = 1.05, **groups
     )
 
 
-def comparison(loss_delta: float = 1e-6, perplexity_delta: float = 1e-6, kl: float = 1e-6) -> TokenComparison:
+def comparison(
+    loss_delta: float = 1e-6, perplexity_delta: float = 1e-6, kl: float = 1e-6, top1: float = 0.99
+) -> TokenComparison:
     return TokenComparison(
         examples=5,
         tokens=50,
@@ -51,7 +53,7 @@ def comparison(loss_delta: float = 1e-6, perplexity_delta: float = 1e-6, kl: flo
         ),
         delta_p_mean=0.0,
         delta_p_rms=0.0,
-        top1_agreement=0.99,
+        top1_agreement=top1,
         max_abs_delta=0.01,
     )
 

@@ -26,6 +26,7 @@ LAYERS: list[set[str]] = [
     {"gates"},
     {"config", "stages"},
     {"results"},
+    {"judge"},
     {"pipeline"},
     {"demo"},
     {"cli"},

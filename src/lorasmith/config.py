@@ -48,13 +48,25 @@ class RunConfig(Part):
     gates: tuple[Gate, ...] = ()
     """Added to the defaults; one with the name of a default replaces it."""
     behaviour_thresholds: dict[str, float] = {}
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """Of the machine, in dollars: goes into `timing.json` and the gates on cost, and changes nothing else."""
 
     def resolved_gates(self) -> list[Gate]:
         """The default gates with this config's own in place of those they name."""
-        own = {gate.name: gate for gate in self.gates}
-        defaults = GUIDE_GATES if self.gate_defaults == "guide" else ()
-        replaced = [own.pop(gate.name, gate) for gate in defaults]
-        return [*replaced, *own.values()]
+        return _with_defaults(self.gates, self.gate_defaults)
+
+
+def _with_defaults(gates: tuple[Gate, ...], defaults: str) -> list[Gate]:
+    own = {gate.name: gate for gate in gates}
+    replaced = [own.pop(gate.name, gate) for gate in (GUIDE_GATES if defaults == "guide" else ())]
+    return [*replaced, *own.values()]
+
+
+class _GateConfig(Part):
+    """The keys of a config file that concern gates."""
+
+    gate_defaults: Literal["guide", "none"] = "guide"
+    gates: tuple[Gate, ...] = ()
 
 
 _PATHS = ("base", "adapter", "test_set", "output")
@@ -69,6 +81,18 @@ def load_config(file: Path | None, flags: Mapping[str, Any]) -> RunConfig:
     values: dict[str, Any] = _read_toml(file) if file else {}
     values.update({key: value for key, value in flags.items() if value is not None and value != ()})
     return make_config(values, where=str(file) if file else None)
+
+
+def load_gates(file: Path) -> list[Gate]:
+    """The gates of a config file, defaults included; its other keys are not looked at."""
+    values = {key: value for key, value in _read_toml(file).items() if key in _GateConfig.model_fields}
+    try:
+        found = _GateConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{option}: {first['msg']}", where=file) from error
+    return _with_defaults(found.gates, found.gate_defaults)
 
 
 def make_config(values: Mapping[str, Any], *, where: str | None = None) -> RunConfig:

@@ -16,7 +16,8 @@ from lorasmith.config import RunConfig, make_config
 from lorasmith.errors import InputError, UsageError
 from lorasmith.files.atomic import read_record, write_record
 from lorasmith.files.jsonl import read_examples, write_examples
-from lorasmith.gates import evaluate
+from lorasmith.gates import evaluate, split_costs
+from lorasmith.gates.evaluate import check_gates
 from lorasmith.progress import Progress, Unwatched, Watcher
 from lorasmith.records.base import Record
 from lorasmith.records.dataset import ContaminationRecord, DatasetStatistics
@@ -51,7 +52,8 @@ def run(
     asked = config or make_config(options)
     watch = watcher or Unwatched()
     check_places(asked)
-    with open_run(asked.output, rehash=rehash) as folder:
+    check_gates(asked.resolved_gates())
+    with open_run(asked.output, rehash=rehash, price_per_hour=asked.price_per_hour) as folder:
         write_record(folder.path / "run.json", describe_run(asked, rehash=rehash))
         steps = plan(asked, watch.progress)
         for number, step in enumerate(steps, 1):
@@ -60,6 +62,7 @@ def run(
             watch.finished(step.stage.name, reused=timing.reused, seconds=timing.wall_seconds)
             for name, kind in step.shows.items():
                 watch.show(step.stage.name, read_record(folder.path / name, kind))
+        _judge_costs(asked, watch)
         _write_report(folder.path)
     return load_result(asked.output)
 
@@ -260,12 +263,13 @@ _MEASURED = (
     "merged/lorasmith_merge.json",
     "proof/weights.json",
     "proof/behaviour.json",
+    "proof/comparison.json",
     "testset/contamination.json",
 )
 
 
 def _gates_step(config: RunConfig) -> Step:
-    gates = config.resolved_gates()
+    gates, _ = split_costs(config.resolved_gates())
     stage = Stage(
         name="gates",
         inputs={name: config.output / name for name in _MEASURED},
@@ -276,6 +280,18 @@ def _gates_step(config: RunConfig) -> Step:
         ),
     )
     return Step("Gates", stage, {"gates.json": GateRecord})
+
+
+def _judge_costs(config: RunConfig, watch: Watcher) -> None:
+    """`cost_gates.json`: judged after every command, outside of what is equal between two runs."""
+    _, gates = split_costs(config.resolved_gates())
+    path = config.output / "cost_gates.json"
+    if not gates:
+        path.unlink(missing_ok=True)
+        return
+    record = evaluate(gates, load_measured(config.output))
+    write_record(path, record)
+    watch.show("cost-gates", record)
 
 
 def _package_step(config: RunConfig, progress: Progress) -> Step:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import lorasmith
 from lorasmith.config import RunConfig
 from lorasmith.errors import ExitCode
 from lorasmith.files.atomic import read_record
 from lorasmith.files.digests import digest_path
-from lorasmith.gates import Measured
+from lorasmith.gates import Measured, join
+from lorasmith.records.base import Record
 from lorasmith.records.dataset import ContaminationRecord, DatasetStatistics
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.proof import BehaviourProof, ComparisonRecord, WeightProof
-from lorasmith.records.release import GateRecord, PackageManifest, RunRecord
-from lorasmith.records.scoring import ValidationResult
+from lorasmith.records.release import GateRecord, PackageManifest, RunRecord, TimingRecord
+from lorasmith.records.scoring import TaskEffect, TaskResult, ValidationResult
+
+ROLES = ("base", "adapter", "merged")
 
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pyarrow", "isal")
 """Their versions may decide the bytes of a run."""
@@ -38,12 +42,19 @@ class RunResult:
     comparison: ComparisonRecord
     gates: GateRecord
     package: PackageManifest
+    cost_gates: GateRecord | None = None
+    """Gates on time, memory and money; None where there are none."""
+
+    @property
+    def judged(self) -> GateRecord:
+        """All gates, those on cost last."""
+        return join(self.gates, self.cost_gates)
 
     @property
     def exit_code(self) -> ExitCode:
         """1 when a gate did not pass, the weights are not the merge, or the test set is contaminated."""
         no = (
-            not self.gates.passed
+            not self.judged.passed
             or self.weights.grade == "different"
             or self.contamination.verdict == "contaminated"
         )
@@ -52,35 +63,72 @@ class RunResult:
 
 def load_result(run: Path) -> RunResult:
     """The records of a finished run; raises `InputError` naming the first that is missing or wrong."""
-    measured = load_measured(run)
     return RunResult(
         folder=run,
         statistics=read_record(run / "testset" / "statistics.json", DatasetStatistics),
-        comparison=read_record(run / "proof" / "comparison.json", ComparisonRecord),
-        gates=read_record(run / "gates.json", GateRecord),
-        package=read_record(run / "package" / "manifest.json", PackageManifest),
-        **vars(measured),
-    )
-
-
-def load_measured(run: Path) -> Measured:
-    """The records that the gates read."""
-    return Measured(
+        contamination=read_record(run / "testset" / "contamination.json", ContaminationRecord),
         base=read_record(run / "validation" / "base.json", ValidationResult),
         adapter=read_record(run / "validation" / "adapter.json", ValidationResult),
         merged=read_record(run / "validation" / "merged.json", ValidationResult),
         merge=read_record(run / "merged" / "lorasmith_merge.json", MergeRecord),
         weights=read_record(run / "proof" / "weights.json", WeightProof),
         behaviour=read_record(run / "proof" / "behaviour.json", BehaviourProof),
-        contamination=read_record(run / "testset" / "contamination.json", ContaminationRecord),
+        comparison=read_record(run / "proof" / "comparison.json", ComparisonRecord),
+        gates=read_record(run / "gates.json", GateRecord),
+        package=read_record(run / "package" / "manifest.json", PackageManifest),
+        cost_gates=_read(run / "cost_gates.json", GateRecord),
     )
+
+
+R = TypeVar("R", bound=Record)
+
+
+def _read(path: Path, kind: type[R]) -> R | None:
+    return read_record(path, kind) if path.is_file() else None
+
+
+def load_measured(run: Path) -> Measured:
+    """The records that gates read, as far as they are there: of a run, or of an unpacked package.
+
+    Raises `InputError` for a record that is damaged.
+    """
+    validation, proof = run / "validation", run / "proof"
+    tasks = {role: _read(validation / f"{role}_tasks.json", TaskResult) for role in ROLES}
+    merge = _read(run / "merged" / "lorasmith_merge.json", MergeRecord)
+    return Measured(
+        base=_read(validation / "base.json", ValidationResult),
+        adapter=_read(validation / "adapter.json", ValidationResult),
+        merged=_read(validation / "merged.json", ValidationResult),
+        merge=merge,
+        weights=_read(proof / "weights.json", WeightProof),
+        behaviour=_read(proof / "behaviour.json", BehaviourProof),
+        comparison=_read(proof / "comparison.json", ComparisonRecord),
+        contamination=_read(run / "testset" / "contamination.json", ContaminationRecord),
+        tasks={role: result for role, result in tasks.items() if result is not None},
+        task_effects=_task_effects(validation),
+        timing=_read(run / "timing.json", TimingRecord),
+    )
+
+
+def _task_effects(validation: Path) -> dict[str, list[TaskEffect]]:
+    from lorasmith.scoring.paired import paired_tasks
+
+    pairs = {"effect": ("base", "adapter"), "merge": ("adapter", "merged")}
+    tables = {role: validation / f"{role}_tasks.parquet" for role in ROLES}
+    return {
+        name: paired_tasks(tables[first], tables[other])
+        for name, (first, other) in pairs.items()
+        if tables[first].is_file() and tables[other].is_file()
+    }
 
 
 def describe_run(config: RunConfig, *, rehash: bool = False) -> RunRecord:
     """`run.json`: the options without their paths, the libraries, the digests of the inputs."""
     inputs = {"base": config.base, "adapter": config.adapter, "test_set": config.test_set}
     inputs |= {f"train {number}": path for number, path in enumerate(config.train, 1)}
-    options = config.model_dump(mode="json", exclude={"base", "adapter", "test_set", "train", "output"})
+    options = config.model_dump(
+        mode="json", exclude={"base", "adapter", "test_set", "train", "output", "price_per_hour"}
+    )
     return RunRecord(
         config={**options, "gates": [gate.model_dump(mode="json") for gate in config.resolved_gates()]},
         versions={"lorasmith": lorasmith.__version__, **{name: version(name) for name in _LIBRARIES}},

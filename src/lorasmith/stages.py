@@ -56,6 +56,7 @@ class RunFolder:
 
     path: Path
     rehash: bool = False
+    price_per_hour: float | None = None
     timings: dict[str, StageTiming] = field(default_factory=dict)
 
     def record_path(self, stage: str) -> Path:
@@ -115,7 +116,9 @@ class RunFolder:
     def _keep_timing(self, timing: StageTiming) -> None:
         self.timings[timing.stage] = timing
         merged = {**read_timings(self.path), **self.timings}
-        record = TimingRecord(hardware=hardware(), stages=list(merged.values()))
+        record = TimingRecord(
+            hardware=hardware(), price_per_hour=self.price_per_hour, stages=list(merged.values())
+        )
         write_record(self.path / "timing.json", record)
 
 
@@ -150,7 +153,7 @@ def _cpu_seconds() -> float:
 
 
 @contextmanager
-def open_run(path: Path, *, rehash: bool = False) -> Iterator[RunFolder]:
+def open_run(path: Path, *, rehash: bool = False, price_per_hour: float | None = None) -> Iterator[RunFolder]:
     """The run folder under an exclusive lock; what a killed process left half-written is removed.
 
     Raises `BusyError` when another process works on it, `InputError` when it is a file.
@@ -170,6 +173,6 @@ def open_run(path: Path, *, rehash: bool = False) -> Iterator[RunFolder]:
         for file in path.rglob(".*.partial"):
             if file.is_file() and _LEFTOVER.match(file.name):
                 file.unlink(missing_ok=True)
-        yield RunFolder(path, rehash=rehash)
+        yield RunFolder(path, rehash=rehash, price_per_hour=price_per_hour)
     finally:
         os.close(lock)

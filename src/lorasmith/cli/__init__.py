@@ -12,6 +12,7 @@ from typing import Any
 from lorasmith.cli import benchmarks, testset
 from lorasmith.cli.compare import compare
 from lorasmith.cli.demo import demo
+from lorasmith.cli.gates import gates
 from lorasmith.cli.merge import merge
 from lorasmith.cli.package import package
 from lorasmith.cli.prove import prove
@@ -30,6 +31,7 @@ COMMANDS: list[tuple[str, Callable[..., Any]]] = [
     ("merge", merge),
     ("prove", prove),
     ("compare", compare),
+    ("gates", gates),
     ("report", report),
     ("package", package),
     ("unpack", unpack),

@@ -31,3 +31,6 @@ Limit = Annotated[int | None, typer.Option(help="Take only so many rows; the res
 ShuffleSeed = Annotated[int | None, typer.Option(help="With --limit: choose the rows at random.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at rows that would be cut.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+GateFormat = Annotated[
+    str, typer.Option("--format", help="How gates are printed: text, junit, json, markdown or github.")
+]

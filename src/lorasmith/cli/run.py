@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.options import AsJson, BatchSize, BatchTokens, MaxLength
+from lorasmith.cli.options import AsJson, BatchSize, BatchTokens, GateFormat, MaxLength
 
 
 # Every option is None unless it was typed, so that only typed ones win over the config file.
@@ -50,7 +50,11 @@ def run(
         bool | None, typer.Option("--strict/--no-strict", help="Stop at rows that would be cut. [on]")
     ] = None,
     compression: Annotated[str | None, typer.Option(help="gzip or none. [gzip]")] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="Of the machine in dollars, for gates on cost.")
+    ] = None,
     rehash: Annotated[bool, typer.Option("--rehash", help="Hash every input again.")] = False,
+    output_format: GateFormat = "text",
     as_json: AsJson = False,
 ) -> None:
     """Validate, merge, prove, compare, judge and package, in one resumable run folder.
@@ -79,6 +83,7 @@ def run(
         "max_length": max_length,
         "strict": strict,
         "compression": compression,
+        "price_per_hour": price_per_hour,
     }
     from lorasmith.config import load_config, to_toml
 
@@ -88,14 +93,17 @@ def run(
         return
     import lorasmith
     from lorasmith.cli import views
-    from lorasmith.cli.console import console, show_record
+    from lorasmith.cli.console import console
+    from lorasmith.cli.judged import check_format, print_gates
     from lorasmith.cli.running import TerminalWatcher, show_summary
     from lorasmith.stages import read_timings
 
-    watcher = TerminalWatcher(console(stderr=as_json))
+    shown = "json" if as_json else output_format
+    check_format(shown)
+    watcher = TerminalWatcher(console(stderr=shown != "text"))
     result = lorasmith.run(resolved, watcher=watcher, rehash=rehash)
-    if as_json:
-        show_record(result.gates)
+    if shown != "text":
+        print_gates(result.judged, shown)
     else:
         views.show_timings(list(read_timings(result.folder).values()), watcher.screen)
         show_summary(result, watcher.screen)

@@ -87,8 +87,8 @@ def _show_verdict(result: RunResult, screen: Console) -> None:
     screen.print(f"Adapter:   {helped} on this test set ({_contamination(result)})")
     screen.print(f"Weights:   {_weights_claim(result)}")
     screen.print(f"Behaviour: {result.behaviour.grade}")
-    failed = [gate for gate in result.gates.gates if gate.verdict != "pass"]
-    total = len(result.gates.gates)
+    failed = [gate for gate in result.judged.gates if gate.verdict != "pass"]
+    total = len(result.judged.gates)
     if not failed:
         screen.print(f"\n{'=' * 60}\n[green]✓[/] All {total} gates passed.")
         return

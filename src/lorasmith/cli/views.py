@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         TensorProof,
         WeightProof,
     )
-    from lorasmith.records.release import GateRecord, GateResult, PackageManifest, StageTiming
+    from lorasmith.records.release import GateRecord, PackageManifest, StageTiming
     from lorasmith.records.scoring import GroupMetrics, TaskResult, ValidationResult
     from lorasmith.records.training import TrainRecord
 
@@ -224,25 +224,21 @@ def _span(effect: PairedEffect) -> str:
 
 def show_gates(record: GateRecord, console: Console) -> None:
     """Each gate with what was measured, and the advice for those that failed."""
-    rows = [_gate_row(result) for result in record.gates]
+    from lorasmith.gates.formats import advice, found, show
+
+    rows = [
+        (
+            result.gate.name,
+            found(result),
+            f"{result.gate.comparison} {show(result.gate.threshold)}",
+            _MARK[result.verdict],
+        )
+        for result in record.gates
+    ]
     console.print(table("Gates", ("gate", "measured", "wanted", "verdict"), rows))
     for result in record.gates:
         if result.verdict != "pass":
-            why = result.reason or result.gate.advice
-            console.print(f"  {result.gate.name}: {why}", markup=False, soft_wrap=True)
-
-
-def _gate_row(result: GateResult) -> tuple[str, ...]:
-    gate = result.gate
-    measured = "–" if result.measured is None else _number(result.measured)
-    name = f"{gate.name}"
-    return (name, measured, f"{gate.comparison} {_number(gate.threshold)}", _MARK[result.verdict])
-
-
-def _number(value: float | str) -> str:
-    if isinstance(value, str):
-        return value
-    return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"
+            console.print(f"  {result.gate.name}: {advice(result)}", markup=False, soft_wrap=True)
 
 
 def show_package(record: PackageManifest, console: Console) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from lorasmith.records.base import FileDigest, Part, Record
+from lorasmith.records.base import FileDigest, Interval, Part, Record
 
 
 class StageRecord(Record):
@@ -26,7 +26,7 @@ class Gate(Part):
 
     name: str
     metric: str
-    """`adapter.loss`, `adapter.perplexity`, `merge.loss_delta`, `merge.perplexity_delta`, …"""
+    """A key of `gates.METRICS`: `adapter.loss`, `merge.loss_delta`, `effect.loss_delta_high`, …"""
     group: str | None = None
     """`difficulty=easy`, `source=MATH`, …; all examples when absent."""
     comparison: Literal["<", "<=", ">", ">=", "==", "!="] = "<"
@@ -40,13 +40,15 @@ class GateResult(Part):
 
     gate: Gate
     measured: float | str | None
+    interval: Interval | None = None
+    """Of `measured`, where its record has one."""
     verdict: Literal["pass", "fail", "not measured"]
     reason: str = ""
     """Why nothing was measured."""
 
 
 class GateRecord(Record):
-    """`gates.json`."""
+    """`gates.json`; `cost_gates.json` for those on time, memory and money, which stay out of the package."""
 
     FORMAT: ClassVar[str] = "lorasmith/gates/1"
 
@@ -75,6 +77,8 @@ class TimingRecord(Record):
     FORMAT: ClassVar[str] = "lorasmith/timing/1"
 
     hardware: dict[str, Any]
+    price_per_hour: float | None = None
+    """In dollars, where the command named it."""
     stages: list[StageTiming]
 
 

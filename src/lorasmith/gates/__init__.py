@@ -1,0 +1,9 @@
+"""Gates: named thresholds on measured values, as data; what is not measured has not passed."""
+
+from __future__ import annotations
+
+from lorasmith.gates.evaluate import evaluate, join, split_costs
+from lorasmith.gates.guide import GUIDE_GATES
+from lorasmith.gates.metrics import METRICS, Measured, Metric
+
+__all__ = ["GUIDE_GATES", "METRICS", "Measured", "Metric", "evaluate", "join", "split_costs"]

@@ -1,0 +1,230 @@
+"""What a gate may name: every metric, where it is read from, and which groups it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from lorasmith.errors import UsageError
+from lorasmith.gates import tasks
+from lorasmith.gates.missing import NotMeasured
+from lorasmith.records.base import Interval
+from lorasmith.records.dataset import ContaminationRecord
+from lorasmith.records.merging import MergeRecord
+from lorasmith.records.proof import (
+    BehaviourProof,
+    ComparisonRecord,
+    PairedEffect,
+    TokenComparison,
+    WeightProof,
+)
+from lorasmith.records.release import Gate, StageTiming, TimingRecord
+from lorasmith.records.scoring import GroupMetrics, TaskEffect, TaskResult, ValidationResult
+
+T = TypeVar("T")
+Value = tuple[float | str, Interval | None]
+"""A measured value, and its interval where it has one."""
+
+_GROUPS = ("source", "domain", "difficulty")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The records that gates read; None or absent where a stage did not run."""
+
+    base: ValidationResult | None = None
+    adapter: ValidationResult | None = None
+    merged: ValidationResult | None = None
+    merge: MergeRecord | None = None
+    weights: WeightProof | None = None
+    behaviour: BehaviourProof | None = None
+    contamination: ContaminationRecord | None = None
+    comparison: ComparisonRecord | None = None
+    tasks: Mapping[str, TaskResult] = field(default_factory=dict)
+    """Role → answers to the benchmarks' own questions."""
+    task_effects: Mapping[str, list[TaskEffect]] = field(default_factory=dict)
+    """`effect` (adapter against base) and `merge` (merged against adapter), example by example."""
+    timing: TimingRecord | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: how it is read, by which kinds of group, and whether it is a word."""
+
+    read: Callable[[Measured, str | None], Value]
+    groups: tuple[str, ...] = ()
+    """Kinds that may stand before the `=` of a gate's group; `source` admits crossings with it as well."""
+    word: bool = False
+
+    def check(self, gate: Gate) -> None:
+        """Raise `UsageError` for a group or a threshold that this metric cannot have."""
+        if self.word != isinstance(gate.threshold, str):
+            raise UsageError(
+                f"gate {gate.name!r} compares {gate.metric} with {gate.threshold!r}",
+                expected="a word for grades and verdicts, a number for everything else",
+            )
+        if gate.group is None:
+            return
+        kind, equals, _ = gate.group.partition("=")
+        if not equals:
+            raise UsageError(
+                f"group {gate.group!r} has no '='", expected="such as difficulty=easy or source=MATH"
+            )
+        if kind not in self.groups and not ("×" in kind and self.groups == _GROUPS):
+            known = f"a group by {', '.join(self.groups)}" if self.groups else "no group"
+            raise UsageError(f"gate {gate.name!r}: {gate.metric} is not measured by {kind}", expected=known)
+
+
+def _pick(groups: Mapping[str, Mapping[str, T]], group: str) -> T:
+    kind, _, value = group.partition("=")
+    found = groups.get(kind, {}).get(value)
+    if found is None:
+        raise NotMeasured(f"no example in {group}")
+    return found
+
+
+def _validation(role: str, read: Callable[[GroupMetrics], Value]) -> Metric:
+    def value(measured: Measured, group: str | None) -> Value:
+        result: ValidationResult | None = getattr(measured, role)
+        if result is None:
+            raise NotMeasured(f"the {role} model was not validated")
+        return read(result.overall if group is None else _pick(result.groups, group))
+
+    return Metric(value, _GROUPS)
+
+
+def _behaviour(read: Callable[[TokenComparison], float]) -> Metric:
+    def value(measured: Measured, group: str | None) -> Value:
+        if measured.behaviour is None:
+            raise NotMeasured("the comparison did not run")
+        proof = measured.behaviour
+        return read(proof.overall if group is None else _pick(proof.groups, group)), None
+
+    return Metric(value, _GROUPS)
+
+
+def _effect(read: Callable[[PairedEffect], Value], *, word: bool = False) -> Metric:
+    def value(measured: Measured, group: str | None) -> Value:
+        record = measured.comparison
+        if record is None or record.adapter_effect is None:
+            raise NotMeasured("the adapter was not compared with its base")
+        return read(record.adapter_effect if group is None else _pick(record.adapter_effect_groups, group))
+
+    return Metric(value, _GROUPS, word=word)
+
+
+def _end(interval: Interval | None, end: str) -> float:
+    if interval is None:
+        raise NotMeasured("there are too few examples for an interval")
+    found: float = getattr(interval, end)
+    return found
+
+
+def _record(name: str, what: str, read: Callable[..., float | str], *, word: bool = False) -> Metric:
+    def value(measured: Measured, group: str | None) -> Value:
+        record = getattr(measured, name)
+        if record is None:
+            raise NotMeasured(f"{what} did not run")
+        return read(record), None
+
+    return Metric(value, word=word)
+
+
+def _same_answers(proof: BehaviourProof) -> float:
+    if proof.generation is None:
+        raise NotMeasured("no answers were generated for the comparison")
+    return proof.generation.same_fraction
+
+
+def _grade(proof: BehaviourProof) -> str:
+    if proof.grade == "not measured":
+        raise NotMeasured("; ".join(proof.reasons) or "the behaviour was not measured")
+    return proof.grade
+
+
+def _contaminated(read: Callable[[ContaminationRecord], float | str], *, word: bool = False) -> Metric:
+    def value(record: ContaminationRecord) -> float | str:
+        if record.verdict == "not checked":
+            raise NotMeasured(record.reason or "the test set was not checked")
+        return read(record)
+
+    return _record("contamination", "the contamination check", value, word=word)
+
+
+def _hit_rows(record: ContaminationRecord) -> int:
+    return record.counts.get("test_rows", len({hit.test_id for hit in record.hits}))
+
+
+def _cost(read: Callable[[TimingRecord, list[StageTiming]], float]) -> Metric:
+    def value(measured: Measured, group: str | None) -> Value:
+        if measured.timing is None:
+            raise NotMeasured("no times were recorded")
+        name = None if group is None else group.partition("=")[2]
+        stages = [stage for stage in measured.timing.stages if name in (None, stage.stage)]
+        if not stages:
+            raise NotMeasured(f"no stage {name!r} was timed" if name else "no stage was timed")
+        return read(measured.timing, stages), None
+
+    return Metric(value, ("stage",))
+
+
+def _wall(stages: list[StageTiming]) -> float:
+    return sum(stage.wall_seconds for stage in stages)
+
+
+def _dollars(timing: TimingRecord, stages: list[StageTiming]) -> float:
+    if timing.price_per_hour is None:
+        raise NotMeasured("the price of an hour is not known (--price-per-hour)")
+    return timing.price_per_hour * _wall(stages) / 3600
+
+
+def _peak(timing: TimingRecord, stages: list[StageTiming]) -> float:
+    peaks = [stage.peak_rss_bytes for stage in stages if stage.peak_rss_bytes is not None]
+    if not peaks:
+        raise NotMeasured("this system does not tell the peak of memory")
+    return max(peaks)
+
+
+ROLES = ("base", "adapter", "merged")
+
+METRICS: dict[str, Metric] = {
+    **{f"{role}.loss": _validation(role, lambda m: (m.loss, m.interval)) for role in ROLES},
+    **{f"{role}.loss_high": _validation(role, lambda m: (_end(m.interval, "high"), None)) for role in ROLES},
+    **{f"{role}.perplexity": _validation(role, lambda m: (m.perplexity, None)) for role in ROLES},
+    **{f"{role}.examples": _validation(role, lambda m: (m.examples, None)) for role in ROLES},
+    **{f"{role}.accuracy": Metric(tasks.accuracy(role), ("source",)) for role in ROLES},
+    "effect.loss_delta": _effect(lambda effect: (effect.loss_delta, effect.interval)),
+    "effect.loss_delta_low": _effect(lambda effect: (_end(effect.interval, "low"), None)),
+    "effect.loss_delta_high": _effect(lambda effect: (_end(effect.interval, "high"), None)),
+    "effect.perplexity_delta": _effect(lambda effect: (effect.perplexity_delta, None)),
+    "effect.verdict": _effect(lambda effect: (effect.verdict, None), word=True),
+    **{
+        f"{pair}.accuracy_{name}": Metric(read, ("source",))
+        for pair in ("effect", "merge")
+        for name, read in tasks.differences(pair).items()
+    },
+    "merge.loss_delta": _behaviour(lambda found: abs(found.loss_delta)),
+    "merge.perplexity_delta": _behaviour(lambda found: abs(found.perplexity_delta)),
+    "merge.kl_mean": _behaviour(lambda found: found.kl.mean),
+    "merge.kl_q999": _behaviour(lambda found: found.kl.q999),
+    "merge.kl_max": _behaviour(lambda found: found.kl.max),
+    "merge.top1_agreement": _behaviour(lambda found: found.top1_agreement),
+    "merge.same_answers": _record("behaviour", "the comparison", _same_answers),
+    "merge.swallowed_fraction": _record("merge", "the merge", lambda record: record.swallowed_fraction),
+    "weights.grade": _record("weights", "the proof of the weights", lambda proof: proof.grade, word=True),
+    "weights.bound_ulps": _record("weights", "the proof of the weights", lambda proof: proof.bound_ulps),
+    "behaviour.grade": _record("behaviour", "the comparison", _grade, word=True),
+    "contamination.verdict": _contaminated(lambda record: record.verdict, word=True),
+    "contamination.rows": _contaminated(_hit_rows),
+    "contamination.fraction": _contaminated(lambda record: _hit_rows(record) / max(1, record.rows_test)),
+    "cost.wall_seconds": _cost(lambda timing, stages: _wall(stages)),
+    "cost.cpu_seconds": _cost(lambda timing, stages: sum(stage.cpu_seconds for stage in stages)),
+    "cost.peak_memory_bytes": _cost(_peak),
+    "cost.dollars": _cost(_dollars),
+}
+"""Every metric that a gate may name.
+
+Loss and perplexity deltas of `merge.*` are absolute values. `effect.*` is the adapter minus the base
+(negative is better for losses), `merge.accuracy_*` the merged model minus the adapter, both with their sign.
+"""

@@ -1,0 +1,306 @@
+"""Gates: the procedure's criteria pass and fail where they should, and nothing passes unmeasured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lorasmith.errors import UsageError
+from lorasmith.gates import GUIDE_GATES, METRICS, Measured, evaluate, join, split_costs
+from lorasmith.records.base import Interval
+from lorasmith.records.dataset import ContaminationHit, ContaminationRecord
+from lorasmith.records.proof import ComparisonRecord, GenerationComparison, PairedEffect
+from lorasmith.records.release import Gate, StageTiming, TimingRecord
+from lorasmith.records.scoring import TaskEffect, TaskMetric, TaskResult
+from tests.records_for_tests import (
+    FILE,
+    SETTINGS,
+    behaviour,
+    comparison,
+    identity,
+    merge,
+    metrics,
+    validation,
+    weights,
+)
+
+DIFFICULTY = {"easy": metrics(0.3, 1.4), "hard": metrics(1.0, 2.9)}
+EFFECT = PairedEffect(
+    examples=5,
+    loss_a=0.2,
+    loss_b=0.05,
+    loss_delta=-0.15,
+    perplexity_delta=-0.17,
+    interval=Interval(low=-0.2, high=-0.1),
+    p_value=0.01,
+    verdict="helps",
+)
+WRITTEN = GenerationComparison(
+    max_new_tokens=8,
+    examples=5,
+    same=4,
+    same_fraction=0.8,
+    unfinished_a=0,
+    unfinished_b=0,
+    tokens_before_divergence=7.0,
+    divergences=[],
+)
+
+
+def task(benchmark: str, metric: str, value: float | None, scored: int = 10) -> TaskMetric:
+    return TaskMetric(
+        benchmark=benchmark, metric=metric, method="generation", examples=10, scored=scored,
+        unscored=10 - scored, value=value, interval=None if value is None else Interval(low=0.0, high=1.0),
+    )  # fmt: skip
+
+
+def answers(role: str, drop: float, mmlu: float | None) -> TaskResult:
+    """DROP has two metrics, of which exact match is the main one."""
+    scored = [task("DROP", "f1", 0.9), task("DROP", "exact_match", drop)]
+    scored.append(task("MMLU", "accuracy", mmlu, scored=0 if mmlu is None else 30))
+    return TaskResult(
+        model=identity(role), test_set=FILE, settings=SETTINGS, metrics=scored, per_example=FILE
+    )
+
+
+def task_effect(metric: str, delta: float) -> TaskEffect:
+    return TaskEffect(
+        benchmark="DROP", metric=metric, examples=10, value_a=0.5, value_b=0.5 + delta, delta=delta,
+        interval=Interval(low=delta - 0.1, high=delta + 0.1), p_value=0.5, verdict="no clear effect",
+    )  # fmt: skip
+
+
+def stage(name: str, seconds: float, peak: int | None) -> StageTiming:
+    return StageTiming(
+        stage=name, wall_seconds=seconds, cpu_seconds=2 * seconds, peak_rss_bytes=peak, started="unknown"
+    )
+
+
+GOOD = Measured(
+    base=validation("base", 0.2, 1.2),
+    adapter=validation("adapter", difficulty=DIFFICULTY),
+    merged=validation("merged"),
+    merge=merge(),
+    weights=weights(),
+    behaviour=behaviour(comparison(top1=1.0)).model_copy(update={"generation": WRITTEN}),
+    contamination=ContaminationRecord(verdict="independent", rows_test=4, counts={"test_rows": 1}),
+    comparison=ComparisonRecord(
+        adapter_effect=EFFECT,
+        adapter_effect_groups={
+            "difficulty": {"hard": EFFECT.model_copy(update={"interval": None, "loss_delta": 0.3})}
+        },
+        merge_effect=EFFECT,
+        weights_grade="exact",
+        behaviour_grade="faithful",
+    ),
+    tasks={
+        "base": answers("base", 0.2, 0.3),
+        "adapter": answers("adapter", 0.6, 0.5),
+        "merged": answers("merged", 0.5, 0.5),
+    },
+    task_effects={
+        "effect": [task_effect("f1", 0.9), task_effect("exact_match", 0.4)],
+        "merge": [task_effect("exact_match", -0.1), task_effect("f1", 0.0)],
+    },
+    timing=TimingRecord(
+        hardware={}, price_per_hour=1.5, stages=[stage("merge", 600, 7), stage("compare", 1800, None)]
+    ),
+)
+
+
+def verdicts(measured: Measured) -> dict[str, str]:
+    return {result.gate.name: result.verdict for result in evaluate(GUIDE_GATES, measured).gates}
+
+
+def test_a_good_release_passes_every_gate_of_the_guide() -> None:
+    record = evaluate(GUIDE_GATES, GOOD)
+    assert record.passed
+    assert set(verdicts(GOOD).values()) == {"pass"}
+
+
+@pytest.mark.parametrize(
+    ("failing", "measured"),
+    [
+        ("loss", replace(GOOD, adapter=validation("adapter", loss=0.10, difficulty=DIFFICULTY))),
+        ("perplexity", replace(GOOD, adapter=validation("adapter", perplexity=2.0, difficulty=DIFFICULTY))),
+        (
+            "easy perplexity",
+            replace(
+                GOOD, adapter=validation("adapter", difficulty={**DIFFICULTY, "easy": metrics(0.4, 1.5)})
+            ),
+        ),
+        (
+            "hard perplexity",
+            replace(
+                GOOD, adapter=validation("adapter", difficulty={**DIFFICULTY, "hard": metrics(1.1, 3.0)})
+            ),
+        ),
+        ("merge loss Δ", replace(GOOD, behaviour=behaviour(comparison(loss_delta=-1.74e-2, top1=1.0)))),
+        (
+            "merge perplexity Δ",
+            replace(GOOD, behaviour=behaviour(comparison(perplexity_delta=-0.01, top1=1.0))),
+        ),
+        ("same outputs", replace(GOOD, behaviour=behaviour(comparison(top1=0.9999)))),
+        ("weights", replace(GOOD, weights=weights("different"))),
+    ],
+)
+def test_each_gate_fails_alone(failing: str, measured: Measured) -> None:
+    found = verdicts(measured)
+    assert found.pop(failing) == "fail"
+    assert set(found.values()) == {"pass"}
+    assert not evaluate(GUIDE_GATES, measured).passed
+
+
+def test_a_group_without_examples_is_not_measured_and_does_not_pass() -> None:
+    measured = replace(GOOD, adapter=validation("adapter", difficulty={"hard": metrics(1.0, 2.9)}))
+    record = evaluate(GUIDE_GATES, measured)
+    easy = next(result for result in record.gates if result.gate.name == "easy perplexity")
+    assert (easy.verdict, easy.measured) == ("not measured", None)
+    assert "difficulty=easy" in easy.reason
+    assert not record.passed
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_metric_is_measured_from_records_and_not_without_them(metric: str) -> None:
+    word = metric.endswith((".grade", ".verdict"))
+    group = "source=DROP" if "accuracy_delta_" in metric else None
+    gate = Gate(name="g", metric=metric, group=group, comparison="!=", threshold="nothing" if word else -1.0)
+    (with_records,) = evaluate([gate], GOOD).gates
+    (without,) = evaluate([gate], Measured()).gates
+    assert with_records.verdict == "pass"
+    assert (without.verdict, without.measured) == ("not measured", None)
+    assert without.reason
+
+
+@pytest.mark.parametrize(
+    ("comparison_sign", "threshold", "expected"),
+    [
+        ("<", 0.05, "fail"),
+        ("<=", 0.05, "pass"),
+        (">", 0.05, "fail"),
+        (">=", 0.05, "pass"),
+        ("==", 0.05, "pass"),
+    ],
+)
+def test_comparisons_at_the_threshold(comparison_sign: str, threshold: float, expected: str) -> None:
+    gate = Gate(name="g", metric="adapter.loss", comparison=comparison_sign, threshold=threshold)  # type: ignore[arg-type]
+    assert evaluate([gate], GOOD).gates[0].verdict == expected
+
+
+@pytest.mark.parametrize(
+    ("gate", "message"),
+    [
+        (Gate(name="g", metric="adapter.lost", threshold=1.0), "adapter.lost"),
+        (Gate(name="g", metric="adapter.loss", group="easy", threshold=1.0), "no '='"),
+        (Gate(name="g", metric="adapter.loss", threshold="low"), "compares"),
+        (Gate(name="g", metric="weights.grade", threshold=1.0), "compares"),
+        (Gate(name="g", metric="weights.bound_ulps", group="source=MATH", threshold=1.0), "no group"),
+        (Gate(name="g", metric="adapter.accuracy", group="difficulty=easy", threshold=1.0), "by source"),
+        (Gate(name="g", metric="adapter.loss", group="stage=merge", threshold=1.0), "by stage"),
+    ],
+)
+def test_a_wrong_gate_is_a_usage_error(gate: Gate, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        evaluate([gate], GOOD)
+
+
+@pytest.mark.parametrize(
+    ("metric", "group", "value"),
+    [
+        ("effect.loss_delta", None, -0.15),
+        ("effect.loss_delta_high", None, -0.1),
+        ("effect.loss_delta", "difficulty=hard", 0.3),
+        ("adapter.accuracy", "source=DROP", 0.6),
+        # 10 scored of DROP's exact match and 30 of MMLU.
+        ("adapter.accuracy", None, (0.6 * 10 + 0.5 * 30) / 40),
+        ("effect.accuracy_delta", "source=DROP", 0.4),
+        ("merge.accuracy_delta", "source=DROP", -0.1),
+        ("merge.accuracy_delta_low", "source=DROP", -0.2),
+        ("merge.accuracy_delta", None, -0.1 * 10 / 40),
+        ("merge.same_answers", None, 0.8),
+        ("merge.swallowed_fraction", None, 0.5),
+        ("contamination.rows", None, 1),
+        ("contamination.fraction", None, 0.25),
+        ("cost.wall_seconds", None, 2400.0),
+        ("cost.wall_seconds", "stage=merge", 600.0),
+        # Forty minutes at 1.50 an hour.
+        ("cost.dollars", None, 1.0),
+        ("cost.peak_memory_bytes", None, 7),
+    ],
+)
+def test_relative_metrics_and_costs(metric: str, group: str | None, value: float) -> None:
+    gate = Gate(name="g", metric=metric, group=group, threshold=0.0)
+    assert evaluate([gate], GOOD).gates[0].measured == pytest.approx(value)
+
+
+def test_a_relative_gate_carries_its_interval() -> None:
+    gate = Gate(name="helps", metric="effect.loss_delta_high", threshold=0.0)
+    assert evaluate([gate], GOOD).passed
+    shown = evaluate([gate.model_copy(update={"metric": "effect.loss_delta"})], GOOD).gates[0]
+    assert shown.interval == Interval(low=-0.2, high=-0.1)
+
+
+@pytest.mark.parametrize(
+    ("gate", "measured", "reason"),
+    [
+        ({"metric": "effect.loss_delta_low", "group": "difficulty=hard"}, GOOD, "too few examples"),
+        ({"metric": "effect.loss_delta", "group": "source=MATH"}, GOOD, "no example in source=MATH"),
+        ({"metric": "merge.accuracy_delta_low"}, GOOD, "by benchmark only"),
+        ({"metric": "adapter.accuracy", "group": "source=GPQA"}, GOOD, "no scored answer"),
+        (
+            {"metric": "adapter.accuracy", "group": "source=MMLU"},
+            replace(GOOD, tasks={"adapter": answers("adapter", 0.5, None)}),
+            "no scored answer",
+        ),
+        ({"metric": "merge.accuracy_delta"}, replace(GOOD, tasks={}), "--tasks"),
+        ({"metric": "merge.same_answers"}, replace(GOOD, behaviour=behaviour()), "no answers were generated"),
+        (
+            {"metric": "contamination.verdict", "comparison": "!=", "threshold": "contaminated"},
+            replace(
+                GOOD, contamination=ContaminationRecord(verdict="not checked", reason="no training file")
+            ),
+            "no training file",
+        ),
+        (
+            {"metric": "behaviour.grade", "comparison": "!=", "threshold": "drifted"},
+            replace(GOOD, behaviour=behaviour(grade="not measured")),
+            "not measured",
+        ),
+        (
+            {"metric": "cost.dollars"},
+            replace(GOOD, timing=TimingRecord(hardware={}, stages=[stage("merge", 1, 1)])),
+            "--price-per-hour",
+        ),
+        ({"metric": "cost.wall_seconds", "group": "stage=mrege"}, GOOD, "no stage 'mrege'"),
+        ({"metric": "cost.peak_memory_bytes", "group": "stage=compare"}, GOOD, "peak of memory"),
+    ],
+)
+def test_what_has_no_data_is_not_measured_and_says_why(
+    gate: dict[str, str], measured: Measured, reason: str
+) -> None:
+    # The threshold would let every number pass.
+    asked = Gate.model_validate({"name": "g", "threshold": 1e9, **gate})
+    (found,) = evaluate([asked], measured).gates
+    assert (found.verdict, found.measured) == ("not measured", None)
+    assert reason in found.reason
+
+
+def test_hits_are_counted_where_an_older_record_does_not() -> None:
+    hits = [
+        ContaminationHit(kind=kind, test_id="t", train_id="a", train_file="f", score=1.0)
+        for kind in ("exact", "near")
+    ]
+    found = ContaminationRecord(verdict="contaminated", rows_test=4, hits=hits)
+    gate = Gate(name="g", metric="contamination.rows", comparison="==", threshold=1)
+    assert evaluate([gate], Measured(contamination=found)).passed
+
+
+def test_costs_are_judged_apart() -> None:
+    slow = Gate(name="time", metric="cost.wall_seconds", threshold=60)
+    found, costs = split_costs([*GUIDE_GATES, slow])
+    assert (found, costs) == (list(GUIDE_GATES), [slow])
+    joined = join(evaluate(found, GOOD), evaluate(costs, GOOD))
+    assert [result.verdict for result in joined.gates] == ["pass"] * len(GUIDE_GATES) + ["fail"]
+    assert not joined.passed
+    assert join(evaluate(found, GOOD), None).passed
