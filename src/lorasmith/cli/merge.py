@@ -23,11 +23,14 @@ def merge(
     precision: Annotated[
         str, typer.Option(help="base (each tensor's own type), float32, bfloat16 or float16.")
     ] = "base",
-    rounding: Annotated[str, typer.Option(help="nearest: each element correctly rounded.")] = "nearest",
+    rounding: Annotated[
+        str,
+        typer.Option(help="nearest (each element correctly rounded) or dithered (unbiased, from --seed)."),
+    ] = "nearest",
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Merge an adapter into its base: every element the correctly rounded W + s·B·A.
+    """Merge an adapter into its base: every element is W + s·B·A, rounded once.
 
     The base is streamed, so memory stays small whatever its size. A killed merge continues when the same
     command is given again.

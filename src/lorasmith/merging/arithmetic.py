@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lorasmith.adapters.base import Factor, Rows
 from lorasmith.errors import AdapterError, CheckpointError, InputError
 from lorasmith.merging.counts import Counts, different, different_at, underflowed
+from lorasmith.merging.dither import Thresholds, open_dithered, settle_dithered
 from lorasmith.merging.exact import ExactTerm, round_exactly
 from lorasmith.merging.rounding import (
     TARGETS,
@@ -84,6 +86,8 @@ class Open:
     places: Indices
     """Flat positions within the block."""
     candidate: Array
+    thresholds: Thresholds | None = None
+    """Where the merge is dithered."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ class Undecided:
     candidate: Array
     weights: Array
     """W of each, in float64."""
+    thresholds: Thresholds | None = None
 
 
 def prepare(rows: Rows, load: LoadFactor) -> Products:
@@ -122,12 +127,18 @@ def _updated(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
 
 
 def sum_block(
-    stored: torch.Tensor, products: Products, row: int, column: int, out: torch.Tensor, scratch: Scratch
+    stored: torch.Tensor,
+    products: Products,
+    row: int,
+    column: int,
+    out: torch.Tensor,
+    scratch: Scratch,
+    thresholds: Thresholds | None = None,
 ) -> tuple[Counts, Open | None]:
     """Write the merged values of the block that begins at (`row`, `column`) of its range of rows.
 
-    `stored` [m, n] holds W as the base stores it, `out` [m, n] has the target's type. The elements that come
-    back as open have no value yet.
+    `stored` [m, n] holds W as the base stores it, `out` [m, n] has the target's type; `thresholds` dither.
+    The elements that come back as open have no value yet.
     """
     height, width = stored.shape
     elements = height * width
@@ -140,14 +151,35 @@ def sum_block(
     counts = Counts(base_square=float(torch.dot(flat, flat)))
     values.addmm_(products.left[row : row + height], products.right[:, column : column + width])
     bound = Bound(products.factor, products.absolute[row : row + height], products.largest)
-    places = open_elements(values, bound, target, own, out)
+    places = open_places(values, bound, thresholds, target, own, out)
     counts.changed = different(out, stored, target, own)
     if products.updated is None:
         counts.updated = elements
     else:
         here = products.updated[row : row + height, column : column + width]
         counts.updated = int(torch.count_nonzero(here))
-    return counts, Open(places, flat.numpy()[places]) if len(places) else None
+    return counts, opened_at(places, flat.numpy(), thresholds)
+
+
+def open_places(
+    candidate: torch.Tensor,
+    bound: Bound,
+    thresholds: Thresholds | None,
+    target: Target,
+    scratch: Scratch,
+    out: torch.Tensor,
+) -> Indices:
+    """Round candidates into `out`, to nearest or dithered; what the bound leaves open."""
+    if thresholds is None:
+        return open_elements(candidate, bound, target, scratch, out)
+    return open_dithered(candidate, bound, thresholds, target, scratch, out)
+
+
+def opened_at(places: Indices, candidate: Array, thresholds: Thresholds | None) -> Open | None:
+    """The open elements of a block; None where there are none."""
+    if not len(places):
+        return None
+    return Open(places, candidate[places], None if thresholds is None else thresholds[places])
 
 
 _BY_TYPE = {target.native: target for target in TARGETS.values()}
@@ -167,16 +199,24 @@ def decide(opened: Undecided, products: Products, target: Target, name: str) -> 
         raise not_finite(name)
     size = products.bound.numpy()[opened.rows, 0]
     bound = products.factor * (np.abs(opened.candidate) + 2 * size) * ROUNDED_UP
-    values, certain = settle(opened.candidate, bound, target)
+    values, certain = settled(opened, bound, target)
     ties = 0
     left_open = np.nonzero(~certain)[0]
     if len(left_open):
         terms = products.exact_terms(opened.rows[left_open], opened.columns[left_open])
-        values[left_open], tied, _ = round_exactly(opened.weights[left_open], terms, target)
+        thresholds = None if opened.thresholds is None else opened.thresholds[left_open]
+        values[left_open], tied, _ = round_exactly(opened.weights[left_open], terms, target, thresholds)
         ties = int(np.count_nonzero(tied))
     if not np.isfinite(values).all():
         raise overflow(name, target)
     return values, ties
+
+
+def settled(opened: Undecided, bound: Array, target: Target) -> tuple[Array, npt.NDArray[np.bool_]]:
+    """Open elements rounded by their own bounds, and which of them are certain."""
+    if opened.thresholds is None:
+        return settle(opened.candidate, bound, target)
+    return settle_dithered(opened.candidate, bound, opened.thresholds, target)
 
 
 def patch(out: torch.Tensor, stored: torch.Tensor, places: Indices, values: Array, target: Target) -> Counts:

@@ -10,6 +10,7 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
+from lorasmith.merging.dither import Thresholds, dither_expansion, dither_rational
 from lorasmith.merging.rounding import Array, Target, round_expansion
 
 Bools = npt.NDArray[np.bool_]
@@ -86,8 +87,13 @@ def distil(parts: Array) -> tuple[Array, Array, Bools]:
     return high, low, certain
 
 
-def round_exactly(base: Array, terms: Sequence[ExactTerm], target: Target) -> tuple[Array, Bools, Bools]:
-    """RN of W + Σ w·s·L·R for n elements; which of them are ties, and which are exactly zero."""
+def round_exactly(
+    base: Array, terms: Sequence[ExactTerm], target: Target, thresholds: Thresholds | None = None
+) -> tuple[Array, Bools, Bools]:
+    """RN of W + Σ w·s·L·R for n elements; which of them are ties, and which are exactly zero.
+
+    With `thresholds` dithered instead of RN, a tie then being an element at its own threshold.
+    """
     rounded = np.empty(len(base))
     ties = np.zeros(len(base), dtype=bool)
     zeros = np.zeros(len(base), dtype=bool)
@@ -95,16 +101,27 @@ def round_exactly(base: Array, terms: Sequence[ExactTerm], target: Target) -> tu
         here = slice(start, start + _CHUNK)
         cut = [ExactTerm(term.scale, term.weight, term.left[here], term.right[here]) for term in terms]
         high, low, certain = distil(expand(base[here], cut))
-        rounded[here], ties[here] = round_expansion(high, low, target)
+        if thresholds is None:
+            rounded[here], ties[here] = round_expansion(high, low, target)
+        else:
+            rounded[here], ties[here] = dither_expansion(high, low, thresholds[here], target)
         zeros[here] = (high == 0) & certain
         rounded[here] = np.where(zeros[here], 0.0, rounded[here])  # zero has no sign of its own: +0
         for index in np.nonzero(~certain)[0]:
             value = Fraction(float(base[here][index])) + sum(
                 (_dot(term, int(index)) for term in cut), start=Fraction(0)
             )
-            number, tie = round_rational(value, target)
+            number, tie = _round_one(value, target, thresholds, start + int(index))
             rounded[start + index], ties[start + index], zeros[start + index] = number, tie, value == 0
     return rounded, ties, zeros
+
+
+def _round_one(
+    value: Fraction, target: Target, thresholds: Thresholds | None, place: int
+) -> tuple[float, bool]:
+    if thresholds is None:
+        return round_rational(value, target)
+    return dither_rational(value, int(thresholds[place]), target)
 
 
 def exact_values(base: Array, terms: Sequence[ExactTerm]) -> list[Fraction]:
@@ -130,12 +147,14 @@ def sum_of_squares(values: Sequence[Fraction]) -> Fraction:
     return Fraction(total, 1 << (2 * (bits - 1)))
 
 
-def round_scaled(magnitude: float, value: Fraction, square: Fraction, target: Target) -> tuple[float, bool]:
-    """RN of m·v/√S, and whether it is a tie.
+def round_scaled(
+    magnitude: float, value: Fraction, square: Fraction, target: Target, threshold: int | None = None
+) -> tuple[float, bool]:
+    """RN of m·v/√S, or dithered by a threshold, and whether it is a tie.
 
     x² = (m·v)²/S is rational. X = ⌊x·2ᵏ⌋ comes from an integer square root; with k = 400 every number of the
-    target and every midpoint is a multiple of 2⁻ᵏ, so that none lies strictly between X·2⁻ᵏ and (X + 1)·2⁻ᵏ,
-    and x rounds as any number between them does.
+    target, every midpoint and every threshold is a multiple of 2⁻ᵏ, so that none lies strictly between
+    X·2⁻ᵏ and (X + 1)·2⁻ᵏ, and x rounds as any number between them does.
     """
     factor = Fraction(magnitude) * value
     if factor == 0:
@@ -146,7 +165,8 @@ def round_scaled(magnitude: float, value: Fraction, square: Fraction, target: Ta
         size = Fraction(root, 1 << 400)
     else:
         size = Fraction(2 * root + 1, 1 << 401)
-    return round_rational(size if factor > 0 else -size, target)
+    signed = size if factor > 0 else -size
+    return round_rational(signed, target) if threshold is None else dither_rational(signed, threshold, target)
 
 
 def _dot(term: ExactTerm, index: int) -> Fraction:

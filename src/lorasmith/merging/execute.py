@@ -23,6 +23,7 @@ from lorasmith.files.digests import (
     known_sha256,
     remember_sha256,
 )
+from lorasmith.files.hub import local_model, origin_of
 from lorasmith.files.machine import require_disk
 from lorasmith.files.paths import StrPath
 from lorasmith.merging.companions import companions, merged_config, merged_index
@@ -40,6 +41,7 @@ from lorasmith.records.base import FileDigest
 from lorasmith.records.merging import MergeRecord
 
 RECORD = "lorasmith_merge.json"
+ROUNDINGS = ("nearest", "dithered")
 REVISION = 1
 """Raised whenever the merged bytes of the same inputs change, so that no older partial folder is taken up."""
 
@@ -55,19 +57,23 @@ def merge(
     seed: int = 0,
     progress: Progress = silent,
 ) -> MergeRecord:
-    """Write to `output` a standalone model: each changed element is the correctly rounded W + Σ w·s·B·A.
+    """Write to `output` a standalone model: each changed element is W + Σ w·s·B·A, rounded once.
 
     `weights` gives w per adapter (1 each by default), `precision` the type of the merged floats (`base` keeps
     each tensor's own). The folder appears as a whole; a merge that was killed goes on where it stood when
-    the same call is made again, and ends with the same bytes. `rounding` is `nearest`, which needs no `seed`.
+    the same call is made again, and ends with the same bytes.
+
+    `rounding` is `nearest` (each element correctly rounded, no `seed` needed) or `dithered` (unbiased: up or
+    down with the probability that makes the mean right, from a fixed stream of `seed`; see dither.py).
+    What is copied, cast or replaced as a whole is never dithered.
 
     Raises `UsageError` for impossible arguments or an output inside an input, `CheckpointError` and
     `AdapterError` for inputs that cannot be merged rightly, `DiskError` before anything is written where the
     space will not do, and `BusyError` while another merge writes to the same output.
     """
     folders = [Path(adapter)] if isinstance(adapter, str | PathLike) else [Path(item) for item in adapter]
-    base, output = Path(base), Path(output)
     factors = _check_arguments(folders, weights, precision, rounding)
+    base, output = local_model(base, folders, progress=progress), Path(output)
     check_place(output, [base, *folders])
     checkpoint = open_checkpoint(base)
     adapters = [open_adapter(folder) for folder in folders]
@@ -85,6 +91,7 @@ def merge(
                 "weights": [weight.hex() for weight in factors],
                 "precision": precision,
                 "rounding": rounding,
+                "seed": seed if rounding != "nearest" else None,
             }
         )
         check_copies(plan.copies, checkpoint, adapters)
@@ -92,7 +99,10 @@ def merge(
         _require_space(plan, partial, output)
         hashed = {shard.path.name: known_sha256(shard.path) for shard in checkpoint.shards}
         hashed_before = {name: sha256 for name, sha256 in hashed.items() if sha256 is not None}
-        shards, direct = _write_shards(checkpoint, adapters, plan, partial, hashed_before, progress)
+        dither_seed = None if rounding == "nearest" else seed
+        shards, direct = _write_shards(
+            checkpoint, adapters, plan, partial, hashed_before, dither_seed, progress
+        )
         if identity_of(base_files) != identity:
             raise CheckpointError(
                 "the base changed during the merge",
@@ -108,11 +118,13 @@ def merge(
             plan,
             shards,
             files=[done.file for done in shards] + small,
+            origin=origin_of(base),
             base_sha256=_base_digest(base, base_files, known),
             adapter_sha256=adapter_digests,
             weights=factors,
             precision=precision,
             rounding=rounding,
+            seed=dither_seed,
         )
         write_record(partial.path / RECORD, record)
         partial.publish([file.path for file in record.files] + [RECORD])
@@ -126,8 +138,8 @@ def _check_arguments(
         raise UsageError("no adapter is given", expected="one or more adapter folders")
     if precision not in PRECISIONS:
         raise UsageError(f"the precision is {precision!r}", expected="one of " + ", ".join(PRECISIONS))
-    if rounding != "nearest":
-        raise UsageError(f"the rounding is {rounding!r}", expected="nearest")
+    if rounding not in ROUNDINGS:
+        raise UsageError(f"the rounding is {rounding!r}", expected="one of " + ", ".join(ROUNDINGS))
     factors = [1.0] * len(folders) if weights is None else [float(weight) for weight in weights]
     if len(factors) != len(folders):
         raise UsageError(
@@ -153,6 +165,7 @@ def _write_shards(
     plan: Plan,
     partial: PartialFolder,
     known: Mapping[str, str],
+    dither_seed: int | None,
     progress: Progress,
 ) -> tuple[list[ShardDone], bool]:
     """Write the shards that are not there yet; and whether all went past the page cache."""
@@ -167,7 +180,9 @@ def _write_shards(
             outputs = plan.shards[name]
             done = partial.done(name)
             if done is None:
-                make = partial_function(make_recipe, factors=factors, base=shard, workers=workers)
+                make = partial_function(
+                    make_recipe, factors=factors, base=shard, workers=workers, dither_seed=dither_seed
+                )
                 target = partial.path / name
                 written = write_shard(shard, outputs, make, files, target, advance, lanes, name not in known)
                 done = ShardDone(

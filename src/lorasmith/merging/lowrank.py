@@ -21,6 +21,7 @@ from lorasmith.merging.arithmetic import (
     sum_block,
 )
 from lorasmith.merging.counts import Counts, merged_tensor
+from lorasmith.merging.dither import Stream, Thresholds
 from lorasmith.merging.magnitude import Scaling, decide_scaled, prepare_scaling, scaled_block
 from lorasmith.merging.plan import Output
 from lorasmith.merging.rounding import TARGETS
@@ -46,16 +47,23 @@ class Block:
 
 
 class LowRank:
-    """W + Σ w·s·L·R, correctly rounded, and scaled to DoRA's magnitude where there is one."""
+    """W + Σ w·s·L·R, scaled to DoRA's magnitude where there is one: correctly rounded, or dithered."""
 
     def __init__(
-        self, output: Output, change: Change, factors: Factors, base: Stored, workers: Workers
+        self,
+        output: Output,
+        change: Change,
+        factors: Factors,
+        base: Stored,
+        workers: Workers,
+        stream: Stream | None = None,
     ) -> None:
         self._output = output
         self._change = change
         self._factors = factors
         self._base = base
         self._workers = workers
+        self._stream = stream
         self._counts = Counts()
         self._products: dict[int, Products] = {}
         self._counted: set[int] = set()
@@ -73,7 +81,7 @@ class LowRank:
         def work(block: Block) -> tuple[Counts, Open | None]:
             here = slice(block.offset, block.offset + block.height * block.width)
             shape = (block.height, block.width)
-            return self._make(block, stored[here].view(shape), merged[here].view(shape))
+            return self._make(block, first + block.offset, stored[here].view(shape), merged[here].view(shape))
 
         opened: dict[int, list[tuple[Block, Open]]] = {}
         for block, (counts, found) in zip(blocks, self._workers.map(work, blocks), strict=True):
@@ -111,7 +119,10 @@ class LowRank:
                 self._output.name,
             )
 
-    def _make(self, block: Block, stored: torch.Tensor, merged: torch.Tensor) -> tuple[Counts, Open | None]:
+    def _make(
+        self, block: Block, first: int, stored: torch.Tensor, merged: torch.Tensor
+    ) -> tuple[Counts, Open | None]:
+        """Counts and open elements of one block; `first` is its first element's number in the tensor."""
         if not block.rows.terms:
             values, small = cast_piece(stored, self._output.dtype, self._output.name)
             merged.copy_(values)
@@ -119,9 +130,10 @@ class LowRank:
         products = self._products[block.rows.start]
         row = block.row - products.start
         scratch = self._workers.scratch()
+        thresholds = None if self._stream is None else self._stream.take(first, stored.numel())
         if self._scaling is None:
-            return sum_block(stored, products, row, block.column, merged, scratch)
-        return scaled_block(stored, products, self._scaling, row, block.column, merged, scratch)
+            return sum_block(stored, products, row, block.column, merged, scratch, thresholds)
+        return scaled_block(stored, products, self._scaling, row, block.column, merged, scratch, thresholds)
 
     def _settle(
         self, start: int, parts: list[tuple[Block, Open]], stored: torch.Tensor, merged: torch.Tensor
@@ -134,6 +146,7 @@ class LowRank:
             np.concatenate([block.column + found.places % block.width for block, found in parts]),
             np.concatenate([found.candidate for _, found in parts]),
             stored[torch.from_numpy(places)].to(torch.float64).numpy(),
+            _joined([found.thresholds for _, found in parts]),
         )
         if self._scaling is None:
             values, ties = decide(opened, products, target, self._output.name)
@@ -146,6 +159,11 @@ class LowRank:
     def result(self) -> MergedTensor:
         """Formula and counts."""
         return merged_tensor(self._output, self._change, self._counts)
+
+
+def _joined(parts: Sequence[Thresholds | None]) -> Thresholds | None:
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if known else None
 
 
 def rows_at(ranges: Sequence[Rows], row: int, count: int) -> Rows:

@@ -1,4 +1,4 @@
-"""DoRA's last step, W′ = m·V/‖V‖ per row or column, correctly rounded.
+"""DoRA's last step, W′ = m·V/‖V‖ per row or column, correctly rounded or dithered.
 
 The norm needs all of a row or column before its first element can be written, so the tensor is read twice.
 
@@ -28,12 +28,16 @@ from lorasmith.merging.arithmetic import (
     Products,
     Undecided,
     not_finite,
+    open_places,
+    opened_at,
     overflow,
+    settled,
     target_of,
 )
 from lorasmith.merging.counts import Counts, different
+from lorasmith.merging.dither import Thresholds
 from lorasmith.merging.exact import exact_values, round_scaled, sum_of_squares, two_sum
-from lorasmith.merging.rounding import Array, Bound, Indices, Target, open_elements, settle
+from lorasmith.merging.rounding import Array, Bound, Target
 from lorasmith.merging.workers import Scratch
 
 ReadRows = Callable[[int, int], torch.Tensor]
@@ -144,6 +148,7 @@ def scaled_block(
     column: int,
     out: torch.Tensor,
     scratch: Scratch,
+    thresholds: Thresholds | None = None,
 ) -> tuple[Counts, Open | None]:
     """Write m·V/‖V‖ of the block of W that begins at (`row`, `column`); open elements as `sum_block` does."""
     target = target_of(out)
@@ -155,7 +160,7 @@ def scaled_block(
     candidate *= _along(scaling.magnitude / scaling.norm, scaling.axis, row, column, height, width)
     absolute = _bounds(products, scaling, row, column, height, width)
     bound = Bound(scaling.relative, absolute, float(absolute.max()))
-    places = open_elements(candidate, bound, target, own, out)
+    places = open_places(candidate, bound, thresholds, target, own, out)
     difference = candidate - weights
     counts = Counts(
         updated=stored.numel(),
@@ -163,7 +168,7 @@ def scaled_block(
         base_square=float(torch.dot(weights.view(-1), weights.view(-1))),
         update_square=float(torch.dot(difference.view(-1), difference.view(-1))),
     )
-    return counts, Open(places, candidate.numpy().reshape(-1)[places]) if len(places) else None
+    return counts, opened_at(places, candidate.numpy().reshape(-1), thresholds)
 
 
 def _bounds(
@@ -184,8 +189,8 @@ def decide_scaled(
         absolute = products.absolute.numpy()[opened.rows, 0] * share
     absolute = np.where(np.isnan(absolute), np.inf, absolute)
     bound = (absolute + scaling.relative * np.abs(opened.candidate)) * ROUNDED_UP
-    values, certain = settle(opened.candidate, bound, target)
-    ties = _decide(values, ~certain, opened.rows, opened.columns, products, scaling, target, read)
+    values, certain = settled(opened, bound, target)
+    ties = _decide(values, ~certain, opened, products, scaling, target, read)
     if not np.isfinite(values).all():
         raise overflow(name, target)
     return values, ties
@@ -198,8 +203,7 @@ def _along(values: torch.Tensor, axis: int, row: int, column: int, height: int, 
 def _decide(
     fixed: Array,
     open_: npt.NDArray[np.bool_],
-    rows: Indices,
-    columns: Indices,
+    opened: Undecided,
     products: Products,
     scaling: Scaling,
     target: Target,
@@ -207,6 +211,7 @@ def _decide(
 ) -> int:
     """Exact rounding of the elements that are still open, written into `fixed`; how many are ties."""
     ties = 0
+    rows, columns = opened.rows, opened.columns
     lines = rows if scaling.axis == 0 else columns
     for line in np.unique(lines[open_]):
         values = _exact_line(int(line), products, scaling.axis, read)
@@ -215,7 +220,8 @@ def _decide(
         for index in np.nonzero(open_ & (lines == line))[0]:
             value = values[columns[index] if scaling.axis == 0 else rows[index]]
             magnitude = float(scaling.magnitude[line])
-            fixed[index], tie = round_scaled(magnitude, value, scaling.squares[int(line)], target)
+            threshold = None if opened.thresholds is None else int(opened.thresholds[index])
+            fixed[index], tie = round_scaled(magnitude, value, scaling.squares[int(line)], target, threshold)
             ties += tie
     return ties
 

@@ -11,6 +11,7 @@ from lorasmith.checkpoint.header import TensorFile
 from lorasmith.errors import AdapterError
 from lorasmith.merging.arithmetic import cast_piece, overflow
 from lorasmith.merging.counts import Counts, merged_tensor
+from lorasmith.merging.dither import Stream
 from lorasmith.merging.lowrank import LowRank
 from lorasmith.merging.plan import Output
 from lorasmith.merging.rounding import TARGETS, cast
@@ -101,12 +102,18 @@ class Replaced:
         return merged_tensor(self._output, self._change, self._counts)
 
 
-def make_recipe(output: Output, factors: Factors, base: TensorFile, workers: Workers) -> Recipe:
-    """The recipe of one output tensor; `base` is the file that holds the base's tensor."""
+def make_recipe(
+    output: Output, factors: Factors, base: TensorFile, workers: Workers, dither_seed: int | None = None
+) -> Recipe:
+    """The recipe of one output tensor; `base` is the file that holds the base's tensor.
+
+    With a seed, tensors with products are dithered; what is copied, cast or replaced never is.
+    """
     change = output.change
     if change is None:
         return Plain(output)
     stored = Stored(base.path, base.tensors[change.source])
     if change.rows:
-        return LowRank(output, change, factors, stored, workers)
+        stream = None if dither_seed is None else Stream(dither_seed, output.name)
+        return LowRank(output, change, factors, stored, workers, stream)
     return Replaced(output, change, factors, stored)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lorasmith import __version__
+from lorasmith.files.hub import Origin
 from lorasmith.merging.folder import ShardDone
 from lorasmith.merging.plan import Plan
 from lorasmith.records.base import FileDigest, Finding
@@ -19,11 +20,13 @@ def make_record(
     shards: Sequence[ShardDone],
     *,
     files: list[FileDigest],
+    origin: Origin | None,
     base_sha256: str,
     adapter_sha256: list[str],
     weights: list[float],
     precision: str,
     rounding: str,
+    seed: int | None,
 ) -> MergeRecord:
     """Counts over all tensors, and a warning where the merge is close to a no-op."""
     tensors = [tensor for done in shards for tensor in done.tensors]
@@ -40,22 +43,25 @@ def make_record(
                 message="the adapter changes nothing: all its updates are zero",
             )
         )
-    elif fraction >= NO_OP_FRACTION:
+    elif fraction >= NO_OP_FRACTION and rounding == "nearest":
         findings.append(
             Finding(
                 severity="warning",
                 code="close-to-no-op",
                 message=f"rounding swallowed {fraction:.1%} of the updates: they are below half an ulp",
-                remedy="merge with --precision float32 or float16 to keep them",
+                remedy="merge with --rounding dithered, or with --precision float32 or float16, to keep them",
             )
         )
     return MergeRecord(
         lorasmith_version=__version__,
+        base_repository=origin.repository if origin else None,
+        base_commit=origin.commit if origin else None,
         base_sha256=base_sha256,
         adapter_sha256=adapter_sha256,
         adapter_weights=weights,
         precision=precision,
         rounding=rounding,
+        seed=seed,
         tensors=tensors,
         copied=sum(output.dtype == output.source.dtype for output in untouched),
         cast=sum(output.dtype != output.source.dtype for output in untouched),
