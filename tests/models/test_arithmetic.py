@@ -35,7 +35,8 @@ def test_the_switches_are_put_back_after_an_error_too() -> None:
     ("seconds", "error", "wanted"),
     [
         (0.5, 1.0e-6, True),  # twice as fast at a float32 error
-        (0.9, 4.0e-7, False),  # nearly a tie: would change from run to run
+        (0.9, 4.0e-7, True),  # a tenth: what some AMD processors gain
+        (0.97, 4.0e-7, False),  # nearly a tie
         (0.1, 3.0e-3, False),  # a matrix unit that really computes in bfloat16
     ],
 )

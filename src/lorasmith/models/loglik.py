@@ -15,6 +15,7 @@ from lorasmith.models.batches import Batch, make_batch
 from lorasmith.models.encode import Encoded
 from lorasmith.models.forward import TokenForward, first_non_finite
 from lorasmith.models.load import LoadedModel
+from lorasmith.models.memory import keep_memory
 
 Floats = npt.NDArray[np.float32]
 
@@ -40,7 +41,7 @@ def open_forward(loaded: LoadedModel, encoded: Sequence[Encoded], route: Route) 
     shortest = min(range(len(encoded)), key=lambda row: (len(encoded[row].ids), row))
     alone = make_batch([shortest], encoded)
     padded = make_batch([shortest], encoded, pad_to=len(encoded[shortest].ids) + _PADDING_TRIED)
-    with use_route(route), TokenForward(loaded.model, loaded.device) as forward:
+    with keep_memory(), use_route(route), TokenForward(loaded.model, loaded.device) as forward:
         forward.verify(alone.to(loaded.device), padded.to(loaded.device))
         yield forward
 
