@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from lorasmith.errors import UsageError, os_errors
+from lorasmith.files.hub import hub_name
 from lorasmith.gates import GUIDE_GATES
 from lorasmith.records.base import Part
 from lorasmith.records.release import Gate
@@ -19,7 +20,7 @@ class RunConfig(Part):
     """All options of `lorasmith run`, as flags (`--test-set`) and as keys of `run.toml` (`test_set`)."""
 
     base: Path
-    """Folder of the base model."""
+    """Folder of the base model, or `org/name[@revision]` of the Hugging Face hub."""
     adapter: Path
     """Folder of the LoRA adapter."""
     test_set: Path
@@ -122,8 +123,12 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise UsageError(f"the config is not TOML: {error}", where=file) from error
     folder = file.parent
     for key in _PATHS:
-        if isinstance(values.get(key), str):
-            values[key] = folder / values[key]
+        named = values.get(key)
+        of_the_hub = (
+            key == "base" and isinstance(named, str) and not (folder / named).exists() and hub_name(named)
+        )
+        if isinstance(named, str) and not of_the_hub:
+            values[key] = folder / named
     train = values.get("train")
     if isinstance(train, str | list):
         names = [train] if isinstance(train, str) else train

@@ -15,6 +15,7 @@ import lorasmith
 from lorasmith.config import RunConfig, make_config
 from lorasmith.errors import InputError, UsageError
 from lorasmith.files.atomic import read_record, write_record
+from lorasmith.files.hub import hub_name, local_model, origin_of
 from lorasmith.files.jsonl import read_examples, write_examples
 from lorasmith.gates import evaluate, split_costs
 from lorasmith.gates.evaluate import check_gates
@@ -53,6 +54,8 @@ def run(
     watch = watcher or Unwatched()
     check_places(asked)
     check_gates(asked.resolved_gates())
+    base = local_model(asked.base, [asked.adapter], progress=watch.progress)
+    asked = asked.model_copy(update={"base": base})
     with open_run(asked.output, rehash=rehash, price_per_hour=asked.price_per_hour) as folder:
         write_record(folder.path / "run.json", describe_run(asked, rehash=rehash))
         steps = plan(asked, watch.progress)
@@ -99,7 +102,7 @@ def plan(config: RunConfig, progress: Progress) -> list[Step]:
             Stage(
                 name="merge",
                 inputs=models,
-                parameters=merge_options,
+                parameters={**merge_options, **_origin(config.base)},
                 outputs=["merged"],
                 action=lambda: lorasmith.merge(
                     config.base, config.adapter, merged, progress=progress, **merge_options
@@ -154,7 +157,7 @@ def plan(config: RunConfig, progress: Progress) -> list[Step]:
 def check_places(config: RunConfig) -> None:
     """The inputs exist, and the run folder is not one of them: nothing is written before this."""
     for flag, place, wanted in (
-        ("--base", config.base, "dir"),
+        *((("--base", config.base, "dir"),) if hub_name(config.base) is None else ()),
         ("--adapter", config.adapter, "dir"),
         ("--test-set", config.test_set, "file"),
         *(("--train", path, "file") for path in config.train),
@@ -169,6 +172,12 @@ def check_places(config: RunConfig) -> None:
             raise UsageError(
                 f"--output lies in the folder of {flag}", where=output, remedy="choose another one"
             )
+
+
+def _origin(base: Path) -> dict[str, str]:
+    """Where the merge's record says that the base comes from."""
+    origin = origin_of(base)
+    return {"base_repository": origin.repository, "base_commit": origin.commit} if origin else {}
 
 
 def _numbered(name: str, paths: tuple[Path, ...]) -> dict[str, Path]:

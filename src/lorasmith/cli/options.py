@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-Base = Annotated[Path, typer.Option("--base", help="Folder of the base model.", metavar="DIR")]
+Base = Annotated[
+    Path,
+    typer.Option("--base", help="Folder of the base, or org/name[@revision] on the hub.", metavar="MODEL"),
+]
 Adapter = Annotated[Path, typer.Option("--adapter", help="Folder of the LoRA adapter.", metavar="DIR")]
 Merged = Annotated[Path, typer.Option("--merged", help="Folder of the merged model.", metavar="DIR")]
 TestSet = Annotated[

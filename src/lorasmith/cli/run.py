@@ -12,7 +12,10 @@ from lorasmith.cli.options import AsJson, BatchSize, BatchTokens, GateFormat, Ma
 
 # Every option is None unless it was typed, so that only typed ones win over the config file.
 def run(
-    base: Annotated[Path | None, typer.Option(help="Folder of the base model.", metavar="DIR")] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the base, or org/name[@revision] on the hub.", metavar="MODEL"),
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder of the LoRA adapter.", metavar="DIR")] = None,
     test_set: Annotated[
         Path | None, typer.Option(help="JSONL with prompt, response and metadata.", metavar="FILE")

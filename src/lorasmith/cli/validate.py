@@ -24,7 +24,10 @@ from lorasmith.cli.options import (
 
 
 def validate(
-    model: Annotated[Path, typer.Option(help="Folder of the model: base or merged.", metavar="DIR")],
+    model: Annotated[
+        Path,
+        typer.Option(help="Folder of base or merged, or org/name[@revision] on the hub.", metavar="MODEL"),
+    ],
     test_set: TestSet,
     output: Annotated[Path, typer.Option(help="Folder for ROLE.json and ROLE.parquet.", metavar="DIR")],
     adapter: Annotated[

@@ -4,45 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from lorasmith.checkpoint.jsonfile import dump_object
 from lorasmith.checkpoint.model import Checkpoint
 from lorasmith.errors import os_errors
+from lorasmith.files.model_files import OTHER_FILES, TOKENIZER_FILES, fits
 from lorasmith.merging.plan import Plan
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-)
-"""What transformers writes for a tokenizer; the adapter's set is taken when it has one."""
-
-OTHER_FILES = (
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "image_processor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-    "*.py",
-)
-"""What else of the base a model needs in order to load, and the terms that go with its weights."""
 
 _MAIN_TOKENIZER_FILES = (
     "tokenizer.json",
@@ -87,7 +56,7 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
             if file.is_file()
         ]
     names = {file.relative_to(folder).as_posix(): file for file in files}
-    return {name: file for name, file in names.items() if any(fnmatch(name, pattern) for pattern in patterns)}
+    return {name: file for name, file in names.items() if fits(name, patterns)}
 
 
 def merged_config(

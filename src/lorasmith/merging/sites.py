@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,10 @@ from lorasmith.checkpoint.header import TensorInfo
 from lorasmith.checkpoint.model import Checkpoint
 from lorasmith.checkpoint.names import resolve
 from lorasmith.errors import AdapterError
+from lorasmith.files.hub import origin_of
 from lorasmith.records.base import Finding
+
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
 
 def find_sites(adapter: Adapter, number: int, weight: float) -> list[Site]:
@@ -123,17 +127,26 @@ def left_out(sites: Sequence[Site], base: Base, adapter: Adapter) -> list[Findin
 
 def other_base(base: Checkpoint, adapter: Adapter) -> list[Finding]:
     """Whether adapter and base name different models; a base without a name cannot tell."""
-    named, given = adapter.config.base_model, base.config.get("_name_or_path")
-    if not named or not isinstance(given, str) or not given or Path(named).name == Path(given).name:
-        return []
-    return [
-        Finding(
-            severity="warning",
-            code="base-name",
-            message=f"the adapter was trained on {Path(named).name!r}, the base is {Path(given).name!r}",
-            expected="the base that the adapter was trained on",
-        )
-    ]
+    origin = origin_of(base.folder)
+    named, revision = adapter.config.base_model, adapter.config.revision or ""
+    given = origin.repository if origin else base.config.get("_name_or_path")
+    if named and isinstance(given, str) and given and Path(named).name != Path(given).name:
+        found = f"the adapter was trained on {Path(named).name!r}, the base is {Path(given).name!r}"
+        return [_other_base("base-name", found)]
+    # What a branch or tag stood for when the adapter was trained cannot be told from its name.
+    if origin and _COMMIT.fullmatch(revision) and not origin.commit.startswith(revision):
+        found = f"the adapter was trained on the commit {revision} of its base, this is {origin.commit}"
+        return [_other_base("base-revision", found)]
+    return []
+
+
+def _other_base(code: str, found: str) -> Finding:
+    return Finding(
+        severity="warning",
+        code=code,
+        message=found,
+        expected="the base that the adapter was trained on",
+    )
 
 
 def _kind(module: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lorasmith.errors import CheckpointError, UsageError
 from lorasmith.files.atomic import write_record
+from lorasmith.files.hub import local_model
 from lorasmith.files.paths import StrPath
 from lorasmith.models.encode import encode_examples
 from lorasmith.models.load import LoadedModel, has_tokenizer, load_model
@@ -65,7 +66,8 @@ def compare(
         raise UsageError(
             "bfloat16 arithmetic cannot tell the two models apart", expected="auto, mkl or onednn"
         )
-    base, adapter, merged, test_set = Path(base), Path(adapter), Path(merged), Path(test_set)
+    adapter, merged, test_set = Path(adapter), Path(merged), Path(test_set)
+    base = local_model(base, [adapter], progress=progress)
     output = None if output is None else Path(output)
     limits = resolve_thresholds(thresholds)
     options = ScoringOptions(

@@ -15,6 +15,7 @@ from typing import Any
 
 from lorasmith.errors import CheckpointError, InputError, UsageError
 from lorasmith.files import atomic, digests
+from lorasmith.files.hub import local_model
 from lorasmith.files.paths import StrPath
 from lorasmith.progress import Progress, silent
 from lorasmith.proving.weights_adapter import read_adapter
@@ -49,8 +50,8 @@ def prove(
     Raises `AdapterError` or `CheckpointError` where base or adapter cannot be used, `InputError` where the
     merge claims a rounding that cannot be checked. What is wrong with the merge itself is graded, not raised.
     """
-    base, merged = Path(base), Path(merged)
     adapters = [Path(adapter)] if isinstance(adapter, str | PathLike) else [Path(one) for one in adapter]
+    base, merged = local_model(base, adapters, progress=progress), Path(merged)
     merged_folder = open_model(merged, released=True)
     claims = read_claims(merged)
     factors = _factors(weights, claims, len(adapters))

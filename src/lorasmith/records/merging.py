@@ -42,6 +42,10 @@ class MergeRecord(Record):
     FORMAT: ClassVar[str] = "lorasmith/merge/1"
 
     lorasmith_version: str
+    base_repository: str | None = None
+    """`org/name` where the base was taken from the Hugging Face hub's cache."""
+    base_commit: str | None = None
+    """Its commit."""
     base_sha256: str
     adapter_sha256: list[str]
     adapter_weights: list[float]

@@ -20,6 +20,7 @@ from lorasmith.benchmarks.choices import LETTERS, judge_likelihoods
 from lorasmith.benchmarks.registry import BENCHMARKS
 from lorasmith.errors import DataError
 from lorasmith.files.atomic import write_bytes, write_record
+from lorasmith.files.hub import local_model
 from lorasmith.models.load import LoadedModel, load_model
 from lorasmith.models.session import (
     ScoringOptions,
@@ -87,6 +88,7 @@ def evaluate_tasks(
     Writes `{role}_tasks.json` and `{role}_tasks.parquet`; resumable like `validate`, whose options these
     are. Raises `DataError` when no row belongs to a benchmark.
     """
+    model = local_model(model, [] if adapter is None else [adapter], progress=progress)
     role = role or ("base" if adapter is None else "adapter")
     options = ScoringOptions(
         template=template,

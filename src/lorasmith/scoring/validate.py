@@ -10,6 +10,7 @@ import numpy as np
 from lorasmith.errors import UsageError
 from lorasmith.executors.local import work_through
 from lorasmith.files.atomic import write_bytes, write_record
+from lorasmith.files.hub import local_model
 from lorasmith.files.journal import Journal
 from lorasmith.files.paths import StrPath
 from lorasmith.models.arithmetic import Route
@@ -78,8 +79,9 @@ def validate(
     cannot be used, `UsageError` for options that do not fit, `MemoryLimitError` when one row does not fit,
     `BusyError` while another process writes the same result.
     """
-    model, test_set, output = Path(model), Path(test_set), Path(output)
     adapter = None if adapter is None else Path(adapter)
+    model = local_model(model, [] if adapter is None else [adapter], progress=progress)
+    test_set, output = Path(test_set), Path(output)
     role = role or ("base" if adapter is None else "adapter")
     if role not in ROLES:
         raise UsageError(f"there is no role {role!r}", expected=" | ".join(ROLES))
