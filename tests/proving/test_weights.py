@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM
 from lorasmith.errors import AdapterError, CheckpointError, InputError, UsageError
 from lorasmith.files import atomic, digests
 from lorasmith.proving.weights import prove
-from lorasmith.records.merging import MergeRecord
+from lorasmith.records.merging import MergedTensor, MergeRecord
 from lorasmith.records.proof import WeightProof
 from tests.proving.small import (
+    SHAPES,
     Tensors,
     adapter_tensors,
     base_tensors,
@@ -168,9 +169,36 @@ def test_weights_come_from_the_record(tmp_path: Path) -> None:
 def test_an_unknown_rounding_is_never_a_pass(tmp_path: Path) -> None:
     base, adapter = folders(tmp_path)
     merged = write_model(tmp_path / "merged", right_merge(base_tensors(), [(adapter_tensors(), 2.0)]))
-    claim(base, [adapter], merged, rounding="dithered", seed=1)
-    with pytest.raises(InputError, match="cannot check rounding 'dithered'"):
+    claim(base, [adapter], merged, rounding="upwards", seed=1)
+    with pytest.raises(InputError, match="cannot check rounding 'upwards'"):
         prove(base, adapter, merged)
+    claim(base, [adapter], merged, rounding="dithered")
+    with pytest.raises(InputError, match="has no seed"):
+        prove(base, adapter, merged)
+    claim(base, [adapter], merged, rounding="calibrated", seed=0, tensors=entries(upwards="up_proj"))
+    with pytest.raises(InputError, match="unknown rounding 'upwards'"):
+        prove(base, adapter, merged)
+
+
+def entries(**roundings: str) -> list[MergedTensor]:
+    """What a calibrated merge says of each tensor: calibrated but for those named by keyword."""
+    others = {name: rounding for rounding, name in roundings.items()}
+    return [
+        MergedTensor(
+            name=f"{module(layer, name)}.weight",
+            formula="W + s·B·A",
+            adapter_tensors=[],
+            shape=list(shape),
+            dtype_base="BF16",
+            dtype_merged="BF16",
+            elements=shape[0] * shape[1],
+            changed=0,
+            swallowed=0,
+            rounding=others.get(name, "calibrated"),
+        )
+        for layer in range(2)
+        for name, shape in SHAPES.items()
+    ]
 
 
 def test_calibrated_is_bounded_and_only_where_the_adapter_acts(tmp_path: Path) -> None:
@@ -180,17 +208,17 @@ def test_calibrated_is_bounded_and_only_where_the_adapter_acts(tmp_path: Path) -
     tensors[name].view(torch.int16)[:, ::2] += 2
     merged = write_model(tmp_path / "merged", tensors)
     assert prove(base, adapter, merged).grade == "different"
-    claim(base, [adapter], merged, rounding="calibrated")
+    claim(base, [adapter], merged, rounding="calibrated", seed=0, tensors=entries())
     proof = prove(base, adapter, merged)
     assert (proof.grade, proof.bound_ulps) == ("bounded", 2)
     tensors[name].view(torch.int16)[3, 3] += 300
     merged = write_model(tmp_path / "far", tensors)
-    claim(base, [adapter], merged, rounding="calibrated")
+    claim(base, [adapter], merged, rounding="calibrated", seed=0, tensors=entries())
     assert prove(base, adapter, merged).grade == "different"
     tensors = right_merge(base_tensors(), [(adapter_tensors(), 2.0)])
     tensors["model.embed_tokens.weight"].view(torch.int16)[3, 3] += 1
     merged = write_model(tmp_path / "untouched", tensors)
-    claim(base, [adapter], merged, rounding="calibrated")
+    claim(base, [adapter], merged, rounding="calibrated", seed=0, tensors=entries())
     assert prove(base, adapter, merged).grade == "different"
 
 

@@ -64,7 +64,9 @@ def underflowed(values: Array, stored: torch.Tensor, target: Target) -> int:
     return int(np.count_nonzero(was_normal & (np.abs(values) < target.smallest_normal)))
 
 
-def merged_tensor(output: Output, change: Change, counts: Counts) -> MergedTensor:
+def merged_tensor(
+    output: Output, change: Change, counts: Counts, rounding: str = "nearest", fallback: str = ""
+) -> MergedTensor:
     """The record of one changed tensor."""
     scales = {term.scale * term.weight for rows in change.rows for term in rows.terms}
     return MergedTensor(
@@ -78,6 +80,8 @@ def merged_tensor(output: Output, change: Change, counts: Counts) -> MergedTenso
         elements=math.prod(output.shape),
         changed=counts.changed,
         swallowed=max(0, counts.updated - counts.changed),
+        rounding=rounding,
+        fallback=fallback,
         exact_redone=counts.ties,
         underflowed=counts.underflowed,
         relative_update=four_digits(math.sqrt(counts.update_square / counts.base_square))

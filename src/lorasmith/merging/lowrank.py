@@ -158,7 +158,8 @@ class LowRank:
 
     def result(self) -> MergedTensor:
         """Formula and counts."""
-        return merged_tensor(self._output, self._change, self._counts)
+        rounding = "nearest" if self._stream is None else "dithered"
+        return merged_tensor(self._output, self._change, self._counts, rounding)
 
 
 def _joined(parts: Sequence[Thresholds | None]) -> Thresholds | None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import torch
 
 from lorasmith.errors import CheckpointError
 from lorasmith.proving import weights_rounding as rounding
+from lorasmith.proving.weights_dither import Dither, doubtful_dithered, make_dither
 from lorasmith.proving.weights_exact import decide, float64_is_exact, row_gain
 from lorasmith.proving.weights_gain import UNIT, gamma
 from lorasmith.proving.weights_quick import doubtful
@@ -30,13 +32,21 @@ def compare(block: Block) -> Tally:
     if block.magnitudes is not None:
         block = replace(block, gain=row_gain(block, block.magnitudes))
     tally = Tally(elements=block.found.numel())
-    open_ = doubtful(block)
+    dither = _dither_of(block)
+    open_ = doubtful(block) if dither is None else doubtful_dithered(block, dither)
     for start in range(0, len(open_), _SLOW_ELEMENTS):
-        tally.add(_slow(block, open_[start : start + _SLOW_ELEMENTS]))
+        tally.add(_slow(block, open_[start : start + _SLOW_ELEMENTS], dither))
     return tally
 
 
-def _slow(block: Block, flat: Ints) -> Tally:
+def _dither_of(block: Block) -> Dither | None:
+    """The stream of a dithered tensor; rows that nothing is added to are rounded to nearest all the same."""
+    if block.seed is None or not (block.terms or block.gain):
+        return None
+    return make_dither(block.seed, block.name, block.found.shape[1])
+
+
+def _slow(block: Block, flat: Ints, dither: Dither | None) -> Tally:
     """Judge the elements at these flat positions one by one."""
     grid, columns = block.grid, block.found.shape[1]
     rows, cols = np.divmod(flat, columns)
@@ -48,13 +58,20 @@ def _slow(block: Block, flat: Ints) -> Tally:
         raise CheckpointError(f"the base's tensor {block.name!r} is not finite", expected="finite numbers")
     x, error, size = _formula(block, source, rows, cols)
     base_sign = np.signbit(source)
-    verdict = rounding.judge(grid, magnitude, negative, x, error, base_sign)
-    expected, expected_negative = rounding.nearest(grid, np.nan_to_num(x), base_sign)
+    share = None if dither is None else dither.shares(block.start + rows, cols)
+    verdict = rounding.judge(grid, magnitude, negative, x, error, base_sign, share)
+    expected, expected_negative = rounding.nearest(grid, np.nan_to_num(x), base_sign, share)
     right, open_ = verdict.right.copy(), np.flatnonzero(verdict.open)
     if len(open_):
         known = open_[float64_is_exact(block, source[open_], size[open_], rows[open_], cols[open_])]
         settled = rounding.judge(
-            grid, magnitude[known], negative[known], x[known], np.zeros(len(known)), base_sign[known]
+            grid,
+            magnitude[known],
+            negative[known],
+            x[known],
+            np.zeros(len(known)),
+            base_sign[known],
+            None if share is None else share[known],
         )
         right[known] = settled.right
         open_ = np.setdiff1d(open_, known)
@@ -66,7 +83,9 @@ def _slow(block: Block, flat: Ints) -> Tally:
         open_ = open_[finite[open_]]
     # The distance of a wrong element is exact too where its neighbours' midpoint is out of the error's reach.
     for k in open_:
-        wanted, zero = decide(block, float(source[k]), int(rows[k]), int(cols[k]), int(expected[k]))
+        place = int(rows[k]), int(cols[k])
+        own = None if share is None else Fraction(float(share[k]))
+        wanted, zero = decide(block, float(source[k]), *place, int(expected[k]), own)
         expected[k], expected_negative[k] = wanted
         free_zero = zero and magnitude[k] == 0 and not negative[k]
         stored_finite = magnitude[k] < grid.infinity

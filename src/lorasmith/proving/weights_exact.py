@@ -43,11 +43,16 @@ def _last_bit(x: Floats) -> Floats:
     return np.where(x == 0, 2.0**400, np.ldexp((digits & -digits).astype(np.float64), exponent - 53))
 
 
-def decide(block: Block, source: float, row: int, col: int, guess: int) -> tuple[tuple[int, bool], bool]:
-    """The stored number (magnitude, minus) that is right for an element, and whether x is exactly zero."""
+def decide(
+    block: Block, source: float, row: int, col: int, guess: int, share: Fraction | None
+) -> tuple[tuple[int, bool], bool]:
+    """The stored number (magnitude, minus) that is right for an element, and whether x is exactly zero.
+
+    `share` is the element's where the merge is dithered.
+    """
     v, gain, sign = exact_element(block, source, row, col), block.gain, math.copysign(1, source) < 0
     if gain is None:
-        return rounding.exact_nearest(block.grid, v, sign, guess), v == 0
+        return rounding.exact_nearest(block.grid, v, sign, guess, share), v == 0
     at = row if gain.per_row else col
     m = Fraction(float(gain.magnitudes[at]))
     if m * v == 0:
@@ -55,7 +60,7 @@ def decide(block: Block, source: float, row: int, col: int, guess: int) -> tuple
     # |m·V|/‖V‖ against y ≥ 0 is decided by the squares, which are rational.
     left, square = (m * v) ** 2, gain.exact_square(at)
     magnitude = rounding.nearest_magnitude(
-        block.grid, lambda y: (left > y * y * square) - (left < y * y * square), guess
+        block.grid, lambda y: (left > y * y * square) - (left < y * y * square), guess, share
     )
     return (magnitude, m * v < 0), False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lorasmith.records.merging import MergeRecord
 
 RECORD = "lorasmith_merge.json"
 
-CHECKABLE = ("nearest", "calibrated")
+CHECKABLE = ("nearest", "dithered", "calibrated")
 """Roundings whose result this proof can judge."""
 
 TOKENIZER_FILES = (
@@ -58,6 +59,16 @@ class Claims:
         """Without a record, the rule that every tool means to follow."""
         return self.record.rounding if self.record else "nearest"
 
+    def rounding_of(self, tensor: str) -> str:
+        """The rule of one tensor with products; a calibrated merge says which it could only dither."""
+        if self.record is None or self.record.rounding != "calibrated":
+            return self.rounding
+        return self._own.get(tensor, "nearest")
+
+    @cached_property
+    def _own(self) -> dict[str, str]:
+        return {tensor.name: tensor.rounding for tensor in self.record.tensors} if self.record else {}
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -84,6 +95,15 @@ def read_claims(merged: Path) -> Claims:
             where=path,
             expected=" or ".join(repr(name) for name in CHECKABLE),
             remedy="merge with one of these, or compare the behaviour of the models instead",
+        )
+    wrong = sorted({tensor.rounding for tensor in record.tensors} - set(CHECKABLE))
+    if record.rounding != "nearest" and (record.seed is None or wrong):
+        raise InputError(
+            f"the record of a {record.rounding} merge has no seed"
+            if record.seed is None
+            else f"the record holds tensors of an unknown rounding {wrong[0]!r}",
+            where=path,
+            expected="a record as `lorasmith merge` writes it",
         )
     return Claims(record)
 

@@ -82,6 +82,10 @@ class Expected:
     """Rows of the matrix that are replaced, each by a row of another tensor."""
     replaced: bool = False
     """True where the source is not the base's tensor."""
+    rounding: str = "nearest"
+    """What the merge claims: `nearest`, `dithered` or `calibrated`."""
+    seed: int | None = None
+    """Of a dithered tensor."""
 
     @property
     def kind(self) -> str:

@@ -175,6 +175,7 @@ def _block(task: Task, found: torch.Tensor, source: torch.Tensor, row: int, low:
         terms,
         task.magnitudes[low:high] if per_row and task.magnitudes is not None else None,
         task.gain,
+        task.expected.seed,
     )
 
 

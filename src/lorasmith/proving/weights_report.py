@@ -42,6 +42,8 @@ class Report:
     def match(self, expected: Mapping[str, Expected]) -> list[tuple[Expected, Stored]]:
         """Pair what should be with what is there, in the merged files' order; note what has no partner."""
         self.precision = self._precision(expected)
+        for want in expected.values():
+            self._claim(want)
         for name, want in expected.items():
             if name not in self.merged.tensors:
                 self._whole(name, "missing", want.source.elements, "", "not in the merge")
@@ -56,6 +58,12 @@ class Report:
                 else:
                     self.take(Checked(want_or_none, found, Tally()))
         return pairs
+
+    def _claim(self, want: Expected) -> None:
+        """How a tensor with products was rounded, as the merge says; all others are never but to nearest."""
+        if want.terms and self.claims.record is not None:
+            want.rounding = self.claims.rounding_of(want.name)
+            want.seed = self.claims.record.seed if want.rounding == "dithered" else None
 
     def _precision(self, expected: Mapping[str, Expected]) -> str:
         if self.claims.record:
@@ -108,7 +116,8 @@ class Report:
         """Enter a tensor whose elements were all compared."""
         want, found, tally = checked.expected, checked.found, checked.tally
         kind = "cast" if want.kind == "copied" and found.dtype != want.source.dtype else want.kind
-        note = self._explain(checked, kind) if tally.wrong and not self._is_bounded(kind, tally) else ""
+        bounded = tally.wrong == 0 or self._is_bounded(want, tally)
+        note = "" if bounded else self._explain(checked, kind)
         self.tensors.append(
             TensorProof(
                 name=found.name,
@@ -120,6 +129,7 @@ class Report:
                 dtype=found.dtype,
                 ulps=_table(tally),
                 note=note,
+                rounding=want.rounding,
             )
         )
         for wrong in tally.first[:PER_TENSOR]:
@@ -135,9 +145,8 @@ class Report:
                     )
                 )
 
-    def _is_bounded(self, kind: str, tally: Tally) -> bool:
-        calibrated = self.claims.rounding == "calibrated" and kind == "merged"
-        return tally.wrong == 0 or (calibrated and tally.max_ulps <= BOUNDED_MOST)
+    def _is_bounded(self, want: Expected, tally: Tally) -> bool:
+        return want.rounding == "calibrated" and tally.max_ulps <= BOUNDED_MOST
 
     def _explain(self, checked: Checked, kind: str) -> str:
         """Tell an auditor what the tool seems to have done; also kept as a finding over all such tensors."""

@@ -4,6 +4,9 @@ A floating-point number m is right for a real x exactly when x lies between the 
 a midpoint itself belongs to the neighbour with the even significand (IEEE 754-2019, 4.3.1). Midpoints of
 bfloat16, float16 and float32 are exact in float64, so no step of this test rounds anything.
 
+With another share t than one half the same is said of a dithered number: its boundaries lie at t of the way
+to the neighbour beyond, and belong to the number below them.
+
 Zeros: a real number that is not zero keeps its sign when it rounds to zero. Zero itself has none, so +0 is
 right for it, and -0 where the base stored -0 there, because adding nothing to a number may leave it alone.
 """
@@ -78,6 +81,13 @@ class Grid:
         """Halfway between a magnitude's number and the next."""
         return (self.value(magnitude) + self.value(magnitude + 1)) / 2
 
+    def boundary(self, magnitude: Ints, share: Floats | None) -> Floats:
+        """Between a magnitude's number and the next, at a share of the way; in the middle without one."""
+        if share is None:
+            return self.midpoint(magnitude)
+        here = self.value(magnitude)
+        return here + share * (self.value(magnitude + 1) - here)
+
     def half_steps(self, magnitude: Ints) -> tuple[Floats, Floats]:
         """Distance to the midpoint below and above, for finite magnitudes from 1 on."""
         exponent = magnitude >> self.fraction_bits
@@ -115,21 +125,33 @@ class Verdict:
         return ~(self.right | self.wrong)
 
 
-def judge(grid: Grid, magnitude: Ints, negative: Mask, x: Floats, error: Floats, base_sign: Mask) -> Verdict:
+def judge(
+    grid: Grid,
+    magnitude: Ints,
+    negative: Mask,
+    x: Floats,
+    error: Floats,
+    base_sign: Mask,
+    share: Floats | None = None,
+) -> Verdict:
     """Whether stored numbers are right for real ones within `error` of x (0 where x is exact).
 
     `base_sign` is the sign bit of what the base holds there; it counts only where the real value is zero.
+    `share` is given for dithered numbers.
     """
     finite = (magnitude < grid.infinity) & np.isfinite(x) & np.isfinite(error)
     inside_grid = np.where(finite, magnitude, 0)
     y = np.where(finite, np.where(negative, -x, x), 0.0)
     # y ± error is itself rounded: one unit in the last place of either more than covers it.
     slack = np.where(error > 0, error * (1 + 2.0**-50) + np.abs(y) * 2.0**-52, 0.0)
-    high = grid.midpoint(inside_grid)
-    low = np.where(inside_grid > 0, grid.midpoint(np.maximum(inside_grid - 1, 0)), 0.0)
+    high = grid.boundary(inside_grid, share)
+    low = np.where(inside_grid > 0, grid.boundary(np.maximum(inside_grid - 1, 0), share), 0.0)
     even = (inside_grid & 1) == 0
-    tie = (error == 0) & even & ((y == high) | (y == low))
-    right = ((y - slack > low) & (y + slack < high)) | (tie & (inside_grid > 0)) | (tie & (y == high))
+    if share is None:
+        tie = (error == 0) & even & ((y == high) | ((y == low) & (inside_grid > 0)))
+    else:
+        tie = (error == 0) & (y == high)
+    right = ((y - slack > low) & (y + slack < high)) | tie
     wrong = (y + slack < low) | (y - slack > high) | ((error == 0) & ~right)
     zero = (error == 0) & (x == 0) & (inside_grid == 0)
     right = np.where(zero, ~negative | base_sign, right)
@@ -139,12 +161,14 @@ def judge(grid: Grid, magnitude: Ints, negative: Mask, x: Floats, error: Floats,
     return Verdict(right & finite, (wrong & finite) | ~stored_finite)
 
 
-def nearest(grid: Grid, x: Floats, base_sign: Mask) -> tuple[Ints, Mask]:
-    """Magnitudes and signs of the numbers nearest to x, taken as exact."""
+def nearest(grid: Grid, x: Floats, base_sign: Mask, share: Floats | None = None) -> tuple[Ints, Mask]:
+    """Magnitudes and signs of the numbers nearest to x, or right for a share, x taken as exact."""
     size = np.abs(x)
     below = grid.below(size)
-    middle = grid.midpoint(np.minimum(below, grid.infinity - 1))
-    up = (size > middle) | ((size == middle) & ((below & 1) == 1))
+    middle = grid.boundary(np.minimum(below, grid.infinity - 1), share)
+    up = size > middle
+    if share is None:
+        up |= (size == middle) & ((below & 1) == 1)
     magnitude = np.where(below < grid.infinity, below + up, below)
     return magnitude, np.where(x == 0, base_sign, x < 0)
 
@@ -156,40 +180,54 @@ def ulps(magnitude: Ints, negative: Mask, expected: Ints, expected_negative: Mas
     return np.abs(found - wanted)
 
 
-def exact_nearest(grid: Grid, x: Fraction, base_sign: bool, guess: int = 0) -> tuple[int, bool]:
-    """Magnitude and sign of the number nearest to a rational number, ties to even."""
+def exact_nearest(
+    grid: Grid, x: Fraction, base_sign: bool, guess: int = 0, share: Fraction | None = None
+) -> tuple[int, bool]:
+    """Magnitude and sign of the number nearest to a rational number, ties to even; or right for a share."""
     if x == 0:
         return 0, base_sign
     size = abs(x)
-    return nearest_magnitude(grid, lambda other: (size > other) - (size < other), guess), x < 0
+    return nearest_magnitude(grid, lambda other: (size > other) - (size < other), guess, share), x < 0
 
 
-def nearest_magnitude(grid: Grid, compare: Callable[[Fraction], int], guess: int = 0) -> int:
+def nearest_magnitude(
+    grid: Grid, compare: Callable[[Fraction], int], guess: int = 0, share: Fraction | None = None
+) -> int:
     """The magnitude nearest to a positive number that is known by comparison alone, ties to even.
+
+    With a share: the magnitude that is right for it.
 
     `compare(y)` is the sign of the number less y: enough for irrational numbers too. A `guess` that is right
     or next to right saves the search.
     """
     for near in (guess, guess + 1, guess - 1):
-        if 0 <= near <= grid.infinity and _is_nearest(grid, compare, near):
+        if 0 <= near <= grid.infinity and _is_nearest(grid, compare, near, share):
             return near
     low, high = 0, grid.infinity
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if compare(Fraction(grid.one(middle))) >= 0 else (low, middle)
-    return low if _is_nearest(grid, compare, low) else low + 1
+    return low if _is_nearest(grid, compare, low, share) else low + 1
 
 
-def _is_nearest(grid: Grid, compare: Callable[[Fraction], int], magnitude: int) -> bool:
+def _is_nearest(
+    grid: Grid, compare: Callable[[Fraction], int], magnitude: int, share: Fraction | None
+) -> bool:
+    """A boundary itself goes to the even number, with a share to the one below."""
     even = magnitude % 2 == 0
     if magnitude > 0:
-        side = compare(Fraction((grid.one(magnitude - 1) + grid.one(magnitude)) / 2))
-        if side < 0 or (side == 0 and not even):
+        side = compare(_boundary(grid, magnitude - 1, share))
+        if side < 0 or (side == 0 and (share is not None or not even)):
             return False
     if magnitude == grid.infinity:
         return True
-    side = compare(Fraction((grid.one(magnitude) + grid.one(magnitude + 1)) / 2))
-    return side < 0 or (side == 0 and even)
+    side = compare(_boundary(grid, magnitude, share))
+    return side < 0 or (side == 0 and (share is not None or even))
+
+
+def _boundary(grid: Grid, magnitude: int, share: Fraction | None) -> Fraction:
+    below, above = Fraction(grid.one(magnitude)), Fraction(grid.one(magnitude + 1))
+    return below + (above - below) * (Fraction(1, 2) if share is None else share)
 
 
 def exact_dot(left: Any, right: Any) -> Fraction:

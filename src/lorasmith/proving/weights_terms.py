@@ -55,6 +55,8 @@ class Block:
     """DoRA with one norm per row: m for the block's rows."""
     gain: Gain | None = None
     """DoRA with one norm per column."""
+    seed: int | None = None
+    """Of a dithered merge."""
 
 
 def prepare(
@@ -81,5 +83,6 @@ def sums(
     lefts, reach, bound = prepare(terms, start, len(source), kind)
     x = source.to(kind, copy=True)
     for left, term in zip(lefts, terms, strict=True):
-        x.addmm_(left, term.right_quick.to(kind))
+        # Not from the quick test's copy in float32: factors may be stored in float64.
+        x.addmm_(left, term.right.to(kind))
     return x, reach, bound

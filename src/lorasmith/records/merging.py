@@ -28,6 +28,10 @@ class MergedTensor(Part):
 
     An update counts as non-zero if one of its products is; with DoRA every element has one.
     """
+    rounding: str = "nearest"
+    """`nearest`, `dithered` or `calibrated`; what is replaced as a whole is rounded to nearest."""
+    fallback: str = ""
+    """Why a calibrated merge only dithered this tensor."""
     exact_redone: int = 0
     """Elements exactly halfway between two neighbours, which only exact arithmetic can tell."""
     underflowed: int = 0

@@ -35,6 +35,8 @@ class TensorProof(Part):
     """Wrong elements by distance: `1`, `2-3`, `4-15`, `16-255`, `256-65535`, `65536-`."""
     note: str = ""
     """What seems to have happened to a wrong tensor, in words."""
+    rounding: str = "nearest"
+    """The rule that it was held against; `calibrated` allows some ulps from nearest."""
 
 
 class WeightProof(Record):
