@@ -3,20 +3,20 @@
 
 Writes lora_validation.json into --output_dir, and unless --skip_merged is given merged_validation.json,
 comparison.json, behaviour.json and weights.json. The merged model is expected in `merged` beside the adapter,
-the base where adapter_config.json says, unless --merged_path and --base_path name them. Exits 1 when the
-merged model misses the guide's criteria (loss Δ below 1e-4, perplexity Δ below 0.01) or is not what base and
-adapter give. See `lorasmith validate`, `lorasmith compare` and `lorasmith prove`.
+the base where adapter_config.json says (a folder, or org/name on the Hugging Face hub), unless --merged_path
+and --base_path name them. Exits 1 when the merged model misses the guide's criteria (loss Δ below 1e-4,
+perplexity Δ below 0.01) or is not what base and adapter give. See `lorasmith validate`, `lorasmith compare`
+and `lorasmith prove`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
 
-from lorasmith.errors import ExitCode, LorasmithError, UsageError, os_errors
+from lorasmith.errors import ExitCode, LorasmithError, os_errors
 
 LOSS_DELTA, PERPLEXITY_DELTA = 1e-4, 0.01
 
@@ -44,9 +44,11 @@ def validate_models(asked: argparse.Namespace) -> int:
     """Validate the adapter, and the merged model unless it is to be skipped."""
     import lorasmith
     from lorasmith.cli.console import bar
+    from lorasmith.files.hub import base_of, local_model
 
     adapter, output = asked.model_path, asked.output_dir
-    base = asked.base_path or base_of(adapter)
+    named = asked.base_path or base_of(adapter, flag="--base_path")
+    base = local_model(named, [adapter], progress=bar)
     options = {"device": asked.device, "batch_size": asked.batch_size, "progress": bar}
     lora = lorasmith.validate(base, asked.test_file, output, adapter=adapter, **options)
     keep(output / "adapter.json", output / "lora_validation.json")
@@ -92,24 +94,6 @@ def compare_models(asked: argparse.Namespace, base: Path, merged: Path, options:
         and behaviour.grade != "drifted"
     )
     return ExitCode.OK if good else ExitCode.ANSWER_IS_NO
-
-
-def base_of(adapter: Path) -> Path:
-    """The folder that the adapter's config names as its base; raises `UsageError` when there is none."""
-    config = adapter / "adapter_config.json"
-    with os_errors(config, "read"):
-        text = config.read_text()
-    try:
-        named = Path(str(json.loads(text)["base_model_name_or_path"]))
-    except (ValueError, KeyError, TypeError):
-        named = Path()
-    if not (named / "config.json").is_file():
-        raise UsageError(
-            f"the base model that the adapter names, {str(named)!r}, is no folder here",
-            where=config,
-            remedy="give its folder with --base_path",
-        )
-    return named
 
 
 def keep(written: Path, guide_name: Path) -> None:

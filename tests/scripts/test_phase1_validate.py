@@ -64,7 +64,7 @@ def test_a_base_that_is_not_here_is_a_usage_error(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = place / "best" / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "org/model"}))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "/not/here"}))
     code = run(
         monkeypatch,
         *("--model_path", place / "best", "--test_file", place / "test.jsonl", "--output_dir", place / "r"),
