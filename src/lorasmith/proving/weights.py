@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -61,19 +60,15 @@ def prove(
     plan.ties.settle(merged_folder.tensors)
     report = Report(claims, merged_folder)
     pairs = report.match(plan.expected)
-    # Hashing reads each file from end to end and so brings its pages in for the check beside it.
-    with ThreadPoolExecutor(2) as readers:
-        base_digest = readers.submit(digests.digest_folder, base, rehash=True)
-        merged_files = readers.submit(_describe, merged)
-        with progress("Prove the weights", total=sum(found.bytes for _, found in pairs), unit="B") as advance:
-            for checked in check(pairs, advance=advance):
-                report.take(checked)
-        identity = Identity(
-            base=base_digest.result(),
-            adapters=[digests.digest_folder(path, rehash=True) for path in adapters],
-            merged=merged_files.result(),
-            weights=factors,
-        )
+    with progress("Prove the weights", total=sum(found.bytes for _, found in pairs), unit="B") as advance:
+        for checked in check(pairs, advance=advance):
+            report.take(checked)
+    identity = Identity(
+        base=digests.combine(_describe(base, base_folder)),
+        adapters=[digests.digest_folder(path, rehash=True) for path in adapters],
+        merged=_describe(merged, merged_folder),
+        weights=factors,
+    )
     report.findings += check_files(claims, identity, base, adapters, merged)
     report.findings += plan.findings
     if not plan.base_verified and claims.record is None:
@@ -85,8 +80,19 @@ def prove(
     return proof
 
 
-def _describe(folder: Path) -> list[FileDigest]:
-    return digests.describe(digests.folder_files(folder), folder, rehash=True)
+def _describe(folder: Path, opened: TensorFolder) -> list[FileDigest]:
+    """All files of a model folder; weights with the digest of the very bytes that were checked."""
+    known = {file.path: file for file in opened.files}
+    found = []
+    for path in digests.folder_files(folder):
+        if path not in known:
+            found += digests.describe([path], folder, rehash=True)
+            continue
+        sha256 = known[path].digest()
+        digests.remember_sha256(path, sha256)
+        name = path.relative_to(folder).as_posix()
+        found.append(FileDigest(path=name, bytes=known[path].size, sha256=sha256))
+    return found
 
 
 def _factors(asked: Sequence[float] | None, claims: Claims, adapters: int) -> list[float]:

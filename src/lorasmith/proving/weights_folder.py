@@ -11,7 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lorasmith.errors import InputError, os_errors
-from lorasmith.proving.weights_stored import DTYPES, Stored
+from lorasmith.proving.weights_reading import ProvenFile
+from lorasmith.proving.weights_stored import BYTES, DTYPES, Stored
 from lorasmith.records.base import Finding
 
 _MAX_JSON_BYTES = 64 << 20
@@ -23,7 +24,7 @@ class TensorFolder:
 
     path: Path
     tensors: dict[str, Stored] = field(default_factory=dict)
-    files: list[Path] = field(default_factory=list)
+    files: list[ProvenFile] = field(default_factory=list)
     problems: list[Finding] = field(default_factory=list)
     """What a person must know; nothing here is raised, so that a damaged merge can be graded."""
 
@@ -73,7 +74,6 @@ def open_model(path: Path, *, released: bool = False) -> TensorFolder:
         _read_index(folder, index, released)
     elif single.is_file():
         folder.tensors = dict(_read_header(folder, single, released))
-        folder.files = [single]
     else:
         raise InputError(
             "the folder holds no safetensors checkpoint",
@@ -89,7 +89,7 @@ def open_model(path: Path, *, released: bool = False) -> TensorFolder:
 def _note_strays(folder: TensorFolder) -> None:
     """Weights beside the checkpoint that no loader takes by default, and that nothing here checks."""
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        for file in sorted(set(folder.path.glob(pattern)) - set(folder.files)):
+        for file in sorted(set(folder.path.glob(pattern)) - {known.path for known in folder.files}):
             folder.problems.append(
                 Finding(
                     severity="warning",
@@ -104,7 +104,6 @@ def open_file(path: Path) -> TensorFolder:
     """The tensors of one safetensors file."""
     folder = TensorFolder(path.parent)
     folder.tensors = dict(_read_header(folder, path, released=False))
-    folder.files = [path]
     return folder
 
 
@@ -126,7 +125,6 @@ def _read_index(folder: TensorFolder, index: Path, released: bool) -> None:
         elif not shard.is_file():
             folder.problem("missing-shard", f"the shard {file!r} is missing", index)
         else:
-            folder.files.append(shard)
             shards[file] = dict(_read_header(folder, shard, released))
     for name, file in wanted.items():
         if file in shards and name not in shards[file]:
@@ -148,20 +146,35 @@ def _check_total(folder: TensorFolder, body: dict[str, Any], index: Path) -> Non
         folder.problem("index-lies", f"the index has total_size {claimed}", index, str(actual))
 
 
-def _read_header(folder: TensorFolder, file: Path, released: bool) -> Iterator[tuple[str, Stored]]:
+def _read_header(folder: TensorFolder, path: Path, released: bool) -> Iterator[tuple[str, Stored]]:
+    """The tensors of a file, as `safetensors` finds them: it accepts no gaps, so sizes tell the places."""
+    file = ProvenFile(path)
+    folder.files.append(file)
     try:
-        with os_errors(file, "read"), safe_open(file, framework="pt") as handle:
+        with os_errors(path, "read"), safe_open(path, framework="pt") as handle:
+            found = []
             for name in handle.offset_keys():
                 part = handle.get_slice(name)
-                dtype, shape = part.get_dtype(), tuple(part.get_shape())
-                if dtype not in DTYPES:
-                    folder.problem("unknown-dtype", f"tensor {name!r} is stored as {dtype}", file)
-                else:
-                    yield name, Stored(file, name, dtype, shape)
+                found.append((name, part.get_dtype(), tuple(part.get_shape())))
             kind = (handle.metadata() or {}).get("format")
-            if released and kind != "pt":
-                folder.problem("wrong-metadata", f"the header's format is {kind!r}", file, "'pt'")
     except SafetensorError as error:
-        folder.problem("damaged-file", f"this is no intact safetensors file: {error}", file)
+        folder.problem("damaged-file", f"this is no intact safetensors file: {error}", path)
+        return
     except UnicodeDecodeError as error:
-        folder.problem("damaged-file", f"the header is not UTF-8: {error.reason}", file)
+        folder.problem("damaged-file", f"the header is not UTF-8: {error.reason}", path)
+        return
+    if released and kind != "pt":
+        folder.problem("wrong-metadata", f"the header's format is {kind!r}", path, "'pt'")
+    start = file.data_start
+    for name, dtype, shape in found:
+        if dtype not in DTYPES:
+            folder.problem("unknown-dtype", f"tensor {name!r} is stored as {dtype}", path)
+        if dtype not in BYTES:
+            folder.problem("unknown-dtype", f"what follows {name!r} was not checked", path)
+            return
+        stored = Stored(file, start, name, dtype, shape)
+        start += stored.bytes
+        if dtype in DTYPES:
+            yield name, stored
+    if start != file.size:
+        folder.problem("damaged-file", f"the tensors end at byte {start:,}", path, f"{file.size:,} bytes")

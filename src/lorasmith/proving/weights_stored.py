@@ -1,22 +1,15 @@
-"""Single tensors as the proof reads them: rows of a file, through `safetensors` alone.
-
-A handle maps its file into memory, and every page that was looked at counts as resident until the handle
-and all views into it are gone. So each thread lets go of a handle after it has read a bounded amount.
-"""
+"""Single tensors as the proof reads them: rows of a file, at the place that `safetensors` gives them."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from lorasmith.errors import InputError, os_errors
+from lorasmith.proving.weights_reading import ProvenFile
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -32,44 +25,36 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 """Names of element types in a safetensors header; others (8-bit floats and the like) are not read."""
 
-BYTES: Mapping[str, int] = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+BYTES: Mapping[str, int] = {
+    **{name: dtype.itemsize for name, dtype in DTYPES.items()},
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "U16": 2,
+    "U32": 4,
+    "U64": 8,
+    "C64": 8,
+}
+"""Sizes of elements; beyond those that are read, what it takes to find the next tensor."""
 
 Index = tuple[int | slice, ...]
-
-
-_READ_BYTES = 32 << 20
-"""A handle's pages that may be resident before it is opened anew: with two threads 200 MiB in all."""
-
-_local = threading.local()
-
-
-def _handle(file: Path) -> Any:
-    """This thread's handle on the file as it is now."""
-    handles: dict[Path, list[Any]] = _local.__dict__.setdefault("handles", {})
-    status = file.stat()
-    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-    held = handles.get(file)
-    if held is None or held[1] != identity or held[2] > _READ_BYTES:
-        if len(handles) >= 3:
-            handles.clear()
-        held = handles[file] = [safe_open(file, framework="pt"), identity, 0]
-    return held[0]
-
-
-def _note_read(file: Path, count: int) -> None:
-    held = _local.handles.get(file)
-    if held:
-        held[2] += count
 
 
 @dataclass(frozen=True)
 class Stored:
     """One tensor of a file: where it is and what it looks like, without its values."""
 
-    file: Path
+    source: ProvenFile
+    start: int
+    """Byte of the file where its values begin."""
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def file(self) -> Path:
+        """Where it is."""
+        return self.source.path
 
     @property
     def elements(self) -> int:
@@ -87,21 +72,25 @@ class Stored:
         return self.shape[-1] if len(self.shape) > 1 else 1
 
     def rows(self, index: Index = ()) -> torch.Tensor:
-        """The part at `index`, as a matrix [rows, columns]; a view of the mapped file.
+        """The part at `index` (whole numbers, then perhaps a slice), as a matrix [rows, columns].
 
         Raises `InputError` where the file cannot be read any more.
         """
-        with os_errors(self.file, "read"):
-            try:
-                handle = _handle(self.file)
-                if self.shape:
-                    part: torch.Tensor = handle.get_slice(self.name)[index or (slice(None),)]
-                else:
-                    part = handle.get_tensor(self.name)
-            except SafetensorError as error:
-                raise InputError(f"tensor {self.name!r} cannot be read: {error}", where=self.file) from error
-        _note_read(self.file, part.nbytes)
-        return part.reshape(-1, self.columns)
+        first, count = 0, self.elements
+        for size, at in zip(self.shape, index, strict=False):
+            count //= size
+            low, high = (at.start, at.stop) if isinstance(at, slice) else (at, at + 1)
+            first += low * count
+            if isinstance(at, slice):
+                count *= high - low
+        return self._values(first, count).reshape(-1, self.columns)
+
+    def _values(self, first: int, count: int) -> torch.Tensor:
+        width, dtype = BYTES[self.dtype], DTYPES[self.dtype]
+        raw = self.source.read(self.start + first * width, count * width)
+        if raw.storage_offset() % width:
+            raw = raw.clone()  # a file need not align its tensors, but a view of numbers must
+        return raw.view(dtype)
 
     def whole(self) -> torch.Tensor:
         """All values in the tensor's own shape."""
