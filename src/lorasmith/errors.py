@@ -11,7 +11,10 @@
         ├── DiskError                     too little space
         ├── MemoryLimitError              too little memory
         ├── AccessError                   no permission to read or write
-        └── BusyError                     another process works on the same output
+        ├── BusyError                     another process works on the same output
+        └── RemoteError                   another machine cannot be reached, or cannot do it
+            ├── ConnectionLostError       the connection broke; worth another attempt
+            └── ProviderError             who rents out machines refuses, or does not answer
 
 A negative answer (a failed gate, `different` weights) is a result, not an error: see `ExitCode`.
 """
@@ -113,6 +116,18 @@ class AccessError(MachineError):
 
 class BusyError(MachineError):
     """Another process works on the same output."""
+
+
+class RemoteError(MachineError):
+    """Another machine cannot be reached, or cannot do what was asked."""
+
+
+class ConnectionLostError(RemoteError):
+    """The connection to another machine broke or never came about; another attempt may succeed."""
+
+
+class ProviderError(RemoteError):
+    """Who rents out machines refuses a request, or gives no usable answer."""
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lorasmith.cli import benchmarks, testset
+from lorasmith.cli import benchmarks, remote, testset
 from lorasmith.cli.compare import compare
 from lorasmith.cli.demo import demo
 from lorasmith.cli.gates import gates
@@ -45,4 +45,16 @@ GROUPS: list[tuple[str, str, list[tuple[str, Callable[..., Any]]]]] = [
         [("build", testset.build), ("split", testset.split), ("check", testset.check)],
     ),
     ("benchmarks", "Fetch public benchmarks.", [("fetch", benchmarks.fetch)]),
+    (
+        "remote",
+        "Work on another machine, by ssh or rented.",
+        [
+            ("run", remote.run),
+            ("attach", remote.attach),
+            ("status", remote.status),
+            ("logs", remote.logs),
+            ("fetch", remote.fetch),
+            ("stop", remote.stop),
+        ],
+    ),
 ]

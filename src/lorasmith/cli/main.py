@@ -44,7 +44,9 @@ def _root(
 def _add(to: typer.Typer, name: str, function: Callable[..., Any]) -> None:
     """A subcommand whose line in the overview is the first paragraph of its docstring, uncut."""
     summary = " ".join((function.__doc__ or "").split("\n\n")[0].split())
-    to.command(name, no_args_is_help=True, short_help=summary)(function)
+    # One that can do with nothing but options would otherwise show its help instead of doing its work.
+    bare = getattr(function, "works_without_arguments", False)
+    to.command(name, no_args_is_help=not bare, short_help=summary)(function)
 
 
 for _name, _function in COMMANDS:

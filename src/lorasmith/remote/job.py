@@ -1,0 +1,156 @@
+"""A job's files here: what is sent with which digests, where results land, and the plan that is run there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasmith.errors import InputError, UsageError, os_errors
+from lorasmith.files.digests import describe, folder_files, hash_file
+from lorasmith.records.base import FileDigest
+from lorasmith.records.remote import HubModel, RemoteJob, Transfer
+from lorasmith.remote.wheel import build_wheel, constraints
+
+_TOOL = "in/tool"
+"""Where wheel and constraints lie in a job's folder."""
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """All files of a job, staged as links below one folder, and what they must be on arrival."""
+
+    folder: Path
+    files: list[FileDigest]
+    """Paths relative to the job's folder."""
+    wheel: str
+    """Its path relative to the job's folder."""
+
+    @property
+    def names(self) -> list[str]:
+        """Paths relative to the job's folder."""
+        return [file.path for file in self.files]
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(file.bytes for file in self.files)
+
+
+def make_job(
+    host: str,
+    port: int | None,
+    command: Sequence[str],
+    inputs: Sequence[Transfer],
+    outputs: Sequence[Transfer],
+    **more: Any,
+) -> RemoteJob:
+    """A job whose id depends on the machine, the command and the local paths, and on nothing else."""
+    where = [host, port, more.get("folder"), more.get("label")]
+    more.pop("label", None)
+    key = [where, list(command), [item.local for item in (*inputs, *outputs)]]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+    return RemoteJob(
+        id=name,
+        host=host,
+        port=port,
+        command=list(command),
+        inputs=list(inputs),
+        outputs=list(outputs),
+        **more,
+    )
+
+
+def hub_model(text: str, remote: str) -> HubModel:
+    """Read `hub:organisation/name[@revision]`."""
+    repository, _, revision = text.removeprefix("hub:").partition("@")
+    if repository.count("/") != 1 or not all(repository.split("/")):
+        raise UsageError(f"{text!r} names no model of the hub", expected="hub:organisation/name[@revision]")
+    return HubModel(repository=repository, revision=revision or None, remote=remote)
+
+
+@contextmanager
+def pack_parcel(job: RemoteJob) -> Iterator[Parcel]:
+    """Stage the inputs, the wheel and the versions; digests come from the cache where files are unchanged.
+
+    Raises `InputError` for an input that is not there.
+    """
+    with tempfile.TemporaryDirectory(prefix="lorasmith-parcel-") as name:
+        folder = Path(name)
+        files: list[FileDigest] = []
+        for item in job.inputs:
+            local, link = Path(item.local), folder / item.remote
+            if not local.exists():
+                raise InputError("it does not exist", where=local, remedy="check the path")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(local.resolve())
+            inner = folder_files(local) if local.is_dir() else [local]
+            for file in describe(inner, local if local.is_dir() else local.parent):
+                place = f"{item.remote}/{file.path}" if local.is_dir() else item.remote
+                files.append(file.model_copy(update={"path": place}))
+        wheel, packed = build_wheel()
+        tool = folder / _TOOL
+        tool.mkdir(parents=True)
+        for file_name, content in ((wheel, packed), ("constraints.txt", constraints().encode())):
+            (tool / file_name).write_bytes(content)
+            digest = hashlib.sha256(content).hexdigest()
+            files.append(FileDigest(path=f"{_TOOL}/{file_name}", bytes=len(content), sha256=digest))
+        yield Parcel(folder, files, f"{_TOOL}/{wheel}")
+
+
+def make_plan(job: RemoteJob, parcel: Parcel, job_folder: str) -> dict[str, Any]:
+    """What the supervisor is told; `sha256` changes with whatever may change the results."""
+    sent = sorted((file.path, file.sha256) for file in parcel.files)
+    hub = [model.model_dump() for model in job.hub]
+    content = {"command": job.command, "files": sent, "hub": hub, "extras": job.extras, "python": job.python}
+    tool = [item for item in sent if item[0].startswith(_TOOL)]
+    environment = hashlib.sha256(json.dumps([tool, job.extras, job.python]).encode()).hexdigest()[:16]
+    return {
+        "sha256": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+        "command": job.command,
+        "hub": hub,
+        "extras": job.extras,
+        "python": job.python,
+        "env": f"{Path(job_folder).parent.parent}/envs/{environment}",
+        "wheel": f"{job_folder}/{parcel.wheel}",
+        "constraints": f"{job_folder}/{_TOOL}/constraints.txt",
+        "pip": [],
+    }
+
+
+def require_free_outputs(job: RemoteJob) -> None:
+    """Refuse to let results land on something that this job did not put there."""
+    for item in job.outputs:
+        place = Path(item.local)
+        taken = any(place.iterdir()) if place.is_dir() else place.exists()
+        if taken:
+            raise UsageError(
+                "the place for the results is taken",
+                where=place,
+                expected="a folder or file that does not exist yet",
+                remedy="choose another --output, or move this one away",
+            )
+
+
+def staging(item: Transfer) -> Path:
+    """Where results gather until all of them are verified: beside their place."""
+    local = Path(item.local)
+    return local.with_name(f".{local.name}.fetching")
+
+
+def wrong_files(item: Transfer, files: Sequence[FileDigest]) -> list[str]:
+    """The names of those files of an output that are not here as they should be; wrong ones are deleted."""
+    wrong = []
+    for file in files:
+        path = staging(item) / file.path
+        with os_errors(path, "read"):
+            if path.is_file() and path.stat().st_size == file.bytes and hash_file(path) == file.sha256:
+                continue
+            path.unlink(missing_ok=True)
+        wrong.append(file.path)
+    return wrong

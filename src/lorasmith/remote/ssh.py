@@ -1,0 +1,272 @@
+"""The system's ssh and rsync as a transport: host keys always checked, nothing secret in any argument."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from lorasmith.errors import (
+    AccessError,
+    ConnectionLostError,
+    DiskError,
+    MachineError,
+    RemoteError,
+    UsageError,
+)
+from lorasmith.remote import there
+from lorasmith.remote.hostkeys import Confirm, trust
+from lorasmith.remote.state import state_folder
+from lorasmith.remote.transport import OnBytes
+
+# The first Python that is new enough; the program comes over standard input, so no argument tells anything.
+_LAUNCH = """for p in python3 python3.14 python3.13 python3.12 python3.11 /venv/main/bin/python \\
+/opt/conda/bin/python; do
+case $($p -V 2>/dev/null) in "Python 3.1"[1-9]*|"Python 3."[2-9][0-9]*) exec $p -I -;; esac; done
+echo '@lorasmith {"ok": false, "no_python": true}'; cat >/dev/null"""
+
+_PATTERN = re.compile(r"^(?:(?P<user>[^@\s]+)@)?(?P<name>\[[^\]]+\]|[^:@\s]+)(?::(?P<port>\d+))?$")
+_RSYNC_AGAIN = {10, 12, 30, 35, 255, -13, -1}
+"""rsync's codes for a broken or silent connection; 255 is ssh's own."""
+_REFUSED = ("Permission denied", "Too many authentication failures", "no such identity")
+_WRONG_KEY = ("REMOTE HOST IDENTIFICATION HAS CHANGED", "Host key verification failed")
+
+
+@dataclass(frozen=True)
+class Host:
+    """`user@name:port`; the name may be one of `~/.ssh/config`."""
+
+    name: str
+    user: str | None = None
+    port: int | None = None
+
+    @property
+    def login(self) -> str:
+        """For ssh's command line."""
+        return f"{self.user}@{self.name}" if self.user else self.name
+
+
+def parse_host(text: str) -> Host:
+    """Read `user@host[:port]`; raises `UsageError`. A name that ssh could take for an option is refused."""
+    match = _PATTERN.match(text)
+    if not match or text.startswith("-") or match["name"].startswith("-"):
+        raise UsageError(f"{text!r} is not a machine", expected="user@host or user@host:port")
+    port = int(match["port"]) if match["port"] else None
+    return Host(match["name"].strip("[]"), match["user"], port)
+
+
+class SshTransport:
+    """Requests by ssh, files by rsync over it."""
+
+    def __init__(self, host: Host, *, identity: Path | None = None, silence: int = 20) -> None:
+        """`silence`: seconds without a sign of life after which a connection counts as lost."""
+        for program in ("ssh", "rsync"):
+            if shutil.which(program) is None:
+                raise MachineError(f"{program} is not installed here", remedy=f"apt-get install {program}")
+        self.host = host
+        self.where = host.login + (f":{host.port}" if host.port else "")
+        self.silence = silence
+        self.known_hosts = state_folder() / "known_hosts"
+        self._source = Path(there.__file__).read_text()
+        self._folder = tempfile.TemporaryDirectory(prefix="lorasmith-ssh-")
+        self._config = Path(self._folder.name) / "config"
+        self._config.write_text(self._settings(identity))
+
+    def _settings(self, identity: Path | None) -> str:
+        every = max(1, self.silence // 4)
+        own = f"IdentityFile {_quoted(identity.absolute())}\nIdentitiesOnly yes\n" if identity else ""
+        return (
+            "Host *\nBatchMode yes\nStrictHostKeyChecking yes\nUpdateHostKeys no\n"
+            f"UserKnownHostsFile {_quoted(self.known_hosts)} ~/.ssh/known_hosts\n"
+            f"ConnectTimeout {self.silence}\nServerAliveInterval {every}\nServerAliveCountMax 3\n"
+            f"ForwardAgent no\nForwardX11 no\nClearAllForwardings yes\n{own}"
+            "Include ~/.ssh/config\n"
+        )
+
+    def trust(self, *, fingerprint: str | None = None, confirm: Confirm | None = None) -> None:
+        """Make sure that the machine's key is known: see `hostkeys.trust`."""
+        found = subprocess.run(
+            ["ssh", "-F", str(self._config), *self._port(), "-G", self.host.login],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        settings = dict(line.split(" ", 1) for line in found.stdout.splitlines() if " " in line)
+        if settings.get("proxyjump", "none") != "none" or settings.get("proxycommand", "none") != "none":
+            return  # only reachable through another machine: ssh checks its key against known_hosts alone
+        trust(
+            settings.get("hostname", self.host.name),
+            int(settings.get("port", self.host.port or 22)),
+            self.known_hosts,
+            [Path("~/.ssh/known_hosts").expanduser(), Path("/etc/ssh/ssh_known_hosts")],
+            fingerprint=fingerprint,
+            confirm=confirm,
+        )
+
+    def request(self, request: dict[str, Any]) -> dict[str, Any]:
+        """One request to `remote/there.py` and its answer."""
+        last: dict[str, Any] = {}
+        for answer in self.stream(request):
+            last = answer
+        return last
+
+    def stream(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """A request with several answers, as they come; the last has `ok`."""
+        if request["do"] == "start":
+            request = {**request, "source": self._source}
+        program = f"{self._source}\nanswer(json.loads({json.dumps(request)!r}))\n"
+        command = ["ssh", "-F", str(self._config), *self._port(), self.host.login, "--", _LAUNCH]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            assert process.stdin and process.stdout and process.stderr  # all three are pipes
+            errors: list[bytes] = []
+            readers = [
+                threading.Thread(target=_feed, args=(process.stdin, program.encode())),
+                threading.Thread(target=_drain, args=(process.stderr, errors)),
+            ]
+            for reader in readers:
+                reader.start()
+            finished = False
+            try:
+                for line in process.stdout:
+                    if line.startswith(there.MARK.encode()) and line.endswith(b"\n"):
+                        answer = json.loads(line[len(there.MARK) :])
+                        self._require_python(answer)
+                        finished = "ok" in answer
+                        yield answer
+            finally:
+                if not finished:
+                    process.kill()
+                for reader in readers:
+                    reader.join()
+            process.wait()
+        if not finished:
+            raise self._failure(process.returncode, b"".join(errors).decode(errors="replace"))
+
+    def _require_python(self, answer: dict[str, Any]) -> None:
+        if answer.get("no_python"):
+            raise RemoteError(
+                "there is no Python 3.11 or newer on the other machine",
+                where=self.where,
+                remedy="install one there (apt-get install python3 python3-venv, or conda), then try again",
+            )
+
+    def send(self, source: Path, files: list[str], target: str, on_bytes: OnBytes) -> None:
+        """Copy files below `source` to the same places below `target` there; goes on with partial files."""
+        self._rsync(f"{source}/", f"{self._rsync_host()}:{target}/", files, on_bytes)
+
+    def receive(self, source: str, files: list[str], target: Path, on_bytes: OnBytes) -> None:
+        """The other way round."""
+        self._rsync(f"{self._rsync_host()}:{source}/", f"{target}/", files, on_bytes)
+
+    def _rsync(self, source: str, target: str, files: list[str], on_bytes: OnBytes) -> None:
+        shell = shlex.join(["ssh", "-F", str(self._config), *self._port()])
+        command = ["rsync", "-e", shell, "--secluded-args", "--recursive", "--copy-links", "--times"]
+        # Partial files are continued in place; whether the result is right, SHA-256 decides afterwards.
+        command += ["--partial", "--append-verify", f"--timeout={self.silence}", "--info=progress2"]
+        command += ["--no-inc-recursive", "--from0", "--files-from=-", source, target]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            assert process.stdin and process.stdout and process.stderr  # all three are pipes
+            errors: list[bytes] = []
+            listing = "\0".join(files).encode()
+            readers = [
+                threading.Thread(target=_feed, args=(process.stdin, listing)),
+                threading.Thread(target=_drain, args=(process.stderr, errors)),
+            ]
+            for reader in readers:
+                reader.start()
+            try:
+                _watch(process.stdout, on_bytes)
+            except BaseException:
+                process.kill()
+                raise
+            finally:
+                for reader in readers:
+                    reader.join()
+            process.wait()
+        if process.returncode:
+            raise self._rsync_failure(process.returncode, b"".join(errors).decode(errors="replace"))
+
+    def _rsync_failure(self, code: int, message: str) -> Exception:
+        # 11 is rsync's "error in file I/O": often all that comes back when the receiving disk is full.
+        if code == 11 or "No space left" in message or "Disk quota" in message:
+            return DiskError(
+                f"a file cannot be written: the disk is full or fails. {_first(message)}".rstrip(),
+                where=self.where,
+                remedy="free some space and give the same command again; what was copied is kept",
+            )
+        if code in _RSYNC_AGAIN:
+            return self._failure(255, message)
+        return RemoteError(f"rsync ended with code {code}: {_first(message)}", where=self.where)
+
+    def _failure(self, code: int, message: str) -> Exception:
+        """What a broken ssh call means."""
+        if any(sign in message for sign in _WRONG_KEY):
+            return RemoteError(
+                "the machine's host key is not the known one",
+                where=self.where,
+                expected=f"a key in {self.known_hosts} or ~/.ssh/known_hosts",
+                remedy="find out why; where the machine is a new one at an old address, give --fingerprint",
+            )
+        if any(sign in message for sign in _REFUSED):
+            return AccessError(
+                f"the machine lets nobody in with these keys: {_first(message)}",
+                where=self.where,
+                remedy="give the private key with --identity, or add your public key there",
+            )
+        if code in (127, 126):
+            return RemoteError(f"the other machine has no usable shell: {_first(message)}", where=self.where)
+        return ConnectionLostError(
+            f"the connection broke or never came about: {_first(message) or f'ssh ended with {code}'}",
+            where=self.where,
+            remedy="check address, port and network; the same command goes on where it was",
+        )
+
+    def _port(self) -> list[str]:
+        return ["-p", str(self.host.port)] if self.host.port else []
+
+    def _rsync_host(self) -> str:
+        name = f"[{self.host.name}]" if ":" in self.host.name else self.host.name
+        return f"{self.host.user}@{name}" if self.host.user else name
+
+
+def _quoted(path: Path) -> str:
+    return f'"{path}"'
+
+
+def _first(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip() and not line.startswith("@@")]
+    return lines[0] if lines else ""
+
+
+def _feed(pipe: IO[bytes], content: bytes) -> None:
+    # The other end may be gone already: its exit code and its messages say so.
+    with contextlib.suppress(OSError), pipe:
+        pipe.write(content)
+
+
+def _drain(pipe: IO[bytes], into: list[bytes]) -> None:
+    into.extend(pipe)
+
+
+def _watch(pipe: IO[bytes], on_bytes: OnBytes) -> None:
+    """rsync's progress: bytes moved, at the beginning of each line that a carriage return ends."""
+    rest = b""
+    while piece := pipe.read1(4096) if hasattr(pipe, "read1") else pipe.read(4096):
+        *lines, rest = re.split(rb"[\r\n]", rest + piece)
+        for line in lines:
+            number = line.split(b"%")[0].rsplit(b" ", 1)[0].strip().replace(b",", b"").replace(b".", b"")
+            if number.isdigit():
+                on_bytes(int(number))

@@ -1,0 +1,66 @@
+"""What this machine remembers of other machines: jobs, rentals, host keys; for their owner's eyes alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from lorasmith.errors import InputError, UsageError, os_errors
+from lorasmith.files.atomic import read_record, write_record
+from lorasmith.records.remote import RemoteJob, Rental
+
+
+def state_folder() -> Path:
+    """`LORASMITH_STATE`, else `lorasmith` below `XDG_STATE_HOME`; made with access for its owner alone."""
+    own = os.environ.get("LORASMITH_STATE")
+    shared = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    folder = Path(own) if own else Path(shared) / "lorasmith"
+    with os_errors(folder, "make the folder of jobs and rentals"):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for name in ("jobs", "rentals"):
+            (folder / name).mkdir(exist_ok=True, mode=0o700)
+    return folder
+
+
+def save_job(job: RemoteJob) -> None:
+    """Write the job, durably."""
+    write_record(state_folder() / "jobs" / f"{job.id}.json", job)
+
+
+def jobs() -> list[RemoteJob]:
+    """All jobs, the newest first."""
+    files = (state_folder() / "jobs").glob("*.json")
+    newest = sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return [read_record(path, RemoteJob) for path in newest]
+
+
+def find_job(name: str | None) -> RemoteJob:
+    """The job whose id begins with `name`; the newest for None. Raises `UsageError` unless it is one."""
+    known = jobs()
+    if not known:
+        raise InputError(
+            "no job is known here",
+            where=state_folder() / "jobs",
+            remedy="start one with: lorasmith remote run --host user@machine -- COMMAND",
+        )
+    if name is None:
+        return known[0]
+    found = [job for job in known if job.id.startswith(name)]
+    if len(found) != 1:
+        ids = ", ".join(job.id for job in known[:5])
+        raise UsageError(
+            f"{name!r} is the beginning of {len(found)} jobs", expected=f"one of {ids}", where=state_folder()
+        )
+    return found[0]
+
+
+def save_rental(rental: Rental) -> None:
+    """Write the rental, durably: it is on disk when this returns."""
+    write_record(state_folder() / "rentals" / f"{rental.label}.json", rental)
+
+
+def rentals() -> Iterator[Rental]:
+    """Every rental ever written here."""
+    for path in sorted((state_folder() / "rentals").glob("*.json")):
+        yield read_record(path, Rental)
