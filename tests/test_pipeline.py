@@ -67,7 +67,8 @@ def test_the_run_folder_is_laid_out_as_documented(finished: RunResult) -> None:
         "testset/test_set.jsonl", "testset/statistics.json", "testset/contamination.json",
         "validation/base.json", "validation/adapter.parquet", "validation/merged.json",
         "merged/config.json", "merged/tokenizer.json", "merged/chat_template.jinja",
-        "merged/generation_config.json", "merged/model.safetensors", "merged/lorasmith_merge.json",
+        "merged/generation_config.json", "merged/README.md", "merged/model.safetensors",
+        "merged/lorasmith_merge.json",
         "proof/weights.json", "proof/behaviour.json", "proof/comparison.json",
         "package/validation_results.tar.gz", "package/merged_model.tar.gz",
         "package/manifest.json", "package/SHA256SUMS",
@@ -127,7 +128,7 @@ def test_a_finished_run_does_nothing_again(
 
 
 AFTER_TEST_SET = [
-    "validate-base", "validate-adapter", "validate-merged", "compare", "comparison", "gates", "package",
+    "validate-base", "validate-adapter", "validate-merged", "compare", "comparison", "gates", "card", "package",
 ]  # fmt: skip
 
 
@@ -135,7 +136,10 @@ AFTER_TEST_SET = [
     ("changes", "expected"),
     [
         ({"precision": "float32"}, ["merge", "prove-weights", "validate-merged", "compare", "comparison"]),
-        ({"gates": ({"name": "kl", "metric": "merge.kl_mean", "threshold": 1.0},)}, ["gates", "package"]),
+        (
+            {"gates": ({"name": "kl", "metric": "merge.kl_mean", "threshold": 1.0},)},
+            ["gates", "card", "package"],
+        ),
         ({"compression": "none"}, ["package"]),
         ({"end_of_turn": False}, AFTER_TEST_SET),
     ],
@@ -147,8 +151,9 @@ def test_a_changed_parameter_redoes_what_depends_on_it(
     run = Path(shutil.copytree(finished.folder, tmp_path / "run"))
     log = Log()
     lorasmith.run(**inputs, **changes, output=run, watcher=log)
-    assert [stage for stage in log.ran if stage not in ("gates", "package")] == [
-        stage for stage in expected if stage not in ("gates", "package")
+    last = ("gates", "card", "package")
+    assert [stage for stage in log.ran if stage not in last] == [
+        stage for stage in expected if stage not in last
     ]
     assert set(expected) <= set(log.ran)
     fresh = lorasmith.run(**inputs, **changes, output=tmp_path / "fresh")

@@ -45,6 +45,10 @@ class RunConfig(Part):
     strict: bool = True
 
     compression: Literal["gzip", "zstd", "none"] = "gzip"
+    model_name: str | None = None
+    """The merged model's, in its card."""
+    base_model_id: str | None = Field(default=None, pattern=r"^[\w-][\w.-]*/[\w-][\w.-]*$")
+    """`org/name` of the base on the hub, for the card; the adapter's config tells where this is absent."""
     gate_defaults: Literal["guide", "none"] = "guide"
     gates: tuple[Gate, ...] = ()
     """Added to the defaults; one with the name of a default replaces it."""

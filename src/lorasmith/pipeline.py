@@ -15,6 +15,7 @@ import lorasmith
 from lorasmith.config import RunConfig, make_config
 from lorasmith.errors import InputError, UsageError
 from lorasmith.files.atomic import read_record, write_record
+from lorasmith.files.digests import CARD
 from lorasmith.files.hub import hub_name, local_model, origin_of
 from lorasmith.files.jsonl import read_examples, write_examples
 from lorasmith.gates import evaluate, split_costs
@@ -150,6 +151,7 @@ def plan(config: RunConfig, progress: Progress) -> list[Step]:
         ),
         _comparison_step(config),
         _gates_step(config),
+        _card_step(config),
         _package_step(config, progress),
     ]
 
@@ -303,12 +305,33 @@ def _judge_costs(config: RunConfig, watch: Watcher) -> None:
     watch.show("cost-gates", record)
 
 
+def _card_step(config: RunConfig) -> Step:
+    from lorasmith.packaging.card import write_card
+
+    run_folder = config.output
+    base_card = config.base / CARD
+    names = {"base_model": config.base_model_id, "name": config.model_name}
+    stage = Stage(
+        name="card",
+        inputs={
+            **{name: run_folder / name for name in (*_MEASURED, "gates.json")},
+            "base": config.base,
+            "adapter": config.adapter,
+            **({"base card": base_card} if base_card.is_file() else {}),
+        },
+        parameters=names,
+        outputs=[f"merged/{CARD}"],
+        action=lambda: write_card(run_folder, base=config.base, adapter=config.adapter, **names),
+    )
+    return Step("Model card", stage, {})
+
+
 def _package_step(config: RunConfig, progress: Progress) -> Step:
     from lorasmith.packaging.pack import pack
     from lorasmith.reporting.page import write_report
 
     run_folder = config.output
-    names = ("run.json", "testset", "validation", "merged", "proof", "gates.json")
+    names = ("run.json", "testset", "validation", "merged", f"merged/{CARD}", "proof", "gates.json")
     stage = Stage(
         name="package",
         inputs={name: run_folder / name for name in names},

@@ -16,6 +16,7 @@ from lorasmith.cli.gates import gates
 from lorasmith.cli.merge import merge
 from lorasmith.cli.package import package
 from lorasmith.cli.prove import prove
+from lorasmith.cli.publish import publish
 from lorasmith.cli.report import report
 from lorasmith.cli.run import run
 from lorasmith.cli.train import train
@@ -34,6 +35,7 @@ COMMANDS: list[tuple[str, Callable[..., Any]]] = [
     ("gates", gates),
     ("report", report),
     ("package", package),
+    ("publish", publish),
     ("unpack", unpack),
     ("verify", verify),
 ]

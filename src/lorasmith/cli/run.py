@@ -52,7 +52,12 @@ def run(
     strict: Annotated[
         bool | None, typer.Option("--strict/--no-strict", help="Stop at rows that would be cut. [on]")
     ] = None,
-    compression: Annotated[str | None, typer.Option(help="gzip or none. [gzip]")] = None,
+    compression: Annotated[str | None, typer.Option(help="gzip, zstd or none. [gzip]")] = None,
+    model_name: Annotated[str | None, typer.Option(help="Of the merged model, for its card.")] = None,
+    base_model_id: Annotated[
+        str | None,
+        typer.Option(help="org/name of the base, for the card. [as the adapter names it]", metavar="ID"),
+    ] = None,
     price_per_hour: Annotated[
         float | None, typer.Option(help="Of the machine in dollars, for gates on cost.")
     ] = None,
@@ -86,6 +91,8 @@ def run(
         "max_length": max_length,
         "strict": strict,
         "compression": compression,
+        "model_name": model_name,
+        "base_model_id": base_model_id,
         "price_per_hour": price_per_hour,
     }
     from lorasmith.config import load_config, to_toml

@@ -66,15 +66,21 @@ def remember_sha256(path: Path, digest: str) -> None:
         _store(path.stat(), digest)
 
 
+CARD = "README.md"
+"""At the top of a model folder it tells of the model and is no part of it: digests pass it over."""
+
+
 def folder_files(folder: Path) -> list[Path]:
-    """All regular files below `folder` but lorasmith's own leftovers and hidden files, sorted by name."""
+    """All regular files below `folder`, by name, but its `CARD`, our own leftovers and hidden files."""
     with os_errors(folder, "read"):
         if not folder.is_dir():
             raise InputError("there is no such folder", where=folder, expected="a folder")
         found = [
             file
             for file in folder.rglob("*")
-            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+            if file.is_file()
+            and file != folder / CARD
+            and not any(part.startswith(".") for part in file.relative_to(folder).parts)
         ]
     return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
 

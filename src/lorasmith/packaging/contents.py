@@ -12,21 +12,34 @@ import pyarrow.parquet as pq
 
 from lorasmith.errors import CheckpointError, DataError, InputError, os_errors
 from lorasmith.files.atomic import read_record
-from lorasmith.files.digests import folder_files, hash_file
+from lorasmith.files.digests import CARD, folder_files, hash_file
 from lorasmith.files.jsonl import dump_row, read_examples
 from lorasmith.packaging.tarstream import Member
 from lorasmith.records.dataset import Example
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.proof import BehaviourProof
 from lorasmith.records.redaction import is_redacted, publishable_row
-from lorasmith.records.scoring import ValidationResult
+from lorasmith.records.scoring import TaskResult, ValidationResult
 
 RESULTS = "validation_results"
 MODEL = "merged_model"
 MERGE_RECORD = "lorasmith_merge.json"
 _REQUIRED = ("run.json", "testset/test_set.jsonl", "validation/adapter.json", f"merged/{MERGE_RECORD}")
 _RECORDS = ("run.json", "gates.json", "testset/*.json", "validation/*.json", "proof/*.json")
-_OPEN_COLUMNS = frozenset({"id", "source", "domain", "difficulty", "logprobs"})
+_OPEN_COLUMNS = frozenset(
+    {
+        "id",
+        "source",
+        "domain",
+        "difficulty",
+        "logprobs",
+        "benchmark",
+        "method",
+        "metrics",
+        "scores",
+        "unscored",
+    }
+)
 """Columns besides plain numbers that a row keeps even when its own text must not be published."""
 
 
@@ -97,7 +110,8 @@ def _require(run: Path) -> None:
 
 def _check_same_test_set(run: Path, test_sha: str) -> None:
     for path in sorted((run / "validation").glob("*.json")):
-        record = read_record(path, ValidationResult)
+        answered = path.stem.endswith("_tasks")
+        record = read_record(path, TaskResult) if answered else read_record(path, ValidationResult)
         if record.test_set.sha256 != test_sha:
             raise DataError(
                 "this validation was made on another test set than the one in the run",
@@ -140,11 +154,20 @@ def _without_text(path: Path, hidden: set[str]) -> bytes:
 
 
 def _model(folder: Path) -> list[Member]:
-    """All files of the merged folder, which must be those that the merge recorded (and a model card)."""
+    return [Member(f"{MODEL}/{path}", folder / path) for path in model_files(folder)]
+
+
+def model_files(folder: Path) -> list[str]:
+    """Names of all files of a merged folder, by name: those that the merge recorded, and a model card.
+
+    Raises `CheckpointError` for one that is missing, that the merge did not write, or that is a link.
+    """
     record = read_record(folder / MERGE_RECORD, MergeRecord)
     written = {digest.path for digest in record.files} | {MERGE_RECORD}
     found = {file.relative_to(folder).as_posix() for file in folder_files(folder)}
-    missing, extra = sorted(written - found), sorted(found - written - {"README.md"})
+    missing, extra = sorted(written - found), sorted(found - written)
+    if (folder / CARD).is_file():
+        found.add(CARD)
     if missing or extra:
         state = f"{missing[0]} is missing" if missing else f"{extra[0]} is not from the merge"
         raise CheckpointError(
@@ -156,7 +179,7 @@ def _model(folder: Path) -> list[Member]:
     for path in sorted(found):
         if (folder / path).is_symlink():
             raise CheckpointError("a link cannot be packed", where=folder / path, expected="a file")
-    return [Member(f"{MODEL}/{path}", folder / path) for path in sorted(found)]
+    return sorted(found)
 
 
 def expected_model_digests(run: Path) -> dict[str, str]:

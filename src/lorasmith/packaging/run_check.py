@@ -12,7 +12,7 @@ from lorasmith.progress import Progress
 from lorasmith.records.base import Finding, Record
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.release import StageRecord
-from lorasmith.records.scoring import ValidationResult
+from lorasmith.records.scoring import TaskResult, ValidationResult
 
 R = TypeVar("R", bound=Record)
 
@@ -49,7 +49,10 @@ def _expected(run: Path) -> tuple[dict[str, dict[str, str]], list[Finding]]:
         for output in stage.outputs if stage and stage.stage != "package" else []:
             name(output.path, path, output.sha256)
     for path in sorted((run / "validation").glob("*.json")):
-        result = _read(path, ValidationResult, findings)
+        kind: type[TaskResult | ValidationResult] = (
+            TaskResult if path.stem.endswith("_tasks") else ValidationResult
+        )
+        result = _read(path, kind, findings)
         if result:
             name(f"validation/{result.per_example.path}", path, result.per_example.sha256)
             name("testset/test_set.jsonl", path, result.test_set.sha256)
