@@ -11,6 +11,7 @@ from typing import Any
 
 from lorasmith.cli import benchmarks, remote, testset
 from lorasmith.cli.compare import compare
+from lorasmith.cli.compress import compress
 from lorasmith.cli.demo import demo
 from lorasmith.cli.gates import gates
 from lorasmith.cli.merge import merge
@@ -38,6 +39,7 @@ COMMANDS: list[tuple[str, Callable[..., Any]]] = [
     ("publish", publish),
     ("unpack", unpack),
     ("verify", verify),
+    ("compress", compress),
 ]
 
 GROUPS: list[tuple[str, str, list[tuple[str, Callable[..., Any]]]]] = [

@@ -64,7 +64,8 @@ class CompressRecord(Record):
     """Of auto-round and the libraries that computed with it."""
     model_sha256: str
     """Of the model that was compressed."""
-    format: str
+    file_format: str
+    """`compressed-tensors`, `gguf:q4_0`, …"""
     method: str
     """`rtn` or `calibrated`."""
     bits: int
