@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from lorasmith.checkpoint.patterns import Patterns
 from lorasmith.errors import AdapterError
+
+T = TypeVar("T")
 
 UNDERSTOOD = frozenset(
     {
@@ -53,8 +55,8 @@ class PeftConfig:
     r: int
     lora_alpha: float
     use_rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Patterns[int]
+    alpha_pattern: Patterns[float]
     use_dora: bool
     bias: str
     lora_bias: bool
@@ -70,24 +72,16 @@ class PeftConfig:
 
     def rank(self, module: str) -> int:
         """r of one module: the first pattern that fits the end of its path, else the common one."""
-        return int(self.rank_pattern.get(pattern_key(self.rank_pattern, module), self.r))
+        return self.rank_pattern.of(module, self.r)
 
     def alpha(self, module: str) -> float:
         """α of one module, found as its rank is."""
-        return self.alpha_pattern.get(pattern_key(self.alpha_pattern, module), self.lora_alpha)
+        return self.alpha_pattern.of(module, self.lora_alpha)
 
     def scale(self, module: str) -> float:
         """s = α/r, or α/√r with rsLoRA (arXiv 2312.03732), in float64 as PEFT holds it."""
         rank = self.rank(module)
         return self.alpha(module) / (math.sqrt(rank) if self.use_rslora else rank)
-
-
-def pattern_key(patterns: Mapping[str, Any], module: str) -> str:
-    """The first key that matches the whole of a module path or its end behind a dot, as PEFT looks it up."""
-    for key in patterns:
-        if re.match(rf"(.*\.)?({key})$", module):
-            return key
-    return module
 
 
 def parse_config(raw: Mapping[str, Any], where: Path) -> PeftConfig:
@@ -108,10 +102,8 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> PeftConfig:
         r=_rank(raw.get("r", 8), "r", where),
         lora_alpha=_number(raw.get("lora_alpha", 8), "lora_alpha", where),
         use_rslora=_flag(raw, "use_rslora", where),
-        rank_pattern={key: _rank(value, key, where) for key, value in _patterns(raw, "rank_pattern", where)},
-        alpha_pattern={
-            key: _number(value, key, where) for key, value in _patterns(raw, "alpha_pattern", where)
-        },
+        rank_pattern=_patterns(raw, "rank_pattern", where, _rank),
+        alpha_pattern=_patterns(raw, "alpha_pattern", where, _number),
         use_dora=_flag(raw, "use_dora", where),
         bias=bias,
         lora_bias=_flag(raw, "lora_bias", where),
@@ -197,16 +189,13 @@ def _number(value: Any, field: str, where: Path) -> float:
     raise _wrong(where, field, value, "a number between 2**-64 and 2**64 in size, or 0")
 
 
-def _patterns(raw: Mapping[str, Any], field: str, where: Path) -> list[tuple[str, Any]]:
+def _patterns(
+    raw: Mapping[str, Any], field: str, where: Path, check: Callable[[Any, str, Path], T]
+) -> Patterns[T]:
     value = raw.get(field) or {}
     if not isinstance(value, dict):
         raise _wrong(where, field, value, "an object")
-    for key in value:
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise _wrong(where, field, key, f"regular expressions ({error})") from error
-    return list(value.items())
+    return Patterns({key: check(number, key, where) for key, number in value.items()}, field, where)
 
 
 def _names(value: Any, field: str, where: Path) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ change the result, so it is refused by name.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 from lorasmith.errors import AdapterError, InputError
 from lorasmith.proving.weights_folder import open_file, read_json
+from lorasmith.proving.weights_names import EXPERT_PARTS
+from lorasmith.proving.weights_patterns import PatternError, check, first_fitting
 from lorasmith.proving.weights_stored import Stored
 
 PREFIX = "base_model.model."
@@ -89,6 +90,8 @@ class Adapter:
     config: Mapping[str, Any]
     modules: Mapping[str, Mapping[str, Stored]] = field(default_factory=dict)
     """Module path → role → tensor."""
+    fitting: dict[tuple[str, str], str | None] = field(default_factory=dict)
+    """(rank_pattern or alpha_pattern, module) → the pattern that fits, as far as it was asked for."""
 
     @property
     def tensors(self) -> int:
@@ -97,13 +100,31 @@ class Adapter:
 
     def rank(self, module: str) -> int:
         """r, by the first pattern that fits the module."""
-        return int(_by_pattern(self.config["rank_pattern"], module, self.config["r"]))
+        return int(self._by_pattern("rank_pattern", module, self.config["r"]))
 
     def scale(self, module: str) -> float:
         """α/r, or α/√r with rank-stabilised LoRA (arXiv 2312.03732), in float64 as PEFT computes it."""
-        alpha = _by_pattern(self.config["alpha_pattern"], module, self.config["lora_alpha"])
+        alpha = self._by_pattern("alpha_pattern", module, self.config["lora_alpha"])
         rank = self.rank(module)
         return float(alpha / math.sqrt(rank) if self.config["use_rslora"] else alpha / rank)
+
+    def _by_pattern(self, kind: str, module: str, otherwise: Any) -> Any:
+        """The value of the first pattern that fits; all modules are asked about at once."""
+        values = self.config[kind]
+        if not values:
+            return otherwise
+        if (kind, module) not in self.fitting:
+            stacks = [name for name in self.modules if name.endswith(".experts")]
+            parameters = [f"{name}.{part}" for name in stacks for part in EXPERT_PARTS]
+            asked = [module, *self.modules, *parameters]
+            new = [name for name in asked if (kind, name) not in self.fitting]
+            try:
+                found = first_fitting(list(values), new)
+            except PatternError as error:
+                raise self.refuse(f"{kind}: {error}", "names of modules, or simple patterns") from error
+            self.fitting.update({(kind, name): pattern for name, pattern in found.items()})
+        pattern = self.fitting[kind, module]
+        return otherwise if pattern is None else values[pattern]
 
     def refuse(self, found: str, expected: str | None = None, remedy: str | None = None) -> AdapterError:
         """The error that something is wrong with this adapter."""
@@ -157,9 +178,9 @@ def _check_config(adapter: Adapter, config: Mapping[str, Any]) -> None:
             raise adapter.refuse(f"{kind} is {adapter.config[kind]!r}", "an object of patterns and numbers")
         for pattern in adapter.config[kind]:
             try:
-                re.compile(pattern)
-            except re.error as error:
-                raise adapter.refuse(f"{kind} has the pattern {pattern!r}: {error}") from error
+                check(pattern)
+            except PatternError as error:
+                raise adapter.refuse(f"{kind} has {error}") from error
         numbers.update({f"{kind}[{key!r}]": value for key, value in adapter.config[kind].items()})
     for name, value in numbers.items():
         rank = name.startswith("r")
@@ -168,13 +189,6 @@ def _check_config(adapter: Adapter, config: Mapping[str, Any]) -> None:
             raise adapter.refuse(f"{name} is {value!r}", "a whole number ≥ 1" if rank else "a number")
     if adapter.config["lora_bias"] and adapter.config["use_dora"]:
         raise adapter.refuse("lora_bias and use_dora are both on", "one of them; PEFT has no such variant")
-
-
-def _by_pattern(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return otherwise
 
 
 def _by_module(adapter: Adapter) -> dict[str, dict[str, Stored]]:

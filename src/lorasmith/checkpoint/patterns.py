@@ -1,0 +1,173 @@
+"""rank_pattern and alpha_pattern: regular expressions out of an adapter, matched within bounded time."""
+
+from __future__ import annotations
+
+import json
+import re
+import select
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from lorasmith.errors import AdapterError
+
+T = TypeVar("T")
+
+SECONDS = 5.0
+"""For all modules of an adapter together; honest patterns take milliseconds."""
+_LONGEST = 2000
+_MOST = 50_000
+"""An entry for each module of the largest mixture-of-experts models."""
+_PLAIN = re.compile(r"[\w.]*")
+
+_ANSWER = """
+import json, re, sys
+known = [re.compile(text) for text in json.loads(sys.stdin.readline())]
+print(len(known), flush=True)
+for line in sys.stdin:
+    name = json.loads(line)
+    print(next((place for place, one in enumerate(known) if one.match(name)), -1), flush=True)
+"""
+
+
+class Patterns(Mapping[str, T], Generic[T]):
+    """Pattern → value, in the order of the config, and the value of a module.
+
+    A module has the value of the first pattern that matches its whole path or the end of it behind a dot, as
+    PEFT looks it up: `re.match(r"(.*\\.)?(PATTERN)$", path)`. For some expressions that takes exponential
+    time, and nothing can stop it within a process (the `regex` package's own limit was overrun by a minute).
+    So expressions are matched in another process, which is ended after `SECONDS`. Plain names need none.
+    """
+
+    def __init__(self, values: Mapping[str, T], field: str, where: Path) -> None:
+        self._values = dict(values)
+        self._texts = list(self._values)
+        self._field = field
+        self._where = where
+        self._found: dict[str, int] = {}
+        self._other: _OtherProcess | None = None
+        if len(self._texts) > _MOST:
+            raise AdapterError(
+                f"the adapter's {field} has {len(self._texts):,} patterns",
+                where=where,
+                expected=f"at most {_MOST:,}",
+            )
+        checked = [self._check(text) for text in self._texts]
+        self._plain = all(checked)
+
+    def __getitem__(self, pattern: str) -> T:
+        return self._values[pattern]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def of(self, module: str, otherwise: T) -> T:
+        """The value of a module; raises `AdapterError` where matching takes longer than it may."""
+        if module not in self._found:
+            self._found[module] = self._first_plain(module) if self._plain else self._ask(module)
+        place = self._found[module]
+        return otherwise if place < 0 else self._values[self._texts[place]]
+
+    def _check(self, text: str) -> bool:
+        """Whether it is a plain name, in which a dot still stands for any character."""
+        if _PLAIN.fullmatch(text):
+            return True
+        try:
+            re.compile(text)
+            re.compile(_whole(text))
+            if len(text) > _LONGEST:
+                raise ValueError(f"{len(text)} characters are too many")
+        except (re.error, ValueError, OverflowError, RecursionError) as error:
+            raise AdapterError(
+                f"the adapter's {self._field} is {text[:80]!r}",
+                where=self._where,
+                expected=f"{self._field}: regular expressions ({error})",
+            ) from error
+        return False
+
+    def _first_plain(self, module: str) -> int:
+        for place, text in enumerate(self._texts):
+            start = len(module) - len(text)
+            behind_a_dot = start == 0 or (start > 0 and module[start - 1] == ".")
+            if behind_a_dot and all(map(_same, text, module[start:])):
+                return place
+        return -1
+
+    def _ask(self, module: str) -> int:
+        if self._other is None:
+            self._other = _OtherProcess(self._texts)
+        place = self._other.ask(module)
+        if place is None:
+            raise AdapterError(
+                f"matching the adapter's {self._field} takes too long: '{', '.join(self._texts)[:80]}'",
+                where=self._where,
+                expected=f"patterns that are matched within {SECONDS:.0f} s",
+                remedy="write them as the names of the modules that they mean",
+            )
+        return place
+
+
+def _whole(text: str) -> str:
+    return rf"(.*\.)?({text})$"
+
+
+def _same(meant: str, found: str) -> bool:
+    return meant == found or (meant == "." and found != "\n")
+
+
+class _OtherProcess:
+    """Matches one name after the other; it ends with its input, hence with this process or this object."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._left = SECONDS
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _ANSWER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            bufsize=1,
+        )
+        weakref.finalize(self, _end, self._process)
+        self._send([_whole(text) for text in texts])
+        self._receive(starting=True)
+
+    def ask(self, name: str) -> int | None:
+        """The place of the first pattern that fits, -1 for none; None when the time is used up."""
+        if self._left <= 0:
+            return None
+        self._send(name)
+        return self._receive()
+
+    def _send(self, body: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(body) + "\n")
+        self._process.stdin.flush()
+
+    def _receive(self, *, starting: bool = False) -> int | None:
+        assert self._process.stdout is not None
+        began = time.monotonic()
+        # A busy machine may need long to start an interpreter, which is not the patterns' fault.
+        patience = 60.0 if starting else self._left
+        if not select.select([self._process.stdout], [], [], patience)[0]:
+            self._left = 0
+            self._process.kill()
+            return None
+        if not starting:
+            self._left -= time.monotonic() - began
+        return int(self._process.stdout.readline())
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()
