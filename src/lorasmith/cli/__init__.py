@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lorasmith.cli import benchmarks, remote, testset
+from lorasmith.cli import benchmarks, remote, remote_rent, testset
 from lorasmith.cli.compare import compare
 from lorasmith.cli.compress import compress
 from lorasmith.cli.demo import demo
@@ -59,6 +59,11 @@ GROUPS: list[tuple[str, str, list[tuple[str, Callable[..., Any]]]]] = [
             ("logs", remote.logs),
             ("fetch", remote.fetch),
             ("stop", remote.stop),
+            ("offers", remote_rent.offers),
+            ("up", remote_rent.up),
+            ("down", remote_rent.down),
+            ("list", remote_rent.list_),
+            ("reap", remote_rent.reap),
         ],
     ),
 ]

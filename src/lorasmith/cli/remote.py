@@ -8,10 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorasmith.cli.options import AsJson
+from lorasmith.cli.remote_rent import (
+    Disk,
+    Image,
+    MaxHours,
+    MaxPrice,
+    choose_offer,
+    open_renter,
+    transfer_sizes,
+)
+from lorasmith.errors import UsageError
 
 if TYPE_CHECKING:
     from lorasmith.records.remote import RemoteJob, RemoteStatus
     from lorasmith.remote.session import Session
+    from lorasmith.remote.ssh import SshTransport
 
 Identity = Annotated[
     Path | None, typer.Option(help="Private key for ssh. [ssh's own choice]", metavar="FILE")
@@ -24,7 +35,21 @@ JobName = Annotated[str | None, typer.Argument(help="Id of the job, or its begin
 
 def run(
     command: Annotated[list[str], typer.Argument(help="After --: any lorasmith command with local paths.")],
-    host: Annotated[str, typer.Option(help="user@host or user@host:port.")],
+    host: Annotated[str | None, typer.Option(help="user@host or user@host:port.")] = None,
+    vast: Annotated[
+        str | None,
+        typer.Option(help='Rent a machine for it: conditions such as "gpu_name=H100_SXM num_gpus=1".'),
+    ] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(help="With --vast: US dollars in all at most; needed.")
+    ] = None,
+    max_price: MaxPrice = 4.0,
+    max_hours: MaxHours = 6.0,
+    offer: Annotated[
+        int | None, typer.Option(help="With --vast: number of the offer. [the cheapest]")
+    ] = None,
+    disk: Disk = None,
+    image: Image = None,
     identity: Identity = None,
     fingerprint: Fingerprint = None,
     folder: Annotated[str, typer.Option(help="lorasmith's folder there.")] = "~/.lorasmith",
@@ -40,33 +65,51 @@ def run(
     """Run a command on another machine: upload, run detached, fetch, and verify every result.
 
     Lost connections are opened again. Given again after an interruption, the same command goes on where it
-    was. A model given as hub:organisation/name[@revision] is fetched from the hub there. The exit code is
-    that of the command.
+    was. A model given as hub:organisation/name[@revision] is fetched from the hub there. With --vast a
+    machine is rented, and destroyed in every ending. The exit code is that of the command.
 
     Example: `lorasmith remote run --host root@1.2.3.4:40022 -- run --base base --adapter adapter
     --test-set test.jsonl --output run`
     """
     from lorasmith.cli.remote_command import read_command
     from lorasmith.remote.job import make_job
+    from lorasmith.remote.rental import IMAGE
+    from lorasmith.remote.rented import run_rented
     from lorasmith.remote.ssh import parse_host
 
-    place = parse_host(host)
+    if (host is None) == (vast is None):
+        raise UsageError("where should it run?", expected="either --host user@machine or --vast CONDITIONS")
     found = read_command(command)
-    job = make_job(
-        place.login,
-        place.port,
-        found.arguments,
-        found.inputs,
-        found.outputs,
-        folder=folder,
-        identity=str(identity.absolute()) if identity else None,
-        hub=found.hub,
-        extras=["benchmarks"] if found.benchmarks else [],
-        python=remote_python,
-        environment=env or [],
+
+    def make(login: str, port: int | None, key: str | None) -> RemoteJob:
+        return make_job(
+            login,
+            port,
+            found.arguments,
+            found.inputs,
+            found.outputs,
+            folder=folder,
+            identity=key,
+            hub=found.hub,
+            extras=["benchmarks"] if found.benchmarks else [],
+            python=remote_python,
+            environment=env or [],
+        )
+
+    if host is not None:
+        place = parse_host(host)
+        job = make(place.login, place.port, str(identity.absolute()) if identity else None)
+        ended(open_session(job, fingerprint).run(needs_gpu=found.needs_gpu))
+    if max_cost is None:
+        raise UsageError("--vast spends money", expected="--max-cost, in US dollars")
+    space = disk or transfer_sizes(found)[2]
+    renter = open_renter(max_price, max_cost, max_hours)
+    chosen = choose_offer(renter, str(vast), offer, space)
+    ended(
+        run_rented(
+            renter, chosen, make, new_session, disk=space, image=image or IMAGE, needs_gpu=found.needs_gpu
+        )
     )
-    session = open_session(job, fingerprint)
-    ended(session.run(needs_gpu=found.needs_gpu))
 
 
 def attach(job: JobName = None) -> None:
@@ -139,8 +182,6 @@ def open_job(name: str | None) -> Session:
 
 def open_session(job: RemoteJob, fingerprint: str | None) -> Session:
     """A connection to the job's machine, its key checked."""
-    from lorasmith.cli.console import bar
-    from lorasmith.remote.session import Session
     from lorasmith.remote.ssh import Host, SshTransport
     from lorasmith.remote.transport import Patience
 
@@ -148,10 +189,19 @@ def open_session(job: RemoteJob, fingerprint: str | None) -> Session:
     identity = Path(job.identity) if job.identity else None
     transport = SshTransport(Host(name, user or None, job.port), identity=identity)
     transport.trust(fingerprint=fingerprint, confirm=confirm_key if _interactive() else None)
-    session = Session(transport, job, patience=Patience(attempts=2), progress=bar, say=say)
+    session = new_session(transport, job)
+    session.patience = Patience(attempts=2)
     session.check()  # a machine that is not there shows at once; later, broken connections are waited for
     session.patience = Patience()
     return session
+
+
+def new_session(transport: SshTransport, job: RemoteJob) -> Session:
+    """A session that shows what it does in the terminal."""
+    from lorasmith.cli.console import bar
+    from lorasmith.remote.session import Session
+
+    return Session(transport, job, progress=bar, say=say)
 
 
 def say(line: str) -> None:

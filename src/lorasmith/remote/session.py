@@ -50,6 +50,8 @@ class Session:
     """How long one connection follows the log before a new one is opened."""
     poll_seconds: float = 0.5
 
+    alive: Callable[[], None] = lambda: None
+    """Called often while work is under way; raises to end it."""
     machine: RemoteMachine | None = None
     """What `check` found."""
 
@@ -172,6 +174,7 @@ class Session:
 
                 def on_bytes(count: int) -> None:
                     nonlocal shown
+                    self.alive()
                     if count > 0:
                         moved()
                     step = min(before + count, total) - shown
@@ -198,6 +201,7 @@ class Session:
             request |= {"seconds": self.follow_seconds, "pause": self.poll_seconds}
             answer: dict[str, Any] = {}
             for answer in self.transport.stream(request):
+                self.alive()
                 moved()
                 if "log" in answer:
                     self.say(answer["log"].encode("latin-1").decode(errors="replace").rstrip("\n"))

@@ -67,15 +67,26 @@ def parse_host(text: str) -> Host:
 class SshTransport:
     """Requests by ssh, files by rsync over it."""
 
-    def __init__(self, host: Host, *, identity: Path | None = None, silence: int = 20) -> None:
-        """`silence`: seconds without a sign of life after which a connection counts as lost."""
+    def __init__(
+        self,
+        host: Host,
+        *,
+        identity: Path | None = None,
+        silence: int = 20,
+        known_hosts: Path | None = None,
+    ) -> None:
+        """`silence`: seconds without a sign of life after which a connection counts as lost.
+
+        `known_hosts`: the only file of host keys that counts; lorasmith's own and the user's by default.
+        """
         for program in ("ssh", "rsync"):
             if shutil.which(program) is None:
                 raise MachineError(f"{program} is not installed here", remedy=f"apt-get install {program}")
         self.host = host
         self.where = host.login + (f":{host.port}" if host.port else "")
         self.silence = silence
-        self.known_hosts = state_folder() / "known_hosts"
+        self.known_hosts = known_hosts or state_folder() / "known_hosts"
+        self._other_hosts = [] if known_hosts else ["~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts"]
         self._source = Path(there.__file__).read_text()
         self._folder = tempfile.TemporaryDirectory(prefix="lorasmith-ssh-")
         self._config = Path(self._folder.name) / "config"
@@ -86,7 +97,8 @@ class SshTransport:
         own = f"IdentityFile {_quoted(identity.absolute())}\nIdentitiesOnly yes\n" if identity else ""
         return (
             "Host *\nBatchMode yes\nStrictHostKeyChecking yes\nUpdateHostKeys no\n"
-            f"UserKnownHostsFile {_quoted(self.known_hosts)} ~/.ssh/known_hosts\n"
+            f"UserKnownHostsFile {' '.join([_quoted(self.known_hosts), *self._other_hosts])}\n"
+            "GlobalKnownHostsFile none\n"
             f"ConnectTimeout {self.silence}\nServerAliveInterval {every}\nServerAliveCountMax 3\n"
             f"ForwardAgent no\nForwardX11 no\nClearAllForwardings yes\n{own}"
             "Include ~/.ssh/config\n"
@@ -107,7 +119,7 @@ class SshTransport:
             settings.get("hostname", self.host.name),
             int(settings.get("port", self.host.port or 22)),
             self.known_hosts,
-            [Path("~/.ssh/known_hosts").expanduser(), Path("/etc/ssh/ssh_known_hosts")],
+            [Path(file).expanduser() for file in self._other_hosts],
             fingerprint=fingerprint,
             confirm=confirm,
         )

@@ -1,0 +1,122 @@
+"""Who rents out machines: a small interface, so that a second provider is one file."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from lorasmith.errors import ProviderError
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A machine that can be rented."""
+
+    id: int
+    gpu: str
+    gpus: int
+    gpu_memory: int
+    """Bytes of each GPU."""
+    price_per_hour: float
+    """US dollars while it runs, with the disk that was asked for."""
+    disk_per_hour: float
+    """US dollars of `price_per_hour` that the disk alone takes; also due while it is stopped."""
+    upload_per_gb: float
+    download_per_gb: float
+    """US dollars for traffic to and from the machine."""
+    reliability: float
+    disk: float
+    """GB that can be had."""
+    upload: float
+    download: float
+    """Megabits a second towards the network and from it, seen from the machine."""
+    place: str
+
+    def cost(self, hours: float, sent_gb: float, fetched_gb: float) -> float:
+        """US dollars: hours · price + what goes there · download + what comes back · upload."""
+        traffic = sent_gb * self.download_per_gb + fetched_gb * self.upload_per_gb
+        return hours * self.price_per_hour + traffic
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A machine that is rented, and paid for."""
+
+    id: int
+    label: str
+    status: str
+    """As the provider says: `loading`, `running`, `exited`, …"""
+    price_per_hour: float
+    host: str | None = None
+    port: int | None = None
+    """Of its ssh server, once it has one."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked for when an instance is created."""
+
+    label: str
+    disk: float
+    """GB."""
+    image: str
+    onstart: str
+    """Shell commands that run on the instance as it starts."""
+
+
+class RefusedError(ProviderError):
+    """The provider says for certain that nothing was rented: the offer is gone, there is no credit."""
+
+
+class UncertainError(ProviderError):
+    """Nobody knows whether it was done: the answer never came, or was none. Look before asking again."""
+
+
+class Provider(Protocol):
+    """One provider. Every call raises `ProviderError` when there is no usable answer."""
+
+    name: str
+
+    def offers(self, query: str, disk: float) -> list[Offer]:
+        """What can be rented, the cheapest first."""
+
+    def create(self, offer: int, wish: Wish) -> int:
+        """Rent, with the label set by the same request; the instance's id.
+
+        Sent once, never repeated. Raises `RefusedError` or `UncertainError`.
+        """
+
+    def instances(self) -> list[Instance]:
+        """All instances of the account. Raises `ProviderError` rather than give a part of them."""
+
+    def instance(self, number: int) -> Instance | None:
+        """One instance; None only where the provider says that there is none."""
+
+    def destroy(self, number: int) -> None:
+        """Give it back and delete its disk; no error when it is gone already."""
+
+    def allow_key(self, number: int, public_key: str) -> None:
+        """Let the holder of an ssh key in."""
+
+
+class Clock(Protocol):
+    """Time; a test brings its own."""
+
+    def now(self) -> float:
+        """Seconds since 1970."""
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+
+
+class RealClock:
+    """This machine's clock."""
+
+    def now(self) -> float:
+        """Seconds since 1970."""
+        return time.time()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        time.sleep(seconds)

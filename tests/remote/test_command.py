@@ -1,0 +1,186 @@
+"""The commands as typed: local paths are rewritten, and one command rents, runs, fetches and destroys."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lorasmith.cli.remote_command import read_command
+from lorasmith.errors import UsageError
+from lorasmith.remote.provider import Offer
+from lorasmith.remote.rented import estimate
+from tests.remote.machines import SSHD, Machine, machine
+from tests.remote.vast_server import KEY, FakeVast, SimulatedClock, an_offer, serve
+
+SPLIT = ["testset", "split", "--train", "rows.jsonl", "--output", "test.jsonl", "--size", "4"]
+MERGE = ["merge", "--base", "base", "--adapter", "adapter", "--output", "merged"]
+
+
+@pytest.fixture(autouse=True)
+def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORASMITH_STATE", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_paths_become_places_there() -> None:
+    typed = (
+        "run --base m/base --adapter a --test-set t.jsonl --train x.jsonl --train y.jsonl --output run"
+        " --no-end-of-turn --device cuda --seed 7"
+    )
+    found = read_command(typed.split())
+    assert found.arguments[0] == "run"
+    pairs = dict(zip(found.arguments[1:], found.arguments[2:], strict=False))
+    assert pairs["--base"] == "in/0/base"
+    assert pairs["--output"] == "out/0/run"
+    assert pairs["--seed"] == "7"
+    assert "--no-end-of-turn" in found.arguments and "--end-of-turn" not in found.arguments
+    assert [found.arguments[i + 1] for i, word in enumerate(found.arguments) if word == "--train"] == [
+        "in/3/x.jsonl",
+        "in/4/y.jsonl",
+    ]
+    here = Path.cwd()
+    assert [item.local for item in found.inputs[:2]] == [str(here / "m/base"), str(here / "a")]
+    assert [item.local for item in found.outputs] == [str(here / "run")]
+    assert found.needs_gpu
+
+
+def test_one_path_given_twice_is_sent_once() -> None:
+    found = read_command(["report", "a", "b", "a", "--output", "o.html"])
+    assert found.arguments == ["report", "--output", "out/0/o.html", "in/0/a", "in/1/b", "in/0/a"]
+    assert len(found.inputs) == 2
+
+
+def test_a_model_of_the_hub_is_not_sent() -> None:
+    found = read_command([*MERGE[:2], "hub:Qwen/Qwen3-8B@main", *MERGE[3:]])
+    assert [(model.repository, model.revision) for model in found.hub] == [("Qwen/Qwen3-8B", "main")]
+    assert "in/hub-0/Qwen3-8B" in found.arguments and len(found.inputs) == 1
+
+
+def test_the_paths_of_a_config_file_are_this_machines() -> None:
+    folder = Path("somewhere")
+    folder.mkdir()
+    (folder / "run.toml").write_text(
+        'base = "b"\nadapter = "a"\ntest_set = "t.jsonl"\noutput = "r"\ntrain = "tr.jsonl"\nseed = 3\n'
+    )
+    found = read_command(["run", "--config", "somewhere/run.toml", "--output", "elsewhere"])
+    here = Path.cwd()
+    sent = {item.local for item in found.inputs}
+    assert {str(here / "somewhere" / name) for name in ("b", "a", "t.jsonl", "tr.jsonl")} < sent
+    assert [item.local for item in found.outputs] == [str(here / "elsewhere")]
+    (config,) = [item.local for item in found.inputs if item.local.endswith("run.toml")]
+    assert Path(config).read_text() == "seed = 3\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "no command"),
+        (["nonsense"], "no command"),
+        (["remote", "status"], "no command"),
+        (["demo", "--output", "x"], "no command"),
+        (["compare", *MERGE[1:5], "--merged", "m", "--test-set", "t"], "nothing to fetch"),
+        (["testset", "split", "--train", "t", "--output", "o", "--remove"], "changes a file here"),
+        ([*MERGE[:2], "hub:Qwen", *MERGE[3:]], "no model of the hub"),
+    ],
+)
+def test_commands_that_cannot_run_elsewhere(words: list[str], complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        read_command(words)
+
+
+def test_the_estimate_is_the_formula() -> None:
+    offer = Offer(1, "H100", 1, 80, 1.50, 0.02, 0.03, 0.01, 0.99, 500, 800.0, 1600.0, "")
+    found = estimate(offer, 0.5, 16.0, 32.0)
+    # 0.15 h of set-up, 0.5 h of work, 16 GB at 1600 Mbit/s = 80 s, 32 GB at 800 Mbit/s = 320 s
+    assert found.hours == pytest.approx(0.65 + 400 / 3600)
+    assert found.dollars == pytest.approx(found.hours * 1.5 + 16 * 0.01 + 32 * 0.03)
+
+
+needs_sshd = pytest.mark.skipif(not Path(SSHD).exists(), reason="needs Debian's openssh-server and rsync")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    lines = [
+        f'{{"prompt": "{n} + 2?", "response": "{n + 2}", "metadata": {{"source": "x"}}}}\n' for n in range(20)
+    ]
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[Machine]:
+    with machine(tmp_path / "machine") as found:
+        yield found
+
+
+def lorasmith(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lorasmith.cli.main", *words],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@needs_sshd
+def test_a_command_elsewhere_gives_the_bytes_of_the_command_here(other: Machine, rows: Path) -> None:
+    assert lorasmith(*SPLIT, "--seed", "3").returncode == 0
+    here = Path("test.jsonl").read_bytes()
+    Path("test.jsonl").unlink()
+    where = ["--host", other.address, "--identity", str(other.key), "--fingerprint", other.fingerprint]
+    there = ["--remote-python", sys.executable, "--", *SPLIT, "--seed", "3"]
+    done = lorasmith("remote", "run", *where, *there)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "done: results fetched and verified" in done.stdout
+    assert Path("test.jsonl").read_bytes() == here
+    status = lorasmith("remote", "status")
+    assert "ended, exit code 0" in status.stdout and "verified" in status.stdout
+
+
+@needs_sshd
+def test_one_command_rents_runs_fetches_verifies_and_destroys(
+    other: Machine, tmp_path: Path, rows: Path
+) -> None:
+    with serve() as use:
+        vast = FakeVast(SimulatedClock(), offers=[an_offer(7, 0.8)], port=other.port, starts_after=None)
+        use(vast)
+
+        def start_at_once(kind: str) -> str:
+            for one in vast.running():
+                one.status = "running"
+            return ""
+
+        vast.faults = start_at_once
+        vast.on_key = (other.home.parent / "authorized").write_text
+        (other.home / ".lorasmith").mkdir()
+        (other.home / ".lorasmith" / "watchdog.pid").write_text("1")
+        variables = {"LORASMITH_VAST_URL": vast.url, "VAST_API_KEY": KEY}
+        shown = lorasmith("remote", "offers", "--hours", "1", "--disk", "30", **variables)
+        # 1.15 h at $0.80; nothing is sent
+        assert re.search(r"7\s+1 × H100.*\$0\.800.*1\.15 h\s+\$0\.92", shown.stdout), (
+            shown.stdout + shown.stderr
+        )
+        no_cap = lorasmith("remote", "run", "--vast", "num_gpus=1", "--", *SPLIT, **variables)
+        assert no_cap.returncode == 2 and "--max-cost" in no_cap.stderr
+        assert not vast.bought
+        done = lorasmith(
+            *("remote", "run", "--vast", "num_gpus=1", "--max-cost", "1", "--disk", "30"),
+            *("--remote-python", sys.executable, "--", *SPLIT),
+            **variables,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "test.jsonl").read_text().count("\n") == 4
+    assert len(vast.bought) == 1 and not vast.running()
+    assert "new; pinned from now on" in done.stdout
+    assert "destroyed, and confirmed to be gone" in done.stdout
+    for path in (other.home / ".lorasmith").rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
