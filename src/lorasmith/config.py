@@ -38,11 +38,14 @@ class RunConfig(Part):
     loss_on: Literal["response", "all"] = "response"
     end_of_turn: bool = True
     device: str = "auto"
+    device_map: Literal["auto"] | None = None
     arithmetic: Literal["auto", "mkl", "onednn"] = "auto"
     batch_tokens: int | None = Field(default=None, gt=0)
     batch_size: int | None = Field(default=None, gt=0)
     max_length: int | None = Field(default=None, gt=0)
     strict: bool = True
+    tasks: bool = False
+    """Also answer the benchmarks' questions with all three models and score the answers."""
 
     compression: Literal["gzip", "zstd", "none"] = "gzip"
     model_name: str | None = None
@@ -53,6 +56,8 @@ class RunConfig(Part):
     gates: tuple[Gate, ...] = ()
     """Added to the defaults; one with the name of a default replaces it."""
     behaviour_thresholds: dict[str, float] = {}
+    check_memory: bool = True
+    """Refuse to start where the two models that are compared cannot lie in memory together."""
     price_per_hour: float | None = Field(default=None, ge=0)
     """Of the machine, in dollars: goes into `timing.json` and the gates on cost, and changes nothing else."""
 

@@ -127,7 +127,8 @@ def describe_run(config: RunConfig, *, rehash: bool = False) -> RunRecord:
     inputs = {"base": config.base, "adapter": config.adapter, "test_set": config.test_set}
     inputs |= {f"train {number}": path for number, path in enumerate(config.train, 1)}
     options = config.model_dump(
-        mode="json", exclude={"base", "adapter", "test_set", "train", "output", "price_per_hour"}
+        mode="json",
+        exclude={"base", "adapter", "test_set", "train", "output", "price_per_hour", "check_memory"},
     )
     return RunRecord(
         config={**options, "gates": [gate.model_dump(mode="json") for gate in config.resolved_gates()]},

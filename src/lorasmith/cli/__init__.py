@@ -13,6 +13,7 @@ from lorasmith.cli import benchmarks, remote, remote_rent, testset
 from lorasmith.cli.compare import compare
 from lorasmith.cli.compress import compress
 from lorasmith.cli.demo import demo
+from lorasmith.cli.doctor import doctor
 from lorasmith.cli.gates import gates
 from lorasmith.cli.merge import merge
 from lorasmith.cli.package import package
@@ -27,6 +28,7 @@ from lorasmith.cli.verify import verify
 
 COMMANDS: list[tuple[str, Callable[..., Any]]] = [
     ("demo", demo),
+    ("doctor", doctor),
     ("run", run),
     ("train", train),
     ("validate", validate),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.options import AsJson, BatchSize, BatchTokens, GateFormat, MaxLength
+from lorasmith.cli.options import AsJson, BatchSize, BatchTokens, DeviceMap, GateFormat, MaxLength
 
 
 # Every option is None unless it was typed, so that only typed ones win over the config file.
@@ -45,6 +45,7 @@ def run(
         typer.Option("--end-of-turn/--no-end-of-turn", help="Score the token that ends a response. [on]"),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. [auto]")] = None,
+    device_map: DeviceMap = None,
     arithmetic: Annotated[str | None, typer.Option(help="auto, mkl or onednn. [auto]")] = None,
     batch_tokens: BatchTokens = None,
     batch_size: BatchSize = None,
@@ -52,11 +53,19 @@ def run(
     strict: Annotated[
         bool | None, typer.Option("--strict/--no-strict", help="Stop at rows that would be cut. [on]")
     ] = None,
+    tasks: Annotated[
+        bool | None,
+        typer.Option("--tasks/--no-tasks", help="Also score answers to the benchmarks' questions. [off]"),
+    ] = None,
     compression: Annotated[str | None, typer.Option(help="gzip, zstd or none. [gzip]")] = None,
     model_name: Annotated[str | None, typer.Option(help="Of the merged model, for its card.")] = None,
     base_model_id: Annotated[
         str | None,
         typer.Option(help="org/name of the base, for the card. [as the adapter names it]", metavar="ID"),
+    ] = None,
+    check_memory: Annotated[
+        bool | None,
+        typer.Option("--check-memory/--no-check-memory", help="Refuse to start with too little memory. [on]"),
     ] = None,
     price_per_hour: Annotated[
         float | None, typer.Option(help="Of the machine in dollars, for gates on cost.")
@@ -85,14 +94,17 @@ def run(
         "loss_on": loss_on,
         "end_of_turn": end_of_turn,
         "device": device,
+        "device_map": device_map,
         "arithmetic": arithmetic,
         "batch_tokens": batch_tokens,
         "batch_size": batch_size,
         "max_length": max_length,
         "strict": strict,
+        "tasks": tasks,
         "compression": compression,
         "model_name": model_name,
         "base_model_id": base_model_id,
+        "check_memory": check_memory,
         "price_per_hour": price_per_hour,
     }
     from lorasmith.config import load_config, to_toml

@@ -34,6 +34,19 @@ def require_disk(folder: Path, needed: int, doing: str) -> None:
         )
 
 
+def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that can be had without swapping: what is free here, or what the container (`group`) leaves."""
+    free: int = psutil.virtual_memory().available
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return free  # no container, or one without a limit ("max")
+    # Pages of files that nobody uses are given back before anything fails.
+    return max(0, min(free, limit - used + int(fields.get("inactive_file", 0))))
+
+
 def human_bytes(count: float) -> str:
     """`269.1 MB`: decimal units, as disks and networks count."""
     for unit in ("B", "kB", "MB", "GB"):
