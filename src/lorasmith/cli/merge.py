@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.options import AsJson, Base, Seed
+from lorasmith.cli.options import AsJson, Base, Device, Seed, Template
 
 
 def merge(
@@ -25,9 +25,21 @@ def merge(
     ] = "base",
     rounding: Annotated[
         str,
-        typer.Option(help="nearest (each element correctly rounded) or dithered (unbiased, from --seed)."),
+        typer.Option(
+            help="nearest (each element correctly rounded), dithered (unbiased, from --seed) or calibrated "
+            "(fitted to rows of --calibration)."
+        ),
     ] = "nearest",
     seed: Seed = 0,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="JSONL that calibrated rounding looks at: the training file.", metavar="FILE"),
+    ] = None,
+    test_set: Annotated[
+        Path | None, typer.Option(help="JSONL whose rows must not be calibrated on.", metavar="FILE")
+    ] = None,
+    template: Template = "auto",
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base: every element is W + s·B·A, rounded once.
@@ -42,7 +54,18 @@ def merge(
     from lorasmith.cli.console import bar, console, show_record
 
     record = lorasmith.merge(
-        base, adapter, output, weights=weight, precision=precision, rounding=rounding, seed=seed, progress=bar
+        base,
+        adapter,
+        output,
+        weights=weight,
+        precision=precision,
+        rounding=rounding,
+        seed=seed,
+        calibration=calibration,
+        test_set=test_set,
+        template=template,
+        device=device,
+        progress=bar,
     )
     if as_json:
         show_record(record)

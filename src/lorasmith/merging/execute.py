@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from functools import partial as partial_function
+from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from lorasmith import __version__
 from lorasmith.checkpoint.adapter import Adapter, open_adapter
@@ -26,9 +29,14 @@ from lorasmith.files.digests import (
 from lorasmith.files.hub import local_model, origin_of
 from lorasmith.files.machine import require_disk
 from lorasmith.files.paths import StrPath
+from lorasmith.merging.calibrate import run_calibration
+from lorasmith.merging.calibration import Calibration, load_calibration, require_file
 from lorasmith.merging.companions import companions, merged_config, merged_index
 from lorasmith.merging.copies import check_copies
 from lorasmith.merging.disk import Lanes
+from lorasmith.merging.effective import Effective
+from lorasmith.merging.feedback import Feedback
+from lorasmith.merging.fitted import Calibrated
 from lorasmith.merging.folder import PartialFolder, ShardDone, check_place, identity_of, make_key, only_one
 from lorasmith.merging.plan import PRECISIONS, Plan, make_plan
 from lorasmith.merging.recipes import make_recipe
@@ -36,12 +44,13 @@ from lorasmith.merging.stream import shard_header, write_shard
 from lorasmith.merging.summary import make_record
 from lorasmith.merging.tensors import Factors
 from lorasmith.merging.workers import Workers
+from lorasmith.models.arithmetic import resolve_device
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest
 from lorasmith.records.merging import MergeRecord
 
 RECORD = "lorasmith_merge.json"
-ROUNDINGS = ("nearest", "dithered")
+ROUNDINGS = ("nearest", "dithered", "calibrated")
 REVISION = 1
 """Raised whenever the merged bytes of the same inputs change, so that no older partial folder is taken up."""
 
@@ -55,6 +64,10 @@ def merge(
     precision: str = "base",
     rounding: str = "nearest",
     seed: int = 0,
+    calibration: StrPath | None = None,
+    test_set: StrPath | None = None,
+    template: str = "auto",
+    device: str = "auto",
     progress: Progress = silent,
 ) -> MergeRecord:
     """Write to `output` a standalone model: each changed element is W + Σ w·s·B·A, rounded once.
@@ -63,9 +76,11 @@ def merge(
     each tensor's own). The folder appears as a whole; a merge that was killed goes on where it stood when
     the same call is made again, and ends with the same bytes.
 
-    `rounding` is `nearest` (each element correctly rounded, no `seed` needed) or `dithered` (unbiased: up or
-    down with the probability that makes the mean right, from a fixed stream of `seed`; see dither.py).
-    What is copied, cast or replaced as a whole is never dithered.
+    `rounding` is `nearest` (each element correctly rounded, no `seed` needed), `dithered` (unbiased: up or
+    down with the probability that makes the mean right, from a fixed stream of `seed`; see dither.py) or
+    `calibrated` (fitted to what the layers get from the rows of `calibration`, drawn by `seed`; see
+    calibrate.py). Rows of `test_set` are refused there; `template` and `device` are as in `validate`. What is
+    copied, cast or replaced as a whole is always rounded to nearest.
 
     Raises `UsageError` for impossible arguments or an output inside an input, `CheckpointError` and
     `AdapterError` for inputs that cannot be merged rightly, `DiskError` before anything is written where the
@@ -78,6 +93,11 @@ def merge(
     checkpoint = open_checkpoint(base)
     adapters = [open_adapter(folder) for folder in folders]
     plan = make_plan(checkpoint, adapters, factors, precision)
+    rows = None
+    if rounding == "calibrated":
+        held_out = None if test_set is None else Path(test_set)
+        file = require_file(None if calibration is None else Path(calibration))
+        rows = load_calibration(file, base, folders, test_set=held_out, template=template, seed=seed)
     with only_one(output):
         adapter_digests = [digest_folder(folder) for folder in folders]
         base_files = folder_files(base)
@@ -92,6 +112,7 @@ def merge(
                 "precision": precision,
                 "rounding": rounding,
                 "seed": seed if rounding != "nearest" else None,
+                "calibration": _calibration_key(rows, device),
             }
         )
         check_copies(plan.copies, checkpoint, adapters)
@@ -100,8 +121,12 @@ def merge(
         hashed = {shard.path.name: known_sha256(shard.path) for shard in checkpoint.shards}
         hashed_before = {name: sha256 for name, sha256 in hashed.items() if sha256 is not None}
         dither_seed = None if rounding == "nearest" else seed
+        calibrated = None
+        if rows is not None:
+            effective = Effective(checkpoint, adapters, plan)
+            calibrated = run_calibration(base, plan, effective, rows, partial.scratch, device, progress)
         shards, direct = _write_shards(
-            checkpoint, adapters, plan, partial, hashed_before, dither_seed, progress
+            checkpoint, adapters, plan, partial, hashed_before, dither_seed, calibrated, progress
         )
         if identity_of(base_files) != identity:
             raise CheckpointError(
@@ -125,10 +150,18 @@ def merge(
             precision=precision,
             rounding=rounding,
             seed=dither_seed,
+            calibration=None if rows is None else rows.use,
         )
         write_record(partial.path / RECORD, record)
         partial.publish([file.path for file in record.files] + [RECORD])
     return record.model_copy(update={"direct_io": direct})
+
+
+def _calibration_key(rows: Calibration | None, device: str) -> list[Any] | None:
+    if rows is None:
+        return None
+    versions = [version(name) for name in ("torch", "transformers")]
+    return [rows.rows, resolve_device(device).type, asdict(Feedback()), versions]
 
 
 def _check_arguments(
@@ -166,6 +199,7 @@ def _write_shards(
     partial: PartialFolder,
     known: Mapping[str, str],
     dither_seed: int | None,
+    calibrated: Calibrated | None,
     progress: Progress,
 ) -> tuple[list[ShardDone], bool]:
     """Write the shards that are not there yet; and whether all went past the page cache."""
@@ -181,7 +215,12 @@ def _write_shards(
             done = partial.done(name)
             if done is None:
                 make = partial_function(
-                    make_recipe, factors=factors, base=shard, workers=workers, dither_seed=dither_seed
+                    make_recipe,
+                    factors=factors,
+                    base=shard,
+                    workers=workers,
+                    dither_seed=dither_seed,
+                    calibrated=calibrated,
                 )
                 target = partial.path / name
                 written = write_shard(shard, outputs, make, files, target, advance, lanes, name not in known)

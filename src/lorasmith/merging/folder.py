@@ -116,6 +116,11 @@ class PartialFolder:
                 self._state.mkdir(parents=True)
                 write_bytes(self._state / "key", key.encode())
 
+    @property
+    def scratch(self) -> Path:
+        """A folder for what is needed until the merge is done; it goes with the state."""
+        return self._state / "scratch"
+
     def _key(self) -> str | None:
         try:
             return (self._state / "key").read_text()

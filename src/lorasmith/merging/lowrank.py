@@ -57,6 +57,7 @@ class LowRank:
         base: Stored,
         workers: Workers,
         stream: Stream | None = None,
+        fallback: str = "",
     ) -> None:
         self._output = output
         self._change = change
@@ -64,6 +65,7 @@ class LowRank:
         self._base = base
         self._workers = workers
         self._stream = stream
+        self._fallback = fallback
         self._counts = Counts()
         self._products: dict[int, Products] = {}
         self._counted: set[int] = set()
@@ -159,7 +161,7 @@ class LowRank:
     def result(self) -> MergedTensor:
         """Formula and counts."""
         rounding = "nearest" if self._stream is None else "dithered"
-        return merged_tensor(self._output, self._change, self._counts, rounding)
+        return merged_tensor(self._output, self._change, self._counts, rounding, self._fallback)
 
 
 def _joined(parts: Sequence[Thresholds | None]) -> Thresholds | None:

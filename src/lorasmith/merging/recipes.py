@@ -12,6 +12,7 @@ from lorasmith.errors import AdapterError
 from lorasmith.merging.arithmetic import cast_piece, overflow
 from lorasmith.merging.counts import Counts, merged_tensor
 from lorasmith.merging.dither import Stream
+from lorasmith.merging.fitted import Calibrated, Fitted
 from lorasmith.merging.lowrank import LowRank
 from lorasmith.merging.plan import Output
 from lorasmith.merging.rounding import TARGETS, cast
@@ -103,17 +104,27 @@ class Replaced:
 
 
 def make_recipe(
-    output: Output, factors: Factors, base: TensorFile, workers: Workers, dither_seed: int | None = None
+    output: Output,
+    factors: Factors,
+    base: TensorFile,
+    workers: Workers,
+    dither_seed: int | None = None,
+    calibrated: Calibrated | None = None,
 ) -> Recipe:
     """The recipe of one output tensor; `base` is the file that holds the base's tensor.
 
-    With a seed, tensors with products are dithered; what is copied, cast or replaced never is.
+    With a seed, tensors with products are dithered; what is copied, cast or replaced never is. What was
+    calibrated comes from there.
     """
     change = output.change
     if change is None:
         return Plain(output)
     stored = Stored(base.path, base.tensors[change.source])
     if change.rows:
+        if calibrated is not None and output.name in calibrated.files:
+            plain = LowRank(output, change, factors, stored, workers)
+            return Fitted(output, plain, calibrated.files[output.name])
         stream = None if dither_seed is None else Stream(dither_seed, output.name)
-        return LowRank(output, change, factors, stored, workers, stream)
+        fallback = "" if calibrated is None else calibrated.fallbacks[output.name]
+        return LowRank(output, change, factors, stored, workers, stream, fallback)
     return Replaced(output, change, factors, stored)

@@ -9,7 +9,7 @@ from lorasmith.files.hub import Origin
 from lorasmith.merging.folder import ShardDone
 from lorasmith.merging.plan import Plan
 from lorasmith.records.base import FileDigest, Finding
-from lorasmith.records.merging import MergeRecord
+from lorasmith.records.merging import CalibrationUse, MergeRecord
 
 NO_OP_FRACTION = 0.5
 """From this share of swallowed updates on a merge is called close to a no-op."""
@@ -27,6 +27,7 @@ def make_record(
     precision: str,
     rounding: str,
     seed: int | None,
+    calibration: CalibrationUse | None,
 ) -> MergeRecord:
     """Counts over all tensors, and a warning where the merge is close to a no-op."""
     tensors = [tensor for done in shards for tensor in done.tensors]
@@ -62,6 +63,7 @@ def make_record(
         precision=precision,
         rounding=rounding,
         seed=seed,
+        calibration=calibration,
         tensors=tensors,
         copied=sum(output.dtype == output.source.dtype for output in untouched),
         cast=sum(output.dtype != output.source.dtype for output in untouched),

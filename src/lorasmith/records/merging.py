@@ -40,6 +40,16 @@ class MergedTensor(Part):
     """‖ΔW‖₂ / ‖W‖₂ to four digits, so that the order of the sums does not show; 0 for replaced tensors."""
 
 
+class CalibrationUse(Part):
+    """What a calibrated merge was fitted to."""
+
+    file: FileDigest
+    rows: int
+    tokens: int
+    test_set_checked: bool
+    """Whether the rows were compared with a test set."""
+
+
 class MergeRecord(Record):
     """`lorasmith_merge.json` in the merged folder."""
 
@@ -58,6 +68,7 @@ class MergeRecord(Record):
     rounding: str
     """`nearest`, `dithered` or `calibrated`."""
     seed: int | None = None
+    calibration: CalibrationUse | None = None
     tensors: list[MergedTensor]
     copied: int
     """Tensors taken over byte for byte."""

@@ -1,0 +1,129 @@
+"""Error feedback loses less than rounding each element alone, stays on the grid and near the exact value."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from lorasmith.merging.feedback import (
+    Feedback,
+    SingularError,
+    inverse_factor,
+    limits,
+    loss_of,
+    round_with_feedback,
+)
+from lorasmith.merging.rounding import TARGETS
+
+
+def problem(outputs: int, inputs: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights, and the second moment of inputs that depend on each other as activations do."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64) / inputs**0.5
+    rows = torch.randn(8 * inputs, inputs, generator=generator, dtype=torch.float64) @ mixing
+    rows *= torch.rand(inputs, generator=generator, dtype=torch.float64) * 3 + 0.1
+    weights = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64) * 0.1
+    return weights, rows.T @ rows / len(rows)
+
+
+def ordered(stored: torch.Tensor) -> torch.Tensor:
+    bits = stored.view(torch.int16).int()
+    return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("inputs", [150, 40])
+def test_it_loses_far_less_than_rounding_to_nearest(dtype: str, inputs: int) -> None:
+    target = TARGETS[dtype]
+    weights, moment = problem(32, inputs)
+    nearest = loss_of(weights.to(target.native), weights, moment)
+    one_pass = loss_of(round_with_feedback(weights, moment, target, Feedback(passes=0)), weights, moment)
+    refined = loss_of(round_with_feedback(weights, moment, target, Feedback()), weights, moment)
+    assert refined < one_pass < 0.5 * nearest
+    found = round_with_feedback(weights, moment, target, Feedback())
+    assert torch.equal(found.to(target.native).to(torch.float32), found), "every value is on the grid"
+
+
+def test_no_element_goes_further_than_allowed() -> None:
+    target = TARGETS["BF16"]
+    weights, moment = problem(64, 60)
+    weights[:, ::3] *= 1e-4  # numbers whose own step is far below their row's errors
+    for most in (1, 4, 15):
+        found = round_with_feedback(weights, moment, target, Feedback(most_steps=most))
+        away = (ordered(found.to(torch.bfloat16)) - ordered(weights.float().to(torch.bfloat16))).abs()
+        assert int(away.max()) <= most
+        assert int(away.max()) > 0
+
+
+def test_the_pass_is_optimal_brain_quantization() -> None:
+    """Column by column, as GPTQ's paper derives it (equation 2): each step's update minimises the loss of the
+    columns still free, given those that are fixed. Solved here anew by least squares for every step."""
+    weights, moment = problem(3, 5, seed=4)
+    target = TARGETS["BF16"]
+    damped = moment + 0.03 * moment.diagonal().mean() * torch.eye(5, dtype=torch.float64)
+    order = torch.argsort(moment.diagonal(), descending=True).tolist()
+    fixed: dict[int, torch.Tensor] = {}
+    for place, column in enumerate(order):
+        free = order[place:]
+        lost = torch.zeros(3, len(order), dtype=torch.float64)
+        for done, value in fixed.items():
+            lost[:, done] = value - weights[:, done]
+        known = [done for done in order if done in fixed]
+        best = -torch.linalg.solve(damped[free][:, free], damped[free][:, known] @ lost[:, known].T).T
+        current = weights[:, free] + best if known else weights[:, free]
+        fixed[column] = current[:, 0].float().to(torch.bfloat16).double()
+    expected = torch.stack([fixed[column] for column in range(5)], dim=1)
+    found = round_with_feedback(weights, moment, target, Feedback(passes=0, most_steps=1000))
+    assert torch.equal(found.double(), expected)
+
+
+def test_refining_ends_where_no_single_column_can_do_better() -> None:
+    target = TARGETS["BF16"]
+    weights, moment = problem(4, 6, seed=2)
+    found = round_with_feedback(weights, moment, target, Feedback(passes=20, most_steps=1000)).double()
+    damped = moment + 0.03 * moment.diagonal().mean() * torch.eye(6, dtype=torch.float64)
+
+    def losses(values: torch.Tensor) -> torch.Tensor:
+        return (((values - weights) @ damped) * (values - weights)).sum(1)
+
+    for column, step in itertools.product(range(6), (-1, 1)):
+        moved = found.float().to(torch.bfloat16)
+        bits = ordered(moved[:, column].contiguous()) + step
+        other = torch.where(bits < 0, -bits - (1 << 15), bits).to(torch.int16).view(torch.bfloat16)
+        changed = found.clone()
+        changed[:, column] = other.double()
+        assert bool((losses(changed) >= losses(found) * (1 - 1e-6)).all())
+
+
+def test_a_second_moment_that_cannot_be_inverted_is_told() -> None:
+    weights, moment = problem(3, 5)
+    with pytest.raises(SingularError):
+        round_with_feedback(weights, torch.zeros(5, 5, dtype=torch.float64), TARGETS["BF16"], Feedback())
+    moment[2, 2] = float("nan")
+    with pytest.raises(SingularError):
+        round_with_feedback(weights, moment, TARGETS["BF16"], Feedback())
+    one = torch.ones(5, 5, dtype=torch.float64)
+    # Of rank one, but for the damping.
+    assert bool(round_with_feedback(weights, one, TARGETS["BF16"], Feedback()).isfinite().all())
+
+
+def test_the_factor_is_the_inverses() -> None:
+    _, moment = problem(1, 12)
+    factor = inverse_factor(moment).double()
+    assert torch.equal(factor, factor.triu())
+    assert torch.allclose(factor.T @ factor @ moment, torch.eye(12, dtype=torch.float64), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_limits_count_grid_points_across_zero_and_stop_at_the_largest(dtype: str) -> None:
+    target = TARGETS[dtype]
+    tiny = float(torch.finfo(target.native).smallest_normal) * 2.0 ** (1 - target.precision)
+    values = torch.tensor([[0.0, tiny, -tiny, 1.0, target.largest]], dtype=torch.float64)
+    low, high = limits(values, target, 2)
+    step = 2.0 ** (1 - target.precision)
+    assert low.tolist() == [
+        [-2 * tiny, -tiny, -3 * tiny, 1 - step, target.largest * (1 - 2 * step / (2 - step))]
+    ]
+    assert high.tolist() == [[2 * tiny, 3 * tiny, tiny, 1 + 2 * step, target.largest]]
