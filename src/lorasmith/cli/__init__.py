@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lorasmith.cli import benchmarks, remote, remote_rent, testset
+from lorasmith.cli.chat import chat
 from lorasmith.cli.compare import compare
 from lorasmith.cli.compress import compress
 from lorasmith.cli.demo import demo
@@ -20,7 +21,9 @@ from lorasmith.cli.package import package
 from lorasmith.cli.prove import prove
 from lorasmith.cli.publish import publish
 from lorasmith.cli.report import report
+from lorasmith.cli.respond import respond
 from lorasmith.cli.run import run
+from lorasmith.cli.speculate import speculate
 from lorasmith.cli.train import train
 from lorasmith.cli.unpack import unpack
 from lorasmith.cli.validate import validate
@@ -41,6 +44,9 @@ COMMANDS: list[tuple[str, Callable[..., Any]]] = [
     ("publish", publish),
     ("unpack", unpack),
     ("verify", verify),
+    ("respond", respond),
+    ("speculate", speculate),
+    ("chat", chat),
     ("compress", compress),
 ]
 

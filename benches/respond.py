@@ -1,0 +1,154 @@
+"""Responses beside the plain padded loop: `python benches/respond.py --model DIR --data FILE`.
+
+Both answer the same rows greedily in float32 with the same number of rows at once and the same limit: the
+loop takes batches in file order, pads on the left and calls `generate`; lorasmith sorts and lets a finished
+row make room at once. Each runs in a process of its own, by turns; seconds without loading, wall and
+processor. Texts are compared token by token. `--reference` adds transformers' own continuous batching
+(`generate_batch`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Run as one of the children, or as the parent that prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=48)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--reference", action="store_true")
+    parser.add_argument("--child", default="")
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments)
+    else:
+        parent(arguments)
+
+
+def child(arguments: argparse.Namespace) -> None:
+    """Answer the rows in one way; print tokens and seconds as JSON."""
+    import torch
+
+    from lorasmith.followup.respond_rows import read_prompts
+    from lorasmith.models.generate import stop_tokens
+    from lorasmith.models.load import load_model
+    from lorasmith.models.template import frame
+    from lorasmith.models.turns import conversation_tokens
+
+    torch.set_num_threads(arguments.threads)
+    loaded = load_model(arguments.model)
+    around = frame(loaded.tokenizer, "auto", end_of_turn=False)
+    rows = read_prompts(arguments.data, arguments.rows)
+    prompts = [conversation_tokens(loaded.tokenizer, row.messages, around) for row in rows]
+    stop = stop_tokens(loaded, around.template)
+    ways = {"loop": by_loop, "lorasmith": by_lorasmith, "generate_batch": by_generate_batch}
+    wall, processor = time.perf_counter(), time.process_time()
+    tokens = ways[arguments.child](arguments, loaded, prompts, stop)
+    seconds = {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
+    tokens = [row[: next((n for n, token in enumerate(row) if token in stop), len(row))] for row in tokens]
+    print(json.dumps({"tokens": tokens, "prompts": [len(prompt) for prompt in prompts], **seconds}))
+
+
+def by_loop(
+    arguments: argparse.Namespace, loaded: Any, prompts: list[list[int]], stop: list[int]
+) -> list[list[int]]:
+    """Batches in file order, each as long as its longest answer."""
+    import torch
+
+    found: list[list[int]] = []
+    for start in range(0, len(prompts), arguments.batch_size):
+        batch = prompts[start : start + arguments.batch_size]
+        width = max(map(len, batch))
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in batch])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+        made = loaded.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=arguments.max_new_tokens,
+            do_sample=False,
+            eos_token_id=stop,
+            pad_token_id=stop[0],
+        )
+        found += made[:, width:].tolist()
+    return found
+
+
+def by_lorasmith(
+    arguments: argparse.Namespace, loaded: Any, prompts: list[list[int]], stop: list[int]
+) -> list[list[int]]:
+    """The product's own path, the choice of the arithmetic included, in its own order."""
+    import torch
+
+    from lorasmith.models.arithmetic import choose_route, use_route
+    from lorasmith.models.continuous import Limits, Request, generate_continuously
+
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    limits = Limits(arguments.max_new_tokens, frozenset(stop))
+    found: dict[int, list[int]] = {}
+    with use_route(choose_route("auto", torch.device("cpu"))):
+        requests = (Request(index, prompts[index]) for index in order)
+        for answer in generate_continuously(loaded, requests, limits, slots=arguments.batch_size):
+            found[answer.index] = answer.tokens
+    return [found[index] for index in range(len(prompts))]
+
+
+def by_generate_batch(
+    arguments: argparse.Namespace, loaded: Any, prompts: list[list[int]], stop: list[int]
+) -> list[list[int]]:
+    """transformers' own continuous batching."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        max_new_tokens=arguments.max_new_tokens, do_sample=False, eos_token_id=stop, pad_token_id=stop[0]
+    )
+    found = loaded.model.generate_batch(inputs=prompts, generation_config=config)
+    return [found[f"req_{index}"].generated_tokens for index in range(len(prompts))]
+
+
+def parent(arguments: argparse.Namespace) -> None:
+    """Run the ways by turns and print the table."""
+    ways = ["loop", "lorasmith", *(["generate_batch"] if arguments.reference else [])]
+    best: dict[str, dict[str, Any]] = {}
+    for _ in range(arguments.repeats):
+        for way in ways:
+            done = subprocess.run(
+                [sys.executable, __file__, "--child", way, *sys.argv[1:]],
+                check=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+            found = json.loads(done.stdout.splitlines()[-1])
+            if way not in best or found["processor"] < best[way]["processor"]:
+                best[way] = found
+    loop = best["loop"]
+    lengths = sorted(len(row) for row in loop["tokens"])
+    tenth, last = lengths[len(lengths) // 10], lengths[len(lengths) * 9 // 10]
+    print(
+        f"{len(lengths)} rows, answers of {lengths[0]} to {lengths[-1]} tokens "
+        f"(10 % to 90 %: {tenth} to {last}), {arguments.batch_size} at once"
+    )
+    print("| way | rows/s (wall) | processor s | × rows/s, wall | × rows/s, processor | equal texts |")
+    print("|---|---|---|---|---|---|")
+    for way, found in best.items():
+        equal = sum(one == other for one, other in zip(loop["tokens"], found["tokens"], strict=True))
+        print(
+            f"| {way} | {len(lengths) / found['wall']:.3f} | {found['processor']:.1f} | "
+            f"{loop['wall'] / found['wall']:.2f} | {loop['processor'] / found['processor']:.2f} | "
+            f"{equal}/{len(lengths)} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+"""The guide's prerequisite of Phase 1E by its own name: answer every row of the training file.
+
+Writes the responses to --output_file, and beside it the record (.json), with --top_logprobs the likeliest
+tokens at each place (.logprobs.parquet), and the rows that have no answer (.failed.jsonl). Killed at any
+point, the same command goes on where it was. Says after the first hundred rows when --max_new_tokens cuts
+answers off. Exits 1 when rows failed. See `lorasmith respond`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from lorasmith.errors import ExitCode, LorasmithError
+
+
+def main() -> int:
+    """Returns 0, 1 when rows have no answer, or the exit code of an error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model_path", type=Path, required=True, help="the merged model")
+    parser.add_argument("--data_file", type=Path, required=True)
+    parser.add_argument("--output_file", type=Path, required=True)
+    parser.add_argument("--max_new_tokens", type=int, default=1024)
+    parser.add_argument("--batch_size", type=int, help="rows under way at once")
+    parser.add_argument("--top_logprobs", type=int, default=0)
+    parser.add_argument("--engine", default="transformers", help="transformers or vllm")
+    parser.add_argument("--price_per_hour", type=float)
+    parser.add_argument("--device", default="auto")
+    asked = parser.parse_args()
+    try:
+        return extract(asked)
+    except LorasmithError as error:
+        print(f"error: {error.message()}", file=sys.stderr)
+        return error.exit_code
+
+
+def extract(asked: argparse.Namespace) -> int:
+    """Answer the rows and print how they ended."""
+    from lorasmith.cli.console import console
+    from lorasmith.cli.respond import TerminalRespond, show_responses
+    from lorasmith.followup.respond import RespondOptions, respond
+
+    options = RespondOptions(
+        engine=asked.engine,
+        max_new_tokens=asked.max_new_tokens,
+        top_logprobs=asked.top_logprobs,
+        batch_size=asked.batch_size,
+        device=asked.device,
+        price_per_hour=asked.price_per_hour,
+    )
+    with TerminalRespond(asked.price_per_hour) as watcher:
+        record = respond(
+            asked.model_path, asked.data_file, asked.output_file, options=options, watcher=watcher
+        )
+    show_responses(record, asked.output_file, console())
+    return ExitCode.ANSWER_IS_NO if record.failed else ExitCode.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

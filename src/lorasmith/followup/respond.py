@@ -1,0 +1,119 @@
+"""Answers of a model to a whole training file: resumable, each row once, cut-off rows told early."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lorasmith.errors import UsageError
+from lorasmith.files.atomic import write_record
+from lorasmith.files.digests import digest_folder, sha256_file
+from lorasmith.files.paths import StrPath
+from lorasmith.followup.respond_engines import Engine, open_engine
+from lorasmith.followup.respond_output import Places, earlier_rows
+from lorasmith.followup.respond_rows import read_prompts
+from lorasmith.followup.respond_store import Store
+from lorasmith.followup.respond_work import RespondWatcher, Unwatched, Work
+from lorasmith.models.sampling import Sampling
+from lorasmith.models.template import Frame, frame
+from lorasmith.records.base import FileDigest
+from lorasmith.records.followup import RespondRecord, RespondSettings
+
+
+@dataclass(frozen=True)
+class RespondOptions:
+    """What a caller may choose."""
+
+    adapter: StrPath | None = None
+    engine: str = "transformers"
+    template: str = "auto"
+    system: str | None = None
+    max_new_tokens: int = 1024
+    sampling: Sampling = field(default_factory=Sampling)
+    top_logprobs: int = 0
+    batch_size: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    limit: int | None = None
+    """Only the first rows of the file."""
+    retry_failed: bool = False
+    price_per_hour: float | None = None
+
+    def check(self) -> None:
+        """Raise `UsageError` for a value that cannot be."""
+        self.sampling.check()
+        for name, value, least in (
+            ("max_new_tokens", self.max_new_tokens, 1),
+            ("top_logprobs", self.top_logprobs, 0),
+            ("limit", self.limit, 1),
+            ("price_per_hour", self.price_per_hour, 0),
+        ):
+            if value is not None and value < least:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}", expected=f"{least} or more")
+
+
+def respond(
+    model: StrPath,
+    data: StrPath,
+    output: StrPath,
+    *,
+    options: RespondOptions | None = None,
+    watcher: RespondWatcher | None = None,
+    engine: Engine | None = None,
+) -> RespondRecord:
+    """Answer every row of `data` (JSONL) and write the responses to `output` (JSONL) in the rows' order.
+
+    Beside it: `NAME.json` (the record), `NAME.logprobs.parquet` where log-probabilities are wanted,
+    `NAME.failed.jsonl` with the rows that have no answer, `NAME.timing.json`. Killed at any point, the same
+    command goes on after the last finished row. Raises `UsageError` for an output begun with other settings,
+    `DataError` for a file without prompts. `engine` is one already loaded.
+    """
+    model, data = Path(model), Path(data)
+    places, options = Places(Path(output)), options or RespondOptions()
+    options.check()
+    rows = read_prompts(data, options.limit)
+    adapter = None if options.adapter is None else Path(options.adapter)
+    engine = engine or open_engine(
+        options.engine,
+        model,
+        adapter,
+        device=options.device,
+        dtype=options.dtype,
+        batch_size=options.batch_size,
+    )
+    around = frame(engine.tokenizer, options.template, end_of_turn=False)
+    settings = _settings(model, adapter, engine, around, options)
+    earlier = earlier_rows(places, settings)  # refuses a foreign output before anything is written
+    with Store(places.store, settings.model_dump()) as store:
+        work = Work(rows, settings, places, store, engine, around, earlier)
+        work.watcher = watcher or Unwatched()
+        if options.retry_failed:
+            work.forget_failures()
+        began = time.monotonic()
+        work.run()
+        seconds = time.monotonic() - began
+        record = work.publish(FileDigest(path=data.name, bytes=data.stat().st_size, sha256=sha256_file(data)))
+        if work.new_rows:
+            write_record(places.timing, work.timing(seconds, options.price_per_hour))
+        store.remove()
+    return record
+
+
+def _settings(
+    model: Path, adapter: Path | None, engine: Engine, around: Frame, options: RespondOptions
+) -> RespondSettings:
+    return RespondSettings(
+        model_sha256=digest_folder(model),
+        adapter_sha256=None if adapter is None else digest_folder(adapter),
+        engine=engine.name,
+        dtype=engine.dtype,
+        template=around.template,
+        system=options.system,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.sampling.temperature,
+        top_p=options.sampling.top_p,
+        top_k=options.sampling.top_k,
+        seed=0 if options.sampling.greedy else options.sampling.seed,
+        top_logprobs=options.top_logprobs,
+    )

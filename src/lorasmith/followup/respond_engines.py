@@ -1,0 +1,118 @@
+"""Engines that answer prompts, behind one small interface: transformers on any device, vLLM on a GPU."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorasmith.checkpoint.jsonfile import read_object
+from lorasmith.errors import CheckpointError, UsageError
+from lorasmith.models.arithmetic import choose_route, resolve_device, use_route
+from lorasmith.models.continuous import Answer, Limits, Request, generate_continuously
+from lorasmith.models.generate import stop_tokens
+from lorasmith.models.load import load_model
+from lorasmith.models.sampling import Sampling
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SLOTS_CPU, SLOTS_GPU = 16, 64
+"""Rows under way at once. On a processor a step is already bound by arithmetic at 16; a GPU still gains."""
+
+
+class Engine(ABC):
+    """A loaded model that answers; a subclass is final."""
+
+    name: str
+    dtype: str
+    """Data type of the weights while they compute."""
+    tokenizer: Any
+    context: int | None
+    """Longest sequence in tokens, where the model has a limit."""
+
+    @abstractmethod
+    def stops(self, template: str) -> frozenset[int]:
+        """Tokens that end an answer: the template's end of turn, and what the folder names as EOS."""
+
+    @abstractmethod
+    def answers(
+        self,
+        requests: Iterable[Request],
+        limits: Limits,
+        sampling: Sampling,
+        on_tokens: Callable[[int], None],
+    ) -> Iterator[Answer]:
+        """Each request's answer as it ends, none left out; requests are taken when there is room.
+
+        What cannot be answered comes back as `failed`. A row's answer does not depend on the others.
+        """
+
+
+class TransformersEngine(Engine):
+    """transformers' models with our continuous batching."""
+
+    name = "transformers"
+
+    def __init__(
+        self, model: Path, adapter: Path | None, *, device: str, dtype: str, batch_size: int | None
+    ) -> None:
+        place = resolve_device(device)
+        self.route = choose_route("auto" if dtype != "bfloat16" or place.type != "cpu" else dtype, place)
+        self.dtype = resolve_dtype(model, dtype, place.type)
+        self.loaded = load_model(model, adapter=adapter, device=place, dtype=DTYPES[self.dtype])
+        self.tokenizer, self.context = self.loaded.tokenizer, self.loaded.context
+        self.slots = batch_size or (SLOTS_CPU if place.type == "cpu" else SLOTS_GPU)
+
+    def stops(self, template: str) -> frozenset[int]:
+        return frozenset(stop_tokens(self.loaded, template))
+
+    def answers(
+        self,
+        requests: Iterable[Request],
+        limits: Limits,
+        sampling: Sampling,
+        on_tokens: Callable[[int], None],
+    ) -> Iterator[Answer]:
+        with use_route(self.route):
+            yield from generate_continuously(
+                self.loaded, requests, limits, sampling=sampling, slots=self.slots, on_tokens=on_tokens
+            )
+
+
+def resolve_dtype(model: Path, asked: str, device_type: str) -> str:
+    """`auto` is float32 on a processor, and on other devices what the model folder was saved in."""
+    if asked != "auto":
+        if asked not in DTYPES:
+            raise UsageError(f"there is no data type {asked!r}", expected=" | ".join(["auto", *DTYPES]))
+        return asked
+    if device_type == "cpu":
+        return "float32"
+    config = read_object(model / "config.json", CheckpointError)
+    named = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    return named if named in DTYPES else "bfloat16"
+
+
+def open_engine(
+    name: str,
+    model: Path,
+    adapter: Path | None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int | None = None,
+    max_length: int | None = None,
+) -> Engine:
+    """Load the model into the engine of that name; raises `UsageError` for one that is not there."""
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"--batch-size is {batch_size}", expected="1 or more")
+    if name == "transformers":
+        return TransformersEngine(model, adapter, device=device, dtype=dtype, batch_size=batch_size)
+    if name == "vllm":
+        from lorasmith.followup.respond_vllm import VllmEngine
+
+        return VllmEngine(
+            model, adapter, device=device, dtype=dtype, batch_size=batch_size, max_length=max_length
+        )
+    raise UsageError(f"there is no engine {name!r}", expected="transformers | vllm")

@@ -1,0 +1,301 @@
+"""The rows of one extraction: which are done, which remain, in which order they go, and what came of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from lorasmith.errors import DataError, LorasmithError
+from lorasmith.files.atomic import write_record
+from lorasmith.files.machine import hardware
+from lorasmith.followup.respond_engines import Engine
+from lorasmith.followup.respond_limit import CHECK_ROWS, Length, is_loop, judge_limit
+from lorasmith.followup.respond_output import (
+    Places,
+    earlier_failures,
+    pack_arrays,
+    write_jsonl,
+    write_logprobs,
+)
+from lorasmith.followup.respond_rows import Row
+from lorasmith.followup.respond_store import Store
+from lorasmith.models.continuous import Answer, Limits, Request
+from lorasmith.models.sampling import Sampling
+from lorasmith.models.template import Frame
+from lorasmith.models.turns import conversation_tokens
+from lorasmith.records.base import FileDigest, Finding
+from lorasmith.records.followup import LengthSummary, RespondRecord, RespondSettings, RespondTiming
+
+
+class RespondWatcher(Protocol):
+    """Follows the work: it may take hours."""
+
+    def began(self, rows: int, done: int) -> None:
+        """So many rows are to be answered, of which `done` were answered by an earlier command."""
+
+    def moved(self, rows: int, tokens: int) -> None:
+        """So many more rows ended, and so many more tokens were generated."""
+
+    def found(self, finding: Finding) -> None:
+        """Something to know at once, such as a limit that cuts most rows off."""
+
+
+class Unwatched:
+    """Nobody looks."""
+
+    def began(self, rows: int, done: int) -> None:
+        """Nothing."""
+
+    def moved(self, rows: int, tokens: int) -> None:
+        """Nothing."""
+
+    def found(self, finding: Finding) -> None:
+        """Nothing."""
+
+
+def row_key(row: Row, settings: RespondSettings) -> str:
+    """What names a response: the row's content, template, model and sampling."""
+    body = json.dumps({"row": row.content, **settings.model_dump()}, sort_keys=True)
+    return hashlib.sha256(body.encode()).hexdigest()[:32]
+
+
+class Work:
+    """One command's rows: which are done, which remain, in which order they go."""
+
+    def __init__(
+        self,
+        rows: list[Row],
+        settings: RespondSettings,
+        places: Places,
+        store: Store,
+        engine: Engine,
+        around: Frame,
+        earlier: dict[str, dict[str, Any]],
+    ) -> None:
+        self.rows, self.settings, self.places, self.store = rows, settings, places, store
+        self.engine, self.around = engine, around
+        self.watcher: RespondWatcher = Unwatched()
+        self.keys = [row_key(row, settings) for row in rows]
+        self.earlier = earlier
+        known = earlier_failures(places) if places.record.exists() else {}
+        self.failures = {key: row for key, row in known.items() if key not in self.earlier}
+        self.failures.update({key: store.row(key) for key, kept in store.rows.items() if kept.failed})
+        self.stop = engine.stops(around.template)
+        pilot = sorted(range(len(rows)), key=lambda index: self.keys[index])[:CHECK_ROWS]
+        self.pilot = frozenset(pilot)
+        """The rows that go first: keys are hashes, so these are a random sample, the same after a restart."""
+        self.lengths: dict[int, Length] = {}
+        self.longest = 0
+        """Tokens of the longest prompt among them."""
+        self.checked = False
+        self.findings: list[Finding] = []
+        self.new_rows = self.new_tokens = 0
+        self.prompts: dict[int, list[int]] = {}
+
+    def forget_failures(self) -> None:
+        """Try rows again that failed before."""
+        self.failures.clear()
+        for key in [key for key, kept in self.store.rows.items() if kept.failed]:
+            del self.store.rows[key]
+
+    def finished(self, key: str) -> dict[str, Any] | None:
+        """The output row of a key, of this command or an earlier one."""
+        kept = self.store.rows.get(key)
+        if kept is not None and not kept.failed:
+            return self.store.row(key)
+        return self.earlier.get(key)
+
+    def run(self) -> None:
+        """Answer what remains: the check's rows first, each part longest prompt first."""
+        remaining = []
+        for index, key in enumerate(self.keys):
+            row = self.finished(key)
+            if row is not None:
+                self._note(index, row)
+            elif key not in self.failures:
+                remaining.append(index)
+        self.watcher.began(len(self.rows), len(self.rows) - len(remaining))
+        requests = self._requests(remaining)
+        sampling = Sampling(
+            self.settings.temperature, self.settings.top_p, self.settings.top_k, self.settings.seed
+        )
+        limits = Limits(self.settings.max_new_tokens, self.stop, self.settings.top_logprobs)
+        for answer in self.engine.answers(requests, limits, sampling, self._tokens):
+            self._keep(answer)
+        self._check(final=True)
+
+    def _requests(self, remaining: list[int]) -> Iterator[Request]:
+        ready = []
+        for index in remaining:
+            row = self.rows[index]
+            try:
+                if row.fault:
+                    raise DataError(row.fault)
+                messages = row.messages
+                if self.settings.system is not None and messages[0]["role"] != "system":
+                    messages = [{"role": "system", "content": self.settings.system}, *messages]
+                self.prompts[index] = conversation_tokens(self.engine.tokenizer, messages, self.around)
+            except LorasmithError as error:
+                self._fail(index, error.found)
+            else:
+                ready.append(index)
+        ready.sort(key=lambda index: (index not in self.pilot, -len(self.prompts[index]), index))
+        for index in ready:
+            seed = int(
+                hashlib.sha256(f"{self.settings.seed}:{self.keys[index]}".encode()).hexdigest()[:16], 16
+            )
+            yield Request(index, self.prompts[index], seed)
+
+    def _tokens(self, count: int) -> None:
+        self.new_tokens += count
+        self.watcher.moved(0, count)
+
+    def _keep(self, answer: Answer) -> None:
+        index = answer.index
+        if answer.finish == "failed":
+            self._fail(index, answer.error)
+            return
+        prompt = self.prompts.pop(index)
+        arrays = pack_arrays(prompt, answer) if self.settings.top_logprobs else []
+        row = self._row(index, answer, len(prompt))
+        self.store.add(row, arrays)
+        self.new_rows += 1
+        self._note(index, row)
+        self.watcher.moved(1, 0)
+        self._check()
+
+    def _row(self, index: int, answer: Answer, prompt_tokens: int) -> dict[str, Any]:
+        row = self.rows[index]
+        single = len(row.messages) == 1
+        metadata = row.value.get("metadata")
+        return {
+            "id": row.id,
+            **({"prompt": row.messages[0]["content"]} if single else {"messages": row.messages}),
+            "response": self.engine.tokenizer.decode(answer.tokens, skip_special_tokens=True),
+            "finish_reason": answer.finish,
+            "prompt_tokens": prompt_tokens,
+            "response_tokens": len(answer.tokens),
+            "repeats": answer.finish != "stop" and is_loop(answer.tokens),
+            "key": self.keys[index],
+            "metadata": metadata if isinstance(metadata, dict) else {},
+            "input": row.value,
+        }
+
+    def _fail(self, index: int, reason: str) -> None:
+        row = self.rows[index]
+        body = {
+            "id": row.id,
+            "line": row.number,
+            "error": reason,
+            "key": self.keys[index],
+            "input": row.value,
+        }
+        self.store.add(body, [], failed=True)
+        self.failures[self.keys[index]] = body
+        self.watcher.moved(1, 0)
+
+    def _note(self, index: int, row: Mapping[str, Any]) -> None:
+        if index in self.pilot:
+            self.longest = max(self.longest, row["prompt_tokens"])
+            self.lengths[index] = Length(
+                row["response_tokens"], row["finish_reason"] != "stop", row["repeats"]
+            )
+
+    def _check(self, *, final: bool = False) -> None:
+        """Judge the limit once, when the last of the check's rows has ended."""
+        awaited = [index for index in self.pilot if self.keys[index] not in self.failures]
+        if self.checked or not (final or len(self.lengths) >= len(awaited)):
+            return
+        self.checked = True
+        context = self.engine.context
+        most = None if context is None else max(1, context - self.longest)
+        finding = judge_limit(list(self.lengths.values()), self.settings.max_new_tokens, most)
+        if finding:
+            self.findings.append(finding)
+            self.watcher.found(finding)
+
+    def publish(self, data: FileDigest) -> RespondRecord:
+        """Write output, log-probabilities, failed rows and last the record."""
+        done = [key for key in self.keys if self.finished(key) is not None]
+        listed = set(done)
+        other = [key for key in [*self.earlier, *self.store.rows] if key not in listed]
+        kept = [key for key in dict.fromkeys(other) if self.finished(key) is not None]
+        if kept:
+            self.findings.append(_not_in_data(len(kept)))
+        every = [*done, *kept]
+        output = write_jsonl(self.places.output, (self._finished(key) for key in every))
+        logprobs = None
+        if self.settings.top_logprobs:
+            names = {key: self._finished(key) for key in every if key in self.store.rows}
+            logprobs = write_logprobs(self.places.logprobs, every, self.store, names)
+        if self.failures:
+            order = {key: place for place, key in enumerate(self.keys)}
+            failed = sorted(self.failures.values(), key=lambda row: order.get(row["key"], len(order)))
+            write_jsonl(self.places.failed, failed)
+        else:
+            self.places.failed.unlink(missing_ok=True)
+        record = self._record(every, data, output, logprobs)
+        write_record(self.places.record, record)
+        return record
+
+    def _finished(self, key: str) -> dict[str, Any]:
+        row = self.finished(key)
+        assert row is not None
+        return row
+
+    def _record(
+        self, keys: list[str], data: FileDigest, output: FileDigest, logprobs: FileDigest | None
+    ) -> RespondRecord:
+        rows = [self._finished(key) for key in keys]
+        finish = Counter(row["finish_reason"] for row in rows)
+        lengths = sorted(row["response_tokens"] for row in rows)
+        return RespondRecord(
+            settings=self.settings,
+            data=data,
+            output=output,
+            logprobs=logprobs,
+            rows=len(rows),
+            finish=dict(sorted(finish.items())),
+            cut_off=(len(rows) - finish["stop"]) / len(rows) if rows else 0.0,
+            repeating=sum(row["repeats"] for row in rows),
+            failed=len(self.failures),
+            prompt_tokens=sum(row["prompt_tokens"] for row in rows),
+            response_tokens=sum(lengths),
+            lengths=_summary(lengths),
+            findings=self.findings,
+        )
+
+    def timing(self, seconds: float, price: float | None) -> RespondTiming:
+        """How fast this session was."""
+        seconds = max(seconds, 1e-9)
+        return RespondTiming(
+            rows=self.new_rows,
+            tokens=self.new_tokens,
+            seconds=seconds,
+            rows_per_second=self.new_rows / seconds,
+            tokens_per_second=self.new_tokens / seconds,
+            cost=None if price is None else price * seconds / 3600,
+            hardware=hardware(),
+        )
+
+
+def _summary(lengths: list[int]) -> LengthSummary | None:
+    if not lengths:
+        return None
+    last = len(lengths) - 1
+    return LengthSummary(
+        least=lengths[0], median=lengths[last // 2], p90=lengths[last * 9 // 10], most=lengths[-1]
+    )
+
+
+def _not_in_data(count: int) -> Finding:
+    return Finding(
+        severity="warning",
+        code="rows-not-in-data",
+        message=f"{count} responses of the earlier output belong to rows that the data no longer has; "
+        "they are kept at its end",
+        remedy="give another --output for another data file",
+    )

@@ -1,0 +1,185 @@
+"""Records of what follows a release: extracted responses and speculative decoding."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from lorasmith.records.base import FileDigest, Finding, Part, Record
+
+
+class RespondSettings(Part):
+    """What decides a response, apart from its row: one output holds responses of one such set only."""
+
+    model_sha256: str
+    """Digest of the model folder."""
+    adapter_sha256: str | None = None
+    engine: str
+    """`transformers` or `vllm`."""
+    dtype: str
+    """Data type of the weights while they compute, such as `float32`."""
+    template: str
+    """`chat` or `plain`, resolved from `auto`."""
+    system: str | None = None
+    max_new_tokens: int
+    temperature: float
+    """0 for greedy decoding."""
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    top_logprobs: int = 0
+    """How many of the likeliest tokens are kept at each place."""
+
+
+class LengthSummary(Part):
+    """Tokens of the responses."""
+
+    least: int
+    median: int
+    p90: int
+    most: int
+
+
+class RespondRecord(Record):
+    """`NAME.json` beside `NAME.jsonl`: what the responses are, and how they ended.
+
+    Each row of `NAME.jsonl` is `{id, prompt or messages, response, finish_reason, prompt_tokens,
+    response_tokens, repeats, key, metadata, input}`. `NAME.logprobs.parquet` has one row a response: `key`,
+    `id`, `finish_reason`, `prompt` (token ids), `tokens` (ids of the response, the end token included),
+    `logprobs` (of those tokens, nats), `top_tokens` and `top_logprobs` (a list of K for each token, likeliest
+    first), all under the model's own distribution at temperature 1. Their last digits depend on which rows
+    shared a batch, as every float32 sum does on its order: the texts of a resumed extraction are the same
+    bytes, its log-probabilities are the same to about 1e-5.
+    """
+
+    FORMAT: ClassVar[str] = "lorasmith/respond/1"
+
+    settings: RespondSettings
+    data: FileDigest
+    output: FileDigest
+    logprobs: FileDigest | None = None
+    rows: int
+    """Responses in the output."""
+    finish: dict[str, int]
+    """`stop`, `length` (cut off at the limit), `context` (cut off by the model's own limit) → rows."""
+    cut_off: float
+    """Share of rows that did not end by themselves."""
+    repeating: int = 0
+    """Cut rows that repeat themselves at their end."""
+    failed: int = 0
+    """Rows set aside in `NAME.failed.jsonl`."""
+    prompt_tokens: int
+    response_tokens: int
+    lengths: LengthSummary | None = None
+    findings: list[Finding] = []
+
+
+class RespondTiming(Record):
+    """`NAME.timing.json`: the last session's speed, apart from the figures that must not change."""
+
+    FORMAT: ClassVar[str] = "lorasmith/respond-timing/1"
+
+    rows: int
+    tokens: int
+    """Generated in this session."""
+    seconds: float
+    rows_per_second: float
+    tokens_per_second: float
+    cost: float | None = None
+    """Seconds times the price per hour that was given, in its currency."""
+    hardware: dict[str, Any] = {}
+
+
+class Acceptance(Part):
+    """How drafts were received, over some prompts."""
+
+    prompts: int
+    tokens: int
+    """Generated, end tokens included."""
+    rounds: int
+    """Passes of the target."""
+    drafted: int
+    accepted: int
+    acceptance_rate: float | None
+    """α: accepted over judged tokens; what stands behind a rejection is not judged. None: nothing was."""
+    accepted_length: float
+    """Mean tokens that a pass of the target gave, its own token included."""
+    by_position: list[float | None]
+    """α at each place in a draft; None where no draft came so far."""
+
+
+class SpeculationSetting(Part):
+    """One way to draft."""
+
+    method: str
+    """`draft` or `lookup` (prompt lookup)."""
+    draft_tokens: int
+    overall: Acceptance
+    by_source: dict[str, Acceptance]
+    equal: int
+    """Prompts whose text is that of greedy decoding, token for token."""
+    ties: int
+    """Prompts that differ first where the two best tokens lie closer together than twice the noise."""
+    different: int
+    """Prompts that differ for no such reason: the decoding is wrong."""
+
+
+class SpeculationDifference(Part):
+    """A prompt whose text is not that of greedy decoding."""
+
+    id: str
+    method: str
+    draft_tokens: int
+    place: int
+    """Token of the response, from 0."""
+    margin: float
+    """Between the two best logits of the reference there."""
+    noise: float
+    """Largest difference of a logit between both ways, measured over all prompts where the texts agree."""
+    tie: bool
+    """margin ≤ 2 · noise: each of the two logits may move by the noise."""
+
+
+class SpeculationRecord(Record):
+    """`speculation.json`: whether drafts change the output, and how many are accepted."""
+
+    FORMAT: ClassVar[str] = "lorasmith/speculation/1"
+
+    target_sha256: str
+    draft_sha256: str | None
+    prompts: FileDigest
+    template: str
+    dtype: str
+    max_new_tokens: int
+    noise: float
+    settings: list[SpeculationSetting]
+    differences: list[SpeculationDifference] = []
+
+
+class SpeculationSpeed(Part):
+    """One way to draft, measured and predicted."""
+
+    method: str
+    draft_tokens: int
+    tokens_per_second: float
+    speedup: float
+    """Over greedy decoding of the target alone, prompts included."""
+    draft_cost: float
+    """c: a step of the draft over a step of the target, medians."""
+    verify_cost: float | None
+    """The target's pass over a full draft over a step of the target, medians; the formula takes it for 1."""
+    predicted: float | None
+    """(1 − αᵞ⁺¹) / ((1 − α)(γc + 1))."""
+    predicted_with_verify: float | None
+    """The same with the measured cost of a pass in place of 1."""
+
+
+class SpeculationTiming(Record):
+    """`speculation.timing.json`: speed, apart from the figures that must not change."""
+
+    FORMAT: ClassVar[str] = "lorasmith/speculation-timing/1"
+
+    greedy_tokens_per_second: float
+    speeds: list[SpeculationSpeed]
+    pays: bool
+    recommendation: str
+    hardware: dict[str, Any] = {}
