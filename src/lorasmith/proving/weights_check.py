@@ -13,14 +13,16 @@ import torch
 
 from lorasmith.progress import Advance
 from lorasmith.proving.weights_formula import Expected
-from lorasmith.proving.weights_parts import Task, run, tasks, whole
+from lorasmith.proving.weights_parts import Task, fetch, run, tasks, whole
 from lorasmith.proving.weights_stored import DTYPES, Stored
 from lorasmith.proving.weights_tally import Tally
 
 _HANDED_OVER = 1 << 14
 """Elements from which a tensor is checked on another thread."""
+_READERS = 2
+"""Threads that read and hash ahead of the arithmetic: more do not make a disk faster."""
 _WAITING = 8
-"""Tasks that may be under way or waiting for a thread."""
+"""Tasks that may be under way, being read or waiting for a thread."""
 
 
 @dataclass
@@ -42,11 +44,15 @@ def check(
     workers = threads or min(8, os.cpu_count() or 1)
     # A file may have been written anew since the last proof in this process.
     whole.cache_clear()
-    with _one_thread_per_operation(), ThreadPoolExecutor(workers) as pool:
+    with (
+        _one_thread_per_operation(),
+        ThreadPoolExecutor(_READERS) as readers,
+        ThreadPoolExecutor(workers) as pool,
+    ):
         waiting: deque[tuple[Task, Future[Tally]]] = deque()
         current: Checked | None = None
         for task in tasks(pairs):
-            waiting.append((task, _start(pool, task)))
+            waiting.append((task, _start(readers, pool, task)))
             if len(waiting) >= _WAITING:
                 current, done = _collect(waiting, current, advance)
                 if done:
@@ -70,12 +76,13 @@ def _one_thread_per_operation() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _start(pool: ThreadPoolExecutor, task: Task) -> Future[Tally]:
-    """On a thread of its own, or here and now where handing it over would take longer than doing it."""
+def _start(readers: ThreadPoolExecutor, pool: ThreadPoolExecutor, task: Task) -> Future[Tally]:
+    """On threads of its own, or here and now where handing it over would take longer than doing it."""
     if task.found.elements > _HANDED_OVER:
-        return pool.submit(run, task)
+        rows = readers.submit(fetch, task)
+        return pool.submit(lambda: run(task, *rows.result()))
     done: Future[Tally] = Future()
-    done.set_result(run(task))
+    done.set_result(run(task, *fetch(task)))
     return done
 
 

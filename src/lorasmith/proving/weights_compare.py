@@ -60,7 +60,11 @@ def _slow(block: Block, flat: Ints, dither: Dither | None) -> Tally:
     base_sign = np.signbit(source)
     share = None if dither is None else dither.shares(block.start + rows, cols)
     verdict = rounding.judge(grid, magnitude, negative, x, error, base_sign, share)
-    expected, expected_negative = rounding.nearest(grid, np.nan_to_num(x), base_sign, share)
+    expected, expected_negative = np.zeros_like(magnitude), np.zeros_like(negative)
+    unsure = np.flatnonzero(~verdict.right)
+    expected[unsure], expected_negative[unsure] = rounding.nearest(
+        grid, np.nan_to_num(x[unsure]), base_sign[unsure], None if share is None else share[unsure]
+    )
     right, open_ = verdict.right.copy(), np.flatnonzero(verdict.open)
     if len(open_):
         known = open_[float64_is_exact(block, source[open_], size[open_], rows[open_], cols[open_])]

@@ -147,12 +147,16 @@ def _load(term: Term, expected: Expected, found: Stored) -> LoadedTerm:
     )
 
 
-def run(task: Task) -> Tally:
-    """Check every element of the part."""
-    found = task.found.rows(task.index)
+def fetch(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of the part as they are in the merge, and as they are in what it was made from."""
+    return task.found.rows(task.index), task.expected.source.rows(task.index)
+
+
+def run(task: Task, found: torch.Tensor, own: torch.Tensor) -> Tally:
+    """Check every element of the part, with the rows that `fetch` gave."""
     tally = Tally()
     same = task.found.dtype == task.expected.source.dtype
-    for start, end, source in _segments(task, len(found)):
+    for start, end, source in _segments(task, own, len(found)):
         row = task.first_row + start
         if same and source.dtype == found.dtype and not task.terms and not task.expected.magnitude:
             tally.add(compare_bytes(found[start:end], source, row))
@@ -179,10 +183,9 @@ def _block(task: Task, found: torch.Tensor, source: torch.Tensor, row: int, low:
     )
 
 
-def _segments(task: Task, rows: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+def _segments(task: Task, own: torch.Tensor, rows: int) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Row ranges of the part and their source: its own rows, or single ones that another tensor replaces."""
-    own, first = task.expected.source.rows(task.index), 0
-    replaced = task.expected.rows
+    first, replaced = 0, task.expected.rows
     for row in sorted(row for row in replaced if task.first_row <= row < task.first_row + rows):
         at = row - task.first_row
         if at > first:

@@ -19,9 +19,6 @@ _STEP_BYTES = 1 << 20
 _RANK_FOR_FLOAT32 = 64
 """Above it the bound of float32 leaves too much to the slow test."""
 
-_ALL_TRUE = np.uint64(0x0101010101010101)
-"""Eight true values of a mask, as one word."""
-
 _local = threading.local()
 
 
@@ -77,19 +74,10 @@ def _step(
     _powers_before(grid, stored, before, work[1])
     torch.add(offset[start:end], work[1], alpha=coefficient, out=work[1])
     # NumPy's comparison is several times as fast as torch's; a NaN compares false and stays doubtful.
-    np.less(work[0].view(-1).numpy(), work[1].view(-1).numpy(), out=mask[: x.numel()])
-    mask[x.numel() :] = True
-    positions = _false(mask)
+    np.less(work[0].view(-1).numpy(), work[1].view(-1).numpy(), out=mask)
+    positions = np.flatnonzero(np.logical_not(mask, out=mask))
     beyond: Floats = x.view(-1)[torch.from_numpy(positions)].to(torch.float64).numpy()
     return positions + start * stored.shape[1], beyond
-
-
-def _false(mask: Mask) -> Ints:
-    """Where a mask of whole 8-byte words is false; words that are all true are passed over as words."""
-    words = torch.from_numpy(mask.view(np.uint64) != _ALL_TRUE).nonzero().view(-1).numpy()
-    word, byte = np.nonzero(~mask.reshape(-1, 8)[words])
-    positions: Ints = words[word] * 8 + byte
-    return positions
 
 
 def _powers_before(grid: Grid, stored: torch.Tensor, bits: torch.Tensor, out: torch.Tensor) -> None:
@@ -135,6 +123,6 @@ def _scratch(
     if (kind, grid.name) not in held or len(held[kind, grid.name][0]) < size:
         floats = [torch.empty(size, dtype=kind) for _ in range(3)]
         bits = torch.empty(size, dtype=grid.stored_as)
-        held[kind, grid.name] = (*floats, bits, np.empty(size + 7, np.bool_))
+        held[kind, grid.name] = (*floats, bits, np.empty(size, np.bool_))
     x, one, two, bits = (part[:size].view(shape) for part in held[kind, grid.name][:4])
-    return x, (one, two), bits, held[kind, grid.name][4][: -(-size // 8) * 8]
+    return x, (one, two), bits, held[kind, grid.name][4][:size]
