@@ -57,6 +57,8 @@ class RunConfig(Part):
     """Refuse to start where the two models that are compared cannot lie in memory together."""
     price_per_hour: float | None = Field(default=None, ge=0)
     """Of the machine, in dollars: goes into `timing.json` and the gates on cost, and changes nothing else."""
+    budget: float | None = Field(default=None, ge=0)
+    """In dollars: a run that would cost more stops, and can be continued."""
 
     def resolved_gates(self) -> list[Gate]:
         """The default gates with this config's own in place of those they name."""

@@ -6,6 +6,7 @@
     │   ├── DataError                     a test set, training file or benchmark that cannot be used
     │   ├── CheckpointError               a model folder that cannot be used
     │   └── AdapterError                  an adapter folder that cannot be used
+    ├── BudgetError              exit 1   the money that was allowed is spent; resumable
     ├── DamageError              exit 1   a package that is not what its hashes say
     └── MachineError             exit 3   this machine cannot do it
         ├── DiskError                     too little space
@@ -92,6 +93,12 @@ class AdapterError(InputError):
 
 class DamageError(LorasmithError):
     """A package that is not what its hashes say: damaged, incomplete or changed. Nothing of it is used."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.ANSWER_IS_NO
+
+
+class BudgetError(LorasmithError):
+    """The budget is spent before the work is done. What is finished is kept."""
 
     exit_code: ClassVar[ExitCode] = ExitCode.ANSWER_IS_NO
 

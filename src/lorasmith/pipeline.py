@@ -59,7 +59,10 @@ def run(
     base = local_model(asked.base, [asked.adapter], progress=watch.progress)
     asked = asked.model_copy(update={"base": base})
     require_machine(asked)
+    if asked.budget is not None and not asked.price_per_hour:
+        raise UsageError("--budget needs the price of the machine", expected="--price-per-hour, in dollars")
     with open_run(asked.output, rehash=rehash, price_per_hour=asked.price_per_hour) as folder:
+        folder.budget = asked.budget
         write_record(folder.path / "run.json", describe_run(asked, rehash=rehash))
         steps = plan(asked, watch.progress)
         for number, step in enumerate(steps, 1):

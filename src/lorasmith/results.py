@@ -126,9 +126,9 @@ def describe_run(config: RunConfig, *, rehash: bool = False) -> RunRecord:
     """`run.json`: the options without their paths, the libraries, the digests of the inputs."""
     inputs = {"base": config.base, "adapter": config.adapter, "test_set": config.test_set}
     inputs |= {f"train {number}": path for number, path in enumerate(config.train, 1)}
+    paths = {"base", "adapter", "test_set", "train", "output"}
     options = config.model_dump(
-        mode="json",
-        exclude={"base", "adapter", "test_set", "train", "output", "price_per_hour", "check_memory"},
+        mode="json", exclude={*paths, "price_per_hour", "budget", "check_memory"}
     )
     return RunRecord(
         config={**options, "gates": [gate.model_dump(mode="json") for gate in config.resolved_gates()]},

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import lorasmith
-from lorasmith.errors import BusyError, InputError, os_errors
+from lorasmith.errors import BudgetError, BusyError, InputError, os_errors
 from lorasmith.files.atomic import read_record, write_record
+from lorasmith.files.deadline import OutOfTime, stop_after
 from lorasmith.files.digests import describe, digest_path, folder_files
 from lorasmith.files.machine import hardware, peak_memory, reset_peak_memory, return_memory
 from lorasmith.records.base import FileDigest
@@ -57,6 +58,8 @@ class RunFolder:
     path: Path
     rehash: bool = False
     price_per_hour: float | None = None
+    budget: float | None = None
+    """In dollars, for all that was ever done in this folder; with a price only."""
     timings: dict[str, StageTiming] = field(default_factory=dict)
 
     def record_path(self, stage: str) -> Path:
@@ -72,11 +75,44 @@ class RunFolder:
             return self.timings[stage.name]
         path = self.record_path(stage.name)
         path.unlink(missing_ok=True)
-        timing = measure(stage.name, stage.action)
+        timing = self._measure(stage)
         record = StageRecord(**wanted, outputs=self._outputs(stage))
         write_record(path, record)
         self._keep_timing(timing)
         return timing
+
+    def _measure(self, stage: Stage) -> StageTiming:
+        """Run the stage for as long as the budget lasts; an attempt that does not end is counted as well."""
+        began = time.perf_counter()
+        try:
+            with stop_after(self._seconds_left(stage.name)):
+                return measure(stage.name, stage.action)
+        except BaseException as error:
+            self._keep_unfinished(time.perf_counter() - began)
+            if isinstance(error, OutOfTime):
+                raise BudgetError(
+                    f"the budget of ${self.budget:g} is spent",
+                    where=f"{self.path}, stage {stage.name}",
+                    remedy="give the same command with a larger --budget: it goes on where it stopped",
+                ) from None
+            raise
+
+    def _seconds_left(self, stage: str) -> float | None:
+        """What the budget still pays for; what the stage cost when it last ran was paid for too."""
+        if self.budget is None or not self.price_per_hour:
+            return None
+        known = {**read_timings(self.path), **self.timings}
+        spent = sum(timing.wall_seconds for timing in known.values()) + self._unfinished()
+        return self.budget / self.price_per_hour * 3600 - spent
+
+    def _unfinished(self) -> float:
+        try:
+            return read_record(self.path / "timing.json", TimingRecord).unfinished_seconds
+        except InputError:
+            return 0.0
+
+    def _keep_unfinished(self, seconds: float) -> None:
+        self._write_timing(self._unfinished() + seconds)
 
     def _wanted(self, stage: Stage) -> dict[str, Any]:
         return {
@@ -115,9 +151,15 @@ class RunFolder:
 
     def _keep_timing(self, timing: StageTiming) -> None:
         self.timings[timing.stage] = timing
+        self._write_timing(self._unfinished())
+
+    def _write_timing(self, unfinished: float) -> None:
         merged = {**read_timings(self.path), **self.timings}
         record = TimingRecord(
-            hardware=hardware(), price_per_hour=self.price_per_hour, stages=list(merged.values())
+            hardware=hardware(),
+            price_per_hour=self.price_per_hour,
+            unfinished_seconds=round(unfinished, 3),
+            stages=list(merged.values()),
         )
         write_record(self.path / "timing.json", record)
 

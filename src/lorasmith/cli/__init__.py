@@ -13,6 +13,7 @@ from lorasmith.cli import benchmarks, remote, remote_rent, testset
 from lorasmith.cli.chat import chat
 from lorasmith.cli.compare import compare
 from lorasmith.cli.compress import compress
+from lorasmith.cli.costs import costs
 from lorasmith.cli.demo import demo
 from lorasmith.cli.doctor import doctor
 from lorasmith.cli.gates import gates
@@ -39,6 +40,7 @@ COMMANDS: list[tuple[str, Callable[..., Any]]] = [
     ("prove", prove),
     ("compare", compare),
     ("gates", gates),
+    ("costs", costs),
     ("report", report),
     ("package", package),
     ("publish", publish),

@@ -65,6 +65,9 @@ def run(
     price_per_hour: Annotated[
         float | None, typer.Option(help="Of the machine in dollars, for gates on cost.")
     ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Dollars at most, with --price-per-hour; stops, resumable, at it.")
+    ] = None,
     rehash: Annotated[bool, typer.Option("--rehash", help="Hash every input again.")] = False,
     output_format: GateFormat = "text",
     as_json: AsJson = False,
@@ -99,6 +102,7 @@ def run(
         "base_model_id": base_model_id,
         "check_memory": check_memory,
         "price_per_hour": price_per_hour,
+        "budget": budget,
     }
     from lorasmith.config import load_config, to_toml
 

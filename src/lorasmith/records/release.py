@@ -79,6 +79,8 @@ class TimingRecord(Record):
     hardware: dict[str, Any]
     price_per_hour: float | None = None
     """In dollars, where the command named it."""
+    unfinished_seconds: float = 0.0
+    """Wall time of attempts at a stage that were stopped, interrupted or failed: paid for as well."""
     stages: list[StageTiming]
 
 
