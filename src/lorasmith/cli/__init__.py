@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lorasmith.cli import benchmarks, remote, remote_rent, testset
+from lorasmith.cli import benchmarks, draft, remote, remote_rent, testset
 from lorasmith.cli.chat import chat
 from lorasmith.cli.compare import compare
 from lorasmith.cli.compress import compress
@@ -59,6 +59,7 @@ GROUPS: list[tuple[str, str, list[tuple[str, Callable[..., Any]]]]] = [
         [("build", testset.build), ("split", testset.split), ("check", testset.check)],
     ),
     ("benchmarks", "Fetch public benchmarks.", [("fetch", benchmarks.fetch)]),
+    ("draft", "Train a draft model for speculative decoding.", [("train", draft.train)]),
     (
         "remote",
         "Work on another machine, by ssh or rented.",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,17 @@ def load_compressed(folder: Path, *, device: torch.device | None = None) -> Load
     with quiet_libraries():
         tokenizer = load_tokenizer(folder)
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                attn_implementation="sdpa",
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **_how(folder),
-            )
+            # The GGUF reader draws a bar of its own.
+            with redirect_stderr(io.StringIO()):
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=torch.float32,
+                    attn_implementation="sdpa",
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    **_how(folder),
+                )
             model = model.to(device).eval()
         except Exception as error:  # transformers and both formats' libraries raise whatever they like
             if is_out_of_memory(error):
