@@ -19,6 +19,8 @@ from pathlib import Path
 from lorasmith.errors import ExitCode, LorasmithError, os_errors
 
 LOSS_DELTA, PERPLEXITY_DELTA = 1e-4, 0.01
+STATES = ".states"
+"""Below --output_dir while it runs: what the validations leave for the comparison."""
 
 
 def main() -> int:
@@ -50,6 +52,8 @@ def validate_models(asked: argparse.Namespace) -> int:
     named = asked.base_path or base_of(adapter, flag="--base_path")
     base = local_model(named, [adapter], progress=bar)
     options = {"device": asked.device, "batch_size": asked.batch_size, "progress": bar}
+    if not asked.skip_merged:
+        options["states"] = output / STATES
     lora = lorasmith.validate(base, asked.test_file, output, adapter=adapter, **options)
     keep(output / "adapter.json", output / "lora_validation.json")
     show("LoRA Model", lora.overall.loss, lora.overall.perplexity, lora.overall.examples)
@@ -74,6 +78,7 @@ def compare_models(asked: argparse.Namespace, base: Path, merged: Path, options:
     behaviour = lorasmith.compare(
         base, adapter, merged, asked.test_file, output / "behaviour.json", **options
     )
+    shutil.rmtree(output / STATES, ignore_errors=True)
     effect, _ = paired_effects(output / "adapter.parquet", output / "merged.parquet")
     record = ComparisonRecord(
         adapter_effect=None,

@@ -24,7 +24,7 @@ from lorasmith.records.scoring import ValidationResult
 from lorasmith.scoring.validate import validate
 from tests.tiny import save_adapter, save_base, tiny_rows
 
-LOGITS = forward.TokenForward.logits
+HIDDEN = forward.TokenForward.hidden
 
 PRELUDE = """
 import os, resource, signal, sys
@@ -136,9 +136,9 @@ def test_a_killed_validation_goes_on_and_ends_with_the_same_bytes(place: Path, t
 
     @contextmanager
     def watch(label: str, *, total: int, unit: str) -> Iterator[Any]:
-        with patch.object(forward.TokenForward, "logits", autospec=True, side_effect=LOGITS) as logits:
+        with patch.object(forward.TokenForward, "hidden", autospec=True, side_effect=HIDDEN) as hidden:
             yield lambda count: None
-        computed.append(logits.call_count)
+        computed.append(hidden.call_count)
 
     validate_here(place, tmp_path / "killed", batch_tokens=1500, progress=watch)
     validate_here(place, tmp_path / "whole", batch_tokens=1500, progress=watch)

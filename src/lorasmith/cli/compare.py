@@ -15,14 +15,19 @@ from lorasmith.cli.options import (
     BatchSize,
     BatchTokens,
     Device,
+    DeviceMap,
+    EndOfTurn,
     Limit,
+    LossOn,
     MaxLength,
     Merged,
     Seed,
     ShuffleSeed,
+    States,
     Strict,
     Template,
     TestSet,
+    taken_by,
 )
 
 
@@ -33,7 +38,10 @@ def compare(
     test_set: TestSet,
     output: Annotated[Path | None, typer.Option(help="File for the record.", metavar="FILE")] = None,
     template: Template = "auto",
+    loss_on: LossOn = "response",
+    end_of_turn: EndOfTurn = True,
     device: Device = "auto",
+    device_map: DeviceMap = None,
     arithmetic: Arithmetic = "auto",
     batch_tokens: BatchTokens = None,
     batch_size: BatchSize = None,
@@ -44,6 +52,7 @@ def compare(
     generate: Annotated[
         int | None, typer.Option(help="Also let both models write so many tokens after each prompt.")
     ] = None,
+    states: States = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -53,29 +62,12 @@ def compare(
 
     Example: `lorasmith compare --base base --adapter adapter --merged merged --test-set test.jsonl`
     """
+    asked = locals()
     import lorasmith
     from lorasmith.cli import views
     from lorasmith.cli.console import bar, console, show_record
 
-    proof = lorasmith.compare(
-        base,
-        adapter,
-        merged,
-        test_set,
-        output,
-        template=template,
-        device=device,
-        arithmetic=arithmetic,
-        batch_tokens=batch_tokens,
-        batch_size=batch_size,
-        max_length=max_length,
-        limit=limit,
-        shuffle_seed=shuffle_seed,
-        strict=strict,
-        generate=generate,
-        seed=seed,
-        progress=bar,
-    )
+    proof = lorasmith.compare(**taken_by(lorasmith.compare, asked), progress=bar)
     if as_json:
         show_record(proof)
     else:

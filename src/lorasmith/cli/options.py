@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +20,9 @@ TestSet = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of tables.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="auto: spread a model too large for one GPU over all, memory and disk.")
+]
 Template = Annotated[
     str, typer.Option(help="How prompts are laid out: auto (the tokenizer's chat template), chat, plain.")
 ]
@@ -32,8 +37,22 @@ Arithmetic = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(help="Take only so many rows; the result is marked as partial.")]
 ShuffleSeed = Annotated[int | None, typer.Option(help="With --limit: choose the rows at random.")]
+LossOn = Annotated[str, typer.Option(help="response, or all for full-text loss.")]
+EndOfTurn = Annotated[
+    bool, typer.Option("--end-of-turn/--no-end-of-turn", help="Score the token that ends a response.")
+]
+States = Annotated[
+    Path | None,
+    typer.Option("--states", help="Folder that keeps a model's states for `compare`.", metavar="DIR"),
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at rows that would be cut.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 GateFormat = Annotated[
     str, typer.Option("--format", help="How gates are printed: text, junit, json, markdown or github.")
 ]
+
+
+def taken_by(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a command's arguments (its `locals()`) that a public function takes by the same name."""
+    names = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in names}

@@ -46,6 +46,7 @@ _VIEWS: dict[str, Any] = {
     "ContaminationRecord": views.show_contamination,
     "TrainRecord": views.show_training,
     "ValidationResult": views.show_validation,
+    "TaskResult": views.show_tasks,
     "MergeRecord": views.show_merge,
     "WeightProof": views.show_weights,
     "BehaviourProof": views.show_behaviour,

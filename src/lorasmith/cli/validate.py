@@ -13,13 +13,18 @@ from lorasmith.cli.options import (
     BatchSize,
     BatchTokens,
     Device,
+    DeviceMap,
+    EndOfTurn,
     Limit,
+    LossOn,
     MaxLength,
     Seed,
     ShuffleSeed,
+    States,
     Strict,
     Template,
     TestSet,
+    taken_by,
 )
 
 
@@ -37,11 +42,10 @@ def validate(
         str | None, typer.Option(help="Name of the result: base, adapter or merged. [adapter or base]")
     ] = None,
     template: Template = "auto",
-    loss_on: Annotated[str, typer.Option(help="response, or all for full-text loss.")] = "response",
-    end_of_turn: Annotated[
-        bool, typer.Option("--end-of-turn/--no-end-of-turn", help="Score the token that ends a response.")
-    ] = True,
+    loss_on: LossOn = "response",
+    end_of_turn: EndOfTurn = True,
     device: Device = "auto",
+    device_map: DeviceMap = None,
     arithmetic: Arithmetic = "auto",
     batch_tokens: BatchTokens = None,
     batch_size: BatchSize = None,
@@ -52,6 +56,7 @@ def validate(
     tasks: Annotated[
         bool, typer.Option("--tasks", help="Also answer the benchmarks' questions and score the answers.")
     ] = False,
+    states: States = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -59,30 +64,12 @@ def validate(
 
     Example: `lorasmith validate --model base --adapter adapter --test-set test.jsonl --output validation`
     """
+    asked = locals()
     import lorasmith
     from lorasmith.cli import views
     from lorasmith.cli.console import bar, console, show_record
 
-    result = lorasmith.validate(
-        model,
-        test_set,
-        output,
-        adapter=adapter,
-        role=role,
-        template=template,
-        loss_on=loss_on,
-        end_of_turn=end_of_turn,
-        device=device,
-        arithmetic=arithmetic,
-        batch_tokens=batch_tokens,
-        batch_size=batch_size,
-        max_length=max_length,
-        limit=limit,
-        shuffle_seed=shuffle_seed,
-        strict=strict,
-        seed=seed,
-        progress=bar,
-    )
+    result = lorasmith.validate(**taken_by(lorasmith.validate, asked), progress=bar)
     if as_json:
         show_record(result)
     else:
@@ -92,21 +79,7 @@ def validate(
         return
     from lorasmith.scoring.tasks import evaluate_tasks
 
-    answered = evaluate_tasks(
-        model,
-        test_set,
-        output,
-        adapter=adapter,
-        role=role,
-        template=template,
-        device=device,
-        arithmetic=arithmetic,
-        batch_tokens=batch_tokens,
-        limit=limit,
-        shuffle_seed=shuffle_seed,
-        seed=seed,
-        progress=bar,
-    )
+    answered = evaluate_tasks(**taken_by(evaluate_tasks, asked), progress=bar)
     if as_json:
         show_record(answered)
     else:

@@ -185,9 +185,15 @@ def show_behaviour(proof: BehaviourProof, console: Console) -> None:
     console.print(f"Behaviour: [{colour}]{proof.grade}[/] on {proof.overall.tokens:,} tokens")
     for reason in proof.reasons:
         console.print(f"  {reason}", markup=False, soft_wrap=True)
-    found, floor = proof.overall, proof.floor
-    rows = [(name, show(found), show(floor) if floor else "not measured") for name, show in _COMPARED]
-    columns = ("adapter against merged", "measured", "noise floor")
+    found, floor, serving = proof.overall, proof.floor, proof.serving
+    against = [(found, "measured"), (floor, "noise floor")]
+    if serving:
+        against.append((serving, f"adapter in {proof.serving_layouts[-1].split(', ')[-1]}"))
+    rows = [
+        (name, *(show(other) if other else "not measured" for other, _ in against))
+        for name, show in _COMPARED
+    ]
+    columns = ("adapter against merged", *(title for _, title in against))
     console.print(table("Token by token", columns, rows))
     if proof.generation:
         wrote = proof.generation

@@ -60,8 +60,17 @@ class Journal:
 
     def entries(self) -> Iterator[tuple[Rows, bytes]]:
         """Every chunk with its packed result, in the order of their making."""
-        for rows, (start, size) in list(self._found.items()):
-            yield rows, os.pread(self._handle.fileno(), size, start)
+        for rows in self.chunks():
+            yield rows, self.read(rows)
+
+    def chunks(self) -> list[Rows]:
+        """The rows of every chunk, in the order of their making."""
+        return list(self._found)
+
+    def read(self, rows: Rows) -> bytes:
+        """The packed result of one chunk; KeyError when it is not there."""
+        start, size = self._found[rows]
+        return os.pread(self._handle.fileno(), size, start)
 
     def add(self, rows: Rows, packed: bytes, limit: int | None) -> None:
         """Write a result and sync it to disk."""

@@ -3,15 +3,15 @@
 A hook before the output embedding takes the hidden states, lets the model finish on a single position, and
 the head is then applied to the scored positions a few hundred at a time. Some architectures scale or cap
 their logits after the head. `verify` compares this way with the model's own logits and, where they differ,
-falls back on the model's own finish over the scored positions of a batch at once; which way was taken is
-`finish`.
+lets the model itself finish: it runs on a single token, and the hook puts the hidden states in place of that
+token's. Which way was taken is `finish`.
 
 B rows, T positions, N scored positions, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,6 +44,7 @@ class TokenForward:
         self._post = _known_transform(model.config.get_text_config())
         self._positions: torch.Tensor | None = None
         self._hidden: torch.Tensor | None = None
+        self._given: torch.Tensor | None = None
         self._mode = "off"
         if self._head is None:
             raise CheckpointError(
@@ -64,42 +65,49 @@ class TokenForward:
         if self._mode == "watch":
             self._hidden = hidden.reshape(-1, hidden.shape[-1])
             return None
-        assert self._positions is not None  # set together with the mode
-        selected = hidden.reshape(-1, hidden.shape[-1])[self._positions]
-        if self._mode == "pass":
-            return (selected[None], *args[1:])
-        self._hidden = selected
-        return (selected[:1][None], *args[1:])
+        if self._mode == "give":
+            assert self._given is not None  # set together with the mode
+            return (self._given[None].to(hidden.device), *args[1:])
+        assert self._positions is not None
+        self._hidden = hidden.reshape(-1, hidden.shape[-1])[self._positions.to(hidden.device)]
+        return (self._hidden[:1][None], *args[1:])
 
-    def _run(self, batch: Batch, mode: str) -> torch.Tensor:
-        """The model's own logits under `mode`: `watch` everything, `pass` or `take` the scored positions."""
-        self._mode, self._positions = mode, batch.positions
+    def _run(self, ids: torch.Tensor, mode: str) -> torch.Tensor:
+        """The model's own logits: `watch` keeps all hidden states, `take` the scored, `give` sets them."""
+        self._mode = mode
         try:
-            return self.model(input_ids=batch.ids, use_cache=False).logits
+            return self.model(input_ids=ids, use_cache=False).logits
         finally:
-            self._mode, self._positions = "off", None
+            self._mode, self._positions, self._given = "off", None, None
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """[N, H]: what the head gets at the scored positions."""
-        self._run(batch, "take")
+        self._positions = batch.positions
+        self._run(batch.ids, "take")
         hidden, self._hidden = self._hidden, None
         assert hidden is not None  # the head is always called
         return hidden
 
     def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, V] in float32 from [n, H]."""
-        return self._post(self._head(hidden)).float()
+        if self.finish == "chunked head":
+            return self._post(self._head(hidden)).float()
+        self._given = hidden
+        one_token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        return self._run(one_token, "give")[0].float()
 
-    def logits(
-        self, batch: Batch, *, chunk: int = CHUNK, sizes: Sequence[int] | None = None
-    ) -> Iterator[torch.Tensor]:
-        """[≤ chunk, V] float32 logits of the scored positions, in order; `sizes` sets each piece's rows."""
-        if self.finish == "own finish":
-            for part in self._run(batch, "pass")[0].split(list(sizes) if sizes else chunk):
-                yield part.float()
-            return
-        for part in self.hidden(batch).split(list(sizes) if sizes else chunk):
+    def logits(self, batch: Batch, *, chunk: int = CHUNK) -> Iterator[torch.Tensor]:
+        """[≤ chunk, V] float32 logits of the scored positions, in order."""
+        for part in self.hidden(batch).split(chunk):
             yield self.logits_of(part)
+
+    def detach(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What `logits_of` does, without holding the rest of the model where its head alone can do it."""
+        if self.finish == "own finish":
+            return self.logits_of
+        self._hook.remove()
+        head, post = self._head, self._post
+        return lambda hidden: post(head(hidden)).float()
 
     def verify(self, batch: Batch, padded: Batch) -> None:
         """Choose the way to finish by the model's own logits on `batch`, a single short row.
@@ -107,8 +115,8 @@ class TokenForward:
         `padded` is the same row with padding behind it. Raises `CheckpointError` when neither way gives the
         model's logits, or when padding behind a token changes what the model makes of it.
         """
-        own = self._run(batch, "watch")
-        own = own.reshape(-1, own.shape[-1])[batch.positions].float()
+        own = self._run(batch.ids, "watch")
+        own = own.reshape(-1, own.shape[-1])[batch.positions.to(own.device)].float()
         watched = self._hidden
         assert watched is not None
         self._hidden = None
@@ -118,7 +126,7 @@ class TokenForward:
         for finish in ("chunked head", "own finish"):
             self.finish = finish
             mine = torch.cat(list(self.logits(batch)))
-            if mine.shape == own.shape and float((mine - own).abs().max()) <= tolerance:
+            if mine.shape == own.shape and float((mine.to(own.device) - own).abs().max()) <= tolerance:
                 break
         else:
             raise CheckpointError(

@@ -84,7 +84,7 @@ def generate_greedy(
                 **_positions(loaded.model, mask, ids.shape[1]),
             )
             cache = output.past_key_values
-            ids = output.logits[:, -1:].argmax(-1)
+            ids = output.logits[:, -1:].argmax(-1).to(mask.device)
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
             for place, token in enumerate(ids[:, 0].tolist()):
                 if finished[place]:

@@ -21,6 +21,8 @@ from lorasmith.models.memory import is_out_of_memory
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
+DeviceMap = str | dict[str, str | int] | None
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -37,6 +39,7 @@ class LoadedModel:
     context: int | None
     """Longest sequence the model was made for, in tokens, where its config says so."""
     device: torch.device
+    """Where it takes its tokens; of a spread model, that of its embedding."""
 
 
 def load_model(
@@ -46,12 +49,14 @@ def load_model(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     tokenizer_from: Path | None = None,
+    device_map: DeviceMap = None,
 ) -> LoadedModel:
     """Load the model in `folder`, and `adapter` unmerged on top of it: PEFT's own forward.
 
-    The tokenizer is that of `tokenizer_from`, else the adapter's where it has one, else the model's. Raises
-    `CheckpointError` or `AdapterError` for a folder that does not load in full, and for a tokenizer of
-    another vocabulary.
+    `device_map` spreads the layers over all devices, memory and disk (accelerate; `auto`, or which module
+    goes where) instead of putting all of them on `device`. The tokenizer is that of `tokenizer_from`, else
+    the adapter's where it has one, else the model's. Raises `CheckpointError` or `AdapterError` for a folder
+    that does not load in full, and for a tokenizer of another vocabulary.
     """
     device = device or torch.device("cpu")
     require_file(folder, "config.json", CheckpointError)
@@ -59,12 +64,15 @@ def load_model(
         require_file(adapter, "adapter_config.json", AdapterError)
     with quiet_libraries():
         tokenizer = load_tokenizer(tokenizer_from or folder, adapter=adapter)
-        model = _load_base(folder, device, dtype)
+        model = _load_base(folder, device, dtype, device_map)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         architecture = type(model).__name__
         if adapter is not None:
-            model = _attach(model, adapter, folder, device)
+            _require_resident(model, adapter)
+            model = _attach(model, adapter, folder, None if device_map else str(device))
     model.eval()
+    if device_map:
+        device = _entrance(model)
     rows = model.get_input_embeddings().weight.shape[0]
     _check_vocabulary(tokenizer, rows, adapter or folder)
     text_config = model.config.get_text_config()
@@ -110,7 +118,7 @@ def require_file(folder: Path, name: str, kind: type[CheckpointError] | type[Ada
             raise kind(f"the folder has no {name}", where=folder, expected=f"a folder with {name}")
 
 
-def _load_base(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+def _load_base(folder: Path, device: torch.device, dtype: torch.dtype, device_map: DeviceMap) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -121,8 +129,10 @@ def _load_base(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            device_map=device_map,
         )
-        model = model.to(device)
+        if device_map is None:
+            model = model.to(device)
     except Exception as error:  # transformers lets errors of many libraries through
         if is_out_of_memory(error):
             raise MemoryLimitError(
@@ -142,18 +152,35 @@ def _load_base(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     return model
 
 
-def _attach(model: Any, adapter: Path, folder: Path, device: torch.device) -> Any:
+def _require_resident(model: Any, adapter: Path) -> None:
+    """PEFT puts an adapter only on weights that lie on a device."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise MemoryLimitError(
+            "the GPUs do not hold the whole model, and an adapter needs all of it there",
+            where=adapter,
+            remedy="use more or larger GPUs, or --device cpu without a device map",
+        )
+
+
+def _entrance(model: Any) -> torch.device:
+    """Where a spread model takes its tokens: an offloaded embedding itself lies on no device."""
+    embedding = model.get_input_embeddings()
+    place = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return torch.device(embedding.weight.device if place is None else place)
+
+
+def _attach(model: Any, adapter: Path, folder: Path, device: str | None) -> Any:
     from peft import PeftModel
 
     try:
         _grow_embeddings(model, adapter)
         peft_model = PeftModel.from_pretrained(
-            model, str(adapter), autocast_adapter_dtype=False, torch_device=str(device)
+            model, str(adapter), autocast_adapter_dtype=False, torch_device=device
         )
         # from_pretrained turns missing keys into a warning and drops the unexpected ones; loading the same
         # adapter again returns both lists.
         report = peft_model.load_adapter(
-            str(adapter), "default", autocast_adapter_dtype=False, torch_device=str(device)
+            str(adapter), "default", autocast_adapter_dtype=False, torch_device=device
         )
     except Exception as error:  # PEFT raises KeyError, RuntimeError, ValueError, … by the kind of damage
         raise AdapterError(

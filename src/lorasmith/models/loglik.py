@@ -13,7 +13,7 @@ from lorasmith.errors import CheckpointError
 from lorasmith.models.arithmetic import Route, use_route
 from lorasmith.models.batches import Batch, make_batch
 from lorasmith.models.encode import Encoded
-from lorasmith.models.forward import TokenForward, first_non_finite
+from lorasmith.models.forward import CHUNK, TokenForward, first_non_finite
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.memory import keep_memory
 
@@ -38,12 +38,22 @@ def check_ids(encoded: Sequence[Encoded], names: Sequence[str], vocabulary: int)
 @contextmanager
 def open_forward(loaded: LoadedModel, encoded: Sequence[Encoded], route: Route) -> Iterator[TokenForward]:
     """The model's forward, examined on the shortest row, with the arithmetic of `route` inside the block."""
+    with keep_memory(), use_route(route), examine(loaded, encoded) as forward:
+        yield forward
+
+
+def examine(loaded: LoadedModel, encoded: Sequence[Encoded]) -> TokenForward:
+    """The model's forward, its way to finish chosen on the shortest row; to be called inside `use_route`."""
     shortest = min(range(len(encoded)), key=lambda row: (len(encoded[row].ids), row))
     alone = make_batch([shortest], encoded)
     padded = make_batch([shortest], encoded, pad_to=len(encoded[shortest].ids) + _PADDING_TRIED)
-    with keep_memory(), use_route(route), TokenForward(loaded.model, loaded.device) as forward:
+    forward = TokenForward(loaded.model, loaded.device)
+    try:
         forward.verify(alone.to(loaded.device), padded.to(loaded.device))
-        yield forward
+    except BaseException:
+        forward.__exit__()
+        raise
+    return forward
 
 
 def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -53,7 +63,7 @@ def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     top = logits.amax(-1, keepdim=True)
     shifted = logits - top
-    chosen = shifted.gather(-1, targets[:, None])[:, 0]
+    chosen = shifted.gather(-1, targets[:, None].to(logits.device))[:, 0]
     return chosen - shifted.exp_().sum(-1).log()
 
 
@@ -62,18 +72,24 @@ def score_batch(forward: TokenForward, batch: Batch, names: Sequence[str]) -> li
 
     Raises `CheckpointError` naming the row, and the first layer, where a result is not finite.
     """
+    return score_states(forward, batch, names)[0]
+
+
+def score_states(
+    forward: TokenForward, batch: Batch, names: Sequence[str]
+) -> tuple[list[Floats], torch.Tensor]:
+    """As `score_batch`, with the [N, H] hidden states that the log-probabilities come from."""
     batch = batch.to(forward.device)
-    found = []
-    start = 0
-    for logits in forward.logits(batch):
-        found.append(token_logprobs(logits, batch.targets[start : start + len(logits)]))
-        start += len(logits)
-    logprobs = torch.cat(found)
-    rows = [part.cpu().numpy() for part in logprobs.split(list(batch.counts))]
+    hidden = forward.hidden(batch)
+    found = [
+        token_logprobs(forward.logits_of(part), targets)
+        for part, targets in zip(hidden.split(CHUNK), batch.targets.split(CHUNK), strict=True)
+    ]
+    rows = [part.cpu().numpy() for part in torch.cat(found).split(list(batch.counts))]
     for row, values in zip(batch.rows, rows, strict=True):
         if not np.isfinite(values).all():
             raise_non_finite(forward, batch, names[row])
-    return rows
+    return rows, hidden
 
 
 def raise_non_finite(forward: TokenForward, batch: Batch, name: str) -> None:

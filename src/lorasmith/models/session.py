@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ class ScoringOptions:
     loss_on: str = "response"
     end_of_turn: bool = True
     device: str = "auto"
+    device_map: str | None = None
     arithmetic: str = "auto"
     batch_tokens: int | None = None
     batch_size: int | None = None
@@ -48,8 +50,16 @@ class ScoringOptions:
     strict: bool = False
     seed: int = 0
 
+    @classmethod
+    def chosen(cls, arguments: Mapping[str, Any]) -> ScoringOptions:
+        """The options among the arguments of a function that takes them by these names (its `locals()`)."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in arguments.items() if name in names})
+
     def place(self) -> tuple[torch.device, Route]:
-        """Device and arithmetic, resolved."""
+        """Device and arithmetic, resolved; raises `UsageError` for what there is not."""
+        if self.device_map not in (None, "auto"):
+            raise UsageError(f"there is no device map {self.device_map!r}", expected="auto, or none")
         device = resolve_device(self.device)
         return device, choose_route(self.arithmetic, device)
 

@@ -57,7 +57,12 @@ class RowWork(Generic[R]):
 
     def unpack(self, rows: Rows, packed: bytes) -> R:
         """Back from `pack`."""
-        source, arrays = io.BytesIO(packed), []
-        while source.tell() < len(packed):
-            arrays.append(np.load(source, allow_pickle=False))
-        return self.from_arrays(rows, arrays)
+        return self.from_arrays(rows, unpack_arrays(packed))
+
+
+def unpack_arrays(packed: bytes) -> Arrays:
+    """The arrays that `RowWork.pack` wrote."""
+    source, arrays = io.BytesIO(packed), []
+    while source.tell() < len(packed):
+        arrays.append(np.load(source, allow_pickle=False))
+    return arrays

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lorasmith.errors import UsageError
+from dataclasses import dataclass
+from typing import Any
+
 from lorasmith.executors.local import work_through
 from lorasmith.models.arithmetic import Route, use_route
 from lorasmith.models.generate import (
@@ -14,6 +16,7 @@ from lorasmith.models.generate import (
     to_arrays,
 )
 from lorasmith.models.load import LoadedModel
+from lorasmith.models.memory import keep_memory
 from lorasmith.models.session import Workload
 from lorasmith.models.work import RowWork
 from lorasmith.progress import Progress
@@ -26,42 +29,52 @@ _SHOWN = 12
 """Tokens of each text that are shown from the first difference on."""
 
 
-def compare_generation(
-    work: Workload, a: LoadedModel, b: LoadedModel, route: Route, max_new_tokens: int, progress: Progress
-) -> GenerationComparison:
-    """Generate at most `max_new_tokens` after each prompt with both models and compare.
+@dataclass(frozen=True)
+class Texts:
+    """What a model wrote after each prompt, and after the first few of them once more, alone."""
 
-    Raises `UsageError` for a limit below 1.
-    """
-    if max_new_tokens < 1:
-        raise UsageError(f"{max_new_tokens} tokens leave nothing to compare", expected="1 or more")
+    batched: list[Generated]
+    alone: list[Generated]
+
+
+def write_texts(
+    work: Workload, model: LoadedModel, route: Route, max_new_tokens: int, label: str, progress: Progress
+) -> Texts:
+    """Generate at most `max_new_tokens` after each prompt, greedily."""
     prompts = [row.ids[: row.n_prompt] for row in work.rows]
-    stop = stop_tokens(a, work.settings.template)
-    with use_route(route):
-        texts_a = _generate(work, a, prompts, stop, max_new_tokens, "Generate (adapter)", progress)
-        texts_b = _generate(work, b, prompts, stop, max_new_tokens, "Generate (merged)", progress)
-        again = [
-            generate_greedy(a, [prompt], max_new_tokens=max_new_tokens, stop=stop)[0]
+    stop = stop_tokens(model, work.settings.template)
+    with keep_memory(), use_route(route):
+        batched = _generate(work, model, prompts, stop, max_new_tokens, label, progress)
+        alone = [
+            generate_greedy(model, [prompt], max_new_tokens=max_new_tokens, stop=stop)[0]
             for prompt in prompts[:FLOOR_EXAMPLES]
         ]
+    return Texts(batched, alone)
+
+
+def compare_texts(
+    names: list[str], a: Texts, b: Texts, tokenizer: Any, max_new_tokens: int
+) -> GenerationComparison:
+    """The texts of both models token by token, and A's against its own."""
+    texts_a, texts_b, again = a.batched, b.batched, a.alone
     agreed = [_agreement(one, two) for one, two in zip(texts_a, texts_b, strict=True)]
     same = [one == two for one, two in zip(texts_a, texts_b, strict=True)]
     return GenerationComparison(
         max_new_tokens=max_new_tokens,
-        examples=len(prompts),
+        examples=len(names),
         same=sum(same),
-        same_fraction=sum(same) / len(prompts),
+        same_fraction=sum(same) / len(names),
         unfinished_a=sum(not text.finished for text in texts_a),
         unfinished_b=sum(not text.finished for text in texts_b),
-        tokens_before_divergence=sum(agreed) / len(prompts),
+        tokens_before_divergence=sum(agreed) / len(names),
         divergences=[
             Divergence(
                 id=name,
                 position=place,
-                text_a=a.tokenizer.decode(one.tokens[place : place + _SHOWN]),
-                text_b=a.tokenizer.decode(two.tokens[place : place + _SHOWN]),
+                text_a=tokenizer.decode(one.tokens[place : place + _SHOWN]),
+                text_b=tokenizer.decode(two.tokens[place : place + _SHOWN]),
             )
-            for name, place, one, two, equal in zip(work.names, agreed, texts_a, texts_b, same, strict=True)
+            for name, place, one, two, equal in zip(names, agreed, texts_a, texts_b, same, strict=True)
             if not equal
         ],
         floor_same=sum(one == two for one, two in zip(texts_a, again, strict=False)),

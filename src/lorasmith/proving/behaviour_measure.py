@@ -1,23 +1,31 @@
-"""Both models, and the adapter twice, over the rows of a test set: numbers per token."""
+"""Adapter, adapter again, merged model: run one after the other, then compared token by token.
+
+Of each model the hidden states at the scored positions stay, on disk, and its head in memory. So the two need
+not fit into memory together, and what validation has kept is not computed again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
 from lorasmith.executors.local import work_through
-from lorasmith.files.journal import Journal
+from lorasmith.files.journal import Journal, Rows
 from lorasmith.models.arithmetic import Route, other_route, use_route
-from lorasmith.models.batches import Batch, make_batch, plan_batches
+from lorasmith.models.batches import make_batch, plan_batches
 from lorasmith.models.divergence import TokenPairs, compare_logits
 from lorasmith.models.forward import TokenForward
 from lorasmith.models.load import LoadedModel
-from lorasmith.models.loglik import open_forward, raise_non_finite
+from lorasmith.models.loglik import examine
+from lorasmith.models.memory import keep_memory
 from lorasmith.models.session import Workload
+from lorasmith.models.states import KeptStates, scoring_work
 from lorasmith.models.work import RowWork
 from lorasmith.progress import Progress
 
@@ -25,13 +33,45 @@ FLOOR_ROWS = 8
 """Rows on which the floor is measured, spread over all lengths: some hundred tokens give its mean to a fifth,
 and a grade asks for a factor of two, where a rounded merge is six orders of magnitude away."""
 
+SERVING_ROWS = 16
+"""The same for the serving type, whose divergence varies more from token to token; it decides nothing."""
+
 _ELEMENTS = 1 << 24
 """Logits of one model that exist at one time: 64 MB in float32; a comparison makes some eight such."""
 
 
 @dataclass(frozen=True)
+class Side:
+    """What is left of a model once it has run."""
+
+    states: KeptStates
+    logits: Callable[[torch.Tensor], torch.Tensor]
+    """[n, V] float32 from [n, H]: its head."""
+    vocabulary: int
+    device: torch.device
+
+    def chunk(self) -> int:
+        """Positions whose logits are taken at one time."""
+        return max(1, _ELEMENTS // self.vocabulary)
+
+    def of(self, rows: Rows) -> Iterator[torch.Tensor]:
+        """The logits at the scored positions of these rows, in pieces of `chunk()`."""
+        for part in self.states.of(rows).split(self.chunk()):
+            yield self.logits(part.to(self.device))
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The adapter against itself."""
+
+    rows: list[TokenPairs]
+    layouts: list[str]
+    """The two ways in which it was computed."""
+
+
+@dataclass(frozen=True)
 class Measured:
-    """Pairs of every row, and of the adapter with itself on the rows of the floor."""
+    """Pairs of every row, and of model A with itself on the rows of the floor."""
 
     rows: list[TokenPairs]
     floor: list[TokenPairs]
@@ -46,42 +86,52 @@ def measure(
     journal: Journal | None,
     progress: Progress,
 ) -> Measured:
-    """Run both models over all rows, and the adapter twice over the rows of the floor."""
-    chunk = max(1, _ELEMENTS // a.vocabulary)
-    other = other_route(route, a.device)
-    with open_forward(a, work.rows, route) as adapted, open_forward(b, work.rows, route) as merged:
-        rows = _all_pairs(work, adapted, merged, chunk, journal, progress)
-        floor = _floor_pairs(work, adapted, chunk, other, progress)
-    layouts = [
-        f"batches of {work.settings.batch_tokens} tokens, {route.label}",
-        f"one row at a time, {other.label}",
-    ]
-    return Measured(rows, floor, layouts)
+    """Two models that are both in memory already, over all rows, and A against itself."""
+    with TemporaryDirectory(prefix="lorasmith-") as folder, ExitStack() as stack:
+        kept = [stack.enter_context(Journal(Path(folder) / name, name, {})) for name in ("a", "b")]
+        first = run_side(a, work, route, kept[0], "Run the first model", progress)
+        floor = noise_floor(a, work, first, route, progress)
+        second = run_side(b, work, route, kept[1], "Run the second model", progress)
+        return Measured(
+            compare_sides(work, first, second, route, journal, progress), floor.rows, floor.layouts
+        )
 
 
-def _all_pairs(
-    work: Workload,
-    a: TokenForward,
-    b: TokenForward,
-    chunk: int,
-    journal: Journal | None,
-    progress: Progress,
+def run_side(
+    loaded: LoadedModel, work: Workload, route: Route, journal: Journal, label: str, progress: Progress
+) -> Side:
+    """Fill the journal with the hidden states of all rows, where they are not in it; needs no model after."""
+    with keep_memory(), use_route(route):
+        forward = examine(loaded, work.rows)
+        kept = KeptStates(journal, work.rows)
+        if not all(row in kept for row in range(len(work.rows))):
+            with progress(label, total=work.tokens, unit="tok") as advance:
+                for rows, _ in work_through(work.batches(), scoring_work(forward, work, keep=True), journal):
+                    advance(sum(len(work.rows[row].ids) for row in rows))
+            kept = KeptStates(journal, work.rows)
+        return Side(kept, forward.detach(), loaded.vocabulary, loaded.device)
+
+
+def compare_sides(
+    work: Workload, a: Side, b: Side, route: Route, journal: Journal | None, progress: Progress
 ) -> list[TokenPairs]:
     """The pairs of every row, in the order of the test set."""
     found: dict[int, TokenPairs] = {}
-    with progress("Compare", total=work.tokens, unit="tok") as advance:
+    with (
+        keep_memory(),
+        use_route(route),
+        progress("Compare", total=sum(row.scored for row in work.rows), unit="tok") as advance,
+    ):
         comparing = _pair_work(
-            work, lambda rows: _compare_batch(work, a, b, chunk, make_batch(rows, work.rows).to(a.device))
+            work, lambda rows: _split(work, rows, _pairs(work, rows, a.of(rows), b.of(rows)))
         )
         for rows, pairs in work_through(work.batches(), comparing, journal):
             found.update(zip(rows, pairs, strict=True))
-            advance(sum(len(work.rows[row].ids) for row in rows))
+            advance(sum(work.rows[row].scored for row in rows))
     return [found[row] for row in range(len(work.rows))]
 
 
-def _pair_work(
-    work: Workload, action: Callable[[tuple[int, ...]], list[TokenPairs]]
-) -> RowWork[list[TokenPairs]]:
+def _pair_work(work: Workload, action: Callable[[Rows], list[TokenPairs]]) -> RowWork[list[TokenPairs]]:
     return RowWork(
         work.rows,
         action=action,
@@ -93,70 +143,88 @@ def _pair_work(
     )
 
 
-def _compare_batch(
-    work: Workload, a: TokenForward, b: TokenForward, chunk: int, batch: Batch
-) -> list[TokenPairs]:
-    """Both models on one batch; the pairs of each of its rows."""
-    pairs = _pairs(a.logits(batch, chunk=chunk), b.logits(batch, chunk=chunk), batch)
-    rows = _split(pairs, batch)
-    for row, one in zip(batch.rows, rows, strict=True):
-        for values, forward in ((one.logprob_a, a), (one.logprob_b, b)):
-            if not np.isfinite(values).all():
-                raise_non_finite(forward, batch, work.names[row])
-    return rows
-
-
-def _pairs(logits_a: Iterator[torch.Tensor], logits_b: Iterator[torch.Tensor], batch: Batch) -> TokenPairs:
+def _pairs(
+    work: Workload, rows: Rows, logits_a: Iterator[torch.Tensor], logits_b: Iterator[torch.Tensor]
+) -> TokenPairs:
+    targets = torch.cat([torch.tensor(work.rows[row].ids[work.rows[row].scored_from :]) for row in rows])
     parts, start = [], 0
     for one, two in zip(logits_a, logits_b, strict=True):
-        parts.append(compare_logits(one, two, batch.targets[start : start + len(one)]))
+        here = targets[start : start + len(one)].to(one.device)
+        parts.append(compare_logits(one, two.to(one.device), here))
         start += len(one)
     return TokenPairs.join(parts)
 
 
-def _split(pairs: TokenPairs, batch: Batch) -> list[TokenPairs]:
+def _split(work: Workload, rows: Rows, pairs: TokenPairs) -> list[TokenPairs]:
     found, start = [], 0
-    for count in batch.counts:
-        found.append(pairs.part(slice(start, start + count)))
-        start += count
-    return found
-
-
-def _floor_pairs(
-    work: Workload, forward: TokenForward, chunk: int, other: Route, progress: Progress
-) -> list[TokenPairs]:
-    """The adapter against itself on a sample of rows: in batches, and one row at a time by another route."""
-    order = [row for batch in work.batches() for row in batch]
-    sample = order[:: -(-len(order) // FLOOR_ROWS)]
-    batches = plan_batches([len(work.rows[row].ids) for row in sample], work.settings.batch_tokens)
-    found: list[TokenPairs] = []
-    total = sum(len(work.rows[row].ids) for row in sample)
-    with progress("Noise floor", total=total, unit="tok") as advance:
-        measuring = _pair_work(work, lambda rows: _floor_batch(work, forward, chunk, other, rows))
-        for rows, pairs in work_through(
-            [tuple(sample[place] for place in batch) for batch in batches], measuring
-        ):
-            found.extend(pairs)
-            advance(sum(len(work.rows[row].ids) for row in rows))
-    return found
-
-
-def _floor_batch(
-    work: Workload, forward: TokenForward, chunk: int, other: Route, rows: tuple[int, ...]
-) -> list[TokenPairs]:
-    batch = make_batch(rows, work.rows).to(forward.device)
-    pieces = [min(chunk, count - start) for count in batch.counts for start in range(0, count, chunk)]
-    together = forward.logits(batch, sizes=pieces)
-    found = []
     for row in rows:
-        alone = make_batch([row], work.rows).to(forward.device)
-
-        def elsewhere(alone: Batch = alone) -> Iterator[torch.Tensor]:
-            pending = forward.logits(alone, chunk=chunk)
-            for _ in range(-(-alone.counts[0] // chunk)):
-                with use_route(other):
-                    logits = next(pending)
-                yield logits
-
-        found.append(_pairs(islice(together, -(-alone.counts[0] // chunk)), elsewhere(), alone))
+        found.append(pairs.part(slice(start, start + work.rows[row].scored)))
+        start += work.rows[row].scored
     return found
+
+
+def noise_floor(loaded: LoadedModel, work: Workload, side: Side, route: Route, progress: Progress) -> Floor:
+    """The adapter against itself on a sample of rows: in batches, and one row at a time by another route."""
+    other = other_route(route, loaded.device)
+    sample = _sample(work, FLOOR_ROWS)
+    total = sum(len(work.rows[row].ids) for row in sample)
+    found = []
+    with keep_memory(), use_route(route), progress("Noise floor", total=total, unit="tok") as advance:
+        with use_route(other):
+            forward = examine(loaded, work.rows)
+        with forward:
+            for row in sample:
+                alone = _elsewhere(forward, work, (row,), other, side.chunk())
+                found.append(_pairs(work, (row,), side.of((row,)), alone))
+                advance(len(work.rows[row].ids))
+    layouts = [
+        f"batches of {work.settings.batch_tokens} tokens, {route.label}",
+        f"one row at a time, {other.label}",
+    ]
+    return Floor(found, layouts)
+
+
+def serving_floor(loaded: LoadedModel, work: Workload, side: Side, route: Route, progress: Progress) -> Floor:
+    """The adapter in the type it is served in (`loaded`) against itself in float32, on a sample of rows."""
+    name = str(loaded.model.dtype).removeprefix("torch.")
+    sample = _sample(work, SERVING_ROWS)
+    lengths = [len(work.rows[row].ids) for row in sample]
+    found = []
+    low = Route(name, loaded.model.dtype, name)
+    with (
+        keep_memory(),
+        use_route(low),
+        examine(loaded, work.rows) as forward,
+        progress(f"Noise of {name}", total=sum(lengths), unit="tok") as advance,
+    ):
+        for batch in plan_batches(lengths, work.settings.batch_tokens, work.settings.batch_size):
+            rows = tuple(sample[place] for place in batch)
+            served = _elsewhere(forward, work, rows, low, side.chunk())
+            with use_route(route):
+                found += _split(work, rows, _pairs(work, rows, side.of(rows), served))
+            advance(sum(len(work.rows[row].ids) for row in rows))
+    return Floor(
+        found, [f"batches of {work.settings.batch_tokens} tokens, {way}" for way in (route.label, name)]
+    )
+
+
+def _sample(work: Workload, count: int) -> list[int]:
+    """At most `count` rows, spread over all lengths."""
+    order = [row for batch in work.batches() for row in batch]
+    return order[:: -(-len(order) // count)]
+
+
+def _elsewhere(
+    forward: TokenForward, work: Workload, rows: Rows, route: Route, chunk: int
+) -> Iterator[torch.Tensor]:
+    """Logits of these rows by another route than the one that is on."""
+    pending = forward.logits(make_batch(rows, work.rows).to(forward.device), chunk=chunk)
+    for _ in range(-(-sum(work.rows[row].scored for row in rows) // chunk)):
+        with use_route(route):
+            logits = next(pending)
+        yield logits
+
+
+def is_finite(rows: Sequence[TokenPairs]) -> bool:
+    """Whether all numbers of the pairs are."""
+    return all(np.isfinite(row.kl).all() and np.isfinite(row.logprob_b).all() for row in rows)

@@ -15,7 +15,6 @@ from lorasmith.models.statistics import (
     group_rows,
     mean_interval,
     perplexity,
-    seed_for,
 )
 from lorasmith.records.dataset import Example
 from lorasmith.records.proof import ExampleComparison, Flip, KLStatistics, TokenComparison
@@ -74,10 +73,7 @@ def by_group(
     """The comparison for every group and crossing of groups."""
     grouped = group_rows([group_fields(example) for example in examples])
     return {
-        dimension: {
-            name: summarise([rows[index] for index in found], seed_for(seed, dimension, name))
-            for name, found in groups.items()
-        }
+        dimension: {name: summarise([rows[index] for index in found], seed) for name, found in groups.items()}
         for dimension, groups in grouped.items()
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from lorasmith.records.base import FileDigest, Finding, Interval, Part, Record
-from lorasmith.records.scoring import ModelIdentity, ScoringSettings
+from lorasmith.records.scoring import ModelIdentity, ScoringSettings, TaskEffect
 
 
 class Difference(Part):
@@ -178,6 +178,11 @@ class BehaviourProof(Record):
     """The adapter against itself under another batch layout and order of summation."""
     floor_layouts: list[str] = []
     """The two ways in which the adapter was computed for the floor."""
+    serving: TokenComparison | None = None
+    """The adapter against itself in the 16-bit type that it is stored and served in, on some rows; None where
+    everything is float32. It decides nothing: it tells what serving alone changes."""
+    serving_layouts: list[str] = []
+    """The two ways in which the adapter was computed for it."""
     flips: list[Flip]
     examples: list[ExampleComparison] = []
     generation: GenerationComparison | None = None
@@ -217,4 +222,6 @@ class ComparisonRecord(Record):
     """Merged against adapter."""
     weights_grade: str
     behaviour_grade: str
+    task_effects: dict[str, list[TaskEffect]] = {}
+    """The benchmarks' own metrics: `effect` is adapter against base, `merge` merged against adapter."""
     details: dict[str, Any] = {}

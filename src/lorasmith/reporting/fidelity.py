@@ -14,6 +14,7 @@ from lorasmith.reporting.groups import ALL, is_idle, sort_groups
 from lorasmith.reporting.load import RunRecords
 
 FLOOR = "the adapter against itself"
+SERVED = "the adapter in its serving type"
 QUANTILES = (("median", "median"), ("q90", "90 %"), ("q95", "95 %"), ("q99", "99 %"), ("q999", "99.9 %"))
 
 
@@ -72,6 +73,8 @@ def divergence_tables(records: RunRecords) -> list[DivergenceTable]:
         found.update({name: groups[name] for name in sort_groups(kind, set(groups))})
         if proof.floor is not None:
             found[FLOOR] = proof.floor
+        if proof.serving is not None:
+            found[SERVED] = proof.serving
         axis = log_axis([value for entry in found.values() for value in _values(entry).values()])
         rows = [
             DivergenceRow(

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from lorasmith.models.encode import Encoded
 from lorasmith.models.loglik import Floats, row_loss
-from lorasmith.models.statistics import Array, group_fields, group_rows, mean_interval, perplexity, seed_for
+from lorasmith.models.statistics import Array, group_fields, group_rows, mean_interval, perplexity
 from lorasmith.records.dataset import Example
 from lorasmith.records.scoring import GroupMetrics
 
@@ -49,9 +49,7 @@ SCHEMA = pa.schema(
 """Columns of the per-example Parquet file; `position` counts scored tokens from 0."""
 
 
-def group_metrics(
-    losses: Array, tokens: Array, rows: Sequence[int] | None, seed: int, *names: str
-) -> GroupMetrics:
+def group_metrics(losses: Array, tokens: Array, rows: Sequence[int] | None, seed: int) -> GroupMetrics:
     """Token-weighted loss of the given rows (None: all) from per-row loss sums and token counts."""
     if rows is not None:
         losses, tokens = losses[list(rows)], tokens[list(rows)]
@@ -61,7 +59,7 @@ def group_metrics(
         tokens=int(tokens.sum()),
         loss=loss,
         perplexity=perplexity(loss),
-        interval=mean_interval(losses, tokens, seed_for(seed, *names)),
+        interval=mean_interval(losses, tokens, seed),
     )
 
 
@@ -74,9 +72,7 @@ def aggregate(
     overall = group_metrics(losses, tokens, None, seed)
     grouped = group_rows([group_fields(example) for example in examples])
     groups = {
-        dimension: {
-            name: group_metrics(losses, tokens, rows, seed, dimension, name) for name, rows in found.items()
-        }
+        dimension: {name: group_metrics(losses, tokens, rows, seed) for name, rows in found.items()}
         for dimension, found in grouped.items()
     }
     return overall, groups

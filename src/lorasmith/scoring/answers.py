@@ -17,6 +17,7 @@ from lorasmith.models.arithmetic import Route, use_route
 from lorasmith.models.batches import make_batch, plan_batches
 from lorasmith.models.encode import Encoded
 from lorasmith.models.generate import (
+    GENERATE_ROWS,
     Generated,
     from_arrays,
     generate_greedy,
@@ -26,6 +27,7 @@ from lorasmith.models.generate import (
 )
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.loglik import open_forward
+from lorasmith.models.memory import keep_memory
 from lorasmith.models.session import Workload
 from lorasmith.models.template import frame, response_tokens
 from lorasmith.models.work import RowWork
@@ -78,12 +80,15 @@ def choice_likelihoods(
 
         def weigh(batch: tuple[int, ...]) -> npt.NDArray[np.float32]:
             logits = torch.cat(list(forward.logits(make_batch(batch, asked).to(loaded.device))))
-            return np.asarray((logits[:, columns] - logits.logsumexp(-1, keepdim=True)).cpu())
+            return np.asarray(
+                (logits[:, columns.to(logits.device)] - logits.logsumexp(-1, keepdim=True)).cpu()
+            )
 
         weighing: RowWork[npt.NDArray[np.float32]] = RowWork(
             asked, weigh, to_arrays=lambda values: [values], from_arrays=lambda batch, arrays: arrays[0]
         )
-        plan = plan_batches([len(row.ids) for row in chosen], work.settings.batch_tokens)
+        settings = work.settings
+        plan = plan_batches([len(row.ids) for row in chosen], settings.batch_tokens, settings.batch_size)
         batches = [tuple(rows[place] for place in batch) for batch in plan]
         for batch, values in work_through(batches, weighing, journal):
             found.update(zip(batch, values.tolist(), strict=True))
@@ -123,13 +128,18 @@ def generated_answers(
     batches = []
     for source in RULES:
         own = [row for row in rows if sources[row] == source]
-        planned = plan_generation([prompts[row] for row in own])
+        together = min(GENERATE_ROWS, work.settings.batch_size or GENERATE_ROWS)
+        planned = plan_generation([prompts[row] for row in own], together)
         batches += [tuple(own[place] for place in batch) for batch in planned]
     found: dict[int, Generated] = {}
     writing: RowWork[list[Generated]] = RowWork(
         work.rows, write, to_arrays=to_arrays, from_arrays=from_arrays
     )
-    with use_route(route), progress("Write answers", total=len(rows), unit="row") as advance:
+    with (
+        keep_memory(),
+        use_route(route),
+        progress("Write answers", total=len(rows), unit="row") as advance,
+    ):
         for batch, texts in work_through(batches, writing, journal):
             found.update(zip(batch, texts, strict=True))
             advance(len(batch))

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorasmith.errors import DataError, os_errors
-from lorasmith.models.statistics import Array, group_rows, mean_interval, perplexity, seed_for, sign_flip_p
+from lorasmith.models.statistics import Array, group_rows, mean_interval, perplexity, sign_flip_p
 from lorasmith.records.base import Interval
 from lorasmith.records.proof import PairedEffect
 from lorasmith.records.scoring import TaskEffect
@@ -50,10 +50,10 @@ def paired_effects(
     loss_a, loss_b = (
         np.array([-np.sum(np.asarray(row["logprobs"], dtype=np.float64)) for row in rows]) for rows in (a, b)
     )
-    overall = paired_effect(loss_a, loss_b, tokens, seed_for(seed))
+    overall = paired_effect(loss_a, loss_b, tokens, seed)
     groups = {
         dimension: {
-            name: paired_effect(loss_a[rows], loss_b[rows], tokens[rows], seed_for(seed, dimension, name))
+            name: paired_effect(loss_a[rows], loss_b[rows], tokens[rows], seed)
             for name, rows in found.items()
         }
         for dimension, found in group_rows(a).items()
@@ -108,9 +108,8 @@ def paired_tasks(a_parquet: Path, b_parquet: Path, *, seed: int = 0) -> list[Tas
         if not both:
             continue
         values_a, values_b = (np.array([side[name] for name in both]) for side in (one, two))
-        key = seed_for(seed, benchmark, metric)
-        interval = mean_interval(values_b - values_a, np.ones(len(both)), key)
-        p_value = sign_flip_p(values_b - values_a, key)
+        interval = mean_interval(values_b - values_a, np.ones(len(both)), seed)
+        p_value = sign_flip_p(values_b - values_a, seed)
         effects.append(
             TaskEffect(
                 benchmark=benchmark,

@@ -7,7 +7,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lorasmith.benchmarks.registry import BENCHMARKS
 from lorasmith.errors import DataError
 from lorasmith.files.atomic import write_bytes, write_record
 from lorasmith.files.hub import local_model
+from lorasmith.files.paths import StrPath
 from lorasmith.models.load import LoadedModel, load_model
 from lorasmith.models.session import (
     ScoringOptions,
@@ -31,7 +32,7 @@ from lorasmith.models.session import (
     prepare,
     route_of,
 )
-from lorasmith.models.statistics import mean_interval, seed_for
+from lorasmith.models.statistics import mean_interval
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.dataset import Example
@@ -66,18 +67,22 @@ class Judged:
 
 
 def evaluate_tasks(
-    model: Path,
-    test_set: Path,
-    output: Path,
+    model: StrPath,
+    test_set: StrPath,
+    output: StrPath,
     *,
-    adapter: Path | None = None,
+    adapter: StrPath | None = None,
     role: str | None = None,
     template: str = "auto",
     device: str = "auto",
+    device_map: str | None = None,
     arithmetic: str = "auto",
     batch_tokens: int | None = None,
+    batch_size: int | None = None,
+    max_length: int | None = None,
     limit: int | None = None,
     shuffle_seed: int | None = None,
+    strict: bool = False,
     seed: int = 0,
     progress: Progress = silent,
 ) -> TaskResult:
@@ -88,18 +93,11 @@ def evaluate_tasks(
     Writes `{role}_tasks.json` and `{role}_tasks.parquet`; resumable like `validate`, whose options these
     are. Raises `DataError` when no row belongs to a benchmark.
     """
+    options = replace(ScoringOptions.chosen(locals()), end_of_turn=False)
+    test_set, output = Path(test_set), Path(output)
+    adapter = None if adapter is None else Path(adapter)
     model = local_model(model, [] if adapter is None else [adapter], progress=progress)
     role = role or ("base" if adapter is None else "adapter")
-    options = ScoringOptions(
-        template=template,
-        end_of_turn=False,
-        device=device,
-        arithmetic=arithmetic,
-        batch_tokens=batch_tokens,
-        limit=limit,
-        shuffle_seed=shuffle_seed,
-        seed=seed,
-    )
     digest = describe_test_set(test_set)
     folders = [model] if adapter is None else [model, adapter]
     with ExitStack() as stack:
@@ -108,7 +106,13 @@ def evaluate_tasks(
             for kind in ("choices", "answers")
         ]
         route = route_of(options, journals[0])
-        loaded = load_model(model, adapter=adapter, device=options.place()[0], dtype=route.dtype)
+        loaded = load_model(
+            model,
+            adapter=adapter,
+            device=options.place()[0],
+            dtype=route.dtype,
+            device_map=options.device_map,
+        )
         work = prepare(test_set, loaded, options, route)
         known = _by_benchmark(work, test_set)
         choices = [row for row in known if _has_choices(work.examples[row])]
@@ -201,7 +205,7 @@ def _metrics(judged: Sequence[Judged], seed: int) -> list[TaskMetric]:
                     hit_limit=sum(not one.finished for one in own),
                     max_new_tokens=rules.max_new_tokens if rules else None,
                     value=float(scores.mean()) if len(scores) else None,
-                    interval=mean_interval(scores, np.ones(len(scores)), seed_for(seed, name, metric)),
+                    interval=mean_interval(scores, np.ones(len(scores)), seed),
                 )
             )
     return found

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import ExitStack
 from pathlib import Path
-
-import numpy as np
 
 from lorasmith.errors import UsageError
 from lorasmith.executors.local import work_through
@@ -14,9 +13,8 @@ from lorasmith.files.hub import local_model
 from lorasmith.files.journal import Journal
 from lorasmith.files.paths import StrPath
 from lorasmith.models.arithmetic import Route
-from lorasmith.models.batches import make_batch
 from lorasmith.models.load import LoadedModel, load_model
-from lorasmith.models.loglik import Floats, open_forward, score_batch
+from lorasmith.models.loglik import Floats, open_forward
 from lorasmith.models.session import (
     ScoringOptions,
     Workload,
@@ -26,7 +24,7 @@ from lorasmith.models.session import (
     prepare,
     route_of,
 )
-from lorasmith.models.work import RowWork
+from lorasmith.models.states import open_states, scoring_work
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest
 from lorasmith.records.scoring import ValidationResult
@@ -46,6 +44,7 @@ def validate(
     loss_on: str = "response",
     end_of_turn: bool = True,
     device: str = "auto",
+    device_map: str | None = None,
     arithmetic: str = "auto",
     batch_tokens: int | None = None,
     batch_size: int | None = None,
@@ -54,6 +53,7 @@ def validate(
     shuffle_seed: int | None = None,
     strict: bool = False,
     seed: int = 0,
+    states: StrPath | None = None,
     progress: Progress = silent,
 ) -> ValidationResult:
     """Score the model in `model`, with `adapter` on it unless None, on every response of `test_set`.
@@ -64,13 +64,16 @@ def validate(
     - `template`: `chat`, `plain`, or `auto` for chat where the tokenizer has a template.
     - `loss_on`: `response`, or `all` for the loss over prompt and response.
     - `end_of_turn`: whether the token that ends the response is scored as well.
-    - `device`: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; `arithmetic`: `auto` (float32 by the faster route),
+    - `device`: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; `device_map`: `auto` spreads a model that is too large
+      for one GPU over all of them, memory and disk. `arithmetic`: `auto` (float32 by the faster route),
       `mkl`, `onednn` or `bfloat16`.
     - `batch_tokens`, `batch_size`: padded tokens and rows of a batch at most; a batch that does not fit in
       memory is halved anyway. `max_length`: tokens of a row, by default what the model was made for; longer
       rows are cut and counted, under `strict` refused.
     - `limit`: score only so many rows, the first or with `shuffle_seed` a random choice, and mark the result
       as partial. `seed`: of the bootstrap.
+    - `states`: a folder in which the hidden states at the scored positions are kept, 4·H bytes each, for a
+      comparison of the same models on the same test set, which then need not run them again.
 
     Finished batches are kept in a journal beside the output: killed at any point, the same call goes on after
     the last of them and gives the same bytes.
@@ -79,38 +82,38 @@ def validate(
     cannot be used, `UsageError` for options that do not fit, `MemoryLimitError` when one row does not fit,
     `BusyError` while another process writes the same result.
     """
+    options = ScoringOptions.chosen(locals())
     adapter = None if adapter is None else Path(adapter)
     model = local_model(model, [] if adapter is None else [adapter], progress=progress)
     test_set, output = Path(test_set), Path(output)
     role = role or ("base" if adapter is None else "adapter")
     if role not in ROLES:
         raise UsageError(f"there is no role {role!r}", expected=" | ".join(ROLES))
-    options = ScoringOptions(
-        template=template,
-        loss_on=loss_on,
-        end_of_turn=end_of_turn,
-        device=device,
-        arithmetic=arithmetic,
-        batch_tokens=batch_tokens,
-        batch_size=batch_size,
-        max_length=max_length,
-        limit=limit,
-        shuffle_seed=shuffle_seed,
-        strict=strict,
-        seed=seed,
-    )
     digest = describe_test_set(test_set)
     folders = [model] if adapter is None else [model, adapter]
-    with open_journal(output / f".{role}.journal", folders, digest, options) as journal:
-        route = route_of(options, journal)
-        loaded = load_model(model, adapter=adapter, device=options.place()[0], dtype=route.dtype)
+    with ExitStack() as stack:
+        own = None
+        if states is None:
+            own = stack.enter_context(open_journal(output / f".{role}.journal", folders, digest, options))
+        route = route_of(options, own)
+        loaded = load_model(
+            model,
+            adapter=adapter,
+            device=options.place()[0],
+            dtype=route.dtype,
+            device_map=options.device_map,
+        )
         work = prepare(test_set, loaded, options, route)
-        logprobs = score(loaded, work, route, f"Validate {role}", journal, progress)
+        journal = own
+        if states is not None:
+            kept = open_states(Path(states) / f"{role}.journal", folders, loaded, work, route)
+            journal = stack.enter_context(kept)
+        logprobs = score(loaded, work, route, f"Validate {role}", journal, progress, keep=states is not None)
         result, table = _result(model, adapter, role, digest, loaded, work, logprobs)
         write_bytes(output / f"{role}.parquet", table)
         write_record(output / f"{role}.json", result)
-        if journal:
-            journal.remove()
+        if own:
+            own.remove()
     return result
 
 
@@ -150,20 +153,20 @@ def score(
     label: str,
     journal: Journal | None = None,
     progress: Progress = silent,
+    *,
+    keep: bool = False,
 ) -> list[Floats]:
-    """Log-probabilities of the scored tokens of every row, in the order of the test set."""
+    """Log-probabilities of the scored tokens of every row, in the order of the test set.
+
+    With `keep` the journal gets the hidden states as well.
+    """
     found: dict[int, Floats] = {}
     with (
         open_forward(loaded, work.rows, route) as forward,
         progress(label, total=work.tokens, unit="tok") as advance,
     ):
-        scoring: RowWork[list[Floats]] = RowWork(
-            work.rows,
-            action=lambda rows: score_batch(forward, make_batch(rows, work.rows), work.names),
-            to_arrays=list,
-            from_arrays=lambda rows, arrays: [array.astype(np.float32) for array in arrays],
-        )
-        for rows, values in work_through(work.batches(), scoring, journal):
+        scoring = scoring_work(forward, work, keep=keep)
+        for rows, (values, _) in work_through(work.batches(), scoring, journal):
             found.update(zip(rows, values, strict=True))
             advance(sum(len(work.rows[row].ids) for row in rows))
     return [found[row] for row in range(len(work.rows))]

@@ -1,0 +1,210 @@
+"""The two models of a comparison, loaded one after the other, and what each leaves behind."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorasmith.checkpoint.jsonfile import read_object
+from lorasmith.checkpoint.model import text_config
+from lorasmith.errors import CheckpointError
+from lorasmith.models.arithmetic import Route
+from lorasmith.models.encode import encode_examples
+from lorasmith.models.load import LoadedModel, has_tokenizer, load_model, load_tokenizer, require_file
+from lorasmith.models.memory import release_memory
+from lorasmith.models.session import ScoringOptions, Workload, identify, prepare
+from lorasmith.models.states import open_states
+from lorasmith.models.template import resolve_template
+from lorasmith.progress import Progress
+from lorasmith.proving.behaviour_generation import Texts, compare_texts, write_texts
+from lorasmith.proving.behaviour_measure import Floor, Side, is_finite, noise_floor, run_side, serving_floor
+from lorasmith.records.base import Finding
+from lorasmith.records.proof import GenerationComparison
+from lorasmith.records.scoring import ModelIdentity
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is to be compared, and how."""
+
+    base: Path
+    adapter: Path
+    merged: Path
+    options: ScoringOptions
+    generate: int | None
+    progress: Progress
+    route: Route
+    states: Path
+    """Folder of the hidden states."""
+
+
+@dataclass(frozen=True)
+class MergedRun:
+    """What is left of the merged model."""
+
+    side: Side
+    identity: ModelIdentity
+    texts: Texts | None
+
+
+@dataclass(frozen=True)
+class AdapterRun:
+    """What is left of the adapter, and what it says of itself."""
+
+    side: Side
+    identity: ModelIdentity
+    texts: Texts | None
+    work: Workload
+    tokenizer: Any
+    floor: Floor
+    serving: Floor | None
+    obstacles: list[str] = field(default_factory=list)
+    """What forbids a good grade."""
+    findings: list[Finding] = field(default_factory=list)
+
+
+def run_adapter(asked: Comparison, test_set: Path, stack: ExitStack) -> AdapterRun:
+    """Run the adapter on its base and measure its floors; the journal of its states stays open on `stack`."""
+    device, _ = asked.options.place()
+    spread = asked.options.device_map
+    loaded = load_model(asked.base, adapter=asked.adapter, device=device, device_map=spread)
+    _check_vocabulary(loaded.vocabulary, _announced_vocabulary(asked.merged), asked.merged)
+    work = prepare(test_set, loaded, asked.options, asked.route)
+    obstacles, findings = _compare_tokenizers(work, asked.merged)
+    journal = stack.enter_context(
+        open_states(asked.states / "adapter.journal", [asked.base, asked.adapter], loaded, work, asked.route)
+    )
+    side = run_side(loaded, work, asked.route, journal, "Run adapter", asked.progress)
+    floor = noise_floor(loaded, work, side, asked.route, asked.progress)
+    texts = _texts(asked, work, loaded, "Generate (adapter)")
+    identity = identify("adapter", asked.base, asked.adapter, loaded)
+    tokenizer = loaded.tokenizer
+    del loaded
+    release_memory()
+    serving = _serving(asked, work, side, findings)
+    return AdapterRun(side, identity, texts, work, tokenizer, floor, serving, obstacles, findings)
+
+
+def run_merged(asked: Comparison, work: Workload, stack: ExitStack) -> MergedRun:
+    """The same for the merged model, on the adapter's tokens."""
+    own = asked.merged if has_tokenizer(asked.merged) else asked.base
+    loaded = load_model(
+        asked.merged,
+        device=asked.options.place()[0],
+        tokenizer_from=own,
+        device_map=asked.options.device_map,
+    )
+    path = asked.states / "merged.journal"
+    journal = stack.enter_context(open_states(path, [asked.merged], loaded, work, asked.route))
+    side = run_side(loaded, work, asked.route, journal, "Run merged", asked.progress)
+    texts = _texts(asked, work, loaded, "Generate (merged)")
+    return MergedRun(side, identify("merged", asked.merged, None, loaded), texts)
+
+
+def generation_of(asked: Comparison, a: AdapterRun, b: MergedRun) -> GenerationComparison | None:
+    """Their texts compared, where some were asked for."""
+    if asked.generate is None or a.texts is None or b.texts is None:
+        return None
+    return compare_texts(a.work.names, a.texts, b.texts, a.tokenizer, asked.generate)
+
+
+def _texts(asked: Comparison, work: Workload, loaded: LoadedModel, label: str) -> Texts | None:
+    if asked.generate is None:
+        return None
+    return write_texts(work, loaded, asked.route, asked.generate, label, asked.progress)
+
+
+def _serving(asked: Comparison, work: Workload, side: Side, findings: list[Finding]) -> Floor | None:
+    """The adapter in the 16 bits that the merged model, else the base, is stored in; None for float32."""
+    types = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    stored = [_config(folder) for folder in (asked.merged, asked.base)]
+    named = [str(config.get("dtype") or config.get("torch_dtype")) for config in stored]
+    dtype = next((types[name] for name in named if name in types), None)
+    if dtype is None:
+        return None
+    loaded = load_model(
+        asked.base,
+        adapter=asked.adapter,
+        device=asked.options.place()[0],
+        dtype=dtype,
+        device_map=asked.options.device_map,
+    )
+    floor = serving_floor(loaded, work, side, asked.route, asked.progress)
+    del loaded
+    release_memory()
+    if is_finite(floor.rows):
+        return floor
+    findings.append(
+        Finding(
+            severity="warning",
+            code="serving-overflow",
+            message=f"computed in {str(dtype).removeprefix('torch.')}, the adapter gives numbers that are "
+            "not finite",
+            where=asked.adapter.name,
+            remedy="serve it in bfloat16 or float32",
+        )
+    )
+    return None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    require_file(folder, "config.json", CheckpointError)
+    return read_object(folder / "config.json", CheckpointError)
+
+
+def _announced_vocabulary(folder: Path) -> int | None:
+    """As its config says it: known before the model is loaded."""
+    announced = text_config(_config(folder)).get("vocab_size")
+    return announced if isinstance(announced, int) else None
+
+
+def _check_vocabulary(ours: int, merged: int | None, folder: Path) -> None:
+    if merged is not None and ours != merged:
+        raise CheckpointError(
+            f"the merged model has {merged:,} embedding rows, base and adapter {ours:,}",
+            where=folder,
+            expected="two models of one vocabulary",
+            remedy="merge this adapter into this base again",
+        )
+
+
+def _compare_tokenizers(work: Workload, folder: Path) -> tuple[list[str], list[Finding]]:
+    """Would the merged folder put the same tokens to its model? Obstacles to a grade, and findings."""
+    if not has_tokenizer(folder):
+        finding = Finding(
+            severity="warning",
+            code="no-tokenizer",
+            message="the merged folder has no tokenizer; the adapter's was used for both models",
+            where=folder.name,
+            remedy="copy the tokenizer files into it, or merge again",
+        )
+        return [], [finding]
+    tokenizer, template = load_tokenizer(folder), work.settings.template
+    if resolve_template(tokenizer, "auto") == "plain" and template == "chat":
+        different = len(work.rows)
+    else:
+        own = encode_examples(
+            work.examples,
+            tokenizer,
+            template=template,
+            end_of_turn=work.settings.end_of_turn,
+            max_length=work.settings.max_length,
+            loss_on=work.settings.loss_on,
+        )
+        different = sum(one.ids != two.ids for one, two in zip(work.rows, own.rows, strict=True))
+    if not different:
+        return [], []
+    message = f"the merged folder's own tokenizer or chat template gives other tokens on {different} rows"
+    finding = Finding(
+        severity="error",
+        code="tokenizer-differs",
+        message=message,
+        where=folder.name,
+        expected="the tokenizer and the chat template that the adapter is used with",
+        remedy="copy the tokenizer files and the chat template of the adapter into it, or merge again",
+    )
+    return [message], [finding]
