@@ -208,6 +208,38 @@ def test_rows_of_the_test_set_are_refused(inputs: tuple[Path, Path, Path], tmp_p
     assert calibrated(inputs, tmp_path / "out", test_set=held_out).calibration.test_set_checked
 
 
+def test_auto_leaves_rows_of_the_test_set_out(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, rows = inputs
+    held_out = tmp_path / "test.jsonl"
+    held_out.write_text("".join(rows.read_text().splitlines(keepends=True)[:4]))
+    use = calibrated(inputs, tmp_path / "out", rounding="auto", test_set=held_out).calibration
+    assert (use.rows, use.left_out) == (20, 4)
+    with pytest.raises(DataError, match="no calibration rows beside those of the test set"):
+        calibrated(inputs, tmp_path / "none", rounding="auto", test_set=rows)
+    for options in ({"calibration": None}, {"precision": "float32"}):
+        record = calibrated(inputs, tmp_path / "plain", rounding="auto", **options)
+        assert (record.rounding, record.seed, record.calibration) == ("nearest", None, None)
+
+
+def test_auto_says_when_a_model_cannot_be_run_layer_by_layer(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llava")
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    rows = write_rows(tmp_path / "rows.jsonl")
+    record = calibrated((base, adapter, rows), tmp_path / "out", rounding="auto")
+    assert record.rounding == "nearest"
+    assert "not-calibrated" in {finding.code for finding in record.findings}
+    assert prove(base, adapter, tmp_path / "out").grade == "exact"
+    with pytest.raises(CheckpointError, match="cannot be built"):
+        calibrated((base, adapter, rows), tmp_path / "other")
+
+
+def test_several_files_are_one_set_of_rows(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    more = write_rows(tmp_path / "more.jsonl", 5, first=700)
+    record = calibrated(inputs, tmp_path / "out", calibration=[inputs[2], more])
+    assert record.calibration.rows == 29
+    assert [file.path for file in record.calibration.files] == ["rows.jsonl", "more.jsonl"]
+
+
 def test_no_rows_are_an_error(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         calibrated(inputs, tmp_path / "out", calibration=None)

@@ -26,13 +26,13 @@ def merge(
     rounding: Annotated[
         str,
         typer.Option(
-            help="nearest (each element correctly rounded), dithered (unbiased, from --seed) or calibrated "
-            "(fitted to rows of --calibration)."
+            help="nearest (each element correctly rounded), dithered (unbiased, from --seed), calibrated "
+            "(fitted to rows of --calibration), or auto (calibrated if rows are given)."
         ),
     ] = "nearest",
     seed: Seed = 0,
     calibration: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(help="JSONL that calibrated rounding looks at: the training file.", metavar="FILE"),
     ] = None,
     test_set: Annotated[

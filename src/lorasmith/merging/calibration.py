@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lorasmith.errors import DataError, UsageError
+from lorasmith.errors import DataError
 from lorasmith.files.digests import sha256_file
 from lorasmith.files.jsonl import read_examples
 from lorasmith.models.encode import encode_examples
@@ -33,59 +33,58 @@ class Calibration:
 
 
 def load_calibration(
-    file: Path, base: Path, adapters: Sequence[Path], *, test_set: Path | None, template: str, seed: int
+    files: Sequence[Path],
+    base: Path,
+    adapters: Sequence[Path],
+    *,
+    test_set: Path | None,
+    leave_out: bool,
+    template: str,
+    seed: int,
 ) -> Calibration:
-    """Rows of `file` in an order drawn by `seed`, as many as the budget of tokens holds.
+    """Rows of `files` in an order drawn by `seed`, as many as the budget of tokens holds.
 
-    Raises `DataError` for a file without rows, and for rows that are in the test set by their content: what
-    the merge was fitted to could not be measured on them.
+    Raises `DataError` where there are no rows; and for rows that are in the test set by their content, unless
+    they are to be left out: what the merge was fitted to could not be measured on them.
     """
-    examples = read_examples(file)
-    if not examples:
-        raise DataError("there are no calibration rows", where=file, expected="at least one row")
-    if test_set is not None:
-        _refuse_test_rows(examples, test_set, file)
-    own = next((folder for folder in adapters if has_tokenizer(folder)), None)
-    tokenizer = load_tokenizer(base, adapter=own)
-    encoded = encode_examples(examples, tokenizer, template=template, max_length=LONGEST)
+    examples = [example for file in files for example in read_examples(file)]
+    held_out = set() if test_set is None else {_content(example) for example in read_examples(test_set)}
+    own = [example for example in examples if _content(example) not in held_out]
+    if len(own) < len(examples) and not leave_out:
+        shared = next(example for example in examples if _content(example) in held_out)
+        raise DataError(
+            f"{len(examples) - len(own)} of {len(examples)} calibration rows are in the test set, such as "
+            f"{shared.id!r}",
+            where=files[0],
+            expected="rows that the test set does not hold",
+            remedy="calibrate on the training file, or take these rows out (`lorasmith testset split`)",
+        )
+    if not own:
+        raise DataError(
+            "there are no calibration rows" + (" beside those of the test set" if examples else ""),
+            where=files[0],
+            expected="at least one row",
+        )
+    folder = next((folder for folder in adapters if has_tokenizer(folder)), None)
+    tokenizer = load_tokenizer(base, adapter=folder)
+    encoded = encode_examples(own, tokenizer, template=template, max_length=LONGEST)
     chosen: list[list[int]] = []
     left = TOKENS
-    for place in np.random.default_rng(seed).permutation(len(examples)).tolist():
+    for place in np.random.default_rng(seed).permutation(len(own)).tolist():
         ids = encoded.rows[place].ids
         if len(ids) <= left:
             chosen.append(ids)
             left -= len(ids)
-    digest = FileDigest(path=file.name, bytes=file.stat().st_size, sha256=sha256_file(file))
     use = CalibrationUse(
-        file=digest,
+        files=[
+            FileDigest(path=file.name, bytes=file.stat().st_size, sha256=sha256_file(file)) for file in files
+        ],
         rows=len(chosen),
-        tokens=sum(len(ids) for ids in chosen),
+        tokens=TOKENS - left,
+        left_out=len(examples) - len(own),
         test_set_checked=test_set is not None,
     )
     return Calibration(chosen, use)
-
-
-def require_file(file: Path | None) -> Path:
-    """`UsageError` where a calibrated merge was given no rows."""
-    if file is None:
-        raise UsageError(
-            "calibrated rounding needs rows to calibrate on",
-            expected="--calibration FILE",
-            remedy="give the training file, or --rounding dithered, which needs no data",
-        )
-    return file
-
-
-def _refuse_test_rows(examples: Sequence[Example], test_set: Path, file: Path) -> None:
-    held_out = {_content(example) for example in read_examples(test_set)}
-    shared = [example.id for example in examples if _content(example) in held_out]
-    if shared:
-        raise DataError(
-            f"{len(shared)} of {len(examples)} calibration rows are in the test set, such as {shared[0]!r}",
-            where=file,
-            expected="rows that the test set does not hold",
-            remedy="calibrate on the training file, or take these rows out (`lorasmith testset split`)",
-        )
 
 
 def _content(example: Example) -> tuple[str, str]:

@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from functools import partial as partial_function
-from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from lorasmith import __version__
 from lorasmith.checkpoint.adapter import Adapter, open_adapter
@@ -29,28 +26,22 @@ from lorasmith.files.digests import (
 from lorasmith.files.hub import local_model, origin_of
 from lorasmith.files.machine import require_disk
 from lorasmith.files.paths import StrPath
-from lorasmith.merging.calibrate import run_calibration
-from lorasmith.merging.calibration import Calibration, load_calibration, require_file
 from lorasmith.merging.companions import companions, merged_config, merged_index
 from lorasmith.merging.copies import check_copies
 from lorasmith.merging.disk import Lanes
-from lorasmith.merging.effective import Effective
-from lorasmith.merging.feedback import Feedback
-from lorasmith.merging.fitted import Calibrated
 from lorasmith.merging.folder import PartialFolder, ShardDone, check_place, identity_of, make_key, only_one
+from lorasmith.merging.modes import ROUNDINGS, Mode, choose_mode
 from lorasmith.merging.plan import PRECISIONS, Plan, make_plan
 from lorasmith.merging.recipes import make_recipe
 from lorasmith.merging.stream import shard_header, write_shard
 from lorasmith.merging.summary import make_record
 from lorasmith.merging.tensors import Factors
 from lorasmith.merging.workers import Workers
-from lorasmith.models.arithmetic import resolve_device
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest
 from lorasmith.records.merging import MergeRecord
 
 RECORD = "lorasmith_merge.json"
-ROUNDINGS = ("nearest", "dithered", "calibrated")
 REVISION = 1
 """Raised whenever the merged bytes of the same inputs change, so that no older partial folder is taken up."""
 
@@ -64,7 +55,7 @@ def merge(
     precision: str = "base",
     rounding: str = "nearest",
     seed: int = 0,
-    calibration: StrPath | None = None,
+    calibration: StrPath | Sequence[StrPath] | None = None,
     test_set: StrPath | None = None,
     template: str = "auto",
     device: str = "auto",
@@ -79,8 +70,9 @@ def merge(
     `rounding` is `nearest` (each element correctly rounded, no `seed` needed), `dithered` (unbiased: up or
     down with the probability that makes the mean right, from a fixed stream of `seed`; see dither.py) or
     `calibrated` (fitted to what the layers get from the rows of `calibration`, drawn by `seed`; see
-    calibrate.py). Rows of `test_set` are refused there; `template` and `device` are as in `validate`. What is
-    copied, cast or replaced as a whole is always rounded to nearest.
+    calibrate.py). Rows of `test_set` are refused there; `template` and `device` are as in `validate`. `auto`
+    is calibrated where rows are given, without those of the test set, and else nearest. What is copied, cast
+    or replaced as a whole is always rounded to nearest.
 
     Raises `UsageError` for impossible arguments or an output inside an input, `CheckpointError` and
     `AdapterError` for inputs that cannot be merged rightly, `DiskError` before anything is written where the
@@ -93,11 +85,17 @@ def merge(
     checkpoint = open_checkpoint(base)
     adapters = [open_adapter(folder) for folder in folders]
     plan = make_plan(checkpoint, adapters, factors, precision)
-    rows = None
-    if rounding == "calibrated":
-        held_out = None if test_set is None else Path(test_set)
-        file = require_file(None if calibration is None else Path(calibration))
-        rows = load_calibration(file, base, folders, test_set=held_out, template=template, seed=seed)
+    mode = choose_mode(
+        rounding,
+        plan,
+        base,
+        folders,
+        calibration=calibration,
+        test_set=test_set,
+        template=template,
+        seed=seed,
+        device=device,
+    )
     with only_one(output):
         adapter_digests = [digest_folder(folder) for folder in folders]
         base_files = folder_files(base)
@@ -110,9 +108,7 @@ def merge(
                 "adapters": adapter_digests,
                 "weights": [weight.hex() for weight in factors],
                 "precision": precision,
-                "rounding": rounding,
-                "seed": seed if rounding != "nearest" else None,
-                "calibration": _calibration_key(rows, device),
+                "rounding": mode.key,
             }
         )
         check_copies(plan.copies, checkpoint, adapters)
@@ -120,14 +116,8 @@ def merge(
         _require_space(plan, partial, output)
         hashed = {shard.path.name: known_sha256(shard.path) for shard in checkpoint.shards}
         hashed_before = {name: sha256 for name, sha256 in hashed.items() if sha256 is not None}
-        dither_seed = None if rounding == "nearest" else seed
-        calibrated = None
-        if rows is not None:
-            effective = Effective(checkpoint, adapters, plan)
-            calibrated = run_calibration(base, plan, effective, rows, partial.scratch, device, progress)
-        shards, direct = _write_shards(
-            checkpoint, adapters, plan, partial, hashed_before, dither_seed, calibrated, progress
-        )
+        mode.fit(checkpoint, adapters, plan, partial.scratch, progress)
+        shards, direct = _write_shards(checkpoint, adapters, plan, partial, hashed_before, mode, progress)
         if identity_of(base_files) != identity:
             raise CheckpointError(
                 "the base changed during the merge",
@@ -148,20 +138,11 @@ def merge(
             adapter_sha256=adapter_digests,
             weights=factors,
             precision=precision,
-            rounding=rounding,
-            seed=dither_seed,
-            calibration=None if rows is None else rows.use,
+            mode=mode,
         )
         write_record(partial.path / RECORD, record)
         partial.publish([file.path for file in record.files] + [RECORD])
     return record.model_copy(update={"direct_io": direct})
-
-
-def _calibration_key(rows: Calibration | None, device: str) -> list[Any] | None:
-    if rows is None:
-        return None
-    versions = [version(name) for name in ("torch", "transformers")]
-    return [rows.rows, resolve_device(device).type, asdict(Feedback()), versions]
 
 
 def _check_arguments(
@@ -198,8 +179,7 @@ def _write_shards(
     plan: Plan,
     partial: PartialFolder,
     known: Mapping[str, str],
-    dither_seed: int | None,
-    calibrated: Calibrated | None,
+    mode: Mode,
     progress: Progress,
 ) -> tuple[list[ShardDone], bool]:
     """Write the shards that are not there yet; and whether all went past the page cache."""
@@ -219,8 +199,8 @@ def _write_shards(
                     factors=factors,
                     base=shard,
                     workers=workers,
-                    dither_seed=dither_seed,
-                    calibrated=calibrated,
+                    dither_seed=mode.dither_seed,
+                    calibrated=mode.calibrated,
                 )
                 target = partial.path / name
                 written = write_shard(shard, outputs, make, files, target, advance, lanes, name not in known)

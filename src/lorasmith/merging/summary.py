@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from lorasmith import __version__
 from lorasmith.files.hub import Origin
 from lorasmith.merging.folder import ShardDone
+from lorasmith.merging.modes import Mode
 from lorasmith.merging.plan import Plan
 from lorasmith.records.base import FileDigest, Finding
-from lorasmith.records.merging import CalibrationUse, MergeRecord
+from lorasmith.records.merging import MergeRecord
 
 NO_OP_FRACTION = 0.5
 """From this share of swallowed updates on a merge is called close to a no-op."""
@@ -25,9 +26,7 @@ def make_record(
     adapter_sha256: list[str],
     weights: list[float],
     precision: str,
-    rounding: str,
-    seed: int | None,
-    calibration: CalibrationUse | None,
+    mode: Mode,
 ) -> MergeRecord:
     """Counts over all tensors, and a warning where the merge is close to a no-op."""
     tensors = [tensor for done in shards for tensor in done.tensors]
@@ -35,7 +34,7 @@ def make_record(
     updated = swallowed + sum(tensor.changed for tensor in tensors)
     fraction = swallowed / updated if updated else 0.0
     untouched = [output for output in plan.outputs if output.change is None]
-    findings = list(plan.findings)
+    findings = [*plan.findings, *mode.findings]
     if not updated:
         findings.append(
             Finding(
@@ -44,13 +43,13 @@ def make_record(
                 message="the adapter changes nothing: all its updates are zero",
             )
         )
-    elif fraction >= NO_OP_FRACTION and rounding == "nearest":
+    elif fraction >= NO_OP_FRACTION and mode.rounding == "nearest":
         findings.append(
             Finding(
                 severity="warning",
                 code="close-to-no-op",
                 message=f"rounding swallowed {fraction:.1%} of the updates: they are below half an ulp",
-                remedy="merge with --rounding dithered, or with --precision float32 or float16, to keep them",
+                remedy="merge with --rounding calibrated or dithered, or --precision float16, to keep them",
             )
         )
     return MergeRecord(
@@ -61,9 +60,9 @@ def make_record(
         adapter_sha256=adapter_sha256,
         adapter_weights=weights,
         precision=precision,
-        rounding=rounding,
-        seed=seed,
-        calibration=calibration,
+        rounding=mode.rounding,
+        seed=mode.dither_seed,
+        calibration=None if mode.rows is None else mode.rows.use,
         tensors=tensors,
         copied=sum(output.dtype == output.source.dtype for output in untouched),
         cast=sum(output.dtype != output.source.dtype for output in untouched),

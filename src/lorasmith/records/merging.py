@@ -43,9 +43,11 @@ class MergedTensor(Part):
 class CalibrationUse(Part):
     """What a calibrated merge was fitted to."""
 
-    file: FileDigest
+    files: list[FileDigest]
     rows: int
     tokens: int
+    left_out: int = 0
+    """Rows that are in the test set."""
     test_set_checked: bool
     """Whether the rows were compared with a test set."""
 

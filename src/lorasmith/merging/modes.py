@@ -1,0 +1,120 @@
+"""Which rounding a merge ends up with, and what it needs for it: a seed, rows, a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from lorasmith.checkpoint.adapter import Adapter
+from lorasmith.checkpoint.model import Checkpoint
+from lorasmith.errors import UsageError
+from lorasmith.files.paths import StrPath
+from lorasmith.merging.calibrate import run_calibration
+from lorasmith.merging.calibration import Calibration, load_calibration
+from lorasmith.merging.effective import Effective
+from lorasmith.merging.feedback import Feedback
+from lorasmith.merging.fitted import Calibrated
+from lorasmith.merging.plan import Plan
+from lorasmith.models.arithmetic import resolve_device
+from lorasmith.models.layerwise import UnsupportedLayers
+from lorasmith.progress import Progress
+from lorasmith.records.base import Finding
+
+ROUNDINGS = ("nearest", "dithered", "calibrated", "auto")
+FITTED_TYPES = ("BF16", "F16")
+"""To float32 next to nothing is lost, and nothing is fitted."""
+
+
+@dataclass
+class Mode:
+    """The rounding of one merge; `rounding` is final once `fit` is done."""
+
+    asked: str
+    rounding: str
+    seed: int
+    device: str
+    rows: Calibration | None = None
+    calibrated: Calibrated | None = None
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def dither_seed(self) -> int | None:
+        """The seed of what is dithered; None where all is rounded to nearest."""
+        return None if self.rounding == "nearest" else self.seed
+
+    @property
+    def key(self) -> list[Any]:
+        """Everything of it that the merged bytes depend on."""
+        if self.rows is None:
+            return [self.asked, self.dither_seed]
+        versions = [version(name) for name in ("torch", "transformers")]
+        device = resolve_device(self.device).type
+        return [self.asked, self.seed, self.rows.rows, device, asdict(Feedback()), versions]
+
+    def fit(
+        self, base: Checkpoint, adapters: Sequence[Adapter], plan: Plan, scratch: Path, progress: Progress
+    ) -> None:
+        """Fit what can be; under `auto`, a model that cannot be run layer by layer is rounded to nearest."""
+        if self.rows is None:
+            return
+        effective = Effective(base, adapters, plan)
+        try:
+            self.calibrated = run_calibration(
+                base.folder, plan, effective, self.rows, scratch, self.device, progress
+            )
+        except UnsupportedLayers as error:
+            if self.asked != "auto":
+                raise
+            self.rounding, self.rows = "nearest", None
+            self.findings.append(
+                Finding(
+                    severity="warning",
+                    code="not-calibrated",
+                    message=f"rounded to nearest, as {error.found}",
+                    remedy=error.remedy,
+                )
+            )
+
+
+def choose_mode(
+    asked: str,
+    plan: Plan,
+    base: Path,
+    adapters: Sequence[Path],
+    *,
+    calibration: StrPath | Sequence[StrPath] | None,
+    test_set: StrPath | None,
+    template: str,
+    seed: int,
+    device: str,
+) -> Mode:
+    """Read the rows where they are needed.
+
+    `auto` is calibrated where rows are given and 16-bit tensors change, else nearest; it leaves rows of the
+    test set out, which `calibrated` refuses. Raises `UsageError` for calibrated rounding without rows.
+    """
+    fitted = any(one.change and one.change.rows and one.dtype in FITTED_TYPES for one in plan.outputs)
+    files = _as_list(calibration)
+    if asked not in ("calibrated", "auto") or (asked == "auto" and not (files and fitted)):
+        return Mode(asked, "nearest" if asked == "auto" else asked, seed, device)
+    if not files:
+        raise UsageError(
+            "calibrated rounding needs rows to calibrate on",
+            expected="--calibration FILE",
+            remedy="give the training file, or --rounding dithered, which needs no data",
+        )
+    held_out = None if test_set is None else Path(test_set)
+    rows = load_calibration(
+        files, base, adapters, test_set=held_out, leave_out=asked == "auto", template=template, seed=seed
+    )
+    return Mode(asked, "calibrated", seed, device, rows)
+
+
+def _as_list(files: StrPath | Sequence[StrPath] | None) -> list[Path]:
+    if files is None:
+        return []
+    return [Path(files)] if isinstance(files, str | PathLike) else [Path(file) for file in files]
