@@ -27,6 +27,7 @@ from lorasmith.followup.draft_loss import Weights, batch_loss, topk_kl
 from lorasmith.followup.draft_report import calibration_error, report_classifier
 from lorasmith.followup.draft_rows import DraftRow, label_rows, logprobs_beside, read_responses, split_rows
 from lorasmith.followup.draft_train import DraftSettings
+from lorasmith.followup.respond import RespondOptions, respond
 from lorasmith.models.encode import encode_examples
 from tests.faults import in_child, was_killed
 from tests.tiny import save_base, tiny_model, tiny_rows, tiny_tokenizer
@@ -331,6 +332,30 @@ def test_without_stored_probabilities_it_says_so(place: Path, tmp_path: Path) ->
     only = DraftSettings(**{**vars(settings), "cross_entropy_weight": 0.0})
     with pytest.raises(UsageError, match="nothing to learn from"):
         train_draft(place / "target", plain, tmp_path / "e", layers=[0], settings=only)
+
+
+def test_what_respond_writes_is_what_is_read(place: Path, tmp_path: Path) -> None:
+    """The extraction itself, then the draft, and a draft of another target, which is told."""
+    write_rows(tmp_path / "data.jsonl", tiny_rows(8))
+    output = tmp_path / "r.jsonl"
+    respond(
+        place / "target", tmp_path / "data.jsonl", output,
+        options=RespondOptions(max_new_tokens=6, top_logprobs=4, device="cpu"),
+    )  # fmt: skip
+    rows = read_responses(output, tiny_tokenizer(), max_length=1024)
+    target = AutoModelForCausalLM.from_pretrained(place / "target")
+    for row in rows:
+        with torch.no_grad():
+            logprobs = target(torch.tensor([row.ids])).logits[0, row.n_prompt - 1 : -1].log_softmax(-1)
+        assert row.top_logprobs is not None and row.top_ids is not None
+        assert torch.allclose(torch.from_numpy(row.top_logprobs), logprobs.topk(4).values, atol=1e-4)
+        assert row.top_ids[:, 0].tolist() == row.ids[row.n_prompt :]  # greedy: the likeliest is what was said
+    settings = DraftSettings(**{**vars(SETTINGS), "epochs": 1})
+    record = train_draft(place / "target", output, tmp_path / "d", layers=[0, 3], settings=settings)
+    assert record.findings == [] and record.generator.agreement is not None
+    save_base(tmp_path / "other", seed=9, dtype=torch.float32)
+    told = train_draft(tmp_path / "other", output, tmp_path / "e", layers=[0], settings=settings)
+    assert [finding.code for finding in told.findings] == ["other-target"]
 
 
 def test_responses_that_cannot_be_used(place: Path, tmp_path: Path) -> None:

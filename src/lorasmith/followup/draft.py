@@ -30,6 +30,7 @@ from lorasmith.followup.draft_rows import (
     label_rows,
     logprobs_beside,
     read_responses,
+    record_beside,
     split_rows,
 )
 from lorasmith.followup.draft_train import DraftSettings, Trainer
@@ -75,7 +76,7 @@ def train_draft(
     rows = read_responses(responses, load_tokenizer(target), max_length=chosen.max_length)
     split = split_rows(len(rows), validation=chosen.validation, held_out=chosen.held_out, seed=chosen.seed)
     rows, labels, labels_from = label_rows(rows, split.train, chosen.labels)
-    findings = _findings(rows, labels, chosen, responses)
+    findings = [*_origin(target, responses), *_findings(rows, labels, chosen, responses)]
     place = resolve_device(device)
     with quiet_libraries():
         if small is not None:
@@ -123,6 +124,22 @@ def train_draft(
     record = _save(draft, head, labels, record, output)
     shutil.rmtree(checkpoint, ignore_errors=True)
     return record
+
+
+def _origin(target: Path, responses: Path) -> list[Finding]:
+    """Whether the responses are this target's own."""
+    made_by = record_beside(responses)
+    if made_by is None or made_by.settings.model_sha256 == digest_folder(target):
+        return []
+    return [
+        Finding(
+            severity="warning",
+            code="other-target",
+            message="the responses are those of another model: the draft will imitate that one",
+            where=responses.name,
+            remedy="extract responses from the target itself",
+        )
+    ]
 
 
 def _findings(

@@ -15,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from lorasmith.errors import DataError, UsageError
+from lorasmith.files.atomic import read_record
 from lorasmith.files.jsonl import read_rows
 from lorasmith.models.encode import encode_example
 from lorasmith.models.template import Frame, frame, prompt_tokens, response_tokens
 from lorasmith.records.dataset import Example
+from lorasmith.records.followup import RespondRecord
 
 LABELS = ("auto", "data", "confidence", "none")
 
@@ -63,14 +65,28 @@ def logprobs_beside(responses: Path) -> Path:
     return responses.with_name(f"{responses.name.removesuffix('.jsonl')}.logprobs.parquet")
 
 
+def record_beside(responses: Path) -> RespondRecord | None:
+    """What `lorasmith respond` says of the file; None for a file from elsewhere."""
+    path = responses.with_name(f"{responses.name.removesuffix('.jsonl')}.json")
+    return read_record(path, RespondRecord) if path.is_file() else None
+
+
 def read_responses(responses: Path, tokenizer: Any, *, max_length: int) -> list[DraftRow]:
     """The rows of a responses file, with stored probabilities where the file beside it has them.
 
     Rows beyond `max_length` tokens lose the end of their response; a row whose prompt fills it is left out.
     Raises `DataError` for a file without usable rows, and for stored rows that are not of these responses.
     """
-    around = frame(tokenizer, "auto", end_of_turn=True)
+    made_by = record_beside(responses)
     stored = _stored(logprobs_beside(responses))
+    if made_by is not None and made_by.settings.system is not None and not stored:
+        raise DataError(
+            "the responses were written under a system prompt, and their tokens are not stored",
+            where=responses,
+            remedy="extract them with --top-logprobs, which stores the tokens",
+        )
+    template = "auto" if made_by is None else made_by.settings.template
+    around = frame(tokenizer, template, end_of_turn=True)
     found = []
     for number, row in read_rows(responses):
         where = f"{responses}:{number}"
