@@ -114,6 +114,38 @@ def test_a_float32_merge_is_indistinguishable_and_a_rounded_one_is_not(place: Pa
     assert run(place, "bfloat16", thresholds=relaxed).grade == "faithful"
 
 
+def test_the_serving_type_is_measured_beside_the_floor(place: Path) -> None:
+    proof = run(place, "bfloat16")
+    served, floor = proof.serving, proof.floor
+    assert served is not None
+    assert floor is not None
+    assert proof.serving_layouts[-1].endswith("bfloat16")
+    # PEFT's own forward in bfloat16 against itself in float64, row by row.
+    low, exact_model = adapted(place, torch.bfloat16), adapted(place, torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(place / "base")
+    kl = []
+    for line in (place / "test.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        text = f"<|start|>user\n{row['prompt']}<|end|>\n<|start|>assistant\n"
+        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = [*prompt, *tokenizer(row["response"] + "<|end|>", add_special_tokens=False)["input_ids"]]
+        with torch.no_grad():
+            p, q = (
+                torch.log_softmax(m(torch.tensor([ids])).logits[0].double(), -1)[len(prompt) - 1 : -1]
+                for m in (exact_model, low)
+            )
+        kl.append((p.exp() * (p - q)).sum(-1).numpy())
+    # The same rounding in other places, on two thirds of the rows: of one size, not equal.
+    assert 0.4 < served.kl.mean / float(np.concatenate(kl).mean()) < 2.5
+    assert served.kl.mean > 1e4 * floor.kl.mean
+
+
+def test_float32_has_no_other_serving_type(place: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", dtype=torch.float32)
+    adapter = save_adapter(tmp_path / "adapter", base)
+    assert compare(base, adapter, base, place / "test.jsonl", limit=3).serving is None
+
+
 def test_the_base_in_place_of_the_merged_model_is_found_out(place: Path) -> None:
     proof = run(place, "base")
     assert proof.grade == "drifted"

@@ -87,6 +87,15 @@ def test_groups_are_weighted_by_tokens_and_add_up(place: Path, tmp_path: Path) -
             assert group.interval.low < group.loss < group.interval.high
 
 
+def test_a_group_of_all_rows_has_the_figures_of_the_whole(place: Path, tmp_path: Path) -> None:
+    rows = tiny_rows(9)
+    for row in rows:
+        row["metadata"].update(domain="one", source="alpha")
+    result = validate(place / "base", write(tmp_path / "t.jsonl", rows), tmp_path)
+    for dimension, name in (("domain", "one"), ("source", "alpha"), ("source × domain", "alpha / one")):
+        assert result.groups[dimension] == {name: result.overall}  # the interval as well
+
+
 def test_figures_do_not_move_with_batches_or_order(place: Path, tmp_path: Path) -> None:
     rows = tiny_rows(ROWS)
     backwards = write(tmp_path / "test.jsonl", rows[::-1])
