@@ -54,7 +54,7 @@ class RunConfig(Part):
     """Added to the defaults; one with the name of a default replaces it."""
     behaviour_thresholds: dict[str, float] = {}
     check_memory: bool = True
-    """Refuse to start where the two models that are compared cannot lie in memory together."""
+    """Refuse to start where the model cannot lie in memory in the type it is scored in."""
     price_per_hour: float | None = Field(default=None, ge=0)
     """Of the machine, in dollars: goes into `timing.json` and the gates on cost, and changes nothing else."""
     budget: float | None = Field(default=None, ge=0)

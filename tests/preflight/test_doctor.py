@@ -100,7 +100,7 @@ def test_the_container_limits_memory_not_the_host(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("share", "state"), [(0.9, "error"), (1.1, "warning"), (1e6, "ok")])
-def test_memory_is_judged_by_what_the_comparison_needs(
+def test_memory_is_judged_by_what_one_model_needs(
     inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, share: float, state: str
 ) -> None:
     need = least_memory(size_of(inputs))

@@ -171,9 +171,7 @@ def _judge_memory(size: ModelSize, peak: int, config: RunConfig, found: _Finding
     have, where = device_memory(config.device)
     text = f"{human_bytes(peak)} needed at the peak, {human_bytes(have)} available on {where}"
     if have < least_memory(size):
-        remedy = (
-            "use a machine with more memory: adapter and merged model are compared side by side in float32"
-        )
+        remedy = "use a machine with more memory: a model is scored in float32"
         found.add("memory needed", "error", text, remedy)
     elif have < peak:
         remedy = "give smaller batches (--batch-tokens 512), or stop what else is running"

@@ -45,8 +45,14 @@ def estimate(model: ModelSize, work: WorkSize, rates: Rates) -> list[StageEstima
     weights = FLOAT32 * model.parameters
     scoring = PROCESS_BYTES + weights + SCORE_BYTES
     base, adapter = validate_seconds(model, work, rates), validate_seconds(model, work, rates, adapter=True)
-    floor = 2 * base * work.floor_tokens / max(1, work.tokens)
-    compare = base + adapter + 2 * floor + STATISTICS_SECONDS * work.scored * model.vocabulary
+    # The comparison reads the hidden states that the validations left: what it computes anew is the noise
+    # floor and the serving type's noise (the adapter twice each, on a few rows), both heads, and statistics.
+    floor = 4 * adapter * work.floor_tokens / max(1, work.tokens)
+    heads = 2 * 2.0 * model.vocabulary * model.hidden * work.scored / (EFFICIENCY * rates.flops)
+    compare = floor + heads + STATISTICS_SECONDS * work.scored * model.vocabulary
+    compare += model.base_bytes / LOAD_BYTES
+    states = 2 * FLOAT32 * model.hidden * work.scored
+    head_bytes = 2 * FLOAT32 * model.vocabulary * model.hidden
     disk_seconds = model.merged_bytes / rates.write_bytes
     per_example = 60 * work.scored
     return [
@@ -71,8 +77,8 @@ def estimate(model: ModelSize, work: WorkSize, rates: Rates) -> list[StageEstima
         StageEstimate(
             stage="compare",
             seconds=compare,
-            memory_bytes=PROCESS_BYTES + 2 * weights + LOGIT_BYTES + SCORE_BYTES,
-            disk_bytes=0,
+            memory_bytes=PROCESS_BYTES + weights + head_bytes + LOGIT_BYTES + SCORE_BYTES,
+            disk_bytes=states,
         ),
         StageEstimate(
             stage="package",
@@ -98,5 +104,5 @@ def validate_seconds(model: ModelSize, work: WorkSize, rates: Rates, *, adapter:
 
 
 def least_memory(model: ModelSize) -> int:
-    """Below this a comparison cannot work: both models in float32 at once, and nothing else."""
-    return 2 * FLOAT32 * model.parameters
+    """Below this nothing can be scored: one model in float32, and nothing else."""
+    return FLOAT32 * model.parameters

@@ -32,7 +32,7 @@ def require_machine(config: RunConfig) -> None:
             raise MemoryLimitError(
                 f"too little memory for this run: {human_bytes(have)} are available on {where}",
                 where=config.base,
-                expected=f"{human_bytes(needed)}: adapter and merged model side by side in float32",
+                expected=f"{human_bytes(needed)}: the model in float32",
                 remedy="use a machine with more memory; --no-check-memory tries all the same",
             )
     left = merged * len({"merge", "package"} - done)
