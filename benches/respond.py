@@ -92,7 +92,8 @@ def by_lorasmith(
     import torch
 
     from lorasmith.models.arithmetic import choose_route, use_route
-    from lorasmith.models.continuous import Limits, Request, generate_continuously
+    from lorasmith.models.continuous import generate_continuously
+    from lorasmith.models.requests import Limits, Request
 
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     limits = Limits(arguments.max_new_tokens, frozenset(stop))
@@ -107,13 +108,24 @@ def by_lorasmith(
 def by_generate_batch(
     arguments: argparse.Namespace, loaded: Any, prompts: list[list[int]], stop: list[int]
 ) -> list[list[int]]:
-    """transformers' own continuous batching."""
-    from transformers import GenerationConfig
+    """transformers' own continuous batching, its cache held to what the rows under way need.
+
+    Left alone it takes most of the memory that is free.
+    """
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     config = GenerationConfig(
         max_new_tokens=arguments.max_new_tokens, do_sample=False, eos_token_id=stop, pad_token_id=stop[0]
     )
-    found = loaded.model.generate_batch(inputs=prompts, generation_config=config)
+    longest = max(map(len, prompts)) + arguments.max_new_tokens
+    cache = ContinuousBatchingConfig(
+        num_blocks=arguments.batch_size * (longest // 256 + 1),
+        max_requests_per_batch=arguments.batch_size,
+        max_batch_tokens=2048,
+    )
+    found = loaded.model.generate_batch(
+        inputs=prompts, generation_config=config, continuous_batching_config=cache, progress_bar=False
+    )
     return [found[f"req_{index}"].generated_tokens for index in range(len(prompts))]
 
 

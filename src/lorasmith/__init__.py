@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorasmith.followup.respond import respond as respond
+    from lorasmith.followup.speculate import speculate as speculate
     from lorasmith.merging.execute import merge as merge
     from lorasmith.pipeline import run as run
     from lorasmith.proving.behaviour import compare as compare
@@ -25,9 +27,11 @@ _PUBLIC = {
     "compare": "lorasmith.proving.behaviour",
     "run": "lorasmith.pipeline",
     "train": "lorasmith.training.train",
+    "respond": "lorasmith.followup.respond",
+    "speculate": "lorasmith.followup.speculate",
 }
 
-__all__ = ["__version__", "compare", "merge", "prove", "run", "train", "validate"]
+__all__ = ["__version__", "compare", "merge", "prove", "respond", "run", "speculate", "train", "validate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -11,12 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from lorasmith.errors import BusyError, DataError, MachineError, UsageError
+from lorasmith.errors import BusyError, DataError, DiskError, MachineError, UsageError
 from lorasmith.files.atomic import read_record
 from lorasmith.files.jsonl import read_examples
 from lorasmith.followup.respond import RespondOptions, respond
@@ -25,7 +27,7 @@ from lorasmith.followup.respond_limit import Length, is_loop, judge_limit, sugge
 from lorasmith.followup.respond_rows import find_messages, read_prompts
 from lorasmith.followup.respond_store import Store
 from lorasmith.followup.respond_vllm import VllmEngine
-from lorasmith.models.continuous import Answer, Limits, Request
+from lorasmith.models.requests import Answer, Limits, Request
 from lorasmith.models.sampling import Sampling
 from lorasmith.records.base import Finding
 from lorasmith.records.followup import RespondRecord
@@ -274,6 +276,23 @@ def test_a_foreign_or_changed_output_is_left_alone(place: Path, tmp_path: Path) 
 def test_two_processes_do_not_write_one_output(place: Path, tmp_path: Path) -> None:
     with Store(tmp_path / ".r.jsonl.journal", {}), pytest.raises(BusyError):
         Store(tmp_path / ".r.jsonl.journal", {})
+
+
+def test_a_full_disk_loses_no_finished_row(place: Path, tmp_path: Path) -> None:
+    first, second = Scripted(), Scripted()
+    append = Store._append
+
+    def full(self: Store, content: bytes) -> int:
+        if len(self.rows) == 4:
+            self._handle.write(content[:20])  # the rest found no room
+            self._handle.flush()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return append(self, content)
+
+    with patch.object(Store, "_append", full), pytest.raises(DiskError, match="disk is full"):
+        scripted(place, tmp_path, first)
+    scripted(place, tmp_path, second)
+    assert sorted(first.asked[:4] + second.asked) == list(range(COUNT))
 
 
 def test_failed_rows_lie_aside_and_are_tried_again_when_asked(place: Path, tmp_path: Path) -> None:

@@ -16,11 +16,10 @@ from lorasmith.errors import DataError, UsageError
 from lorasmith.followup import speculate_loop
 from lorasmith.followup.speculate import (
     SpeculateOptions,
-    predicted_speedup,
-    recommend,
     require_same_tokenizer,
     speculate,
 )
+from lorasmith.followup.speculate_account import predicted_speedup, recommend
 from lorasmith.followup.speculate_loop import Drafter, LookupDrafter, ModelDrafter, decode_speculatively
 from lorasmith.models.arithmetic import choose_route, use_route
 from lorasmith.models.load import LoadedModel

@@ -12,8 +12,9 @@ import torch
 
 from lorasmith.models import continuous
 from lorasmith.models.arithmetic import choose_route, use_route
-from lorasmith.models.continuous import Answer, Limits, Request, generate_continuously
+from lorasmith.models.continuous import generate_continuously
 from lorasmith.models.load import LoadedModel
+from lorasmith.models.requests import Answer, Limits, Request
 from lorasmith.models.sampling import Sampling
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 

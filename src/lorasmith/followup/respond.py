@@ -11,6 +11,7 @@ from lorasmith.files.atomic import write_record
 from lorasmith.files.digests import digest_folder, sha256_file
 from lorasmith.files.paths import StrPath
 from lorasmith.followup.respond_engines import Engine, open_engine
+from lorasmith.followup.respond_figures import session_speed
 from lorasmith.followup.respond_output import Places, earlier_rows
 from lorasmith.followup.respond_rows import read_prompts
 from lorasmith.followup.respond_store import Store
@@ -95,7 +96,8 @@ def respond(
         seconds = time.monotonic() - began
         record = work.publish(FileDigest(path=data.name, bytes=data.stat().st_size, sha256=sha256_file(data)))
         if work.new_rows:
-            write_record(places.timing, work.timing(seconds, options.price_per_hour))
+            speed = session_speed(work.new_rows, work.new_tokens, seconds, options.price_per_hour)
+            write_record(places.timing, speed)
         store.remove()
     return record
 

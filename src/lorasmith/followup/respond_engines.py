@@ -12,9 +12,10 @@ import torch
 from lorasmith.checkpoint.jsonfile import read_object
 from lorasmith.errors import CheckpointError, UsageError
 from lorasmith.models.arithmetic import choose_route, resolve_device, use_route
-from lorasmith.models.continuous import Answer, Limits, Request, generate_continuously
+from lorasmith.models.continuous import generate_continuously
 from lorasmith.models.generate import stop_tokens
 from lorasmith.models.load import load_model
+from lorasmith.models.requests import Answer, Limits, Request
 from lorasmith.models.sampling import Sampling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -12,9 +12,9 @@ from typing import Any, cast
 from lorasmith.checkpoint.jsonfile import read_object
 from lorasmith.errors import CheckpointError, MachineError, UsageError
 from lorasmith.followup.respond_engines import SLOTS_GPU, Engine, resolve_dtype
-from lorasmith.models.continuous import Answer, Limits, Request
 from lorasmith.models.generate import stop_tokens
 from lorasmith.models.load import LoadedModel, load_tokenizer
+from lorasmith.models.requests import Answer, Limits, Request
 from lorasmith.models.sampling import Sampling
 
 TOP_LOGPROBS = 1024

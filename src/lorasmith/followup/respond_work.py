@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from lorasmith.errors import DataError, LorasmithError
 from lorasmith.files.atomic import write_record
-from lorasmith.files.machine import hardware
 from lorasmith.followup.respond_engines import Engine
+from lorasmith.followup.respond_figures import count_ends, not_in_data
 from lorasmith.followup.respond_limit import CHECK_ROWS, Length, is_loop, judge_limit
 from lorasmith.followup.respond_output import (
     Places,
@@ -22,12 +21,12 @@ from lorasmith.followup.respond_output import (
 )
 from lorasmith.followup.respond_rows import Row
 from lorasmith.followup.respond_store import Store
-from lorasmith.models.continuous import Answer, Limits, Request
+from lorasmith.models.requests import Answer, Limits, Request
 from lorasmith.models.sampling import Sampling
 from lorasmith.models.template import Frame
 from lorasmith.models.turns import conversation_tokens
 from lorasmith.records.base import FileDigest, Finding
-from lorasmith.records.followup import LengthSummary, RespondRecord, RespondSettings, RespondTiming
+from lorasmith.records.followup import RespondRecord, RespondSettings
 
 
 class RespondWatcher(Protocol):
@@ -224,7 +223,7 @@ class Work:
         other = [key for key in [*self.earlier, *self.store.rows] if key not in listed]
         kept = [key for key in dict.fromkeys(other) if self.finished(key) is not None]
         if kept:
-            self.findings.append(_not_in_data(len(kept)))
+            self.findings.append(not_in_data(len(kept)))
         every = [*done, *kept]
         output = write_jsonl(self.places.output, (self._finished(key) for key in every))
         logprobs = None
@@ -237,7 +236,15 @@ class Work:
             write_jsonl(self.places.failed, failed)
         else:
             self.places.failed.unlink(missing_ok=True)
-        record = self._record(every, data, output, logprobs)
+        record = RespondRecord(
+            settings=self.settings,
+            data=data,
+            output=output,
+            logprobs=logprobs,
+            failed=len(self.failures),
+            findings=self.findings,
+            **count_ends(self._finished(key) for key in every),
+        )
         write_record(self.places.record, record)
         return record
 
@@ -245,57 +252,3 @@ class Work:
         row = self.finished(key)
         assert row is not None
         return row
-
-    def _record(
-        self, keys: list[str], data: FileDigest, output: FileDigest, logprobs: FileDigest | None
-    ) -> RespondRecord:
-        rows = [self._finished(key) for key in keys]
-        finish = Counter(row["finish_reason"] for row in rows)
-        lengths = sorted(row["response_tokens"] for row in rows)
-        return RespondRecord(
-            settings=self.settings,
-            data=data,
-            output=output,
-            logprobs=logprobs,
-            rows=len(rows),
-            finish=dict(sorted(finish.items())),
-            cut_off=(len(rows) - finish["stop"]) / len(rows) if rows else 0.0,
-            repeating=sum(row["repeats"] for row in rows),
-            failed=len(self.failures),
-            prompt_tokens=sum(row["prompt_tokens"] for row in rows),
-            response_tokens=sum(lengths),
-            lengths=_summary(lengths),
-            findings=self.findings,
-        )
-
-    def timing(self, seconds: float, price: float | None) -> RespondTiming:
-        """How fast this session was."""
-        seconds = max(seconds, 1e-9)
-        return RespondTiming(
-            rows=self.new_rows,
-            tokens=self.new_tokens,
-            seconds=seconds,
-            rows_per_second=self.new_rows / seconds,
-            tokens_per_second=self.new_tokens / seconds,
-            cost=None if price is None else price * seconds / 3600,
-            hardware=hardware(),
-        )
-
-
-def _summary(lengths: list[int]) -> LengthSummary | None:
-    if not lengths:
-        return None
-    last = len(lengths) - 1
-    return LengthSummary(
-        least=lengths[0], median=lengths[last // 2], p90=lengths[last * 9 // 10], most=lengths[-1]
-    )
-
-
-def _not_in_data(count: int) -> Finding:
-    return Finding(
-        severity="warning",
-        code="rows-not-in-data",
-        message=f"{count} responses of the earlier output belong to rows that the data no longer has; "
-        "they are kept at its end",
-        remedy="give another --output for another data file",
-    )

@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.atomic import write_record
-from lorasmith.files.digests import describe, digest_folder
-from lorasmith.files.machine import hardware
 from lorasmith.files.paths import StrPath
 from lorasmith.followup.respond_engines import DTYPES, resolve_dtype
 from lorasmith.followup.respond_rows import Row, read_prompts
+from lorasmith.followup.speculate_account import Prompt, Way, make_record, make_timing
 from lorasmith.followup.speculate_loop import (
-    Drafter,
     Greedy,
     LookupDrafter,
     ModelDrafter,
-    Speculated,
     decode_greedy,
     decode_speculatively,
 )
@@ -30,17 +26,8 @@ from lorasmith.models.load import LoadedModel, load_model
 from lorasmith.models.template import frame
 from lorasmith.models.turns import conversation_tokens
 from lorasmith.progress import Progress, silent
-from lorasmith.records.followup import (
-    Acceptance,
-    SpeculationDifference,
-    SpeculationRecord,
-    SpeculationSetting,
-    SpeculationSpeed,
-    SpeculationTiming,
-)
+from lorasmith.records.followup import SpeculationRecord, SpeculationTiming
 
-WORTH = 1.05
-"""Speed-up from which a way is recommended: repeated measurements differ by some per cent."""
 _PROBE = "The quick brown fox: 3.14159 × 2\n\tdef f(x):\n        return [x, 'ä', \"日本\"]  # 🙂"
 
 
@@ -65,23 +52,6 @@ class SpeculateOptions:
         ):
             if min(values) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} is {min(values)}", expected="1 or more")
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    id: str
-    source: str
-    tokens: list[int]
-
-
-@dataclass(frozen=True)
-class _Way:
-    """One way to draft: by method and tokens, with what came of each prompt."""
-
-    method: str
-    count: int
-    drafter: Drafter
-    texts: list[Speculated]
 
 
 def speculate(
@@ -129,10 +99,10 @@ def speculate(
     ways = _ways(small, options)
     with use_route(choose_route("auto", device)):
         references = _measure(loaded, asked, ways, options.max_new_tokens, stop, progress)
-    record = _record(
+    record = make_record(
         ways, references, asked, target, draft, prompts, (around.template, dtype, options.max_new_tokens)
     )
-    timing = _timing(ways, references, record)
+    timing = make_timing(ways, references, record)
     if output is not None:
         place = Path(output)
         write_record(place, record)
@@ -157,33 +127,23 @@ def require_same_tokenizer(target: Any, draft: Any, place: Path) -> None:
     )
 
 
-def predicted_speedup(alpha: float, count: int, cost: float, verify: float = 1.0) -> float:
-    """(1 − αᵞ⁺¹) / ((1 − α)(γc + v)) of Leviathan et al. 2023, theorem 3.8; there v = 1.
-
-    `alpha` is the acceptance rate, `count` γ, `cost` c, `verify` what the target's pass over a draft costs in
-    steps of the target.
-    """
-    expected = count + 1.0 if alpha == 1 else (1 - alpha ** (count + 1)) / (1 - alpha)
-    return expected / (count * cost + verify)
+def _encode(row: Row, loaded: LoadedModel, around: Any) -> Prompt:
+    return Prompt(row.id, row.source, conversation_tokens(loaded.tokenizer, row.messages, around))
 
 
-def _encode(row: Row, loaded: LoadedModel, around: Any) -> _Prompt:
-    return _Prompt(row.id, row.source, conversation_tokens(loaded.tokenizer, row.messages, around))
-
-
-def _ways(small: LoadedModel | None, options: SpeculateOptions) -> list[_Way]:
+def _ways(small: LoadedModel | None, options: SpeculateOptions) -> list[Way]:
     ways = []
     for count in sorted(set(options.draft_tokens)):
         if small is not None:
-            ways.append(_Way("draft", count, ModelDrafter(small), []))
-        ways.append(_Way("lookup", count, LookupDrafter(), []))
+            ways.append(Way("draft", count, ModelDrafter(small), []))
+        ways.append(Way("lookup", count, LookupDrafter(), []))
     return sorted(ways, key=lambda way: way.method)
 
 
 def _measure(
     loaded: LoadedModel,
-    asked: Sequence[_Prompt],
-    ways: Sequence[_Way],
+    asked: Sequence[Prompt],
+    ways: Sequence[Way],
     limit: int,
     stop: frozenset[int],
     progress: Progress,
@@ -201,137 +161,3 @@ def _measure(
                 way.texts.append(found)
                 advance(1)
     return references
-
-
-def _record(
-    ways: Sequence[_Way],
-    references: Sequence[Greedy],
-    asked: Sequence[_Prompt],
-    target: Path,
-    draft: Path | None,
-    prompts: Path,
-    how: tuple[str, str, int],
-) -> SpeculationRecord:
-    noise = max(text.noise for way in ways for text in way.texts)
-    settings, differences = [], []
-    for way in ways:
-        apart = []
-        for prompt, reference, text in zip(asked, references, way.texts, strict=True):
-            difference = _difference(way, prompt, reference, text, noise)
-            if difference:
-                apart.append(difference)
-        differences += apart
-        ties = sum(difference.tie for difference in apart)
-        by_source: dict[str, list[Speculated]] = {}
-        for prompt, text in zip(asked, way.texts, strict=True):
-            by_source.setdefault(prompt.source, []).append(text)
-        settings.append(
-            SpeculationSetting(
-                method=way.method,
-                draft_tokens=way.count,
-                overall=acceptance(way.texts),
-                by_source={name: acceptance(texts) for name, texts in sorted(by_source.items())},
-                equal=len(asked) - len(apart),
-                ties=ties,
-                different=len(apart) - ties,
-            )
-        )
-    template, dtype, limit = how
-    return SpeculationRecord(
-        target_sha256=digest_folder(target),
-        draft_sha256=None if draft is None else digest_folder(draft),
-        prompts=describe([prompts], prompts.parent)[0],
-        template=template,
-        dtype=dtype,
-        max_new_tokens=limit,
-        noise=noise,
-        settings=settings,
-        differences=differences,
-    )
-
-
-def _difference(
-    way: _Way, prompt: _Prompt, reference: Greedy, text: Speculated, noise: float
-) -> SpeculationDifference | None:
-    if text.tokens == reference.tokens:
-        return None
-    pairs = zip(reference.tokens, text.tokens, strict=False)
-    place = next((n for n, (one, other) in enumerate(pairs) if one != other), len(text.tokens))
-    _, _, value_one, value_other = reference.best[min(place, len(reference.best) - 1)]
-    margin = value_one - value_other
-    return SpeculationDifference(
-        id=prompt.id,
-        method=way.method,
-        draft_tokens=way.count,
-        place=place,
-        margin=margin,
-        noise=noise,
-        tie=place < min(len(reference.tokens), len(text.tokens)) and margin <= 2 * noise,
-    )
-
-
-def acceptance(texts: Sequence[Speculated]) -> Acceptance:
-    """The account of some texts together."""
-    places = max(len(text.reached) for text in texts)
-    reached = [sum(text.reached[place] for text in texts) for place in range(places)]
-    accepted = [sum(text.accepted[place] for text in texts) for place in range(places)]
-    tokens, passes = sum(len(text.tokens) for text in texts), sum(text.rounds for text in texts)
-    return Acceptance(
-        prompts=len(texts),
-        tokens=tokens,
-        rounds=passes,
-        drafted=sum(text.drafted for text in texts),
-        accepted=sum(accepted),
-        acceptance_rate=sum(accepted) / sum(reached) if sum(reached) else None,
-        accepted_length=tokens / passes,
-        by_position=[good / all_ if all_ else None for good, all_ in zip(accepted, reached, strict=True)],
-    )
-
-
-def _timing(
-    ways: Sequence[_Way], references: Sequence[Greedy], record: SpeculationRecord
-) -> SpeculationTiming:
-    steps = [second for reference in references for second in reference.step_seconds]
-    step = median(steps) if steps else sum(reference.seconds for reference in references)
-    plain = sum(len(reference.tokens) for reference in references) / sum(
-        reference.seconds for reference in references
-    )
-    speeds = [_speed(way, setting, plain, step) for way, setting in zip(ways, record.settings, strict=True)]
-    pays, said = recommend(speeds)
-    return SpeculationTiming(
-        greedy_tokens_per_second=plain, speeds=speeds, pays=pays, recommendation=said, hardware=hardware()
-    )
-
-
-def _speed(way: _Way, setting: SpeculationSetting, plain: float, step: float) -> SpeculationSpeed:
-    rate = sum(len(text.tokens) for text in way.texts) / sum(text.seconds for text in way.texts)
-    cost = (median(way.drafter.seconds) if way.drafter.seconds else 0.0) / step
-    if way.method == "lookup":
-        cost /= way.count  # one search gives the whole proposal
-    passes = [second for text in way.texts for second in text.verify_seconds]
-    verify = median(passes) / step if passes else None
-    alpha = setting.overall.acceptance_rate
-    return SpeculationSpeed(
-        method=way.method,
-        draft_tokens=way.count,
-        tokens_per_second=rate,
-        speedup=rate / plain,
-        draft_cost=cost,
-        verify_cost=verify,
-        predicted=None if alpha is None else predicted_speedup(alpha, way.count, cost),
-        predicted_with_verify=(
-            None if alpha is None or verify is None else predicted_speedup(alpha, way.count, cost, verify)
-        ),
-    )
-
-
-def recommend(speeds: Sequence[SpeculationSpeed]) -> tuple[bool, str]:
-    """Whether any way pays, and the sentence that says which."""
-    best = max(speeds, key=lambda speed: speed.speedup)
-    name = "the draft model" if best.method == "draft" else "prompt lookup"
-    if best.speedup < WORTH:
-        return False, (
-            f"speculative decoding does not pay here: the best way measured, {name} with "
-            f"{best.draft_tokens} tokens, is {best.speedup:.2f} times as fast as plain decoding"
-        )
-    return True, f"use {name} with {best.draft_tokens} tokens: {best.speedup:.2f} times as fast"

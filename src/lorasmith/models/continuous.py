@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -20,50 +19,12 @@ from transformers import DynamicCache
 from lorasmith.models.generate import _last_position_only, _left_padded, _positions
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.memory import is_out_of_memory, release_memory
+from lorasmith.models.requests import Answer, Limits, Request
 from lorasmith.models.sampling import Sampling, choose, stream
 from lorasmith.models.slots import Slots, serves
 
 JOIN_TOKENS = 2048
 """Padded prompt tokens that join in one forward pass: more would need memory that generation does not."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt to be answered."""
-
-    index: int
-    """The caller's number for it."""
-    tokens: Sequence[int]
-    seed: int = 0
-    """Of its random numbers."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model wrote after one prompt."""
-
-    index: int
-    tokens: list[int]
-    """Without the token that ended it."""
-    finish: str
-    """`stop`, `length` (the limit of new tokens), `context` (the model's own limit) or `failed`."""
-    end: int | None = None
-    """The token that ended it, where one did."""
-    logprobs: list[float] = field(default_factory=list)
-    """Of each chosen token, the end token included, under the model's own distribution; nats."""
-    top: list[tuple[list[int], list[float]]] = field(default_factory=list)
-    """At each of those places the likeliest tokens and their log-probabilities."""
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What ends an answer."""
-
-    max_new_tokens: int
-    stop: frozenset[int]
-    top_logprobs: int = 0
-    """How many of the likeliest tokens to keep at each place; 0 for none, then `logprobs` stays empty too."""
 
 
 class _Row:
