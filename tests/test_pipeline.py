@@ -210,3 +210,41 @@ def test_the_public_functions_take_paths_as_text(inputs: dict[str, Any], tmp_pat
     assert lorasmith.prove(base, adapter, merged, output=str(tmp_path / "weights.json")).grade == "exact"
     assert lorasmith.validate(base, test_set, str(tmp_path / "v"), adapter=adapter).overall.examples == 12
     assert lorasmith.compare(base, adapter, merged, test_set, str(tmp_path / "b.json")).overall.examples == 12
+
+
+def test_tasks_are_answered_by_all_three_models_and_compared(inputs: dict[str, Any], tmp_path: Path) -> None:
+    rows = [
+        {
+            "id": f"MMLU/{index}",
+            "prompt": f"the {'cat ' * index}\nA. one\nB. two\nC. in\nD. on\nAnswer:",
+            "response": "ABCD"[index % 4],
+            "metadata": {
+                "source": "MMLU",
+                "choices": ["one", "two", "in", "on"],
+                "answer": "ABCD"[index % 4],
+            },
+        }
+        for index in range(6)
+    ]
+    write_rows(tmp_path / "test.jsonl", rows)
+    asked = {**inputs, "test_set": tmp_path / "test.jsonl", "output": tmp_path / "run"}
+    log = Log()
+    result = lorasmith.run(**asked, tasks=True, watcher=log)
+    assert [stage for stage in log.ran if stage.startswith("tasks")] == [
+        "tasks-base", "tasks-adapter", "tasks-merged",
+    ]  # fmt: skip
+    effects = result.comparison.task_effects
+    assert [(one.benchmark, one.metric, one.examples) for one in effects["effect"]] == [
+        ("MMLU", "accuracy", 6)
+    ]
+    assert [(one.benchmark, one.examples) for one in effects["merge"]] == [("MMLU", 6)]
+    with tarfile.open(tmp_path / "run" / "package" / "validation_results.tar.gz") as archive:
+        assert any(name.endswith("validation/adapter_tasks.json") for name in archive.getnames())
+    assert not (tmp_path / "run" / ".states").exists()
+    again = Log()
+    lorasmith.run(**asked, tasks=True, watcher=again)
+    assert again.ran == []
+    # Without tasks the answers are no part of the run any more.
+    lorasmith.run(**asked)
+    lorasmith.run(**{**asked, "output": tmp_path / "fresh"})
+    assert contents(tmp_path / "run") == contents(tmp_path / "fresh")

@@ -38,11 +38,14 @@ class RunConfig(Part):
     loss_on: Literal["response", "all"] = "response"
     end_of_turn: bool = True
     device: str = "auto"
+    device_map: Literal["auto"] | None = None
     arithmetic: Literal["auto", "mkl", "onednn"] = "auto"
     batch_tokens: int | None = Field(default=None, gt=0)
     batch_size: int | None = Field(default=None, gt=0)
     max_length: int | None = Field(default=None, gt=0)
     strict: bool = True
+    tasks: bool = False
+    """Also answer the benchmarks' questions with all three models and score the answers."""
 
     compression: Literal["gzip", "zstd", "none"] = "gzip"
     model_name: str | None = None

@@ -5,6 +5,7 @@ test set → validate base, adapter → merge → prove → validate merged → 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,9 +28,12 @@ from lorasmith.records.dataset import ContaminationRecord, DatasetStatistics
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.proof import BehaviourProof, ComparisonRecord, WeightProof
 from lorasmith.records.release import GateRecord, PackageManifest
-from lorasmith.records.scoring import ValidationResult
-from lorasmith.results import RunResult, describe_run, load_measured, load_result
+from lorasmith.records.scoring import TaskEffect, TaskResult, ValidationResult
+from lorasmith.results import ROLES, RunResult, describe_run, load_measured, load_result
 from lorasmith.stages import Stage, open_run
+
+STATES = ".states"
+"""Below the run folder while it runs: what validations leave for the comparison."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,10 @@ def run(
     with open_run(asked.output, rehash=rehash, price_per_hour=asked.price_per_hour) as folder:
         folder.budget = asked.budget
         write_record(folder.path / "run.json", describe_run(asked, rehash=rehash))
+        if not asked.tasks:  # what an earlier command answered is no part of this run
+            for role in ROLES:
+                for name in (*_task_files(role), f"stages/tasks-{role}.json"):
+                    (folder.path / name).unlink(missing_ok=True)
         steps = plan(asked, watch.progress)
         for number, step in enumerate(steps, 1):
             watch.step(number, len(steps), step.title)
@@ -71,6 +79,7 @@ def run(
             watch.finished(step.stage.name, reused=timing.reused, seconds=timing.wall_seconds)
             for name, kind in step.shows.items():
                 watch.show(step.stage.name, read_record(folder.path / name, kind))
+        shutil.rmtree(folder.path / STATES, ignore_errors=True)
         _judge_costs(asked, watch)
         _write_report(folder.path)
     return load_result(asked.output)
@@ -84,6 +93,7 @@ def plan(config: RunConfig, progress: Progress) -> list[Step]:
     models = {"base": config.base, "adapter": config.adapter}
     scoring = _scoring_options(config)
     validate = partial(_validation_step, run_folder, test_set, scoring, progress)
+    answer = partial(_task_steps, config, test_set, progress)
     merge_options: dict[str, Any] = {
         "precision": config.precision,
         "rounding": config.rounding,
@@ -102,7 +112,9 @@ def plan(config: RunConfig, progress: Progress) -> list[Step]:
             {"testset/statistics.json": DatasetStatistics, "testset/contamination.json": ContaminationRecord},
         ),
         validate("Validate base model", "base", config.base, None),
+        *answer("Ask base model", "base", config.base, None),
         validate("Validate LoRA model", "adapter", config.base, config.adapter),
+        *answer("Ask LoRA model", "adapter", config.base, config.adapter),
         Step(
             "Merge LoRA weights",
             Stage(
@@ -134,6 +146,7 @@ def plan(config: RunConfig, progress: Progress) -> list[Step]:
             {"proof/weights.json": WeightProof},
         ),
         validate("Validate merged model", "merged", merged, None),
+        *answer("Ask merged model", "merged", merged, None),
         Step(
             "Compare adapter and merged model",
             Stage(
@@ -148,6 +161,7 @@ def plan(config: RunConfig, progress: Progress) -> list[Step]:
                     test_set,
                     run_folder / "proof" / "behaviour.json",
                     thresholds=config.behaviour_thresholds or None,
+                    states=run_folder / STATES,
                     progress=progress,
                     **scoring,
                 ),
@@ -197,6 +211,7 @@ def _scoring_options(config: RunConfig) -> dict[str, Any]:
         "loss_on",
         "end_of_turn",
         "device",
+        "device_map",
         "arithmetic",
         "batch_tokens",
         "batch_size",
@@ -240,10 +255,58 @@ def _validation_step(
         parameters=scoring,
         outputs=[f"validation/{role}.json", f"validation/{role}.parquet"],
         action=lambda: lorasmith.validate(
-            model, test_set, folder, adapter=adapter, role=role, progress=progress, **scoring
+            model,
+            test_set,
+            folder,
+            adapter=adapter,
+            role=role,
+            states=None if role == "base" else run_folder / STATES,
+            progress=progress,
+            **scoring,
         ),
     )
     return Step(title, stage, {f"validation/{role}.json": ValidationResult})
+
+
+def _task_steps(
+    config: RunConfig,
+    test_set: Path,
+    progress: Progress,
+    title: str,
+    role: str,
+    model: Path,
+    adapter: Path | None,
+) -> list[Step]:
+    """The benchmarks' own metrics for one model, where they are asked for."""
+    if not config.tasks:
+        return []
+    from lorasmith.scoring.tasks import evaluate_tasks
+
+    options = {
+        name: value
+        for name, value in _scoring_options(config).items()
+        if name not in ("loss_on", "end_of_turn")
+    }
+    stage = Stage(
+        name=f"tasks-{role}",
+        inputs={"model": model, "test_set": test_set, **({"adapter": adapter} if adapter else {})},
+        parameters=options,
+        outputs=_task_files(role),
+        action=lambda: evaluate_tasks(
+            model,
+            test_set,
+            config.output / "validation",
+            adapter=adapter,
+            role=role,
+            progress=progress,
+            **options,
+        ),
+    )
+    return [Step(title, stage, {f"validation/{role}_tasks.json": TaskResult})]
+
+
+def _task_files(role: str) -> list[str]:
+    return [f"validation/{role}_tasks.{kind}" for kind in ("json", "parquet")]
 
 
 def _comparison_step(config: RunConfig) -> Step:
@@ -261,15 +324,33 @@ def _comparison_step(config: RunConfig) -> Step:
             merge_effect=merge_effect,
             weights_grade=read_record(proof / "weights.json", WeightProof).grade,
             behaviour_grade=read_record(proof / "behaviour.json", BehaviourProof).grade,
+            task_effects=_task_effects(config),
         )
         write_record(proof / "comparison.json", record)
 
     tables = {role: validation / f"{role}.parquet" for role in ("base", "adapter", "merged")}
     proofs = {name: proof / f"{name}.json" for name in ("weights", "behaviour")}
+    if config.tasks:
+        tables |= {f"{role} tasks": validation / f"{role}_tasks.parquet" for role in tables}
     stage = Stage(
         "comparison", {**tables, **proofs}, {"seed": config.seed}, ["proof/comparison.json"], summarise
     )
     return Step("Three models side by side", stage, {"proof/comparison.json": ComparisonRecord})
+
+
+def _task_effects(config: RunConfig) -> dict[str, list[TaskEffect]]:
+    """Adapter against base and merged against adapter, on the benchmarks' own metrics."""
+    from lorasmith.scoring.paired import paired_tasks
+
+    if not config.tasks:
+        return {}
+    base, adapter, merged = (
+        config.output / "validation" / f"{role}_tasks.parquet" for role in ("base", "adapter", "merged")
+    )
+    return {
+        "effect": paired_tasks(base, adapter, seed=config.seed),
+        "merge": paired_tasks(adapter, merged, seed=config.seed),
+    }
 
 
 _MEASURED = (
@@ -284,11 +365,16 @@ _MEASURED = (
 )
 
 
+def _asked_files(config: RunConfig) -> list[str]:
+    """The records of tasks that gates may name."""
+    return [f"validation/{role}_tasks.json" for role in ROLES if config.tasks]
+
+
 def _gates_step(config: RunConfig) -> Step:
     gates, _ = split_costs(config.resolved_gates())
     stage = Stage(
         name="gates",
-        inputs={name: config.output / name for name in _MEASURED},
+        inputs={name: config.output / name for name in (*_MEASURED, *_asked_files(config))},
         parameters={"gates": [gate.model_dump(mode="json") for gate in gates]},
         outputs=["gates.json"],
         action=lambda: write_record(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.options import AsJson, BatchSize, BatchTokens, GateFormat, MaxLength
+from lorasmith.cli.options import AsJson, BatchSize, BatchTokens, DeviceMap, GateFormat, MaxLength
 
 
 # Every option is None unless it was typed, so that only typed ones win over the config file.
@@ -45,12 +45,17 @@ def run(
         typer.Option("--end-of-turn/--no-end-of-turn", help="Score the token that ends a response. [on]"),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. [auto]")] = None,
+    device_map: DeviceMap = None,
     arithmetic: Annotated[str | None, typer.Option(help="auto, mkl or onednn. [auto]")] = None,
     batch_tokens: BatchTokens = None,
     batch_size: BatchSize = None,
     max_length: MaxLength = None,
     strict: Annotated[
         bool | None, typer.Option("--strict/--no-strict", help="Stop at rows that would be cut. [on]")
+    ] = None,
+    tasks: Annotated[
+        bool | None,
+        typer.Option("--tasks/--no-tasks", help="Also score answers to the benchmarks' questions. [off]"),
     ] = None,
     compression: Annotated[str | None, typer.Option(help="gzip, zstd or none. [gzip]")] = None,
     model_name: Annotated[str | None, typer.Option(help="Of the merged model, for its card.")] = None,
@@ -92,11 +97,13 @@ def run(
         "loss_on": loss_on,
         "end_of_turn": end_of_turn,
         "device": device,
+        "device_map": device_map,
         "arithmetic": arithmetic,
         "batch_tokens": batch_tokens,
         "batch_size": batch_size,
         "max_length": max_length,
         "strict": strict,
+        "tasks": tasks,
         "compression": compression,
         "model_name": model_name,
         "base_model_id": base_model_id,
