@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +19,7 @@ from lorasmith.benchmarks.drop import Drop
 from lorasmith.errors import DataError
 from lorasmith.files.atomic import read_record
 from lorasmith.records.scoring import TaskMetric, TaskResult
+from lorasmith.scoring import answers
 from lorasmith.scoring.answers import cut, room_for
 from lorasmith.scoring.paired import paired_tasks
 from lorasmith.scoring.tasks import evaluate_tasks
@@ -109,6 +113,39 @@ def test_an_unscored_answer_is_not_a_wrong_one(
         if m.method == "generation"
     ]
     assert (none.value, none.scored, none.interval) == (None, 0, None)
+
+
+@pytest.mark.parametrize("stop", [2, 7])
+def test_interrupted_answers_go_on_and_end_with_the_same_bytes(
+    place: Path, tmp_path: Path, stop: int
+) -> None:
+    class Stop(Exception):
+        pass
+
+    steps: list[int] = []
+
+    @contextmanager
+    def watch(label: str, *, total: int, unit: str) -> Iterator[Any]:
+        def advance(count: int) -> None:
+            steps.append(count)
+            if len(steps) == stop:  # among the choices, or among the written answers
+                raise Stop
+
+        yield advance
+
+    arguments = (place / "base", place / "test.jsonl")
+    with pytest.raises(Stop):
+        evaluate_tasks(*arguments, tmp_path / "stopped", batch_size=2, progress=watch)
+    calls = {}
+    for name in ("stopped", "whole"):
+        with patch.object(answers, "generate_greedy", side_effect=answers.generate_greedy) as generate:
+            evaluate_tasks(*arguments, tmp_path / name, batch_size=2)
+        calls[name] = generate.call_count
+    for file in ("base_tasks.json", "base_tasks.parquet"):
+        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert calls["whole"] == 3  # five written answers, two at a time
+    assert calls["stopped"] == (3 if stop == 2 else 2)
+    assert not list((tmp_path / "stopped").glob(".*"))
 
 
 def test_two_models_are_paired_by_example(place: Path, tmp_path: Path) -> None:
