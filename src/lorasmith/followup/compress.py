@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -83,10 +83,17 @@ class CompressSettings:
 
 
 class Compare(Protocol):
-    """Two loaded models on the rows of a file: over all, and by group."""
+    """Two models on the rows of a file, loaded one after the other: over all, and by group."""
 
     def __call__(
-        self, a: LoadedModel, b: LoadedModel, test_set: Path, *, limit: int | None, progress: Progress
+        self,
+        load_a: Callable[[], LoadedModel],
+        load_b: Callable[[], LoadedModel],
+        test_set: Path,
+        *,
+        device: str,
+        limit: int | None,
+        progress: Progress,
     ) -> tuple[TokenComparison, dict[str, dict[str, TokenComparison]], FileDigest]:
         """A is the original, B the compressed model."""
 
@@ -274,8 +281,14 @@ def _measure(
     progress: Progress,
 ) -> CompressRecord:
     place = resolve_device(device)
-    original, compressed = load_model(model, device=place), load_compressed(output, device=place)
-    overall, groups, digest = compare(original, compressed, test_set, limit=limit, progress=progress)
+    overall, groups, digest = compare(
+        lambda: load_model(model, device=place),
+        lambda: load_compressed(output, device=place),
+        test_set,
+        device=device,
+        limit=limit,
+        progress=progress,
+    )
     gates = [_gate(name, threshold, overall) for name, threshold in limits.items()]
     record = record.model_copy(
         update={

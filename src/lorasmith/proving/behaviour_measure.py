@@ -7,10 +7,7 @@ not fit into memory together, and what validation has kept is not computed again
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -67,34 +64,6 @@ class Floor:
     rows: list[TokenPairs]
     layouts: list[str]
     """The two ways in which it was computed."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Pairs of every row, and of model A with itself on the rows of the floor."""
-
-    rows: list[TokenPairs]
-    floor: list[TokenPairs]
-    layouts: list[str]
-
-
-def measure(
-    work: Workload,
-    a: LoadedModel,
-    b: LoadedModel,
-    route: Route,
-    journal: Journal | None,
-    progress: Progress,
-) -> Measured:
-    """Two models that are both in memory already, over all rows, and A against itself."""
-    with TemporaryDirectory(prefix="lorasmith-") as folder, ExitStack() as stack:
-        kept = [stack.enter_context(Journal(Path(folder) / name, name, {})) for name in ("a", "b")]
-        first = run_side(a, work, route, kept[0], "Run the first model", progress)
-        floor = noise_floor(a, work, first, route, progress)
-        second = run_side(b, work, route, kept[1], "Run the second model", progress)
-        return Measured(
-            compare_sides(work, first, second, route, journal, progress), floor.rows, floor.layouts
-        )
 
 
 def run_side(
