@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import lorasmith
+from lorasmith.cli.chat import _talk
+from lorasmith.cli.console import console
 from lorasmith.errors import DataError, UsageError
 from lorasmith.followup.chat import (
     ChatOptions,
@@ -133,6 +135,25 @@ def test_a_conversation_longer_than_the_context_is_told(place: Path) -> None:
     chat = open_chat(place / "base", options=SHORT)
     with pytest.raises(DataError, match="/reset"):
         list(chat.answer("word " * 100))
+
+
+def test_a_session_in_the_terminal(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter(["the cat", "", "/reset", "the cat", "word " * 100])
+
+    def type_next(prompt: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None  # Ctrl-D
+
+    monkeypatch.setattr("builtins.input", type_next)
+    _talk([open_chat(place / "base", options=SHORT)], console())
+    said = expected(place / "base", [turn("user", "the cat")])
+    shown = capsys.readouterr().out
+    assert shown.count(said) == 2
+    assert "type /reset" in shown
 
 
 def command(*arguments: object, text: str = "") -> subprocess.CompletedProcess[str]:

@@ -208,6 +208,14 @@ def test_a_draft_with_another_tokenizer_is_refused(place: Path, tmp_path: Path) 
     require_same_tokenizer(tiny_tokenizer(), tiny_tokenizer(chat=False), tmp_path)
 
 
+def test_rows_that_are_left_out_are_told(place: Path, tmp_path: Path) -> None:
+    rows = [*tiny_rows(2), {"text": "x"}, {"prompt": "word " * 100}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record, _ = speculate(place / "target", tmp_path / "p.jsonl", options=SMALL)
+    assert record.settings[0].overall.prompts == 2
+    assert [finding.code for finding in record.findings] == ["no-prompt", "no-room"]
+
+
 def test_wrong_input_is_refused(place: Path, tmp_path: Path) -> None:
     for options in ({"draft_tokens": (0,)}, {"draft_tokens": ()}, {"max_new_tokens": 0}, {"limit": 0}):
         with pytest.raises(UsageError):

@@ -61,6 +61,7 @@ def speculate(
 def show_speculation(record: SpeculationRecord, timing: SpeculationTiming, console: Console) -> None:
     """Equality, acceptance and speed of each way, then the recommendation."""
     from lorasmith.cli.console import table
+    from lorasmith.cli.views import show_findings
 
     def shown(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)
@@ -109,4 +110,5 @@ def show_speculation(record: SpeculationRecord, timing: SpeculationTiming, conso
             f"  {difference.id}, {difference.method} {difference.draft_tokens}: token {difference.place}, "
             f"margin {difference.margin:.2e}, noise {difference.noise:.2e}: {kind}"
         )
+    show_findings(record.findings, console)
     console.print(f"Recommendation: {timing.recommendation}", soft_wrap=True)

@@ -205,8 +205,10 @@ class Work:
 
     def _check(self, *, final: bool = False) -> None:
         """Judge the limit once, when the last of the check's rows has ended."""
-        awaited = [index for index in self.pilot if self.keys[index] not in self.failures]
-        if self.checked or not (final or len(self.lengths) >= len(awaited)):
+        if self.checked:
+            return
+        awaited = sum(self.keys[index] not in self.failures for index in self.pilot)
+        if not final and len(self.lengths) < awaited:
             return
         self.checked = True
         context = self.engine.context

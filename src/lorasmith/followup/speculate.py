@@ -11,7 +11,7 @@ from lorasmith.errors import DataError, UsageError
 from lorasmith.files.atomic import write_record
 from lorasmith.files.paths import StrPath
 from lorasmith.followup.respond_engines import DTYPES, resolve_dtype
-from lorasmith.followup.respond_rows import Row, read_prompts
+from lorasmith.followup.respond_rows import read_prompts
 from lorasmith.followup.speculate_account import Prompt, Way, make_record, make_timing
 from lorasmith.followup.speculate_loop import (
     Greedy,
@@ -23,9 +23,10 @@ from lorasmith.followup.speculate_loop import (
 from lorasmith.models.arithmetic import choose_route, resolve_device, use_route
 from lorasmith.models.generate import stop_tokens
 from lorasmith.models.load import LoadedModel, load_model
-from lorasmith.models.template import frame
+from lorasmith.models.template import Frame, frame
 from lorasmith.models.turns import conversation_tokens
 from lorasmith.progress import Progress, silent
+from lorasmith.records.base import Finding
 from lorasmith.records.followup import SpeculationRecord, SpeculationTiming
 
 _PROBE = "The quick brown fox: 3.14159 × 2\n\tdef f(x):\n        return [x, 'ä', \"日本\"]  # 🙂"
@@ -81,20 +82,7 @@ def speculate(
         small = load_model(draft, device=device, dtype=DTYPES[dtype])
         require_same_tokenizer(loaded.tokenizer, small.tokenizer, draft)
     around = frame(loaded.tokenizer, options.template, end_of_turn=False)
-    rows = read_prompts(prompts, options.limit)
-    asked = [_encode(row, loaded, around) for row in rows if not row.fault]
-    asked = [
-        prompt
-        for prompt in asked
-        if loaded.context is None or len(prompt.tokens) + options.max_new_tokens <= loaded.context
-    ]
-    if not asked:
-        raise DataError(
-            "no prompt leaves room for the answer",
-            where=prompts,
-            expected=f"prompt and {options.max_new_tokens} new tokens within {loaded.context} tokens",
-            remedy="lower --max-new-tokens",
-        )
+    asked, findings = _choose_prompts(prompts, loaded, around, options)
     stop = frozenset(stop_tokens(loaded, around.template))
     ways = _ways(small, options)
     with use_route(choose_route("auto", device)):
@@ -102,6 +90,7 @@ def speculate(
     record = make_record(
         ways, references, asked, target, draft, prompts, (around.template, dtype, options.max_new_tokens)
     )
+    record = record.model_copy(update={"findings": findings})
     timing = make_timing(ways, references, record)
     if output is not None:
         place = Path(output)
@@ -127,8 +116,35 @@ def require_same_tokenizer(target: Any, draft: Any, place: Path) -> None:
     )
 
 
-def _encode(row: Row, loaded: LoadedModel, around: Any) -> Prompt:
-    return Prompt(row.id, row.source, conversation_tokens(loaded.tokenizer, row.messages, around))
+def _choose_prompts(
+    file: Path, loaded: LoadedModel, around: Frame, options: SpeculateOptions
+) -> tuple[list[Prompt], list[Finding]]:
+    """The prompts that leave room for the answer; what is left out is told. `DataError` when none is left."""
+    rows = read_prompts(file, options.limit)
+    faulty = sum(bool(row.fault) for row in rows)
+    asked = [
+        Prompt(row.id, row.source, conversation_tokens(loaded.tokenizer, row.messages, around))
+        for row in rows
+        if not row.fault
+    ]
+    most = (loaded.context or 1 << 62) - options.max_new_tokens
+    fitting = [prompt for prompt in asked if len(prompt.tokens) <= most]
+    if not fitting:
+        raise DataError(
+            "no prompt leaves room for the answer",
+            where=file,
+            expected=f"prompt and {options.max_new_tokens} new tokens within {loaded.context} tokens",
+            remedy="lower --max-new-tokens",
+        )
+    findings = [
+        Finding(severity="warning", code=code, message=f"{count} of {len(rows)} rows were left out: {why}")
+        for code, count, why in (
+            ("no-prompt", faulty, "they have no prompt"),
+            ("no-room", len(asked) - len(fitting), "their prompts leave no room for the answer"),
+        )
+        if count
+    ]
+    return fitting, findings
 
 
 def _ways(small: LoadedModel | None, options: SpeculateOptions) -> list[Way]:

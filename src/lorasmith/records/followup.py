@@ -153,6 +153,8 @@ class SpeculationRecord(Record):
     noise: float
     settings: list[SpeculationSetting]
     differences: list[SpeculationDifference] = []
+    findings: list[Finding] = []
+    """Rows that were left out, and why."""
 
 
 class SpeculationSpeed(Part):
