@@ -22,7 +22,7 @@ def write(folder: Path, text: str) -> Path:
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
     file = write(tmp_path, 'seed = 7\nprecision = "float16"\n')
     config = load_config(file, {**FLAGS, "seed": 8, "precision": None})
-    assert (config.seed, config.precision, config.rounding) == (8, "float16", "nearest")
+    assert (config.seed, config.precision, config.rounding) == (8, "float16", "auto")
 
 
 def test_paths_in_the_file_are_relative_to_it(tmp_path: Path) -> None:

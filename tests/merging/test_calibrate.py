@@ -209,7 +209,7 @@ def test_rows_of_the_test_set_are_refused(inputs: tuple[Path, Path, Path], tmp_p
 
 
 def test_auto_leaves_rows_of_the_test_set_out(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    base, adapter, rows = inputs
+    rows = inputs[2]
     held_out = tmp_path / "test.jsonl"
     held_out.write_text("".join(rows.read_text().splitlines(keepends=True)[:4]))
     use = calibrated(inputs, tmp_path / "out", rounding="auto", test_set=held_out).calibration
