@@ -28,6 +28,7 @@ from lorasmith.followup.compress_run import calibration_samples
 from lorasmith.followup.compress_table import write_page
 from lorasmith.proving.behaviour_pair import compare_pair
 from lorasmith.records.compression import CompressRecord
+from tests.faults import in_child, was_killed
 from tests.tiny import load_model, save_base, tiny_model, tiny_rows, tiny_tokenizer
 
 TINY = {"hidden_size": 64, "intermediate_size": 128}
@@ -185,6 +186,31 @@ def test_a_worker_that_fails_leaves_nothing(
     with pytest.raises(MachineError, match=said):
         compress(place / "base", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_at_any_point_the_output_is_whole_or_absent(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = (
+        "import json, sys, shutil; job = json.load(open(sys.argv[1]));"
+        f"shutil.copytree({str(place / 'int4')!r}, job['output'] + '/m', "
+        f"ignore=shutil.ignore_patterns({RECORD!r}))"
+    )
+    monkeypatch.setattr(compress_run, "WORKER", ("-c", script))
+
+    def work() -> None:
+        compress(place / "base", tmp_path / "out")
+
+    assert in_child(work, die_at=None, count_to=tmp_path / "count") == 0
+    whole = digest_folder(tmp_path / "out")
+    writes = int((tmp_path / "count").read_text())
+    for at in (2, writes // 2, writes - 1):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        assert was_killed(in_child(work, die_at=at))
+        assert not (tmp_path / "out").exists() or digest_folder(tmp_path / "out") == whole
+        work()
+        assert digest_folder(tmp_path / "out") == whole
+        assert not list(tmp_path.glob(".*partial"))
 
 
 def test_a_result_that_does_not_load_is_not_published(
