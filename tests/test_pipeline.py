@@ -77,7 +77,8 @@ def test_the_run_folder_is_laid_out_as_documented(finished: RunResult) -> None:
 
 
 def test_the_verdict_of_a_run(finished: RunResult) -> None:
-    assert finished.weights.grade == "exact"
+    # The run has training rows: its rounding is fitted to them, and proved within a few steps of exact.
+    assert (finished.weights.grade, finished.weights.rounding) == ("bounded", "calibrated")
     assert finished.weights.adapter_tensors_used == finished.weights.adapter_tensors_total
     assert finished.contamination.verdict == "independent"
     assert {gate.gate.name for gate in finished.gates.gates if gate.verdict == "fail"} >= {

@@ -28,10 +28,11 @@ class RunConfig(Part):
     output: Path
     """The run folder."""
     train: tuple[Path, ...] = ()
-    """What the adapter was trained on: the test set is checked against it."""
+    """What the adapter was trained on: the test set is checked against it, `rounding` is fitted to it."""
 
     precision: Literal["base", "float32", "bfloat16", "float16"] = "base"
-    rounding: Literal["nearest"] = "nearest"
+    rounding: Literal["auto", "nearest", "dithered", "calibrated"] = "auto"
+    """`auto`: calibrated on `train` where that is given, else nearest."""
     seed: int = Field(default=42, ge=0)
 
     template: Literal["auto", "chat", "plain"] = "auto"

@@ -99,6 +99,7 @@ def plan(config: RunConfig, progress: Progress) -> list[Step]:
         "rounding": config.rounding,
         "seed": config.seed,
     }
+    rows = merging_rows(config, test_set)
     return [
         Step(
             "Test set",
@@ -119,11 +120,11 @@ def plan(config: RunConfig, progress: Progress) -> list[Step]:
             "Merge LoRA weights",
             Stage(
                 name="merge",
-                inputs=models,
-                parameters={**merge_options, **_origin(config.base)},
+                inputs={**models, **_numbered("calibration", rows.get("calibration", ())), **_held_out(rows)},
+                parameters={**merge_options, "template": config.template, **_origin(config.base)},
                 outputs=["merged"],
                 action=lambda: lorasmith.merge(
-                    config.base, config.adapter, merged, progress=progress, **merge_options
+                    config.base, config.adapter, merged, progress=progress, **merge_options, **rows
                 ),
             ),
             {"merged/lorasmith_merge.json": MergeRecord},
@@ -173,6 +174,18 @@ def plan(config: RunConfig, progress: Progress) -> list[Step]:
         _card_step(config),
         _package_step(config, progress),
     ]
+
+
+def merging_rows(config: RunConfig, test_set: Path) -> dict[str, Any]:
+    """What a calibrated merge is given: the training files, and the test set that it must not see."""
+    if config.rounding not in ("auto", "calibrated") or not config.train:
+        return {}
+    own = {"template": config.template, "device": config.device}
+    return {"calibration": config.train, "test_set": test_set, **own}
+
+
+def _held_out(rows: Mapping[str, Any]) -> dict[str, Path]:
+    return {"test_set": rows["test_set"]} if rows else {}
 
 
 def check_places(config: RunConfig) -> None:
