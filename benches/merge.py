@@ -2,6 +2,7 @@
 
     python benches/merge.py --parameters 3.2e9 --repeats 5
     python benches/merge.py --parameters 5e8,1e9,3e9,7e9 --tools lorasmith --repeats 1
+    python benches/merge.py --tools lorasmith,mergekit --mergekit-python ENVIRONMENT/bin/python
 
 Every tool starts from a cold source (POSIX_FADV_DONTNEED) and is done when its output is synced. The tools
 take turns, so that a noisy moment hits all of them; the table shows medians. `lorasmith` hashes
@@ -196,7 +197,9 @@ def timed(work: Callable[[], object]) -> dict[str, float]:
     return {"seconds": time.monotonic() - begin}
 
 
-def run(tool: str, base: Path, adapter: Path, out: Path, caches: Path) -> dict[str, float]:
+def run(
+    tool: str, base: Path, adapter: Path, out: Path, caches: Path, interpreter: str | None
+) -> dict[str, float]:
     """Run one tool once, from a cold source to a synced output."""
     warm = {"LORASMITH_CACHE": str(caches)}
     if tool == "lorasmith":
@@ -230,7 +233,7 @@ def run(tool: str, base: Path, adapter: Path, out: Path, caches: Path) -> dict[s
 
     def mergekit() -> None:
         cache = out.with_suffix(".cache")
-        command = ["mergekit-yaml", str(recipe), str(out), "--lora-merge-cache", str(cache)]
+        command = [*mergekit_command(interpreter), str(recipe), str(out), "--lora-merge-cache", str(cache)]
         subprocess.run(command, check=True, capture_output=True)
         sync(out)
         shutil.rmtree(cache, ignore_errors=True)
@@ -238,14 +241,21 @@ def run(tool: str, base: Path, adapter: Path, out: Path, caches: Path) -> dict[s
     return timed(mergekit)
 
 
-def available(tool: str) -> bool:
+def mergekit_command(interpreter: str | None) -> list[str]:
+    """mergekit in its own environment, or the command on the path."""
+    return [interpreter, "-m", "mergekit.scripts.run_yaml"] if interpreter else ["mergekit-yaml"]
+
+
+def available(tool: str, interpreter: str | None) -> bool:
     """Whether a tool is installed."""
     if tool == "mergekit":
-        return shutil.which("mergekit-yaml") is not None
+        return interpreter is not None or shutil.which("mergekit-yaml") is not None
     return tool != "peft" or importlib.util.find_spec("peft") is not None
 
 
-def bench(parameters: float, tools: list[str], repeats: int, rank: int, work: Path) -> None:
+def bench(
+    parameters: float, tools: list[str], repeats: int, rank: int, work: Path, interpreter: str | None
+) -> None:
     """Time the tools in turn and print one line each."""
     folder = Path(tempfile.mkdtemp(prefix="merge-bench-", dir=work))
     try:
@@ -256,12 +266,12 @@ def bench(parameters: float, tools: list[str], repeats: int, rank: int, work: Pa
         out, caches = folder / "out", folder / "caches"
         if "lorasmith" in tools:
             # Once before the clock runs, so that the digests of the base are known.
-            run("lorasmith", base, adapter, out, caches)
+            run("lorasmith", base, adapter, out, caches, interpreter)
             shutil.rmtree(out)
         for _ in range(repeats):
             for tool in tools:
                 cool(base)
-                results[tool].append(run(tool, base, adapter, out, caches))
+                results[tool].append(run(tool, base, adapter, out, caches, interpreter))
                 shutil.rmtree(out)
         reference = {
             name: statistics.median(run["seconds"] for run in results[name])
@@ -298,10 +308,17 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure"
     )
+    parser.add_argument("--mergekit-python", help="the interpreter of an environment that has mergekit")
     arguments = parser.parse_args()
-    tools = [tool for tool in arguments.tools.split(",") if available(tool)]
+    interpreter = arguments.mergekit_python
+    tools = []
+    for tool in arguments.tools.split(","):
+        if available(tool, interpreter):
+            tools.append(tool)
+        else:
+            print(f"{tool} is not installed and left out", file=sys.stderr)
     for parameters in arguments.parameters.split(","):
-        bench(float(parameters), tools, arguments.repeats, arguments.rank, arguments.work)
+        bench(float(parameters), tools, arguments.repeats, arguments.rank, arguments.work, interpreter)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 
+_GENERATION = "generation_config.json"
+
 _FREE_KEYS = frozenset(
     {
         "dtype",
@@ -116,6 +118,7 @@ def check_files(
     if claims.record:
         found += _check_record(claims.record, identity)
     found += _check_config(base, merged)
+    found += _check_generation(base, merged)
     found += _check_tokenizer(base, adapters, merged)
     return found
 
@@ -189,6 +192,26 @@ def _differing(wanted: Any, found: Any, path: str) -> Iterator[tuple[str, Any, A
                 yield from _differing(wanted.get(key), found.get(key), f"{path}.{key}" if path else key)
     elif wanted != found:
         yield path, wanted, found
+
+
+def _check_generation(base: Path, merged: Path) -> Iterator[Finding]:
+    """Without it a model is sampled otherwise, and may not know its end token."""
+    ours, theirs = base / _GENERATION, merged / _GENERATION
+    if not ours.is_file():
+        return
+    if not theirs.is_file():
+        yield _warning("missing-generation-config", f"{_GENERATION!r} is missing", _GENERATION, str(ours))
+    elif not _same_generation(ours, theirs):
+        yield _warning("generation-config-differs", f"{_GENERATION!r} is not the base's", _GENERATION)
+
+
+def _same_generation(one: Path, other: Path) -> bool:
+    try:
+        contents = [read_json(file) for file in (one, other)]
+    except InputError:
+        return False
+    found = [{key: value for key, value in body.items() if key not in _FREE_KEYS} for body in contents]
+    return found[0] == found[1]
 
 
 def _check_tokenizer(base: Path, adapters: Sequence[Path], merged: Path) -> Iterator[Finding]:
