@@ -322,6 +322,9 @@ def test_rows_without_a_prompt_are_told_and_the_others_answered(place: Path, tmp
         "the row has no prompt",
         "the field 'prompt' is not text",
     ]
+    mended = write(tmp_path / "d.jsonl", [{"prompt": "good"}, {"prompt": "better"}])
+    record = scripted(place, tmp_path, Scripted(), data=mended)
+    assert (record.rows, record.failed) == (2, 0)
     nothing = write(tmp_path / "n.jsonl", [{"text": "x"}] * 3)
     with pytest.raises(DataError, match="none of the 3 rows has a prompt") as raised:
         read_prompts(nothing)

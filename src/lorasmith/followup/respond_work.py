@@ -80,8 +80,10 @@ class Work:
         self.keys = [row_key(row, settings) for row in rows]
         self.earlier = earlier
         known = earlier_failures(places) if places.record.exists() else {}
-        self.failures = {key: row for key, row in known.items() if key not in self.earlier}
-        self.failures.update({key: store.row(key) for key, kept in store.rows.items() if kept.failed})
+        known.update({key: store.row(key) for key, kept in store.rows.items() if kept.failed})
+        present = set(self.keys) - set(earlier)
+        self.failures = {key: row for key, row in known.items() if key in present}
+        """Rows of this data that failed; one that was mended in the data is another row."""
         self.stop = engine.stops(around.template)
         pilot = sorted(range(len(rows)), key=lambda index: self.keys[index])[:CHECK_ROWS]
         self.pilot = frozenset(pilot)
