@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lorasmith
 from lorasmith.cli import workflow
 from lorasmith.files.jsonl import write_rows
+from lorasmith.results import RunResult
 from tests.tiny import save_adapter, save_base, tiny_rows
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "vastai_validate_and_merge.sh"
@@ -28,7 +30,7 @@ def workspace(tmp_path: Path) -> Path:
     place = tmp_path / "work space"
     save_adapter(place / MODELS / "best", save_base(place / "models" / "base"))
     (place / "data" / "benchmarks").mkdir(parents=True)
-    write_rows(place / "data" / "benchmarks" / "validation_test.jsonl", tiny_rows(6))
+    write_rows(place / "data" / "benchmarks" / "validation_test.jsonl", tiny_rows(4))
     return place
 
 
@@ -44,7 +46,7 @@ def test_the_workflow_leaves_what_the_guide_downloads(workspace: Path) -> None:
     """The guide's own gates: a model of random weights misses them, so the exit code is 1."""
     train = workspace / "data" / "phase1" / "answers" / "training_data_clean.jsonl"
     train.parent.mkdir(parents=True)
-    write_rows(train, tiny_rows(6, seed=9))
+    write_rows(train, tiny_rows(4, seed=9))
     done = run(workspace)
     assert done.returncode == 1, done.stderr
     headings = re.findall(r"^(Phase 1D.*|Step \d/\d: .*|VALIDATION RESULTS.*)$", done.stdout, re.MULTILINE)
@@ -73,58 +75,71 @@ def test_the_workflow_leaves_what_the_guide_downloads(workspace: Path) -> None:
             assert len(opened.getnames()) > 3
     checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=package, capture_output=True, check=False)
     assert checked.returncode == 0
-    # Given again it keeps what is done and replaces its own results.
-    (merged / "model.safetensors").unlink()
-    again = run(workspace)
-    assert again.returncode == 1 and "kept from before" in again.stdout, again.stderr
-    assert (merged / "model.safetensors").is_file()
 
 
-def test_every_path_can_be_set_and_passing_gates_exit_with_0(workspace: Path, tmp_path: Path) -> None:
-    (tmp_path / "run.toml").write_text('gate_defaults = "none"\n')
-    moved = tmp_path / "elsewhere"
-    shutil.move(workspace / MODELS / "best", moved / "adapter")
-    shutil.move(workspace / "models" / "base", moved / "base")
-    shutil.move(workspace / "data" / "benchmarks" / "validation_test.jsonl", moved / "rows.jsonl")
-    places = {
-        "LORA_PATH": moved / "adapter",
-        "BASE_MODEL": moved / "base",
-        "TEST_FILE": moved / "rows.jsonl",
-        "MERGED_PATH": moved / "merged",
-        "RESULTS_DIR": moved / "results",
-        "PACKAGE_DIR": moved / "package",
-        "RUN_DIR": moved / "run",
+def test_every_path_can_be_set(workspace: Path) -> None:
+    """With `echo` as its Python the script shows what it would call."""
+    merged = workspace / MODELS / "merged"
+    assert f"--merged_path {merged}" in run(workspace, PYTHON="echo").stdout
+    flags = {
+        "LORA_PATH": "--lora_path",
+        "BASE_MODEL": "--base_model",
+        "TEST_FILE": "--test_file",
+        "TRAIN_FILE": "--train_file",
+        "MERGED_PATH": "--merged_path",
+        "RESULTS_DIR": "--results_dir",
+        "PACKAGE_DIR": "--package_dir",
+        "RUN_DIR": "--run_dir",
+        "PRECISION": "--precision",
+        "ROUNDING": "--rounding",
+        "DEVICE": "--device",
+        "BATCH_SIZE": "--batch_size",
+        "CONFIG": "--config",
     }
-    done = run(
-        workspace, **places, CONFIG=tmp_path / "run.toml", BATCH_SIZE=2, DEVICE="cpu", PRECISION="float32"
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "✓ All validations passed!" in done.stdout
-    assert all(place.exists() for place in places.values())
-    assert json.loads((moved / "merged" / "lorasmith_merge.json").read_text())["precision"] == "float32"
-    assert not (workspace / "results").exists() and not (workspace / "download_package").exists()
+    elsewhere = workspace.parent / "elsewhere"
+    elsewhere.mkdir()
+    values = {name: elsewhere / name.lower() for name in flags}
+    values["TEST_FILE"].touch()
+    done = run(workspace, PYTHON="echo", **values)
+    assert done.returncode == 0, done.stderr
+    assert str(workspace) not in done.stdout
+    for name, flag in flags.items():
+        assert f" {flag} {values[name]}" in done.stdout
 
 
-def test_different_weights_exit_with_1(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the gates say, and the package is left all the same."""
-    right = lorasmith.merge
+def test_passing_gates_exit_with_0_different_weights_with_1_and_a_second_time_keeps_what_is_done(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (workspace / "run.toml").write_text('gate_defaults = "none"\n')
+    out = workspace / "out"
+    found: list[RunResult] = []
+    right = lorasmith.run
 
-    def of_another_adapter(base: Path, adapter: Path, output: Path, **options: object) -> object:
-        return right(base, save_adapter(workspace / "other", base, seed=5), output, **options)  # type: ignore[arg-type]
+    def keep(*arguments: Any, **options: Any) -> RunResult:
+        found.append(right(*arguments, **options))
+        return found[-1]
 
-    monkeypatch.setattr(lorasmith, "merge", of_another_adapter)
-    places = ("merged_path", "results_dir", "package_dir", "run_dir")
-    code = workflow.main(
-        [
-            *("--lora_path", str(workspace / MODELS / "best")),
-            *("--test_file", str(workspace / "data" / "benchmarks" / "validation_test.jsonl")),
-            *("--config", str(workspace / "run.toml")),
-            *(text for name in places for text in (f"--{name}", str(workspace / "out" / name))),
-        ]
-    )
-    assert code == 1
-    assert (workspace / "out" / "package_dir" / "merged_model.tar.gz").is_file()
+    def code() -> int:
+        places = ("merged_path", "results_dir", "package_dir", "run_dir")
+        inputs = ("--test_file", workspace / "data" / "benchmarks" / "validation_test.jsonl")
+        flags = ("--lora_path", workspace / MODELS / "best", *inputs, "--config", workspace / "run.toml")
+        return workflow.main(
+            [*map(str, flags), *(text for name in places for text in (f"--{name}", str(out / name)))]
+        )
+
+    monkeypatch.setattr(lorasmith, "run", keep)
+    assert code() == 0
+    assert "✓ All validations passed!" in capsys.readouterr().out
+    for lost in ("merged_path/model.safetensors", "package_dir/merged_model.tar.gz"):
+        (out / lost).unlink()
+    assert code() == 0
+    assert "Validate base" not in capsys.readouterr().err  # no bar: nothing was scored again
+    different = found[-1].weights.model_copy(update={"grade": "different"})
+    monkeypatch.setattr(lorasmith, "run", lambda *_, **__: replace(found[-1], weights=different))
+    assert code() == 1
+    assert "DIFFERENT" in capsys.readouterr().out
+    for kept in ("merged_path/model.safetensors", "package_dir/merged_model.tar.gz"):
+        assert (out / kept).is_file()
 
 
 def test_wrong_input_exits_with_2_before_anything_is_done(workspace: Path) -> None:
