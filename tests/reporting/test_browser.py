@@ -10,6 +10,7 @@ import pytest
 
 from lorasmith.reporting.page import write_report
 from tests.reporting.browser import CHROMIUM, Browser
+from tests.reporting.test_tasks import add_costs, add_tasks
 from tests.samples import SECRET, sample_examples, sample_run
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
@@ -53,7 +54,10 @@ CONTRAST = """(() => {
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a small run."""
     folder = tmp_path_factory.mktemp("page")
-    write_report(sample_run(folder / "run", count=60), folder / "report.html")
+    run = sample_run(folder / "run", count=60)
+    add_tasks(run)
+    add_costs(run)
+    write_report(run, folder / "report.html")
     return folder / "report.html"
 
 

@@ -39,6 +39,7 @@ def _environment() -> Environment:
         percent=figures.percent,
         count=figures.count,
         duration=figures.duration,
+        dollars=figures.dollars,
         human_bytes=human_bytes,
         comparisons={"<": "<", "<=": "≤", ">": ">", ">=": "≥", "==": "=", "!=": "≠"},
         all_examples=ALL,

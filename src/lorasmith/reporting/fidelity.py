@@ -57,6 +57,8 @@ class Heat:
     modules: list[str]
     layers: list[tuple[str, list[Cell | None]]]
     others: list[Cell]
+    totals: list[float]
+    """Swallowed fraction of each whole layer, in the order of `layers`."""
 
 
 def divergence_tables(records: RunRecords) -> list[DivergenceTable]:
@@ -167,6 +169,7 @@ def heat_map(merge: MergeRecord | None) -> Heat | None:
     if merge is None or not merge.tensors:
         return None
     largest = max(tensor.relative_update for tensor in merge.tensors) or 1.0
+    counts = {entry.name: (entry.swallowed, entry.changed + entry.swallowed) for entry in merge.tensors}
     placed: dict[tuple[str, int], dict[str, Cell]] = {}
     modules: dict[str, None] = {}
     others = []
@@ -190,4 +193,9 @@ def heat_map(merge: MergeRecord | None) -> Heat | None:
         (str(layer) if len(stems) == 1 else f"{stem}.{layer}", [cells.get(module) for module in modules])
         for (stem, layer), cells in sorted(placed.items())
     ]
-    return Heat(list(modules), layers, others)
+    totals = [
+        sum(counts[cell.tensor][0] for cell in cells.values())
+        / max(1, sum(counts[cell.tensor][1] for cell in cells.values()))
+        for _, cells in sorted(placed.items())
+    ]
+    return Heat(list(modules), layers, others, totals)

@@ -62,6 +62,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def dollars(amount: float) -> str:
+    """`$12.50`, and below a cent as many digits as it takes."""
+    return f"${amount:.2f}" if amount >= 0.01 or amount == 0 else f"${amount:.2g}"
+
+
 def short_hash(sha256: str) -> str:
     """The first 12 digits: enough to recognise, never to prove."""
     return sha256[:12]

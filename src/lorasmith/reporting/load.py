@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from lorasmith.records.dataset import ContaminationRecord, DatasetStatistics
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.proof import BehaviourProof, ComparisonRecord, WeightProof
 from lorasmith.records.release import GateRecord, RunRecord, TimingRecord
-from lorasmith.records.scoring import ValidationResult
+from lorasmith.records.scoring import TaskResult, ValidationResult
 
 ROLES = ("base", "adapter", "merged")
 
@@ -35,12 +35,16 @@ class RunRecords:
     behaviour: BehaviourProof | None
     comparison: ComparisonRecord | None
     gates: GateRecord | None
+    """Those on cost come last, and only where timings are shown."""
     timing: TimingRecord | None
+    tasks: dict[str, TaskResult] = field(default_factory=dict)
+    """Role → answers to the benchmarks' own questions, in the order of `ROLES`."""
 
     def findings(self) -> list[tuple[list[str], Finding]]:
         """All findings with the names of the records they stand in, each once, errors first."""
         sources: dict[str, list[Finding]] = {
-            **{f"{role} validation": result.findings for role, result in self.validations.items()}
+            **{f"{role} validation": result.findings for role, result in self.validations.items()},
+            **{f"{role} answers": result.findings for role, result in self.tasks.items()},
         }
         named = {
             "test set": self.statistics,
@@ -62,6 +66,7 @@ class RunRecords:
 def load_run(run: Path, *, timings: bool) -> RunRecords:
     """Read every record that is there. Raises `DataError` where none is, `InputError` for a damaged one."""
     validations = {role: _read(run / "validation" / f"{role}.json", ValidationResult) for role in ROLES}
+    answered = {role: _read(run / "validation" / f"{role}_tasks.json", TaskResult) for role in ROLES}
     records = RunRecords(
         folder=run,
         run=_read(run / "run.json", RunRecord),
@@ -72,8 +77,9 @@ def load_run(run: Path, *, timings: bool) -> RunRecords:
         weights=_read(run / "proof" / "weights.json", WeightProof),
         behaviour=_read(run / "proof" / "behaviour.json", BehaviourProof),
         comparison=_read(run / "proof" / "comparison.json", ComparisonRecord),
-        gates=_read(run / "gates.json", GateRecord),
+        gates=_gates(run, timings=timings),
         timing=_read(run / "timing.json", TimingRecord) if timings else None,
+        tasks={role: result for role, result in answered.items() if result is not None},
     )
     if records.run is None and not records.validations and records.merge is None:
         raise DataError(
@@ -83,6 +89,14 @@ def load_run(run: Path, *, timings: bool) -> RunRecords:
             remedy="give the folder that holds run.json",
         )
     return records
+
+
+def _gates(run: Path, *, timings: bool) -> GateRecord | None:
+    found = _read(run / "gates.json", GateRecord)
+    costs = _read(run / "cost_gates.json", GateRecord) if timings else None
+    if found is None or costs is None:
+        return found or costs
+    return GateRecord(passed=found.passed and costs.passed, gates=[*found.gates, *costs.gates])
 
 
 def _read(path: Path, kind: type[R]) -> R | None:

@@ -17,6 +17,7 @@ from lorasmith.reporting.fidelity import FLOOR, QUANTILES, divergence_tables, he
 from lorasmith.reporting.groups import effect_tables, model_tables, sort_groups
 from lorasmith.reporting.load import RunRecords, load_run
 from lorasmith.reporting.provenance import GLOSSARY, facts, provenance
+from lorasmith.reporting.tasks import task_table
 from lorasmith.reporting.verdict import claims, headline
 
 
@@ -41,6 +42,7 @@ def render(records: RunRecords) -> str:
         "facts": facts(records),
         "sections": _sections(records),
         "models": model_tables(records),
+        "tasks": task_table(records),
         "effects": effect_tables(records),
         "divergences": divergence_tables(records),
         "heat": heat_map(records.merge),
