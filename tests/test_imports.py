@@ -122,7 +122,18 @@ def test_the_report_needs_no_torch() -> None:
 
 
 def test_the_public_names_are_pinned() -> None:
-    names = ["__version__", "compare", "merge", "prove", "respond", "run", "speculate", "train", "validate"]
+    names = [
+        "__version__",
+        "compare",
+        "merge",
+        "prove",
+        "respond",
+        "run",
+        "speculate",
+        "train",
+        "train_draft",
+        "validate",
+    ]
     assert sorted(lorasmith.__all__) == names
     assert dir(lorasmith) == names
 
@@ -130,5 +141,15 @@ def test_the_public_names_are_pinned() -> None:
 def test_public_functions_stay_functions_after_every_module_is_imported() -> None:
     for info in pkgutil.walk_packages([str(SOURCE)], prefix="lorasmith."):
         importlib.import_module(info.name)
-    for name in ("compare", "merge", "prove", "respond", "run", "speculate", "train", "validate"):
+    for name in (
+        "compare",
+        "merge",
+        "prove",
+        "respond",
+        "run",
+        "speculate",
+        "train",
+        "train_draft",
+        "validate",
+    ):
         assert callable(getattr(lorasmith, name))

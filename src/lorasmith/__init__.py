@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorasmith.followup.draft import train_draft as train_draft
     from lorasmith.followup.respond import respond as respond
     from lorasmith.followup.speculate import speculate as speculate
     from lorasmith.merging.execute import merge as merge
@@ -29,9 +30,21 @@ _PUBLIC = {
     "train": "lorasmith.training.train",
     "respond": "lorasmith.followup.respond",
     "speculate": "lorasmith.followup.speculate",
+    "train_draft": "lorasmith.followup.draft",
 }
 
-__all__ = ["__version__", "compare", "merge", "prove", "respond", "run", "speculate", "train", "validate"]
+__all__ = [
+    "__version__",
+    "compare",
+    "merge",
+    "prove",
+    "respond",
+    "run",
+    "speculate",
+    "train",
+    "train_draft",
+    "validate",
+]
 
 
 def __getattr__(name: str) -> Any:

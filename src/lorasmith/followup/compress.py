@@ -123,6 +123,8 @@ def compress(
     chosen = settings or CompressSettings()
     chosen.check()
     thresholds = _resolve_limits(limits)
+    if test_set is not None and compare is None:
+        raise UsageError("a test set is given, but nothing that compares", remedy="give `compare` as well")
     source = open_checkpoint(model)
     shapes = shapes_of(source)
     chosen = _with_group(chosen, shapes, model)
