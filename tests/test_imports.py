@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"gates"},
     {"config", "stages"},
     {"results"},
-    {"judge", "preflight"},
+    {"judge", "preflight", "roundings"},
     {"pipeline"},
     {"demo"},
     {"cli"},

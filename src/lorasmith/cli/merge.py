@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,6 +40,13 @@ def merge(
     ] = None,
     template: Template = "auto",
     device: Device = "auto",
+    compare_roundings: Annotated[
+        bool,
+        typer.Option(
+            "--compare-roundings",
+            help="Measure every rounding on --test-set and recommend one; --output gets the record alone.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base: every element is W + s·B·A, rounded once.
@@ -53,6 +60,10 @@ def merge(
     from lorasmith.cli import views
     from lorasmith.cli.console import bar, console, show_record
 
+    if compare_roundings:
+        options = {"calibration": calibration, "seed": seed, "template": template, "device": device}
+        _compare(base, adapter, output, test_set, options, as_json=as_json)
+        return
     record = lorasmith.merge(
         base,
         adapter,
@@ -72,3 +83,28 @@ def merge(
     else:
         views.show_merge(record, console())
         console().print(f"Merged model: {output}")
+
+
+def _compare(
+    base: Path,
+    adapter: list[Path],
+    output: Path,
+    test_set: Path | None,
+    options: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    from lorasmith.cli.console import bar, console, show_record
+    from lorasmith.cli.roundings import show_roundings
+    from lorasmith.errors import UsageError
+    from lorasmith.roundings import compare_roundings
+
+    if test_set is None or len(adapter) != 1:
+        raise UsageError(
+            "--compare-roundings measures one adapter on a test set", expected="one --adapter and --test-set"
+        )
+    record = compare_roundings(base, adapter[0], test_set, output, progress=bar, **options)
+    if as_json:
+        show_record(record)
+    else:
+        show_roundings(record, console())
