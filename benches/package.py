@@ -2,8 +2,9 @@
 
     python benches/package.py --weights FOLDER [--random-mb 256]
 
-Weights that come from 4-bit values compress unusually well; the random ones are N(0, 0.02) as bf16, which is
-what trained weights look like to a compressor.
+Beside them what packs weights apart from a tar: bytes split by place and zstd, and ZipNN where it is there.
+They hash nothing and pack only the weights. Weights that come from 4-bit values compress unusually well; the
+random ones are N(0, 0.02) as bf16, which is what trained weights look like to a compressor.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -91,14 +93,79 @@ def tar(folder: Path, place: Path) -> Row:
     return Row("tar czf", packed, archive.stat().st_size, None, unpacked)
 
 
+_BLOCK = 32 << 20
+
+
+def byte_split(folder: Path, place: Path) -> Row:
+    """The two bytes of each bf16 number apart, each half by zstd level 1 on all cores; nothing is hashed."""
+    import zstandard
+
+    packer = zstandard.ZstdCompressor(level=1, threads=-1)
+    unpacker = zstandard.ZstdDecompressor()
+
+    def pack(block: bytes) -> list[bytes]:
+        pairs = np.frombuffer(block, dtype=np.uint8).reshape(-1, 2)
+        return [packer.compress(np.ascontiguousarray(pairs[:, half]).tobytes()) for half in (0, 1)]
+
+    def unpack(parts: list[bytes]) -> bytes:
+        halves = [np.frombuffer(unpacker.decompress(part), dtype=np.uint8) for part in parts]
+        return np.stack(halves, axis=1).tobytes()
+
+    return _blocks("byte split, zstd", folder, pack, unpack)
+
+
+def zipnn(folder: Path, place: Path) -> Row | None:
+    """ZipNN, which changes the buffer it is given: it gets a copy. None where it is not installed."""
+    try:
+        from zipnn import ZipNN
+    except ImportError:
+        return None
+    codec = ZipNN(input_format="byte", bytearray_dtype="bfloat16", threads=2)
+
+    def pack(block: bytes) -> list[bytes]:
+        return [bytes(codec.compress(bytearray(block)))]
+
+    return _blocks("ZipNN", folder, pack, lambda parts: bytes(codec.decompress(parts[0])))
+
+
+def _blocks(
+    name: str, folder: Path, pack: Callable[[bytes], list[bytes]], unpack: Callable[[list[bytes]], bytes]
+) -> Row:
+    """Weights of a folder block by block through a codec; every block has to come back as it was."""
+    packed = unpacked = 0.0
+    size = 0
+    for path in sorted(folder.rglob("*.safetensors")):
+        with path.open("rb") as handle:
+            while block := handle.read(_BLOCK):
+                if len(block) % 2:
+                    block += b"\0"
+                began = time.perf_counter()
+                parts = pack(block)
+                middle = time.perf_counter()
+                again = unpack(parts)
+                unpacked += time.perf_counter() - middle
+                packed += middle - began
+                size += sum(map(len, parts))
+                if again != block:
+                    sys.exit(f"{name} is not lossless on {path}")
+    return Row(name, packed, size, None, unpacked)
+
+
 def measure(folder: Path) -> None:
     """Each way in a process of its own, so that peak memory is its own; prints a table."""
     total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    rows = []
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=folder.parent) as place:
-        for call in [(tar, folder, Path(place)), *((ours, folder, m, Path(place)) for m in COMPRESSIONS)]:
+        calls: list[tuple[Any, ...]] = [(tar, folder, Path(place))]
+        calls += [(ours, folder, method, Path(place)) for method in COMPRESSIONS]
+        calls += [(byte_split, folder, Path(place)), (zipnn, folder, Path(place))]
+        for function, *arguments in calls:
             with get_context("spawn").Pool(1) as pool:
-                rows.append(pool.apply(call[0], call[1:]))
+                row = pool.apply(function, arguments)
+            if row is None:
+                print("ZipNN is not installed: pip install zipnn", file=sys.stderr)
+            else:
+                rows.append(row)
     print(f"\n{folder}: {total / 1e6:.0f} MB")
     print(f"{'':<16} {'pack MB/s':>10} {'× tar':>6} {'ratio':>7} {'unpack MB/s':>12} {'peak MB':>8}")
     for row in rows:

@@ -16,10 +16,10 @@ ROOT = Path(__file__).parent.parent
 TARGET = ROOT / "docs" / "reliability.md"
 HEAD = """# What goes wrong, and how it ends
 
-Made by `make campaign` (`scripts/reliability.py`). Every trial is a whole `lorasmith run` of a tiny model in a
-process of its own. It is disturbed once, at a seeded point; then the same command is given again, undisturbed.
-It has to end with the same bytes as a run that was never disturbed: every file but `timing.json` and the page
-that shows the times. A small sample of each runs with the tests.
+Made by `make campaign` (`scripts/reliability.py`). Every trial is a whole `lorasmith run` of a tiny model in
+a process of its own. It is disturbed once, at a seeded point; then the same command is given again, not
+disturbed. It has to end with the same bytes as a run that never was: every file but `timing.json` and the
+page that shows the times. A small sample of each runs with the tests.
 """
 SECTIONS = {
     "kills": (

@@ -18,7 +18,7 @@ from lorasmith.records.dataset import ContaminationRecord, DatasetStatistics
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.proof import BehaviourProof, ComparisonRecord, WeightProof
 from lorasmith.records.release import GateRecord, PackageManifest, RunRecord, TimingRecord
-from lorasmith.records.scoring import TaskEffect, TaskResult, ValidationResult
+from lorasmith.records.scoring import TaskResult, ValidationResult
 
 ROLES = ("base", "adapter", "merged")
 
@@ -95,6 +95,7 @@ def load_measured(run: Path) -> Measured:
     validation, proof = run / "validation", run / "proof"
     tasks = {role: _read(validation / f"{role}_tasks.json", TaskResult) for role in ROLES}
     merge = _read(run / "merged" / "lorasmith_merge.json", MergeRecord)
+    comparison = _read(proof / "comparison.json", ComparisonRecord)
     return Measured(
         base=_read(validation / "base.json", ValidationResult),
         adapter=_read(validation / "adapter.json", ValidationResult),
@@ -102,24 +103,12 @@ def load_measured(run: Path) -> Measured:
         merge=merge,
         weights=_read(proof / "weights.json", WeightProof),
         behaviour=_read(proof / "behaviour.json", BehaviourProof),
-        comparison=_read(proof / "comparison.json", ComparisonRecord),
+        comparison=comparison,
         contamination=_read(run / "testset" / "contamination.json", ContaminationRecord),
         tasks={role: result for role, result in tasks.items() if result is not None},
-        task_effects=_task_effects(validation),
+        task_effects=comparison.task_effects if comparison else {},
         timing=_read(run / "timing.json", TimingRecord),
     )
-
-
-def _task_effects(validation: Path) -> dict[str, list[TaskEffect]]:
-    from lorasmith.scoring.paired import paired_tasks
-
-    pairs = {"effect": ("base", "adapter"), "merge": ("adapter", "merged")}
-    tables = {role: validation / f"{role}_tasks.parquet" for role in ROLES}
-    return {
-        name: paired_tasks(tables[first], tables[other])
-        for name, (first, other) in pairs.items()
-        if tables[first].is_file() and tables[other].is_file()
-    }
 
 
 def describe_run(config: RunConfig, *, rehash: bool = False) -> RunRecord:
@@ -127,9 +116,7 @@ def describe_run(config: RunConfig, *, rehash: bool = False) -> RunRecord:
     inputs = {"base": config.base, "adapter": config.adapter, "test_set": config.test_set}
     inputs |= {f"train {number}": path for number, path in enumerate(config.train, 1)}
     paths = {"base", "adapter", "test_set", "train", "output"}
-    options = config.model_dump(
-        mode="json", exclude={*paths, "price_per_hour", "budget", "check_memory"}
-    )
+    options = config.model_dump(mode="json", exclude={*paths, "price_per_hour", "budget", "check_memory"})
     return RunRecord(
         config={**options, "gates": [gate.model_dump(mode="json") for gate in config.resolved_gates()]},
         versions={"lorasmith": lorasmith.__version__, **{name: version(name) for name in _LIBRARIES}},

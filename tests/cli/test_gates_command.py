@@ -16,6 +16,7 @@ from lorasmith.files.atomic import read_record, write_record
 from lorasmith.files.jsonl import write_rows
 from lorasmith.gates import GUIDE_GATES
 from lorasmith.records.release import GateRecord, RunRecord, TimingRecord
+from tests.reporting.test_tasks import add_tasks
 from tests.samples import sample_run
 from tests.tiny import save_adapter, save_base, tiny_rows
 
@@ -66,6 +67,25 @@ def test_other_gates_come_from_a_file(run: Path, capsys: pytest.CaptureFixture[s
     # The sample took 168.7 seconds.
     assert lorasmith([*asked, "--price-per-hour", "15"]) == ExitCode.OK
     assert lorasmith([*asked, "--price-per-hour", "17"]) == ExitCode.ANSWER_IS_NO
+
+
+def test_accuracy_is_judged_from_the_records(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gate = (
+        '[[gates]]\nname = "{}"\nmetric = "merge.accuracy_delta_low"\ngroup = "source={}"\ncomparison = ">"\n'
+    )
+    text = 'gate_defaults = "none"\n' + "".join(
+        gate.format(name, name) + f"threshold = {limit}\n" for name, limit in (("DROP", -0.1), ("MATH", -0.1))
+    )
+    Path("ci.toml").write_text(text)
+    asked = ["gates", "run", "--config", "ci.toml", "--format", "json"]
+    lorasmith(asked)
+    before = GateRecord.from_json(capsys.readouterr().out, "stdout")
+    assert [result.verdict for result in before.gates] == ["not measured"] * 2
+    add_tasks(run)
+    lorasmith(asked)
+    drop, maths = GateRecord.from_json(capsys.readouterr().out, "stdout").gates
+    assert (drop.verdict, drop.measured) == ("pass", -0.08)
+    assert (maths.verdict, maths.reason) == ("not measured", "no answer that both models have in source=MATH")
 
 
 def test_github_gets_annotations_and_a_summary(
