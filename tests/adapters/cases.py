@@ -86,6 +86,9 @@ def _cases() -> list[Case]:
     for name in ("llama", "qwen2", "llava", "gpt-neox"):
         config = {"target_modules": attention(name), "trainable_token_indices": [3, 250, 7]}
         found.append(Case("tokens", name, config, ("trainable-tokens", "lora")))
+    for name, weight in (("llama", "q_proj.weight"), ("gpt2", "c_attn.weight")):
+        config = {"target_modules": [], "target_parameters": [weight], "rank_pattern": {weight: 2}}
+        found.append(Case("parameter", name, config, changed=(weight,)))
     indices = {"embed_tokens": [3, 7], "lm_head": [9, 250, 4]}
     config = {"target_modules": ["q_proj"], "trainable_token_indices": indices}
     found.append(Case("tokens-of-head", "llama", config, ("trainable-tokens", "lora"), changed=("lm_head",)))

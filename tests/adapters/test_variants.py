@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from lorasmith.adapters.registry import VARIANTS
 from lorasmith.merging.execute import merge
+from lorasmith.proving.weights import prove
 from tests.adapters.cases import CASES, Case
 from tests.tiny import load_model, save_adapter, save_base
 
@@ -62,6 +63,7 @@ def test_merged_computes_what_the_adapter_does(tmp_path: Path, bases: Any, case:
     adapter = save_adapter(tmp_path / "adapter", base, std=case.std, **case.config)
     record = merge(base, adapter, tmp_path / "out")
     compare(base, adapter, tmp_path / "out")
+    assert prove(base, adapter, tmp_path / "out").grade == "exact"
     changed = [tensor.name for tensor in record.tensors if tensor.changed]
     for fragment in case.changed:
         assert any(fragment in name for name in changed), f"{fragment} is not among {changed}"

@@ -34,13 +34,15 @@ def is_experts(site: Site) -> bool:
     return site.path.rpartition(".")[2] == "experts"
 
 
+def is_parameter(site: Site) -> bool:
+    """Whether the weight was targeted by its own name; PEFT then takes it as it is stored."""
+    parameter = f"{site.path}.weight"
+    return any(parameter == name or parameter.endswith("." + name) for name in site.config.target_parameters)
+
+
 def pattern_path(site: Site) -> str:
     """What the patterns are matched against: the module, or its parameter if that is targeted."""
-    parameter = f"{site.path}.weight"
-    targeted = any(
-        parameter == name or parameter.endswith("." + name) for name in site.config.target_parameters
-    )
-    return parameter if targeted else site.path
+    return f"{site.path}.weight" if is_parameter(site) else site.path
 
 
 def factor_shapes(site: Site) -> tuple[int, int, int]:
@@ -76,7 +78,7 @@ def linear_change(site: Site, module: str, base: Base) -> tuple[Change, bool]:
     """W + s·B·A on a linear layer's weight, and whether that is stored as [in, out]."""
     rank, inputs, outputs = factor_shapes(site)
     weight = base.weight(module)
-    transposed = is_transposed(module, base)
+    transposed = is_transposed(module, base) and not is_parameter(site)
     shape = (inputs, outputs) if transposed else (outputs, inputs)
     check_shape(weight, shape)
     scale = site.config.scale(pattern_path(site))

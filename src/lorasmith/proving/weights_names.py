@@ -86,6 +86,12 @@ def expert_names(path: str, part: str, names: Iterable[str]) -> dict[int, str]:
     return result
 
 
+def is_named(path: str, listed: object) -> bool:
+    """Whether a config's list of targets names a path or its end; such a weight is taken as it is stored."""
+    named = listed if isinstance(listed, list) else []
+    return any(isinstance(one, str) and f".{path}".endswith(f".{one}") for one in named)
+
+
 def is_embedding(path: str) -> bool:
     """Whether a module path is an input embedding's."""
     return path.rpartition(".")[2] in EMBEDDINGS

@@ -114,9 +114,10 @@ def _place(plan: Plan, adapter: Adapter, module: str, roles: Mapping[str, Stored
 
 def _place_linear(plan: Plan, adapter: Adapter, module: str, roles: Mapping[str, Stored]) -> None:
     target, a, b = plan.target(adapter, module, "weight"), plan.use(roles["A"]), plan.use(roles["B"])
+    if names.is_named(f"{module}.weight", adapter.config.get("target_parameters")):
+        module = f"{module}.weight"  # no longer a Conv1D: PEFT takes parameters as they are stored
     turned = plan.model_type in CONV1D_TYPES and module.rpartition(".")[2] in CONV1D
-    shape = target.source.shape
-    wanted = (shape[1], shape[0]) if turned and len(shape) == 2 else shape
+    wanted = target.source.shape[::-1] if turned else target.source.shape
     _check_shapes(adapter, module, wanted, (b.shape, a.shape))
     left, right = (Factor(a, transposed), Factor(b, transposed)) if turned else (Factor(b), Factor(a))
     target.terms.append(Term(adapter.scale(module), adapter.weight, left, right))
