@@ -145,3 +145,25 @@ def test_the_proofs_process_finds_what_peft_finds(module: str) -> None:
         asked = patterns[count:]
         expected = next((key for key in asked if re.match(rf"(.*\.)?({key})$", module)), None)
         assert proof.first_fitting(asked, [module, "other"])[module] == expected
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"])
+def test_loading_an_adapter_for_validation_does_not_hang_either(
+    inputs: Path, tmp_path: Path, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT itself would match the expression, without any limit."""
+    from lorasmith.models.load import load_model
+
+    monkeypatch.setattr(ours, "SECONDS", 0.3)
+    slow = r"(?:(?:\w+\.?)+)+!"
+    adapter = with_patterns(inputs, tmp_path, **{field: {slow: 4} if "pattern" in field else slow})
+    with pytest.raises(AdapterError, match=f"{field} takes too long"):
+        load_model(inputs / "base", adapter=adapter)
+
+
+def test_honest_expressions_load(inputs: Path, tmp_path: Path) -> None:
+    from lorasmith.models.load import load_model
+
+    every = r".*\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+    adapter = with_patterns(inputs, tmp_path, target_modules=every, rank_pattern={r".*\.[kv]_proj": 4})
+    assert load_model(inputs / "base", adapter=adapter).parameters > 0

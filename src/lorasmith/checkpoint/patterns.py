@@ -102,16 +102,47 @@ class Patterns(Mapping[str, T], Generic[T]):
 
     def _ask(self, module: str) -> int:
         if self._other is None:
-            self._other = _OtherProcess(self._texts)
+            self._other = _OtherProcess([_whole(text) for text in self._texts])
         place = self._other.ask(module)
         if place is None:
-            raise AdapterError(
-                f"matching the adapter's {self._field} takes too long: '{', '.join(self._texts)[:80]}'",
-                where=self._where,
-                expected=f"patterns that are matched within {SECONDS:.0f} s",
-                remedy="write them as the names of the modules that they mean",
-            )
+            raise _too_long(self._field, self._texts, self._where)
         return place
+
+
+def require_quick(raw: Mapping[str, object], names: Sequence[str], where: Path) -> None:
+    """Raise `AdapterError` unless PEFT can match a config's expressions to these module paths in time.
+
+    For whoever lets PEFT load an adapter: it matches in its own process and has no limit.
+    """
+    for field in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"):
+        value = raw.get(field)
+        if isinstance(value, str):
+            texts, wholes = [value], [rf"(?:{value})\Z"]
+        else:
+            texts = list(value) if isinstance(value, dict) else []
+            wholes = [_whole(text) for text in texts]
+        if all(_PLAIN.fullmatch(text) for text in texts) or not all(map(_compiles, wholes)):
+            continue  # what does not compile, PEFT refuses
+        other = _OtherProcess(wholes)
+        if any(other.ask(name) is None for name in names):
+            raise _too_long(field, texts, where)
+
+
+def _compiles(whole: str) -> bool:
+    try:
+        re.compile(whole)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
+def _too_long(field: str, texts: Sequence[str], where: Path) -> AdapterError:
+    return AdapterError(
+        f"matching the adapter's {field} takes too long: '{', '.join(texts)[:80]}'",
+        where=where,
+        expected=f"patterns that are matched within {SECONDS:.0f} s",
+        remedy="write them as the names of the modules that they mean",
+    )
 
 
 def _whole(text: str) -> str:
@@ -125,7 +156,7 @@ def _same(meant: str, found: str) -> bool:
 class _OtherProcess:
     """Matches one name after the other; it ends with its input, hence with this process or this object."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    def __init__(self, expressions: Sequence[str]) -> None:
         self._left = SECONDS
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _ANSWER],
@@ -136,7 +167,7 @@ class _OtherProcess:
             bufsize=1,
         )
         weakref.finalize(self, _end, self._process)
-        self._send([_whole(text) for text in texts])
+        self._send(list(expressions))
         self._receive(starting=True)
 
     def ask(self, name: str) -> int | None:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from lorasmith.checkpoint.jsonfile import read_object
+from lorasmith.checkpoint.patterns import require_quick
 from lorasmith.errors import AdapterError, CheckpointError, MemoryLimitError, os_errors
 from lorasmith.models.memory import is_out_of_memory
 
@@ -172,6 +174,8 @@ def _entrance(model: Any) -> torch.device:
 def _attach(model: Any, adapter: Path, folder: Path, device: str | None) -> Any:
     from peft import PeftModel
 
+    config = adapter / "adapter_config.json"
+    require_quick(read_object(config, AdapterError), [name for name, _ in model.named_modules()], config)
     try:
         _grow_embeddings(model, adapter)
         peft_model = PeftModel.from_pretrained(
