@@ -22,9 +22,10 @@ from lorasmith.files.atomic import read_record
 from lorasmith.files.digests import digest_folder
 from lorasmith.files.jsonl import write_rows
 from lorasmith.followup import compress_run
-from lorasmith.followup.compress import RECORD, CompressSettings, compress
+from lorasmith.followup.compress import RECORD, compress
 from lorasmith.followup.compress_load import load_compressed
 from lorasmith.followup.compress_run import calibration_samples
+from lorasmith.followup.compress_settings import CompressSettings
 from lorasmith.followup.compress_table import write_page
 from lorasmith.proving.behaviour_pair import compare_pair
 from lorasmith.records.compression import CompressRecord

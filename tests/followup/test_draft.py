@@ -21,12 +21,13 @@ from lorasmith.errors import CheckpointError, DataError, UsageError
 from lorasmith.files.digests import digest_folder
 from lorasmith.files.jsonl import read_examples, write_rows
 from lorasmith.followup import draft_train
-from lorasmith.followup.draft import HEAD, train_draft
+from lorasmith.followup.draft import train_draft
 from lorasmith.followup.draft_base import match_vocabulary, parse_layers
 from lorasmith.followup.draft_loss import Weights, batch_loss, topk_kl
 from lorasmith.followup.draft_report import calibration_error, report_classifier
 from lorasmith.followup.draft_rows import DraftRow, label_rows, logprobs_beside, read_responses, split_rows
-from lorasmith.followup.draft_train import DraftSettings
+from lorasmith.followup.draft_save import HEAD
+from lorasmith.followup.draft_settings import DraftSettings
 from lorasmith.followup.respond import RespondOptions, respond
 from lorasmith.models.encode import encode_examples
 from tests.faults import in_child, was_killed
@@ -171,7 +172,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(place: Path, tmp_path: Path
 def test_a_checkpoint_of_other_settings_is_not_continued(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorasmith.followup.draft._save", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("lorasmith.followup.draft.save_draft", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_draft(
             place / "target", place / "responses.jsonl", tmp_path / "d", layers=[0], settings=SETTINGS

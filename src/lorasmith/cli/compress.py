@@ -87,8 +87,8 @@ def compress(
             return
     if output is None:
         raise UsageError("there is no place to write to", remedy="give --output DIR, or --plan")
-    from lorasmith.followup.compress import CompressSettings
     from lorasmith.followup.compress import compress as run
+    from lorasmith.followup.compress_settings import CompressSettings
     from lorasmith.followup.compress_table import write_page
     from lorasmith.proving.behaviour_pair import compare_pair
 

@@ -57,7 +57,7 @@ def train(
     from lorasmith.errors import UsageError
     from lorasmith.followup.draft import train_draft
     from lorasmith.followup.draft_base import parse_layers
-    from lorasmith.followup.draft_train import DraftSettings
+    from lorasmith.followup.draft_settings import DraftSettings
 
     if from_target != (layers is not None):
         raise UsageError("--from-target and --layers go together", remedy="give both, or --base")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,8 @@ from lorasmith.files.machine import require_disk
 from lorasmith.files.paths import StrPath
 from lorasmith.followup.compress_load import load_compressed
 from lorasmith.followup.compress_run import calibration_samples, collect, quantize, weight_files
-from lorasmith.followup.sizes import GGUF_TYPES, Shape, choose_group, shapes_of
+from lorasmith.followup.compress_settings import CompressSettings, resolve_limits
+from lorasmith.followup.sizes import Shape, choose_group, shapes_of
 from lorasmith.followup.sizes_plan import written_bytes
 from lorasmith.models.arithmetic import resolve_device
 from lorasmith.models.load import LoadedModel, load_model
@@ -31,55 +32,8 @@ from lorasmith.records.proof import TokenComparison
 from lorasmith.records.release import Gate, GateResult
 
 RECORD = "lorasmith_compress.json"
-METHODS = ("rtn", "calibrated")
-FORMATS = ("compressed-tensors", *(f"gguf:{name}" for name in GGUF_TYPES))
-
-_LOG_TAIL = [1, 2, 3, 4, 5, 6, 7, 8] * 4
+_NO_DATA = [1, 2, 3, 4, 5, 6, 7, 8] * 4
 """Round-to-nearest looks at no data, but without some the library would fetch its own from the hub."""
-
-LIMITS: Mapping[str, float] = {"perplexity_ratio": 1.05, "mean_kl": 0.05, "top1_agreement": 0.9}
-"""What a compressed model may lose: 5 % of perplexity, 0.05 nats a token, one choice in ten. Chosen, not
-measured: how much is too much depends on the use, so each can be set."""
-
-
-@dataclass(frozen=True)
-class CompressSettings:
-    """What decides the compressed model, apart from the model and the calibration rows."""
-
-    method: str = "rtn"
-    format: str = "compressed-tensors"
-    bits: int = 4
-    group_size: int | None = None
-    """None: the largest of 128, 64 and 32 that divides every width."""
-    iterations: int = 200
-    """Steps for each block; only where it is calibrated."""
-    calibration_rows: int = 128
-    calibration_length: int = 512
-    """Tokens of a row."""
-    seed: int = 42
-
-    @staticmethod
-    def own_bits(form: str) -> int:
-        """The bits of a GGUF type stand in its name; 4 for every other format."""
-        return int(form[len("gguf:q")]) if form in FORMATS and form.startswith("gguf:") else 4
-
-    def check(self) -> None:
-        """Raise `UsageError` for a value that cannot be."""
-        if self.method not in METHODS:
-            raise UsageError(f"there is no method {self.method!r}", expected=" | ".join(METHODS))
-        if self.format not in FORMATS:
-            raise UsageError(f"there is no format {self.format!r}", expected=" | ".join(FORMATS))
-        for name in ("iterations", "calibration_rows", "calibration_length"):
-            if getattr(self, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(f"{flag} is {getattr(self, name)}", expected="at least 1")
-        if self.format == "compressed-tensors":
-            if self.bits not in (4, 8):
-                raise UsageError(f"compressed-tensors are not written in {self.bits} bits", expected="4 or 8")
-        elif self.bits != (own := self.own_bits(self.format)):
-            raise UsageError(f"{self.format} has {own} bits, not {self.bits}", remedy=f"give --bits {own}")
-        elif self.group_size is not None:
-            raise UsageError(f"{self.format} has its own groups", remedy="leave out --group-size")
 
 
 class Compare(Protocol):
@@ -122,7 +76,7 @@ def compress(
     model, output = Path(model), Path(output)
     chosen = settings or CompressSettings()
     chosen.check()
-    thresholds = _resolve_limits(limits)
+    thresholds = resolve_limits(limits)
     if test_set is not None and compare is None:
         raise UsageError("a test set is given, but nothing that compares", remedy="give `compare` as well")
     source = open_checkpoint(model)
@@ -138,13 +92,6 @@ def compress(
     if test_set is None or compare is None:
         return done
     return _measure(model, output, done, Path(test_set), compare, limit, thresholds, device, progress)
-
-
-def _resolve_limits(given: Mapping[str, float] | None) -> dict[str, float]:
-    unknown = sorted(set(given or {}) - set(LIMITS))
-    if unknown:
-        raise UsageError(f"there is no limit {unknown[0]!r}", expected=" | ".join(LIMITS))
-    return {**LIMITS, **(given or {})}
 
 
 def _with_group(chosen: CompressSettings, shapes: list[Shape], model: Path) -> CompressSettings:
@@ -239,7 +186,7 @@ def _write(
     require_disk(output.parent, wanted.planned_bytes + (16 << 20), "compress the model")
     temporary = aside(output)
     shutil.rmtree(temporary, ignore_errors=True)
-    samples = [_LOG_TAIL]
+    samples = [_NO_DATA]
     if chosen.method == "calibrated" and calibration is not None:
         samples = calibration_samples(
             model, Path(calibration), chosen.calibration_rows, chosen.calibration_length

@@ -10,15 +10,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 import lorasmith
 from lorasmith.errors import UsageError
-from lorasmith.files.atomic import aside, publish_folder, write_bytes, write_record
-from lorasmith.files.digests import describe, digest_folder, folder_files
+from lorasmith.files.digests import describe, digest_folder
 from lorasmith.files.hub import local_model
 from lorasmith.files.machine import require_disk
 from lorasmith.files.paths import StrPath
@@ -33,17 +30,14 @@ from lorasmith.followup.draft_rows import (
     record_beside,
     split_rows,
 )
-from lorasmith.followup.draft_train import DraftSettings, Trainer
+from lorasmith.followup.draft_save import round_to_saved, save_draft
+from lorasmith.followup.draft_settings import DraftSettings
+from lorasmith.followup.draft_train import Trainer
 from lorasmith.models.arithmetic import resolve_device
 from lorasmith.models.load import load_tokenizer, quiet_libraries
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.draft import ClassifierReport, DraftRecord
-
-RECORD = "lorasmith_draft.json"
-HEAD = "difficulty_head"
-"""`difficulty_head.safetensors` holds `weight` [C, H] and `bias` [C]; `difficulty_head.json` says how to use
-them: softmax(weight · h + bias), h being the final hidden state at the last token of the prompt."""
 
 
 def train_draft(
@@ -95,7 +89,7 @@ def train_draft(
     key = _key(inputs, chosen, list(layers or ()), place.type)
     trainer = Trainer(draft.model, head, rows, split, chosen, checkpoint, key)
     course = trainer.run(progress)
-    _round_to(draft, head)
+    round_to_saved(draft, head)
     record = DraftRecord(
         lorasmith_version=lorasmith.__version__,
         target_sha256=inputs["target"],
@@ -121,7 +115,7 @@ def train_draft(
         classifier=_classifier(draft, head, rows, split, labels, labels_from, place),
         findings=findings,
     )
-    record = _save(draft, head, labels, record, output)
+    record = save_draft(draft, head, labels, record, output)
     shutil.rmtree(checkpoint, ignore_errors=True)
     return record
 
@@ -219,14 +213,6 @@ def _new_head(draft: Draft, labels: Sequence[str], device: torch.device) -> torc
     return head
 
 
-def _round_to(draft: Draft, head: torch.nn.Linear | None) -> None:
-    """Round the weights to the type that they are saved in, so that the report is on what is saved."""
-    dtype = getattr(draft.model.config, "dtype", None)
-    saved = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
-    draft.model.to(saved).to(torch.float32)
-    draft.model.config.dtype = saved
-
-
 def _classifier(
     draft: Draft,
     head: torch.nn.Linear | None,
@@ -243,33 +229,3 @@ def _classifier(
     majority = max(sorted(counts), key=lambda label: counts[label])
     found = classify(draft.model, head, held, device)
     return report_classifier(found, [row.label for row in held], labels, labels_from, majority)
-
-
-def _save(
-    draft: Draft, head: torch.nn.Linear | None, labels: Sequence[str], record: DraftRecord, output: Path
-) -> DraftRecord:
-    temporary = aside(output)
-    shutil.rmtree(temporary, ignore_errors=True)
-    with quiet_libraries():
-        draft.model.to(draft.model.config.dtype).save_pretrained(temporary)
-        draft.tokenizer.save_pretrained(temporary)
-    if head is not None:
-        tensors = {"weight": head.weight.detach().cpu(), "bias": head.bias.detach().cpu()}
-        save_file(tensors, temporary / f"{HEAD}.safetensors")
-        write_bytes(temporary / f"{HEAD}.json", _head_config(labels, tensors["weight"]))
-    files = describe(folder_files(temporary), temporary)
-    record = record.model_copy(update={"files": files})
-    write_record(temporary / RECORD, record)
-    publish_folder(temporary, output)
-    return record
-
-
-def _head_config(labels: Sequence[str], weight: torch.Tensor) -> bytes:
-    body: dict[str, Any] = {
-        "format": "lorasmith/difficulty-head/1",
-        "labels": list(labels),
-        "hidden_size": weight.shape[1],
-        "input": "final hidden state (what the output head gets) at the last token of the prompt",
-        "output": "softmax(weight @ h + bias), in the order of labels",
-    }
-    return (json.dumps(body, indent=2) + "\n").encode()
