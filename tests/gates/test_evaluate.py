@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -304,3 +305,12 @@ def test_costs_are_judged_apart() -> None:
     assert [result.verdict for result in joined.gates] == ["pass"] * len(GUIDE_GATES) + ["fail"]
     assert not joined.passed
     assert join(evaluate(found, GOOD), None).passed
+
+
+def test_the_page_on_gates_names_every_metric() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "gates.md").read_text()
+    for metric in METRICS:
+        subject, _, name = metric.partition(".")
+        ends = [f"`{name}`", f".{name}`", f"`_{name.rpartition('_')[2]}`"]
+        assert f"{subject}." in page
+        assert any(end in page for end in ends), metric

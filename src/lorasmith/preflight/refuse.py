@@ -25,7 +25,7 @@ def require_machine(config: RunConfig) -> None:
     plan = make_plan(base, [adapter], [1.0], config.precision)
     merged = sum(output.nbytes for output in plan.outputs)
     done = {path.stem for path in (config.output / "stages").glob("*.json")}
-    if "compare" not in done and config.check_memory:
+    if "compare" not in done and config.check_memory and config.device_map is None:
         needed = least_memory(model_size(base, adapter, merged))
         have, where = device_memory(config.device)
         if have < needed:
