@@ -30,6 +30,7 @@ def test_paths_in_the_file_are_relative_to_it(tmp_path: Path) -> None:
         tmp_path,
         'base = "m/base"\nadapter = "/abs/a"\ntest_set = "t.jsonl"\noutput = "r"\ntrain = ["x.jsonl"]\n',
     )
+    (tmp_path / "m" / "base").mkdir(parents=True)  # else it may be the name of a model on the hub
     config = load_config(file, {})
     assert config.base == tmp_path / "m/base"
     assert config.adapter == Path("/abs/a")
