@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorasmith.errors import CheckpointError, DataError, UsageError
+from lorasmith.errors import CheckpointError, DataError, DiskError, UsageError
 from lorasmith.files.digests import digest_folder
 from lorasmith.files.jsonl import read_examples, write_rows
 from lorasmith.followup import draft_train
@@ -397,6 +398,17 @@ def test_a_loss_that_is_no_number_stops_it(
         train_draft(
             place / "target", place / "responses.jsonl", tmp_path / "d", layers=[0], settings=SETTINGS
         )
+
+
+def test_no_disk(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = os.statvfs(tmp_path)
+    full = os.statvfs_result((state.f_bsize, state.f_frsize, state.f_blocks, 0, 0, *tuple(state)[5:]))
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    with pytest.raises(DiskError, match="too little disk space to train the draft"):
+        train_draft(
+            place / "target", place / "responses.jsonl", tmp_path / "d", layers=[0], settings=SETTINGS
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_as_typed(place: Path, tmp_path: Path) -> None:
