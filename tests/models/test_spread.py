@@ -68,6 +68,7 @@ def test_the_public_functions_spread_a_model(place: Path, tmp_path: Path) -> Non
     one = validate(place / "base", place / "test.jsonl", tmp_path / "a", **options)
     two = validate(place / "base", place / "test.jsonl", tmp_path / "b", **options, device_map="auto")
     assert one.overall == two.overall
+    assert (one.settings.device_map, two.settings.device_map) == (None, "auto")
     folders = (place / "base", place / "adapter", place / "base", place / "test.jsonl")
     assert compare(*folders, device_map="auto", arithmetic="mkl").overall.loss_a == pytest.approx(
         one.overall.loss, abs=1e-6

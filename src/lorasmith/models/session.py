@@ -129,6 +129,7 @@ def prepare(test_set: Path, loaded: LoadedModel, options: ScoringOptions, route:
         max_length=encoded.max_length,
         arithmetic=route.label,
         device=loaded.device.type,
+        device_map=options.device_map,
         batch_tokens=options.batch_tokens or default_budget,
         batch_size=options.batch_size,
         limit=options.limit,

@@ -33,6 +33,8 @@ class ScoringSettings(Part):
     arithmetic: str
     """Data type and route of the arithmetic, such as `float32` or `float32 (oneDNN)`."""
     device: str
+    device_map: str | None = None
+    """`auto` where the model was spread over several places."""
     batch_tokens: int
     batch_size: int | None = None
     """Rows of a batch at most, where that was asked for."""
