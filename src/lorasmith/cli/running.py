@@ -99,11 +99,14 @@ def _show_verdict(result: RunResult, screen: Console) -> None:
     )
 
 
+_RULES = {"nearest": "correctly rounded", "dithered": "dithered by its own threshold"}
+
+
 def _weights_claim(result: RunResult) -> str:
     """What the proof of the weights lets us say, in words that claim no more."""
     proof = result.weights
     claims = {
-        "exact": "exact: every element is the correctly rounded W + s·B·A",
+        "exact": f"exact: every element is W + s·B·A, {_RULES.get(proof.rounding, proof.rounding)}",
         "bounded": f"bounded: every element within {proof.bound_ulps} ulps of the exact merge",
         "different": "DIFFERENT: the merged model is not this merge",
     }
