@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := remote,benchmarks,compress,demo-data,sign,dev
+EXTRAS := cluster,remote,benchmarks,compress,demo-data,sign,dev
 DEMO ?= demo-output
 
 .PHONY: demo test check campaign setup clean

@@ -47,7 +47,7 @@ def work_through(
     """
     waiting: list[Rows] = []
     for chunk in chunks:
-        waiting.extend(_remaining(chunk, work, journal) if journal else [chunk])
+        waiting.extend(remaining(chunk, work, journal) if journal else [chunk])
     if journal:
         for rows, packed in journal.entries():
             yield rows, work.unpack(rows, packed)
@@ -76,13 +76,13 @@ def work_through(
         waiting.extend(reversed(parts))
 
 
-def _remaining(chunk: Rows, work: Work[R], journal: Journal) -> list[Rows]:
+def remaining(chunk: Rows, work: Work[R], journal: Journal) -> list[Rows]:
     """What is left of a chunk, in the same parts as when it was interrupted: the results keep their bytes."""
     if chunk in journal:
         return []
     if not journal.touches(chunk):
         return [chunk]
-    return [rest for part in work.split(chunk) for rest in _remaining(part, work, journal)]
+    return [rest for part in work.split(chunk) for rest in remaining(part, work, journal)]
 
 
 class _TooLarge:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lorasmith.errors import UsageError
-from lorasmith.executors.local import work_through
+from lorasmith.executors.base import Executor, Local, Recipe
 from lorasmith.files.atomic import write_bytes, write_record
 from lorasmith.files.hub import local_model
 from lorasmith.files.journal import Journal
@@ -15,6 +15,7 @@ from lorasmith.files.paths import StrPath
 from lorasmith.models.arithmetic import Route
 from lorasmith.models.load import LoadedModel, load_model
 from lorasmith.models.loglik import Floats, open_forward
+from lorasmith.models.replica import OPEN_REPLICA
 from lorasmith.models.session import (
     ScoringOptions,
     Workload,
@@ -26,7 +27,7 @@ from lorasmith.models.session import (
 )
 from lorasmith.models.states import open_states, scoring_work
 from lorasmith.progress import Progress, silent
-from lorasmith.records.base import FileDigest
+from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.scoring import ValidationResult
 from lorasmith.scoring.aggregate import aggregate, example_table
 
@@ -54,6 +55,7 @@ def validate(
     strict: bool = False,
     seed: int = 0,
     states: StrPath | None = None,
+    executor: Executor | None = None,
     progress: Progress = silent,
 ) -> ValidationResult:
     """Score the model in `model`, with `adapter` on it unless None, on every response of `test_set`.
@@ -74,6 +76,8 @@ def validate(
       as partial. `seed`: of the bootstrap.
     - `states`: a folder in which the hidden states at the scored positions are kept, 4·H bytes each, for a
       comparison of the same models on the same test set, which then need not run them again.
+    - `executor`: where batches are scored; this process by default. One of `executors.ray` gives the same
+      bytes where hardware, versions and threads are the same, and a finding where its workers differ.
 
     Finished batches are kept in a journal beside the output: killed at any point, the same call goes on after
     the last of them and gives the same bytes.
@@ -108,7 +112,28 @@ def validate(
         if states is not None:
             kept = open_states(Path(states) / f"{role}.journal", folders, loaded, work, route)
             journal = stack.enter_context(kept)
-        logprobs = score(loaded, work, route, f"Validate {role}", journal, progress, keep=states is not None)
+        recipe = Recipe(
+            OPEN_REPLICA,
+            {
+                "model": str(model.absolute()),
+                "adapter": None if adapter is None else str(adapter.absolute()),
+                "test_set": str(test_set.absolute()),
+                "options": options,
+                "route": route.name,
+                "keep": states is not None,
+            },
+        )
+        logprobs = score(
+            loaded,
+            work,
+            route,
+            f"Validate {role}",
+            journal,
+            progress,
+            keep=states is not None,
+            executor=executor,
+            recipe=recipe,
+        )
         result, table = _result(model, adapter, role, digest, loaded, work, logprobs)
         write_bytes(output / f"{role}.parquet", table)
         write_record(output / f"{role}.json", result)
@@ -155,18 +180,31 @@ def score(
     progress: Progress = silent,
     *,
     keep: bool = False,
+    executor: Executor | None = None,
+    recipe: Recipe | None = None,
 ) -> list[Floats]:
     """Log-probabilities of the scored tokens of every row, in the order of the test set.
 
-    With `keep` the journal gets the hidden states as well.
+    With `keep` the journal gets the hidden states as well. An `executor` elsewhere needs a `recipe`; where
+    its workers are of several kinds, the findings of `work` say so.
     """
     found: dict[int, Floats] = {}
+    where, how = executor or Local(), recipe or Recipe("", {})
     with (
         open_forward(loaded, work.rows, route) as forward,
         progress(label, total=work.tokens, unit="tok") as advance,
     ):
         scoring = scoring_work(forward, work, keep=keep)
-        for rows, (values, _) in work_through(work.batches(), scoring, journal):
+        for rows, (values, _) in where.work_through(work.batches(), scoring, journal, how):
             found.update(zip(rows, values, strict=True))
             advance(sum(len(work.rows[row].ids) for row in rows))
+    if len(kinds := where.hardware()) > 1:
+        work.findings.append(
+            Finding(
+                severity="note",
+                code="mixed-hardware",
+                message="the rows were scored on workers of several kinds, which may differ in the last"
+                " digits: " + "; ".join(kinds),
+            )
+        )
     return [found[row] for row in range(len(work.rows))]

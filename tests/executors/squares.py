@@ -1,0 +1,74 @@
+"""Work without a model, and so without torch: workers that do it start quickly."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lorasmith.errors import CheckpointError
+
+
+class Squares:
+    """Work without a model: the squares of row numbers, with trouble on demand."""
+
+    def __init__(
+        self,
+        pause: float = 0.0,
+        largest: int = 99,
+        kill_on: int = -1,
+        fail_on: int = -1,
+        marks: str = "",
+        awaited: str = "",
+    ) -> None:
+        self.pause, self.largest, self.kill_on, self.fail_on = pause, largest, kill_on, fail_on
+        self.marks, self.awaited = marks, awaited
+
+    def run(self, rows: tuple[int, ...]) -> list[int]:
+        if self.marks:
+            self.meet(Path(self.marks))
+        time.sleep(self.pause)
+        if self.kill_on in rows:
+            os._exit(1)
+        if self.fail_on in rows:
+            raise CheckpointError("a bad row", where=f"row {self.fail_on}", remedy="mend it")
+        if len(rows) > self.largest:
+            raise MemoryError("too much")
+        return [row * row for row in rows]
+
+    def meet(self, folder: Path) -> None:
+        """Note that this node works, and wait until the awaited one does."""
+        import ray
+
+        (folder / ray.get_runtime_context().get_node_id()).touch()
+        until = time.monotonic() + 120
+        while not (folder / self.awaited).exists() and time.monotonic() < until:
+            time.sleep(0.02)
+
+    def split(self, rows: tuple[int, ...]) -> list[tuple[int, ...]]:
+        half = len(rows) // 2
+        return [rows[:half], rows[half:]] if half else []
+
+    def size(self, rows: tuple[int, ...]) -> int:
+        return len(rows)
+
+    def out_of_memory(self, error: BaseException) -> bool:
+        return isinstance(error, MemoryError)
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+    def pack(self, result: list[int]) -> bytes:
+        return json.dumps(result).encode()
+
+    def unpack(self, rows: tuple[int, ...], packed: bytes) -> list[int]:
+        return list(json.loads(packed))
+
+
+@contextmanager
+def open_squares(**settings: Any) -> Iterator[Squares]:
+    yield Squares(**settings)
