@@ -88,17 +88,18 @@ def by_loop(
 def by_lorasmith(
     arguments: argparse.Namespace, loaded: Any, prompts: list[list[int]], stop: list[int]
 ) -> list[list[int]]:
-    """The product's own path, the choice of the arithmetic included, in its own order."""
+    """The product's own path, its arithmetic included, in its own order."""
     import torch
 
-    from lorasmith.models.arithmetic import choose_route, use_route
+    from lorasmith.followup.respond_engines import generation_route
+    from lorasmith.models.arithmetic import use_route
     from lorasmith.models.continuous import generate_continuously
     from lorasmith.models.requests import Limits, Request
 
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     limits = Limits(arguments.max_new_tokens, frozenset(stop))
     found: dict[int, list[int]] = {}
-    with use_route(choose_route("auto", torch.device("cpu"))):
+    with use_route(generation_route("float32", torch.device("cpu"))):
         requests = (Request(index, prompts[index]) for index in order)
         for answer in generate_continuously(loaded, requests, limits, slots=arguments.batch_size):
             found[answer.index] = answer.tokens

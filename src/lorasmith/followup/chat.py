@@ -10,10 +10,10 @@ from pathlib import Path
 
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.paths import StrPath
-from lorasmith.followup.respond_engines import DTYPES, resolve_dtype
+from lorasmith.followup.respond_engines import DTYPES, generation_route, resolve_dtype
 from lorasmith.followup.speculate import require_same_tokenizer
 from lorasmith.followup.speculate_loop import ModelDrafter, rounds
-from lorasmith.models.arithmetic import Route, choose_route, resolve_device, use_route
+from lorasmith.models.arithmetic import Route, resolve_device, use_route
 from lorasmith.models.generate import stop_tokens
 from lorasmith.models.load import LoadedModel, load_model
 from lorasmith.models.sampling import Sampling, choose, stream
@@ -167,12 +167,12 @@ def open_side_by_side(
 
 def _loader(model: Path, options: ChatOptions) -> tuple[Callable[[Path, Path | None], LoadedModel], Route]:
     device = resolve_device(options.device)
-    dtype = DTYPES[resolve_dtype(model, options.dtype, device.type)]
+    dtype = resolve_dtype(model, options.dtype, device.type)
 
     def load(folder: Path, adapter: Path | None) -> LoadedModel:
-        return load_model(folder, adapter=adapter, device=device, dtype=dtype)
+        return load_model(folder, adapter=adapter, device=device, dtype=DTYPES[dtype])
 
-    return load, choose_route("auto", device)
+    return load, generation_route(dtype, device)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.atomic import write_record
 from lorasmith.files.paths import StrPath
-from lorasmith.followup.respond_engines import DTYPES, resolve_dtype
+from lorasmith.followup.respond_engines import DTYPES, generation_route, resolve_dtype
 from lorasmith.followup.respond_rows import read_prompts
 from lorasmith.followup.speculate_account import Prompt, Way, make_record, make_timing
 from lorasmith.followup.speculate_loop import (
@@ -20,7 +20,7 @@ from lorasmith.followup.speculate_loop import (
     decode_greedy,
     decode_speculatively,
 )
-from lorasmith.models.arithmetic import choose_route, resolve_device, use_route
+from lorasmith.models.arithmetic import resolve_device, use_route
 from lorasmith.models.generate import stop_tokens
 from lorasmith.models.load import LoadedModel, load_model
 from lorasmith.models.template import Frame, frame
@@ -85,7 +85,7 @@ def speculate(
     asked, findings = _choose_prompts(prompts, loaded, around, options)
     stop = frozenset(stop_tokens(loaded, around.template))
     ways = _ways(small, options)
-    with use_route(choose_route("auto", device)):
+    with use_route(generation_route(dtype, device)):
         references = _measure(loaded, asked, ways, options.max_new_tokens, stop, progress)
     record = make_record(
         ways, references, asked, target, draft, prompts, (around.template, dtype, options.max_new_tokens)
