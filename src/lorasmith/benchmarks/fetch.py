@@ -17,6 +17,7 @@ from typing import Any
 from lorasmith.benchmarks.registry import choose
 from lorasmith.errors import DataError, MachineError, UsageError, os_errors
 from lorasmith.files.atomic import write_record
+from lorasmith.files.hub_download import reporting
 from lorasmith.files.machine import require_disk
 from lorasmith.progress import Advance, Progress, silent
 from lorasmith.records.base import Finding
@@ -191,24 +192,8 @@ def _download(
             revision=source.revision,
             local_dir=folder,
             token=token,
-            tqdm_class=_reporting(advance),
+            tqdm_class=reporting(advance),
         )
-
-
-def _reporting(advance: Advance) -> type[Any]:
-    """A bar that draws nothing and hands on what arrives."""
-    from huggingface_hub.utils.tqdm import tqdm
-
-    class Reporting(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-        def update(self, n: float | None = 1) -> bool | None:
-            advance(int(n or 0))
-            return None
-
-    return Reporting
 
 
 def _wrong(path: Path, remote: _Remote, source: Source) -> str | None:
