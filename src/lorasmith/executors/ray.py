@@ -262,7 +262,7 @@ def _connect(address: str | None) -> None:
             ray.init(include_dashboard=False, object_store_memory=_OBJECT_STORE, **quiet)
         else:
             ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError) as error:
+    except Exception as error:  # of no class of its own where a node does not come up in time
         raise RemoteError(
             f"cannot join the Ray cluster: {error}",
             where=address,
