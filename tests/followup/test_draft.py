@@ -88,7 +88,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def held_out(place: Path) -> list[DraftRow]:
-    rows = read_responses(place / "responses.jsonl", tiny_tokenizer(), max_length=1024)
+    rows = read_responses(place / "responses.jsonl", tiny_tokenizer(), max_length=1024)[0]
     return [rows[at] for at in split_rows(60, validation=0.15, held_out=0.2, seed=42).held_out]
 
 
@@ -225,7 +225,7 @@ def test_the_kl_over_stored_tokens_is_the_formula_and_a_lower_bound() -> None:
 
 
 def test_parts_of_a_batch_add_up_to_the_weighted_sum(place: Path) -> None:
-    rows = read_responses(place / "responses.jsonl", tiny_tokenizer(), max_length=1024)[:6]
+    rows = read_responses(place / "responses.jsonl", tiny_tokenizer(), max_length=1024)[0][:6]
     rows, _, _ = label_rows(rows, range(6), "data")
     model, head = tiny_model().double(), torch.nn.Linear(32, 2).double()
     weights = Weights(0.7, 0.2, 0.3)
@@ -329,7 +329,7 @@ def test_without_stored_probabilities_it_says_so(place: Path, tmp_path: Path) ->
     assert record.classifier is not None and record.classifier.labels == ["easy", "hard", "medium"]
     # The tokens are those that validation scores.
     scored = encode_examples(read_examples(plain), tiny_tokenizer(), max_length=1024).rows
-    ours = read_responses(plain, tiny_tokenizer(), max_length=1024)
+    ours = read_responses(plain, tiny_tokenizer(), max_length=1024)[0]
     assert [(row.ids, row.n_prompt) for row in ours] == [(row.ids, row.n_prompt) for row in scored]
     only = DraftSettings(**{**vars(settings), "cross_entropy_weight": 0.0})
     with pytest.raises(UsageError, match="nothing to learn from"):
@@ -344,7 +344,7 @@ def test_what_respond_writes_is_what_is_read(place: Path, tmp_path: Path) -> Non
         place / "target", tmp_path / "data.jsonl", output,
         options=RespondOptions(max_new_tokens=6, top_logprobs=4, device="cpu"),
     )  # fmt: skip
-    rows = read_responses(output, tiny_tokenizer(), max_length=1024)
+    rows = read_responses(output, tiny_tokenizer(), max_length=1024)[0]
     target = AutoModelForCausalLM.from_pretrained(place / "target")
     for row in rows:
         with torch.no_grad():
@@ -360,6 +360,16 @@ def test_what_respond_writes_is_what_is_read(place: Path, tmp_path: Path) -> Non
     assert [finding.code for finding in told.findings] == ["other-target"]
 
 
+def test_rows_that_are_cut_or_left_out_are_told(place: Path) -> None:
+    rows, told = read_responses(place / "responses.jsonl", tiny_tokenizer(), max_length=40)
+    whole = read_responses(place / "responses.jsonl", tiny_tokenizer(), max_length=1024)[0]
+    left_out = sum(row.n_prompt >= 40 for row in whole)
+    cut = sum(row.n_prompt < 40 < len(row.ids) for row in whole)
+    assert left_out > 0 and len(rows) == 60 - left_out and all(len(row.ids) <= 40 for row in rows)
+    assert any(finding.message.startswith(f"{left_out} rows were left out") for finding in told)
+    assert any(finding.message.startswith(f"{cut} of {len(rows)}") for finding in told) == (cut > 0)
+
+
 def test_responses_that_cannot_be_used(place: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "two.jsonl", [{"prompt": "a", "response": "b"}] * 2)
     with pytest.raises(DataError, match="2 usable responses"):
@@ -370,7 +380,7 @@ def test_responses_that_cannot_be_used(place: Path, tmp_path: Path) -> None:
 
 
 def test_labels_from_the_targets_confidence(place: Path) -> None:
-    rows = read_responses(place / "responses.jsonl", tiny_tokenizer(), max_length=1024)
+    rows = read_responses(place / "responses.jsonl", tiny_tokenizer(), max_length=1024)[0]
     labelled, names, source = label_rows(rows, range(40), "confidence")
     assert (names, source) == (["easy", "hard"], "confidence")
     middle = np.median([row.confidence for row in rows[:40]])

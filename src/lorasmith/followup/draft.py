@@ -67,10 +67,10 @@ def train_draft(
             remedy="give either --base DIR or --from-target --layers 0,2,4",
         )
     small = None if base is None else local_model(base, progress=progress)
-    rows = read_responses(responses, load_tokenizer(target), max_length=chosen.max_length)
+    rows, told = read_responses(responses, load_tokenizer(target), max_length=chosen.max_length)
     split = split_rows(len(rows), validation=chosen.validation, held_out=chosen.held_out, seed=chosen.seed)
     rows, labels, labels_from = label_rows(rows, split.train, chosen.labels)
-    findings = [*_origin(target, responses), *_findings(rows, labels, chosen, responses)]
+    findings = [*told, *_origin(target, responses), *_findings(rows, labels, chosen, responses)]
     place = resolve_device(device)
     with quiet_libraries():
         if small is not None:

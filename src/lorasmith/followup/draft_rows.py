@@ -19,6 +19,7 @@ from lorasmith.files.atomic import read_record
 from lorasmith.files.jsonl import read_rows
 from lorasmith.models.encode import encode_example
 from lorasmith.models.template import Frame, frame, prompt_tokens, response_tokens
+from lorasmith.records.base import Finding
 from lorasmith.records.dataset import Example
 from lorasmith.records.followup import RespondRecord
 
@@ -71,10 +72,13 @@ def record_beside(responses: Path) -> RespondRecord | None:
     return read_record(path, RespondRecord) if path.is_file() else None
 
 
-def read_responses(responses: Path, tokenizer: Any, *, max_length: int) -> list[DraftRow]:
+def read_responses(
+    responses: Path, tokenizer: Any, *, max_length: int
+) -> tuple[list[DraftRow], list[Finding]]:
     """The rows of a responses file, with stored probabilities where the file beside it has them.
 
     Rows beyond `max_length` tokens lose the end of their response; a row whose prompt fills it is left out.
+    Both are counted in the findings.
     Raises `DataError` for a file without usable rows, and for stored rows that are not of these responses.
     """
     made_by = record_beside(responses)
@@ -88,6 +92,7 @@ def read_responses(responses: Path, tokenizer: Any, *, max_length: int) -> list[
     template = "auto" if made_by is None else made_by.settings.template
     around = frame(tokenizer, template, end_of_turn=True)
     found = []
+    cut = left_out = 0
     for number, row in read_rows(responses):
         where = f"{responses}:{number}"
         if stored and row.get("key") not in stored:
@@ -99,14 +104,32 @@ def read_responses(responses: Path, tokenizer: Any, *, max_length: int) -> list[
             )
         made = _from_stored(row, stored[row["key"]]) if stored else _encode(row, tokenizer, around, where)
         if made.n_prompt < max_length and made.scored:
+            cut += len(made.ids) > max_length
             found.append(_cut(made, max_length))
+        else:
+            left_out += 1
     if len(found) < 3:
         raise DataError(
             f"the file has {len(found)} usable responses",
             where=responses,
             expected="at least three: to train on, to decide when to stop, and to report on",
         )
-    return found
+    return found, _lengths(cut, left_out, len(found), max_length, responses)
+
+
+def _lengths(cut: int, left_out: int, kept: int, max_length: int, responses: Path) -> list[Finding]:
+    """What `max_length` took away."""
+    told = (
+        ("cut", cut, f"{cut} of {kept} responses were cut to {max_length:,} tokens"),
+        ("left-out", left_out, f"{left_out} rows were left out: no response within {max_length:,} tokens"),
+    )
+    return [
+        Finding(
+            severity="warning", code=code, message=message, where=responses.name, remedy="raise --max-length"
+        )
+        for code, count, message in told
+        if count
+    ]
 
 
 def _stored(path: Path) -> dict[str, dict[str, Any]]:
