@@ -129,7 +129,8 @@ def test_a_finished_run_does_nothing_again(
 
 
 AFTER_TEST_SET = [
-    "validate-base", "validate-adapter", "validate-merged", "compare", "comparison", "gates", "card", "package",
+    "validate-base", "validate-adapter", "validate-merged", "compare", "comparison",
+    "gates", "card", "package",
 ]  # fmt: skip
 
 

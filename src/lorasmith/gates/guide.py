@@ -9,9 +9,9 @@ _RETRAIN = (
     "lower rank, more dropout), or accept it if the hard examples are diverse"
 )
 _REMERGE = (
-    "check that the versions of torch, transformers and peft are those of the training; then merge again with "
-    "another rounding (give --train, and it is calibrated on those rows; or --rounding dithered) or at higher "
-    "precision (--precision float16 or float32)"
+    "check that the versions of torch, transformers and peft are those of the training; then merge again "
+    "with another rounding (give --train, and it is calibrated on those rows; or --rounding dithered) or at "
+    "higher precision (--precision float16 or float32)"
 )
 
 GUIDE_GATES: tuple[Gate, ...] = (
