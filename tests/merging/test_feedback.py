@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lorasmith.merging.feedback import (
+    BLOCK,
     Feedback,
     SingularError,
     inverse_factor,
@@ -79,16 +80,17 @@ def test_the_pass_is_optimal_brain_quantization() -> None:
     assert torch.equal(found.double(), expected)
 
 
-def test_refining_ends_where_no_single_column_can_do_better() -> None:
+@pytest.mark.parametrize("inputs", [6, BLOCK + 16])
+def test_refining_ends_where_no_single_column_can_do_better(inputs: int) -> None:
     target = TARGETS["BF16"]
-    weights, moment = problem(4, 6, seed=2)
-    found = round_with_feedback(weights, moment, target, Feedback(passes=20, most_steps=1000)).double()
-    damped = moment + 0.03 * moment.diagonal().mean() * torch.eye(6, dtype=torch.float64)
+    weights, moment = problem(4, inputs, seed=2)
+    found = round_with_feedback(weights, moment, target, Feedback(passes=30, most_steps=1000)).double()
+    damped = moment + 0.03 * moment.diagonal().mean() * torch.eye(inputs, dtype=torch.float64)
 
     def losses(values: torch.Tensor) -> torch.Tensor:
         return (((values - weights) @ damped) * (values - weights)).sum(1)
 
-    for column, step in itertools.product(range(6), (-1, 1)):
+    for column, step in itertools.product(range(inputs), (-1, 1)):
         moved = found.float().to(torch.bfloat16)
         bits = ordered(moved[:, column].contiguous()) + step
         other = torch.where(bits < 0, -bits - (1 << 15), bits).to(torch.int16).view(torch.bfloat16)
