@@ -27,6 +27,7 @@ LAYERS: list[set[str]] = [
     {"config", "stages"},
     {"results"},
     {"judge", "preflight", "roundings"},
+    {"steps"},
     {"pipeline"},
     {"demo"},
     {"cli"},

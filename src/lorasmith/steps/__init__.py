@@ -1,0 +1,1 @@
+"""The steps of a run, by what they produce; `pipeline` puts them in order."""
