@@ -34,7 +34,9 @@ def run(
         bool, typer.Option("--print-config", help="Print the resolved config as TOML and stop.")
     ] = False,
     precision: Annotated[str | None, typer.Option(help="base, float32, bfloat16 or float16. [base]")] = None,
-    rounding: Annotated[str | None, typer.Option(help="auto, nearest, dithered or calibrated. [auto]")] = None,
+    rounding: Annotated[
+        str | None, typer.Option(help="auto, nearest, dithered or calibrated. [auto]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random. [42]")] = None,
     template: Annotated[str | None, typer.Option(help="auto, chat or plain. [auto]")] = None,
     loss_on: Annotated[
