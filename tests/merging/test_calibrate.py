@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lorasmith.errors import CheckpointError, DataError, UsageError
 from lorasmith.files.digests import digest_folder
-from lorasmith.merging import calibrate
+from lorasmith.merging import calibrate, lowrank
 from lorasmith.merging.execute import merge
 from lorasmith.proving.weights import prove
 from tests.tiny import save_adapter, save_base, tiny_tokenizer
@@ -117,6 +117,16 @@ def test_the_same_rows_and_seed_give_the_same_bytes(inputs: tuple[Path, Path, Pa
     for name in ("one", "two"):
         calibrated(inputs, tmp_path / name)
     assert digest_folder(tmp_path / "one") == digest_folder(tmp_path / "two")
+
+
+def test_tensors_of_many_blocks_are_made_in_threads(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrated(inputs, tmp_path / "whole")
+    monkeypatch.setattr(lowrank, "BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(2))
+    calibrated(inputs, tmp_path / "blocks")
+    assert digest_folder(tmp_path / "whole") == digest_folder(tmp_path / "blocks")
 
 
 @pytest.mark.parametrize("stop_after", ["layer-0.json", "layer-1.safetensors", "layer-1.json"])

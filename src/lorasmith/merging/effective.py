@@ -53,8 +53,13 @@ class Effective:
         output = self.output(name)
         return self.values(output) if output is not None else self._stack(name)
 
+    @torch.inference_mode(False)
     def values(self, output: Output) -> torch.Tensor:
-        """The float32 values of a merged tensor, before its own rounding."""
+        """The float32 values of a merged tensor, before its own rounding.
+
+        Outside of inference mode, which the forward passes around it are in: it holds for one thread alone,
+        and the threads that write here could not write to its tensors.
+        """
         shard = self._files[output.name]
         file = shard.path if output.adapter is None else self._adapters[output.adapter].file.path
         stored = read_tensor(file, output.source)
