@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 
 from lorasmith.adapters.base import Factor, Rows
-from lorasmith.errors import AdapterError, CheckpointError, InputError
 from lorasmith.merging.counts import Counts, different, different_at, underflowed
 from lorasmith.merging.dither import Thresholds, open_dithered, settle_dithered
 from lorasmith.merging.exact import ExactTerm, round_exactly
+from lorasmith.merging.refusals import not_finite, overflow
 from lorasmith.merging.rounding import (
     TARGETS,
     Array,
@@ -228,30 +228,6 @@ def patch(out: torch.Tensor, stored: torch.Tensor, places: Indices, values: Arra
     out.view(-1)[here] = new
     changed = int(torch.count_nonzero(new != cast(old, target)))
     return Counts(changed=changed - counted, underflowed=underflowed(values, old, target))
-
-
-def not_finite(name: str) -> CheckpointError:
-    """NaN or infinities in a tensor that an adapter changes."""
-    return CheckpointError(
-        f"the base's tensor {name} holds NaN or infinite values",
-        expected="finite weights",
-        remedy="the base is damaged: fetch it again",
-    )
-
-
-def overflow(name: str, target: Target) -> InputError:
-    """A merged value beyond the largest number of the target's type."""
-    if target.dtype == "F16":
-        return CheckpointError(
-            f"a value of {name} is beyond float16's largest number, {target.largest:.0f}",
-            expected="values that float16 can hold",
-            remedy="give --precision bfloat16 or float32",
-        )
-    return AdapterError(
-        f"a merged value of {name} is beyond the range of its type",
-        expected="an update of a sensible size",
-        remedy="the adapter's factors or its scale are far too large",
-    )
 
 
 def cast_piece(stored: torch.Tensor, dtype: str, name: str) -> tuple[torch.Tensor, int]:

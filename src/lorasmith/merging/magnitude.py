@@ -27,16 +27,15 @@ from lorasmith.merging.arithmetic import (
     Open,
     Products,
     Undecided,
-    not_finite,
     open_places,
     opened_at,
-    overflow,
     settled,
     target_of,
 )
 from lorasmith.merging.counts import Counts, different
 from lorasmith.merging.dither import Thresholds
 from lorasmith.merging.exact import exact_values, round_scaled, sum_of_squares, two_sum
+from lorasmith.merging.refusals import not_finite, overflow
 from lorasmith.merging.rounding import Array, Bound, Target
 from lorasmith.merging.workers import Scratch
 

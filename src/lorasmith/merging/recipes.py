@@ -9,12 +9,13 @@ import torch
 from lorasmith.adapters.base import Change
 from lorasmith.checkpoint.header import TensorFile
 from lorasmith.errors import AdapterError
-from lorasmith.merging.arithmetic import cast_piece, overflow
+from lorasmith.merging.arithmetic import cast_piece
 from lorasmith.merging.counts import Counts, merged_tensor
 from lorasmith.merging.dither import Stream
 from lorasmith.merging.fitted import Calibrated, Fitted
 from lorasmith.merging.lowrank import LowRank
 from lorasmith.merging.plan import Output
+from lorasmith.merging.refusals import overflow
 from lorasmith.merging.rounding import TARGETS, cast
 from lorasmith.merging.tensors import TORCH_TYPES, Factors, Stored
 from lorasmith.merging.workers import Workers
