@@ -80,11 +80,11 @@ def test_a_node_that_dies_costs_its_chunk_in_flight_only(cluster: Any, tmp_path:
         found: dict[int, int] = {}
         marks = tmp_path / "marks"
         marks.mkdir()
-        settings = {"pause": 0.1, "marks": str(marks), "awaited": extra.node_id}
+        settings = {"marks": str(marks), "awaited": extra.node_id}
         recipe = Recipe("tests.executors.squares:open_squares", settings)
         for rows, values in executor.work_through(CHUNKS, Squares(), journal, recipe):
             found.update(zip(rows, values, strict=True))
-            if extra is not None:  # it has begun with a chunk, or no other would have come to its end
+            if extra is not None:  # it is at work on a chunk, or no other would have come to its end
                 cluster.remove_node(extra, allow_graceful=False)
                 extra = None
         assert found == WANTED
