@@ -24,6 +24,7 @@ from lorasmith.merging.calibration import Calibration
 from lorasmith.merging.effective import Effective
 from lorasmith.merging.feedback import Feedback, SingularError, round_with_feedback
 from lorasmith.merging.fitted import Calibrated
+from lorasmith.merging.moments import Moments
 from lorasmith.merging.plan import Output, Plan
 from lorasmith.merging.rounding import TARGETS
 from lorasmith.models.arithmetic import choose_route, resolve_device, use_route
@@ -45,15 +46,6 @@ class LayerDone(Record):
 
     tensors: list[str]
     fallbacks: dict[str, str]
-
-
-@dataclass
-class _Moments:
-    """Σ x·xᵀ of the layers that share an input."""
-
-    paths: list[str]
-    total: torch.Tensor
-    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -191,9 +183,9 @@ def _run_rows(
     paths: Sequence[str],
     rows: Calibration,
     given: list[torch.Tensor],
-) -> tuple[list[torch.Tensor], list[_Moments]]:
+) -> tuple[list[torch.Tensor], list[Moments]]:
     """The layer's output for each row, and the second moments of its linear layers' inputs."""
-    groups: dict[str, _Moments] = {}
+    groups: dict[str, Moments] = {}
     # The inputs of one forward, by identity; they are kept so that none is reused for another.
     seen: list[tuple[torch.Tensor, str]] = []
 
@@ -205,9 +197,8 @@ def _run_rows(
             if path not in groups:
                 size = flat.shape[1]
                 total = torch.zeros(size, size, dtype=torch.float64, device=flat.device)
-                groups[path] = _Moments([path], total)
-            groups[path].total += flat.T @ flat
-            groups[path].tokens += len(flat)
+                groups[path] = Moments([path], total)
+            groups[path].take(flat)
         elif path not in groups[leader].paths:
             groups[leader].paths.append(path)
 
@@ -223,13 +214,15 @@ def _run_rows(
                     expected="finite activations of the adapter model in float32",
                     remedy="the adapter or its base is damaged: take an earlier checkpoint",
                 )
+    for group in groups.values():
+        group.settle()
     return hidden, list(groups.values())
 
 
 def _round(
     output: Output,
     transposed: bool,
-    group: _Moments,
+    group: Moments,
     effective: Effective,
     settings: Feedback,
     rounded: dict[str, torch.Tensor],
