@@ -33,6 +33,8 @@ class RunConfig(Part):
     precision: Literal["base", "float32", "bfloat16", "float16"] = "base"
     rounding: Literal["auto", "nearest", "dithered", "calibrated"] = "auto"
     """`auto`: calibrated on `train` where that is given, else nearest."""
+    calibration_tokens: int = Field(default=32_768, gt=0)
+    """Of the training rows, as many as hold so many tokens go into a calibrated merge."""
     seed: int = Field(default=42, ge=0)
 
     template: Literal["auto", "chat", "plain"] = "auto"

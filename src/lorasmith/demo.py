@@ -31,6 +31,8 @@ from lorasmith.training.train import TrainSettings
 
 ROWS, HELD_OUT = 164, 64
 """Rows in all and rows held out; the other 100 are trained on."""
+CALIBRATION_TOKENS = 6_144
+"""A demo should not take long: some 30 of its 100 training rows."""
 SETTINGS = TrainSettings(learning_rate=1e-3, epochs=1.0, batch_size=4)
 """About one pass: 25 steps."""
 _NEEDED_BYTES = 3_000_000_000
@@ -93,7 +95,13 @@ def demo(output: Path, *, seed: int = 42, watcher: Watcher | None = None) -> Dem
         training = read_record(adapter / "lorasmith_train.json", TrainRecord)
         watch.show("demo-train", training)
     config = RunConfig(
-        base=base, adapter=adapter, test_set=test_file, output=output / "run", train=(train_file,), seed=seed
+        base=base,
+        adapter=adapter,
+        test_set=test_file,
+        output=output / "run",
+        train=(train_file,),
+        calibration_tokens=CALIBRATION_TOKENS,
+        seed=seed,
     )
     return DemoResult(output, training, lorasmith.run(config, watcher=watch))
 

@@ -250,6 +250,15 @@ def test_several_files_are_one_set_of_rows(inputs: tuple[Path, Path, Path], tmp_
     assert [file.path for file in record.calibration.files] == ["rows.jsonl", "more.jsonl"]
 
 
+def test_a_budget_of_tokens_takes_some_of_the_rows(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    every = calibrated(inputs, tmp_path / "all").calibration
+    some = calibrated(inputs, tmp_path / "some", calibration_tokens=every.tokens // 2).calibration
+    assert 0 < some.rows < every.rows
+    assert 0 < some.tokens <= every.tokens // 2
+    with pytest.raises(UsageError, match="--calibration-tokens 0"):
+        calibrated(inputs, tmp_path / "none", calibration_tokens=0)
+
+
 def test_no_rows_are_an_error(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         calibrated(inputs, tmp_path / "out", calibration=None)

@@ -35,6 +35,9 @@ def merge(
         list[Path] | None,
         typer.Option(help="JSONL that calibrated rounding looks at: the training file.", metavar="FILE"),
     ] = None,
+    calibration_tokens: Annotated[
+        int, typer.Option(help="Of the rows, as many as hold so many tokens; fewer take less time.")
+    ] = 32_768,
     test_set: Annotated[
         Path | None, typer.Option(help="JSONL whose rows must not be calibrated on.", metavar="FILE")
     ] = None,
@@ -73,6 +76,7 @@ def merge(
         rounding=rounding,
         seed=seed,
         calibration=calibration,
+        calibration_tokens=calibration_tokens,
         test_set=test_set,
         template=template,
         device=device,

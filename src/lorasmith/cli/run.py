@@ -37,6 +37,9 @@ def run(
     rounding: Annotated[
         str | None, typer.Option(help="auto, nearest, dithered or calibrated. [auto]")
     ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="Of the training rows, for a calibrated merge. [32768]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random. [42]")] = None,
     template: Annotated[str | None, typer.Option(help="auto, chat or plain. [auto]")] = None,
     loss_on: Annotated[
@@ -94,6 +97,7 @@ def run(
         "train": tuple(train) if train else None,
         "precision": precision,
         "rounding": rounding,
+        "calibration_tokens": calibration_tokens,
         "seed": seed,
         "template": template,
         "loss_on": loss_on,

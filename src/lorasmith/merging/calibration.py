@@ -18,7 +18,7 @@ from lorasmith.records.dataset import Example
 from lorasmith.records.merging import CalibrationUse
 
 TOKENS = 32_768
-"""Budget over all rows: their hidden states stay in memory, 0.5 GB at 4,096 numbers each."""
+"""Default budget over all rows: their hidden states stay in memory, 0.5 GB at 4,096 numbers each."""
 LONGEST = 2_048
 """Longer rows lose the beginning of their prompt."""
 
@@ -37,12 +37,13 @@ def load_calibration(
     base: Path,
     adapters: Sequence[Path],
     *,
+    budget: int = TOKENS,
     test_set: Path | None,
     leave_out: bool,
     template: str,
     seed: int,
 ) -> Calibration:
-    """Rows of `files` in an order drawn by `seed`, as many as the budget of tokens holds.
+    """Rows of `files` in an order drawn by `seed`, as many as `budget` tokens hold.
 
     Raises `DataError` where there are no rows; and for rows that are in the test set by their content, unless
     they are to be left out: what the merge was fitted to could not be measured on them.
@@ -69,7 +70,7 @@ def load_calibration(
     tokenizer = load_tokenizer(base, adapter=folder)
     encoded = encode_examples(own, tokenizer, template=template, max_length=LONGEST)
     chosen: list[list[int]] = []
-    left = TOKENS
+    left = budget
     for place in np.random.default_rng(seed).permutation(len(own)).tolist():
         ids = encoded.rows[place].ids
         if len(ids) <= left:
@@ -80,7 +81,7 @@ def load_calibration(
             FileDigest(path=file.name, bytes=file.stat().st_size, sha256=sha256_file(file)) for file in files
         ],
         rows=len(chosen),
-        tokens=TOKENS - left,
+        tokens=budget - left,
         left_out=len(examples) - len(own),
         test_set_checked=test_set is not None,
     )

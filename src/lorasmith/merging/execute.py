@@ -26,6 +26,7 @@ from lorasmith.files.digests import (
 from lorasmith.files.hub import local_model, origin_of
 from lorasmith.files.machine import require_disk
 from lorasmith.files.paths import StrPath
+from lorasmith.merging.calibration import TOKENS
 from lorasmith.merging.companions import companions, merged_config, merged_index
 from lorasmith.merging.copies import check_copies
 from lorasmith.merging.disk import Lanes
@@ -56,6 +57,7 @@ def merge(
     rounding: str = "nearest",
     seed: int = 0,
     calibration: StrPath | Sequence[StrPath] | None = None,
+    calibration_tokens: int = TOKENS,
     test_set: StrPath | None = None,
     template: str = "auto",
     device: str = "auto",
@@ -69,10 +71,10 @@ def merge(
 
     `rounding` is `nearest` (each element correctly rounded, no `seed` needed), `dithered` (unbiased: up or
     down with the probability that makes the mean right, from a fixed stream of `seed`; see dither.py) or
-    `calibrated` (fitted to what the layers get from the rows of `calibration`, drawn by `seed`; see
-    calibrate.py). Rows of `test_set` are refused there; `template` and `device` are as in `validate`. `auto`
-    is calibrated where rows are given, without those of the test set, and else nearest. What is copied, cast
-    or replaced as a whole is always rounded to nearest.
+    `calibrated` (fitted to what the layers get from `calibration_tokens` of the rows of `calibration`, drawn
+    by `seed`; see calibrate.py). Rows of `test_set` are refused there; `template` and `device` are as in
+    `validate`. `auto` is calibrated where rows are given, without those of the test set, and else nearest.
+    What is copied, cast or replaced as a whole is always rounded to nearest.
 
     Raises `UsageError` for impossible arguments or an output inside an input, `CheckpointError` and
     `AdapterError` for inputs that cannot be merged rightly, `DiskError` before anything is written where the
@@ -91,6 +93,7 @@ def merge(
         base,
         folders,
         calibration=calibration,
+        calibration_tokens=calibration_tokens,
         test_set=test_set,
         template=template,
         seed=seed,

@@ -87,6 +87,7 @@ def choose_mode(
     adapters: Sequence[Path],
     *,
     calibration: StrPath | Sequence[StrPath] | None,
+    calibration_tokens: int,
     test_set: StrPath | None,
     template: str,
     seed: int,
@@ -95,7 +96,8 @@ def choose_mode(
     """Read the rows where they are needed.
 
     `auto` is calibrated where rows are given and 16-bit tensors change, else nearest; it leaves rows of the
-    test set out, which `calibrated` refuses. Raises `UsageError` for calibrated rounding without rows.
+    test set out, which `calibrated` refuses. Raises `UsageError` for calibrated rounding without rows or with
+    a budget of no tokens.
     """
     fitted = any(one.change and one.change.rows and one.dtype in FITTED_TYPES for one in plan.outputs)
     files = _as_list(calibration)
@@ -107,9 +109,20 @@ def choose_mode(
             expected="--calibration FILE",
             remedy="give the training file, or --rounding dithered, which needs no data",
         )
+    if calibration_tokens < 1:
+        raise UsageError(
+            f"--calibration-tokens {calibration_tokens} leaves nothing to calibrate on", expected="1 or more"
+        )
     held_out = None if test_set is None else Path(test_set)
     rows = load_calibration(
-        files, base, adapters, test_set=held_out, leave_out=asked == "auto", template=template, seed=seed
+        files,
+        base,
+        adapters,
+        budget=calibration_tokens,
+        test_set=held_out,
+        leave_out=asked == "auto",
+        template=template,
+        seed=seed,
     )
     return Mode(asked, "calibrated", seed, device, rows)
 

@@ -26,7 +26,12 @@ def merge(run: RunContext) -> Step:
     stage = Stage(
         name="merge",
         inputs={**run.models, **numbered("calibration", rows.get("calibration", ())), **_held_out(rows)},
-        parameters={**options, "template": config.template, **_origin(config.base)},
+        parameters={
+            **options,
+            "template": config.template,
+            "calibration_tokens": rows.get("calibration_tokens"),
+            **_origin(config.base),
+        },
         outputs=["merged"],
         action=lambda: lorasmith.merge(
             config.base, config.adapter, run.merged, progress=run.progress, **options, **rows
@@ -82,8 +87,9 @@ def merging_rows(run: RunContext) -> dict[str, Any]:
     config = run.config
     if config.rounding not in ("auto", "calibrated") or not config.train:
         return {}
-    own = {"template": config.template, "device": config.device}
-    return {"calibration": config.train, "test_set": run.test_set, **own}
+    own: dict[str, Any] = {"template": config.template, "device": config.device}
+    budget = config.calibration_tokens
+    return {"calibration": config.train, "calibration_tokens": budget, "test_set": run.test_set, **own}
 
 
 def _held_out(rows: Mapping[str, Any]) -> dict[str, Path]:
