@@ -6,7 +6,6 @@ version. A folder that merely exists proves nothing.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import time
@@ -18,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import lorasmith
-from lorasmith.errors import BudgetError, BusyError, InputError, os_errors
+from lorasmith.errors import BudgetError, InputError, os_errors
 from lorasmith.files.atomic import read_record, write_record
 from lorasmith.files.deadline import OutOfTime, stop_after
 from lorasmith.files.digests import describe, digest_path, folder_files
 from lorasmith.files.machine import hardware, peak_memory, reset_peak_memory, return_memory
+from lorasmith.files.sealed import lock_file
 from lorasmith.records.base import FileDigest
 from lorasmith.records.release import StageRecord, StageTiming, TimingRecord
 
@@ -204,14 +204,12 @@ def open_run(path: Path, *, rehash: bool = False, price_per_hour: float | None =
         path.mkdir(parents=True, exist_ok=True)
         lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BusyError(
-                "another process works on this run folder",
-                where=path,
-                remedy="wait until it ends, or choose another --output",
-            ) from error
+        lock_file(
+            lock,
+            found="another process works on this run folder",
+            where=path,
+            remedy="wait until it ends, or choose another --output",
+        )
         for file in path.rglob(".*.partial"):
             if file.is_file() and _LEFTOVER.match(file.name):
                 file.unlink(missing_ok=True)

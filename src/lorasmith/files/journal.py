@@ -7,16 +7,14 @@ off.
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 from lorasmith.errors import BusyError, os_errors
+from lorasmith.files.sealed import lock_file, read_sealed, sealed_line, sound
 
 Rows = tuple[int, ...]
 
@@ -76,7 +74,7 @@ class Journal:
         """Write a result and sync it to disk."""
         with os_errors(self.path, "write"):
             start = self._handle.seek(0, os.SEEK_END)
-            line = _line({"rows": rows, "bytes": len(packed), "limit": limit}, packed)
+            line = sealed_line({"rows": rows, "bytes": len(packed), "limit": limit}, packed)
             self._handle.write(line + packed + b"\n")
             self._sync()
         self._remember(rows, start + len(line), len(packed))
@@ -88,14 +86,15 @@ class Journal:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._handle.close()
-            raise BusyError(
-                "another process works on the same output",
+            lock_file(
+                self._handle,
+                found="another process works on the same output",
                 where=self.path.parent,
                 remedy="wait until it ends, or choose another output",
-            ) from error
+            )
+        except BusyError:
+            self._handle.close()
+            raise
 
     def _sync(self) -> None:
         self._handle.flush()
@@ -107,14 +106,14 @@ class Journal:
 
     def _begin(self, key: str, notes: Mapping[str, Any]) -> dict[str, Any]:
         self._handle.truncate(0)
-        self._handle.write(_line({"format": _FORMAT, "key": key, "notes": dict(notes)}))
+        self._handle.write(sealed_line({"format": _FORMAT, "key": key, "notes": dict(notes)}))
         self._sync()
         return dict(notes)
 
     def _read(self, key: str) -> dict[str, Any] | None:
         """The notes under this key, sound entries remembered and the rest cut off; None for another key."""
         self._handle.seek(0)
-        head = _sound(self._handle.readline())
+        head = sound(self._handle.readline())
         if head is None or head.get("format") != _FORMAT or head.get("key") != key:
             return None
         end = self._handle.tell()
@@ -126,33 +125,9 @@ class Journal:
         return dict(head["notes"])
 
     def _read_entry(self) -> tuple[Rows, int, int, int | None] | None:
-        line = self._handle.readline()
-        start, body = self._handle.tell(), _parse(line)
-        if body is None or not isinstance(body.get("bytes"), int):
+        entry = read_sealed(self._handle)
+        if entry is None:
             return None
-        packed = self._handle.read(body["bytes"])
-        if _sound(line, packed) is None or self._handle.read(1) != b"\n":
-            return None
+        body, packed = entry
+        start = self._handle.tell() - len(packed) - 1
         return tuple(body["rows"]), start, len(packed), body["limit"]
-
-
-def _line(body: Mapping[str, Any], packed: bytes = b"") -> bytes:
-    """A line of JSON with the checksum of itself and of what follows it."""
-    text = json.dumps(body)
-    return json.dumps({**body, "crc": zlib.crc32(text.encode() + packed)}).encode() + b"\n"
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        body = json.loads(line)
-    except ValueError:
-        return None
-    return body if line.endswith(b"\n") and isinstance(body, dict) else None
-
-
-def _sound(line: bytes, packed: bytes = b"") -> dict[str, Any] | None:
-    """The line's content when the checksum is right, else None."""
-    body = _parse(line)
-    if body is None or body.pop("crc", None) != zlib.crc32(json.dumps(body).encode() + packed):
-        return None
-    return body

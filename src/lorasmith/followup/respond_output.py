@@ -14,7 +14,8 @@ from lorasmith.errors import UsageError
 from lorasmith.files.atomic import atomic_file, read_record
 from lorasmith.files.digests import describe
 from lorasmith.files.jsonl import read_rows
-from lorasmith.followup.respond_store import Arrays, Store, mixed_settings
+from lorasmith.followup.respond_store import Store, mixed_settings
+from lorasmith.models.work import Arrays
 from lorasmith.records.base import FileDigest
 from lorasmith.records.followup import RespondRecord, RespondSettings
 

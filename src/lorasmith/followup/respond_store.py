@@ -6,28 +6,22 @@ length and checksum, the row's log-probabilities, and a line end. A torn end, as
 
 from __future__ import annotations
 
-import fcntl
-import io
 import json
 import os
 import time
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-import numpy as np
-import numpy.typing as npt
-
 from lorasmith.errors import BusyError, UsageError, os_errors
+from lorasmith.files.sealed import lock_file, read_sealed, sealed_line, sound
+from lorasmith.models.work import Arrays, pack_arrays, unpack_arrays
 
 _FORMAT = "lorasmith/respond-journal/1"
 _SYNC_SECONDS = 1.0
 """A kill loses nothing that was written; only a power cut could lose what this last second gave."""
-
-Arrays = list[npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,7 @@ class Store:
             head = self._read_head()
             if head is None:
                 self._handle.truncate(0)
-                self._append(_line({"format": _FORMAT, "settings": dict(settings)}))
+                self._append(sealed_line({"format": _FORMAT, "settings": dict(settings)}))
                 self._sync()
                 return
             if head.get("settings") != dict(settings):
@@ -75,11 +69,8 @@ class Store:
 
     def add(self, row: Mapping[str, Any], arrays: Arrays, *, failed: bool = False) -> None:
         """Keep a finished row; `row["key"]` names it."""
-        sink = io.BytesIO()
-        for array in arrays:
-            np.save(sink, array, allow_pickle=False)
-        packed = sink.getvalue()
-        line = _line({"row": dict(row), "failed": failed, "bytes": len(packed)}, packed)
+        packed = pack_arrays(arrays)
+        line = sealed_line({"row": dict(row), "failed": failed, "bytes": len(packed)}, packed)
         with os_errors(self.path, "write"):
             start = self._append(line + packed + b"\n")
             if time.monotonic() - self._synced >= _SYNC_SECONDS:
@@ -95,13 +86,10 @@ class Store:
 
     def arrays(self, key: str) -> Arrays:
         """Its arrays."""
-        stored, found = self.rows[key], []
+        stored = self.rows[key]
         with os_errors(self.path, "read"):
             packed = os.pread(self._handle.fileno(), stored.packed, stored.start + stored.size)
-        source = io.BytesIO(packed)
-        while source.tell() < len(packed):
-            found.append(np.load(source, allow_pickle=False))
-        return found
+        return unpack_arrays(packed)
 
     def remove(self) -> None:
         """Delete it: what it held is in the output now."""
@@ -110,14 +98,15 @@ class Store:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._handle.close()
-            raise BusyError(
-                "another process writes to the same output",
+            lock_file(
+                self._handle,
+                found="another process writes to the same output",
                 where=self.path.parent,
                 remedy="wait until it ends, or choose another --output",
-            ) from error
+            )
+        except BusyError:
+            self._handle.close()
+            raise
 
     def _append(self, content: bytes) -> int:
         start = self._handle.seek(0, os.SEEK_END)
@@ -135,20 +124,17 @@ class Store:
 
     def _read_head(self) -> dict[str, Any] | None:
         self._handle.seek(0)
-        head = _sound(self._handle.readline())
+        head = sound(self._handle.readline())
         return head if head is not None and head.get("format") == _FORMAT else None
 
     def _read_rows(self) -> None:
         end = start = self._handle.tell()
-        while line := self._handle.readline():
-            body = _parse(line)
-            if body is None or not isinstance(body.get("bytes"), int):
-                break
-            packed = self._handle.read(body["bytes"])
-            if _sound(line, packed) is None or self._handle.read(1) != b"\n":
-                break
-            self.rows[body["row"]["key"]] = Stored(start, len(line), len(packed), bool(body["failed"]))
-            end = start = self._handle.tell()
+        while entry := read_sealed(self._handle):
+            body, packed = entry
+            end = self._handle.tell()
+            line = end - start - len(packed) - 1
+            self.rows[body["row"]["key"]] = Stored(start, line, len(packed), bool(body["failed"]))
+            start = end
         self._handle.truncate(end)
 
 
@@ -163,24 +149,3 @@ def mixed_settings(where: Path, before: Any, now: Mapping[str, Any]) -> UsageErr
         expected="one set of settings in one output",
         remedy="give another --output, or the same settings; to begin anew, delete the output and this file",
     )
-
-
-def _line(body: Mapping[str, Any], packed: bytes = b"") -> bytes:
-    """A line of JSON with the checksum of itself and of what follows it."""
-    text = json.dumps(body)
-    return json.dumps({**body, "crc": zlib.crc32(text.encode() + packed)}).encode() + b"\n"
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        body = json.loads(line)
-    except ValueError:
-        return None
-    return body if line.endswith(b"\n") and isinstance(body, dict) else None
-
-
-def _sound(line: bytes, packed: bytes = b"") -> dict[str, Any] | None:
-    body = _parse(line)
-    if body is None or body.pop("crc", None) != zlib.crc32(json.dumps(body).encode() + packed):
-        return None
-    return body

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ from typing import Any, ClassVar
 
 from lorasmith.errors import BusyError, InputError, UsageError, os_errors
 from lorasmith.files.atomic import aside, publish_folder, read_record, write_bytes, write_record
+from lorasmith.files.sealed import lock_file
 from lorasmith.records.base import FileDigest, Record
 from lorasmith.records.merging import MergedTensor
 
@@ -84,14 +84,12 @@ def only_one(output: Path) -> Iterator[None]:
         output.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BusyError(
-                "another merge writes to this output now",
-                where=output,
-                remedy="wait until it is done, or choose another output",
-            ) from error
+        lock_file(
+            handle,
+            found="another merge writes to this output now",
+            where=output,
+            remedy="wait until it is done, or choose another output",
+        )
         # The holder before us may have removed the name between our open and our lock.
         if not lock.exists() or lock.stat().st_ino != os.fstat(handle).st_ino:
             raise BusyError("another merge has just used this output", where=output, remedy="try again")

@@ -49,19 +49,24 @@ class RowWork(Generic[R]):
         release_memory()
 
     def pack(self, result: R) -> bytes:
-        """The arrays one after the other, in numpy's own file format."""
-        sink = io.BytesIO()
-        for array in self.to_arrays(result):
-            np.save(sink, array, allow_pickle=False)
-        return sink.getvalue()
+        """The result's arrays as bytes."""
+        return pack_arrays(self.to_arrays(result))
 
     def unpack(self, rows: Rows, packed: bytes) -> R:
         """Back from `pack`."""
         return self.from_arrays(rows, unpack_arrays(packed))
 
 
+def pack_arrays(arrays: Arrays) -> bytes:
+    """The arrays one after the other, in numpy's own file format."""
+    sink = io.BytesIO()
+    for array in arrays:
+        np.save(sink, array, allow_pickle=False)
+    return sink.getvalue()
+
+
 def unpack_arrays(packed: bytes) -> Arrays:
-    """The arrays that `RowWork.pack` wrote."""
+    """Back from `pack_arrays`."""
     source, arrays = io.BytesIO(packed), []
     while source.tell() < len(packed):
         arrays.append(np.load(source, allow_pickle=False))
