@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lorasmith.models.arithmetic import choose_route
-from lorasmith.models.load import load_model
 from lorasmith.models.loglik import open_forward
 from lorasmith.models.session import ScoringOptions, prepare
 from lorasmith.models.states import Scored, scoring_work
@@ -28,13 +27,8 @@ def open_replica(
     """
     place, _ = options.place()
     chosen = choose_route(route, place)
-    loaded = load_model(
-        Path(model),
-        adapter=None if adapter is None else Path(adapter),
-        device=place,
-        dtype=chosen.dtype,
-        device_map=options.device_map,
-    )
+    on_top = None if adapter is None else Path(adapter)
+    loaded = options.load(Path(model), adapter=on_top, dtype=chosen.dtype)
     work = prepare(Path(test_set), loaded, options, chosen)
     with open_forward(loaded, work.rows, chosen) as forward:
         yield scoring_work(forward, work, keep=keep)

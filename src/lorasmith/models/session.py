@@ -22,7 +22,7 @@ from lorasmith.files.jsonl import read_examples
 from lorasmith.models.arithmetic import Route, choose_route, resolve_device
 from lorasmith.models.batches import BATCH_TOKENS, BATCH_TOKENS_GPU, plan_batches
 from lorasmith.models.encode import Encoded, EncodedSet, encode_examples
-from lorasmith.models.load import LoadedModel
+from lorasmith.models.load import LoadedModel, load_model
 from lorasmith.models.loglik import check_ids
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.dataset import Example
@@ -62,6 +62,24 @@ class ScoringOptions:
             raise UsageError(f"there is no device map {self.device_map!r}", expected="auto, or none")
         device = resolve_device(self.device)
         return device, choose_route(self.arithmetic, device)
+
+    def load(
+        self,
+        folder: Path,
+        *,
+        adapter: Path | None = None,
+        dtype: torch.dtype = torch.float32,
+        tokenizer_from: Path | None = None,
+    ) -> LoadedModel:
+        """`load_model` on the device, or spread by the device map, that was chosen."""
+        return load_model(
+            folder,
+            adapter=adapter,
+            device=self.place()[0],
+            dtype=dtype,
+            tokenizer_from=tokenizer_from,
+            device_map=self.device_map,
+        )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from lorasmith.checkpoint.model import text_config
 from lorasmith.errors import CheckpointError
 from lorasmith.models.arithmetic import Route
 from lorasmith.models.encode import encode_examples
-from lorasmith.models.load import LoadedModel, has_tokenizer, load_model, load_tokenizer, require_file
+from lorasmith.models.load import LoadedModel, has_tokenizer, load_tokenizer, require_file
 from lorasmith.models.memory import release_memory
 from lorasmith.models.session import ScoringOptions, Workload, identify, prepare
 from lorasmith.models.states import open_states
@@ -69,9 +69,7 @@ class AdapterRun:
 
 def run_adapter(asked: Comparison, test_set: Path, stack: ExitStack) -> AdapterRun:
     """Run the adapter on its base and measure its floors; the journal of its states stays open on `stack`."""
-    device, _ = asked.options.place()
-    spread = asked.options.device_map
-    loaded = load_model(asked.base, adapter=asked.adapter, device=device, device_map=spread)
+    loaded = asked.options.load(asked.base, adapter=asked.adapter)
     _check_vocabulary(loaded.vocabulary, _announced_vocabulary(asked.merged), asked.merged)
     work = prepare(test_set, loaded, asked.options, asked.route)
     obstacles, findings = _compare_tokenizers(work, asked.merged)
@@ -92,12 +90,7 @@ def run_adapter(asked: Comparison, test_set: Path, stack: ExitStack) -> AdapterR
 def run_merged(asked: Comparison, work: Workload, stack: ExitStack) -> MergedRun:
     """The same for the merged model, on the adapter's tokens."""
     own = asked.merged if has_tokenizer(asked.merged) else asked.base
-    loaded = load_model(
-        asked.merged,
-        device=asked.options.place()[0],
-        tokenizer_from=own,
-        device_map=asked.options.device_map,
-    )
+    loaded = asked.options.load(asked.merged, tokenizer_from=own)
     path = asked.states / "merged.journal"
     journal = stack.enter_context(open_states(path, [asked.merged], loaded, work, asked.route))
     side = run_side(loaded, work, asked.route, journal, "Run merged", asked.progress)
@@ -126,13 +119,7 @@ def _serving(asked: Comparison, work: Workload, side: Side, findings: list[Findi
     dtype = next((types[name] for name in named if name in types), None)
     if dtype is None:
         return None
-    loaded = load_model(
-        asked.base,
-        adapter=asked.adapter,
-        device=asked.options.place()[0],
-        dtype=dtype,
-        device_map=asked.options.device_map,
-    )
+    loaded = asked.options.load(asked.base, adapter=asked.adapter, dtype=dtype)
     floor = serving_floor(loaded, work, side, asked.route, asked.progress)
     del loaded
     release_memory()

@@ -22,7 +22,7 @@ from lorasmith.errors import DataError
 from lorasmith.files.atomic import write_bytes, write_record
 from lorasmith.files.hub import local_model
 from lorasmith.files.paths import StrPath
-from lorasmith.models.load import LoadedModel, load_model
+from lorasmith.models.load import LoadedModel
 from lorasmith.models.session import (
     ScoringOptions,
     Workload,
@@ -106,13 +106,7 @@ def evaluate_tasks(
             for kind in ("choices", "answers")
         ]
         route = route_of(options, journals[0])
-        loaded = load_model(
-            model,
-            adapter=adapter,
-            device=options.place()[0],
-            dtype=route.dtype,
-            device_map=options.device_map,
-        )
+        loaded = options.load(model, adapter=adapter, dtype=route.dtype)
         work = prepare(test_set, loaded, options, route)
         known = _by_benchmark(work, test_set)
         choices = [row for row in known if _has_choices(work.examples[row])]

@@ -13,7 +13,7 @@ from lorasmith.files.hub import local_model
 from lorasmith.files.journal import Journal
 from lorasmith.files.paths import StrPath
 from lorasmith.models.arithmetic import Route
-from lorasmith.models.load import LoadedModel, load_model
+from lorasmith.models.load import LoadedModel
 from lorasmith.models.loglik import Floats, open_forward
 from lorasmith.models.replica import OPEN_REPLICA
 from lorasmith.models.session import (
@@ -100,13 +100,7 @@ def validate(
         if states is None:
             own = stack.enter_context(open_journal(output / f".{role}.journal", folders, digest, options))
         route = route_of(options, own)
-        loaded = load_model(
-            model,
-            adapter=adapter,
-            device=options.place()[0],
-            dtype=route.dtype,
-            device_map=options.device_map,
-        )
+        loaded = options.load(model, adapter=adapter, dtype=route.dtype)
         work = prepare(test_set, loaded, options, route)
         journal = own
         if states is not None:
