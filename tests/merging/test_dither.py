@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from lorasmith.errors import CheckpointError, UsageError
 from lorasmith.files.digests import digest_folder
 from lorasmith.merging import disk, lowrank
-from lorasmith.merging.dither import Stream, dither_expansion, dither_rational, dither_reals
+from lorasmith.merging.dither import Stream, dither_expansion, dither_reals
 from lorasmith.merging.execute import merge
+from lorasmith.merging.rationals import dither_rational
 from lorasmith.merging.rounding import TARGETS
 from tests.merging.philox import philox, threshold
 from tests.merging.reference import merged_value, nearest

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasmith.merging.exact import distil, round_rational
+from lorasmith.merging.exact import distil
+from lorasmith.merging.rationals import round_rational
 from lorasmith.merging.rounding import (
     TARGETS,
     Array,

@@ -23,7 +23,6 @@ point is seen from both of its sides; and where |x̂| is too small, too large or
 from __future__ import annotations
 
 import hashlib
-from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -135,19 +134,3 @@ def settle_dithered(
     certain = (below == above) & (np.signbit(below) == np.signbit(above)) & np.isfinite(below)
     zero = (candidate == 0) & (bound == 0)
     return np.where(zero, 0.0, below), certain | zero
-
-
-def dither_rational(value: Fraction, threshold: int, target: Target) -> tuple[float, bool]:
-    """A rational number onto the grid, and whether it is its own threshold."""
-    if value == 0:
-        return 0.0, False
-    size = abs(value)
-    exponent = size.numerator.bit_length() - size.denominator.bit_length()
-    if size < Fraction(2) ** exponent:
-        exponent -= 1
-    quantum = Fraction(2) ** (max(exponent, target.emin) - (target.precision - 1))
-    below = size // quantum
-    beyond = size / quantum - below - Fraction(threshold, 1 << BITS)
-    rounded = (below + (beyond > 0)) * quantum
-    number = float("inf") if rounded > Fraction(target.largest) else float(rounded)
-    return (-number if value < 0 else number), beyond == 0

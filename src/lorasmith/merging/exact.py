@@ -10,7 +10,8 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from lorasmith.merging.dither import Thresholds, dither_expansion, dither_rational
+from lorasmith.merging.dither import Thresholds, dither_expansion
+from lorasmith.merging.rationals import dither_rational, round_rational
 from lorasmith.merging.rounding import Array, Target, round_expansion
 
 Bools = npt.NDArray[np.bool_]
@@ -175,18 +176,3 @@ def _dot(term: ExactTerm, index: int) -> Fraction:
         for left, right in zip(term.left[index], term.right[index], strict=True)
     )
     return Fraction(term.scale) * Fraction(term.weight) * sum(products, start=Fraction(0))
-
-
-def round_rational(value: Fraction, target: Target) -> tuple[float, bool]:
-    """RN of a rational number onto the target's grid, and whether it lay halfway between two of them."""
-    if value == 0:
-        return 0.0, False
-    size = abs(value)
-    exponent = size.numerator.bit_length() - size.denominator.bit_length()
-    if size < Fraction(2) ** exponent:
-        exponent -= 1
-    quantum = Fraction(2) ** (max(exponent, target.emin) - (target.precision - 1))
-    rounded = round(size / quantum) * quantum  # Python rounds halves to even
-    tie = (size / quantum).denominator == 2
-    number = float("inf") if rounded > Fraction(target.largest) else float(rounded)
-    return (-number if value < 0 else number), tie
