@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasmith.errors import AdapterError, BusyError, CheckpointError, DiskError, LorasmithError, UsageError
 from lorasmith.files.digests import digest_folder
+from lorasmith.files.lock import only_one
 from lorasmith.merging import disk, lowrank
 from lorasmith.merging.execute import merge
-from lorasmith.merging.folder import only_one
 from tests.merging.reference import merged_value, nearest
 from tests.tiny import save_adapter, save_base
 
@@ -299,7 +299,7 @@ def test_a_folder_that_is_no_model_is_not_replaced(tmp_path: Path, base: Path, a
 
 
 def test_two_merges_into_one_output_at_once(tmp_path: Path, base: Path, adapter: Path) -> None:
-    with only_one(tmp_path / "out"), pytest.raises(BusyError, match="another merge"):
+    with only_one(tmp_path / "out", "merge"), pytest.raises(BusyError, match="another merge"):
         merge(base, adapter, tmp_path / "out")
     merge(base, adapter, tmp_path / "out")
 

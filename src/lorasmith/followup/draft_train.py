@@ -19,6 +19,7 @@ from lorasmith.files.atomic import aside, publish_folder
 from lorasmith.followup.draft_loss import batch_loss
 from lorasmith.followup.draft_rows import DraftRow, Split
 from lorasmith.followup.draft_settings import DraftSettings
+from lorasmith.models.parts import split_batch
 from lorasmith.progress import Progress
 from lorasmith.records.draft import DraftStep
 
@@ -144,7 +145,7 @@ class Trainer:
         head = cast("torch.nn.Linear", core["head"]) if "head" in core else None
         tokens = sum(row.scored for row in rows)
         labelled = sum(row.label >= 0 for row in rows)
-        for part in _parts(rows):
+        for part in split_batch(rows, _PART_TOKENS):
             with self.accelerator.autocast():
                 yield batch_loss(
                     core["draft"], head, part, weights, self.device, tokens=tokens, labelled=labelled
@@ -215,14 +216,3 @@ class Trainer:
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Tied tensors are written once each: safetensors refuses shared memory, and loading ties them again."""
     save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, path)
-
-
-def _parts(rows: Sequence[DraftRow]) -> Iterator[list[DraftRow]]:
-    part: list[DraftRow] = []
-    for row in sorted(rows, key=lambda row: len(row.ids)):
-        if part and len(row.ids) * (len(part) + 1) > _PART_TOKENS:
-            yield part
-            part = []
-        part.append(row)
-    if part:
-        yield part

@@ -24,13 +24,14 @@ from lorasmith.files.digests import (
     remember_sha256,
 )
 from lorasmith.files.hub import local_model, origin_of
+from lorasmith.files.lock import only_one
 from lorasmith.files.machine import require_disk
 from lorasmith.files.paths import StrPath
 from lorasmith.merging.calibration import TOKENS
 from lorasmith.merging.companions import companions, merged_config, merged_index
 from lorasmith.merging.copies import check_copies
 from lorasmith.merging.disk import Lanes
-from lorasmith.merging.folder import PartialFolder, ShardDone, check_place, identity_of, make_key, only_one
+from lorasmith.merging.folder import PartialFolder, ShardDone, check_place, identity_of, make_key
 from lorasmith.merging.modes import ROUNDINGS, Mode, choose_mode
 from lorasmith.merging.plan import PRECISIONS, Plan, make_plan
 from lorasmith.merging.recipes import make_recipe
@@ -99,7 +100,7 @@ def merge(
         seed=seed,
         device=device,
     )
-    with only_one(output):
+    with only_one(output, "merge"):
         adapter_digests = [digest_folder(folder) for folder in folders]
         base_files = folder_files(base)
         identity = identity_of(base_files)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lorasmith.errors import BusyError, InputError, UsageError, os_errors
+from lorasmith.errors import InputError, UsageError, os_errors
 from lorasmith.files.atomic import aside, publish_folder, read_record, write_bytes, write_record
-from lorasmith.files.sealed import lock_file
 from lorasmith.records.base import FileDigest, Record
 from lorasmith.records.merging import MergedTensor
 
@@ -74,30 +71,6 @@ def identity_of(files: Sequence[Path]) -> list[list[Any]]:
         times = [state.st_mtime_ns, state.st_ctime_ns]
         found.append([file.name, state.st_dev, state.st_ino, state.st_size, *times])
     return found
-
-
-@contextmanager
-def only_one(output: Path) -> Iterator[None]:
-    """Hold the output's lock, or `BusyError`; the kernel frees it with the process."""
-    lock = output.with_name(f".{output.name}.lock")
-    with os_errors(output, "write"):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        lock_file(
-            handle,
-            found="another merge writes to this output now",
-            where=output,
-            remedy="wait until it is done, or choose another output",
-        )
-        # The holder before us may have removed the name between our open and our lock.
-        if not lock.exists() or lock.stat().st_ino != os.fstat(handle).st_ino:
-            raise BusyError("another merge has just used this output", where=output, remedy="try again")
-        yield
-        with suppress(OSError):
-            lock.unlink()
-    finally:
-        os.close(handle)
 
 
 class PartialFolder:

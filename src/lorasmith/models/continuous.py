@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from lorasmith.models.generate import _last_position_only, _left_padded, _positions
+from lorasmith.models.decoding import last_positions_only, left_padded, positions, takes_positions
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.memory import is_out_of_memory, release_memory
 from lorasmith.models.requests import Answer, Limits, Request
@@ -97,7 +97,7 @@ class _Batch:
         self.single: Any = None
         """The model's own cache, where rows go one at a time."""
         self.own = not serves(loaded.model)
-        self.positioned = bool(_positions(loaded.model, torch.ones(1, 1), 1))
+        self.positioned = takes_positions(loaded.model)
         named = inspect.signature(loaded.model.forward).parameters
         self.cache_name = "cache_params" if "cache_params" in named else "past_key_values"
         self.cache = Slots()
@@ -136,10 +136,10 @@ class _Batch:
 
     def _join(self, group: list[Request]) -> list[Answer]:
         loaded = self.loaded
-        ids, mask = _left_padded([request.tokens for request in group], loaded.device)
+        ids, mask = left_padded([request.tokens for request in group], loaded.device)
         filled = DynamicCache(config=loaded.model.config) if self.own else DynamicCache()
-        positions = _positions(loaded.model, mask, ids.shape[1])
-        output = self._forward(ids, None if self.own else mask, filled, positions)
+        known = positions(loaded.model, mask, ids.shape[1])
+        output = self._forward(ids, None if self.own else mask, filled, known)
         if self.own:
             self.single = filled
         else:
@@ -162,21 +162,21 @@ class _Batch:
             known = {"position_ids": place} if self.positioned else {}
             return self._choose(self._forward(ids, None, self.single, known), 0)
         self.cache.before_step()
-        positions = {"position_ids": self.cache.positions(device)} if self.positioned else {}
-        output = self._forward(ids, self.cache.mask(device), self.cache.cache, positions)
+        known = {"position_ids": self.cache.positions(device)} if self.positioned else {}
+        output = self._forward(ids, self.cache.mask(device), self.cache.cache, known)
         self.cache.after_step()
         return self._choose(output, 0)
 
     def _forward(
-        self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Any, positions: dict[str, torch.Tensor]
+        self, ids: torch.Tensor, mask: torch.Tensor | None, cache: Any, known: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """Float logits of the last position, `[N, V]`.
 
         A row on its own comes without a mask: recurrent layers would take a mask for the width of the step.
         """
         model = self.loaded.model
-        with _last_position_only(model):
-            given = {"attention_mask": mask, self.cache_name: cache, **positions}
+        with last_positions_only(model):
+            given = {"attention_mask": mask, self.cache_name: cache, **known}
             output = model(input_ids=ids, use_cache=True, **given)
         return output.logits[:, -1].float()
 

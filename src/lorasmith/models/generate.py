@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from lorasmith.models.decoding import last_positions_only, left_padded, positions
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.template import end_token
 from lorasmith.models.work import Arrays
@@ -70,18 +69,18 @@ def generate_greedy(
     penalties, and two models can only be compared by what they find likeliest. The tokens of a stop text are
     kept; the caller cuts the text.
     """
-    ids, mask = _left_padded(prompts, loaded.device)
+    ids, mask = left_padded(prompts, loaded.device)
     rows: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
     cache: Any = None
-    with _last_position_only(loaded.model):
+    with last_positions_only(loaded.model):
         for _ in range(max_new_tokens):
             output = loaded.model(
                 input_ids=ids,
                 attention_mask=mask,
                 past_key_values=cache,
                 use_cache=True,
-                **_positions(loaded.model, mask, ids.shape[1]),
+                **positions(loaded.model, mask, ids.shape[1]),
             )
             cache = output.past_key_values
             ids = output.logits[:, -1:].argmax(-1).to(mask.device)
@@ -96,39 +95,6 @@ def generate_greedy(
             if all(finished):
                 break
     return [Generated(row, done) for row, done in zip(rows, finished, strict=True)]
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for place, prompt in enumerate(prompts):
-        ids[place, width - len(prompt) :] = torch.tensor(list(prompt))
-        mask[place, width - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)
-
-
-def _positions(model: Any, mask: torch.Tensor, width: int) -> dict[str, torch.Tensor]:
-    """Positions of the newest tokens, counted from each row's first real token.
-
-    A model without the argument takes its positions from the mask (ALiBi) or has none (recurrent models).
-    """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if "position_ids" not in inspect.signature(inner.forward).parameters:
-        return {}
-    return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -width:]}
-
-
-@contextmanager
-def _last_position_only(model: Any) -> Iterator[None]:
-    """Apply the head to the last position alone: a prompt's full logits would not fit in memory."""
-    hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda module, args: (args[0][:, -1:], *args[1:])
-    )
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _ends(tokenizer: Any, row: list[int], stop_texts: Sequence[str]) -> bool:

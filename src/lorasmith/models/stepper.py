@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from lorasmith.errors import UsageError
+from lorasmith.models.decoding import last_positions_only, takes_positions
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.slots import serves
 
@@ -25,8 +25,7 @@ class Stepper:
                 expected="a model whose layers all keep keys and values",
             )
         self.loaded = loaded
-        inner = loaded.model.get_base_model() if hasattr(loaded.model, "get_base_model") else loaded.model
-        self._positioned = "position_ids" in inspect.signature(inner.forward).parameters
+        self._positioned = takes_positions(loaded.model)
         self.forget()
 
     def forget(self) -> None:
@@ -42,10 +41,7 @@ class Stepper:
         new = torch.tensor([list(text[kept:])], device=self.loaded.device)
         place = torch.arange(kept, len(text), device=self.loaded.device)[None]
         given = {"position_ids": place} if self._positioned else {}
-        hook = self.loaded.model.get_output_embeddings().register_forward_pre_hook(
-            lambda module, args: (args[0][:, -last:], *args[1:])
-        )
-        try:
+        with last_positions_only(self.loaded.model, last):
             output = self.loaded.model(
                 input_ids=new,
                 attention_mask=torch.ones(1, len(text), dtype=torch.int64, device=self.loaded.device),
@@ -53,8 +49,6 @@ class Stepper:
                 use_cache=True,
                 **given,
             )
-        finally:
-            hook.remove()
         self._seen = list(text)
         return output.logits[0].float()
 

@@ -24,6 +24,7 @@ from lorasmith.files.paths import StrPath
 from lorasmith.models.arithmetic import resolve_device
 from lorasmith.models.encode import Encoded, encode_examples
 from lorasmith.models.load import load_model, quiet_libraries
+from lorasmith.models.parts import split_batch
 from lorasmith.progress import Progress, silent
 from lorasmith.records.training import TrainRecord
 
@@ -157,17 +158,6 @@ _PART_TOKENS = 1024
 """Padded tokens of one forward and backward pass: the memory of training grows with it."""
 
 
-def parts(batch: Sequence[Encoded]) -> Iterator[list[Encoded]]:
-    """The batch in parts of at most `_PART_TOKENS` tokens, or of one row; their gradients add up."""
-    part: list[Encoded] = []
-    for row in sorted(batch, key=lambda row: len(row.ids)):
-        if part and len(row.ids) * (len(part) + 1) > _PART_TOKENS:
-            yield part
-            part = []
-        part.append(row)
-    yield part
-
-
 def _optimise(
     model: PeftModel, batches: Sequence[list[Encoded]], settings: TrainSettings, progress: Progress
 ) -> tuple[list[float], int]:
@@ -190,7 +180,7 @@ def _optimise(
         for batch in batches:
             tokens = sum(row.scored for row in batch)
             loss = 0.0
-            for part in parts(batch):
+            for part in split_batch(batch, _PART_TOKENS):
                 mean, count = batch_loss(model, part, device)
                 share = mean * (count / tokens)
                 share.backward()
