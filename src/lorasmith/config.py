@@ -5,12 +5,13 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError
 
 from lorasmith.errors import UsageError, os_errors
 from lorasmith.files.hub import hub_name
+from lorasmith.followup.asked import FollowupAsked, from_folder, with_named
 from lorasmith.gates import GUIDE_GATES
 from lorasmith.records.base import Part
 from lorasmith.records.release import Gate
@@ -49,6 +50,9 @@ class RunConfig(Part):
     strict: bool = True
     tasks: bool = False
     """Also answer the benchmarks' questions with all three models and score the answers."""
+
+    followup: FollowupAsked | None = None
+    """What comes after the release: responses, draft model, speculative decoding, fewer bits."""
 
     compression: Literal["gzip", "zstd", "none"] = "gzip"
     model_name: str | None = None
@@ -90,11 +94,14 @@ _PATHS = ("base", "adapter", "test_set", "output")
 def load_config(file: Path | None, flags: Mapping[str, Any]) -> RunConfig:
     """The config of `file` (if any) overlaid with the flags that were given (those not None).
 
-    Paths in the file are relative to the file. Raises `UsageError` for unknown keys, wrong types and
-    missing options, naming them.
+    Paths in the file are relative to the file; `followup` is a flag of names, whose tables may stand in the
+    file. Raises `UsageError` for unknown keys, wrong types and missing options, naming them.
     """
     values: dict[str, Any] = _read_toml(file) if file else {}
-    values.update({key: value for key, value in flags.items() if value is not None and value != ()})
+    given = {key: value for key, value in flags.items() if value is not None and value != ()}
+    if isinstance(named := given.get("followup"), str):
+        given["followup"] = with_named(values.get("followup"), named)
+    values.update(given)
     return make_config(values, where=str(file) if file else None)
 
 
@@ -123,9 +130,18 @@ def make_config(values: Mapping[str, Any], *, where: str | None = None) -> RunCo
                 f"{flag} is missing", where=where, remedy=f"give {flag}, or {option} in the config file"
             ) from error
         if first["type"] == "extra_forbidden":
-            known = ", ".join(RunConfig.model_fields)
+            known = ", ".join(_known(first["loc"][:-1]))
             raise UsageError(f"there is no option {option!r}", where=where, expected=known) from error
         raise UsageError(f"{flag}: {first['msg']}", where=where) from error
+
+
+def _known(place: tuple[int | str, ...]) -> list[str]:
+    """The keys of the table at a place in the config."""
+    kind: Any = RunConfig
+    for name in place:
+        options = get_args(kind.model_fields[name].annotation) if name in kind.model_fields else ()
+        kind = next((option for option in options if hasattr(option, "model_fields")), kind)
+    return list(kind.model_fields)
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -143,6 +159,8 @@ def _read_toml(file: Path) -> dict[str, Any]:
         )
         if isinstance(named, str) and not of_the_hub:
             values[key] = folder / named
+    if "followup" in values:
+        values["followup"] = from_folder(values["followup"], folder)
     train = values.get("train")
     if isinstance(train, str | list):
         names = [train] if isinstance(train, str) else train

@@ -1,6 +1,7 @@
 """The whole run, top to bottom, as a list of steps.
 
-test set → validate base, adapter → merge → prove → validate merged → compare → gates → card → package, report
+test set → validate base, adapter → merge → prove → validate merged → compare → gates → card
+→ what is asked for after the release → package, report
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from lorasmith.results import ROLES, RunResult, describe_run, load_result
 from lorasmith.stages import open_run
 from lorasmith.steps.base import STATES, RunContext, Step
 from lorasmith.steps.dataset import prepare_test_set
+from lorasmith.steps.followup import follow_up
+from lorasmith.steps.followup_places import WORK, check_followup, forget_unasked, with_local_draft
 from lorasmith.steps.merging import compare, merge, prove
 from lorasmith.steps.release import judge, judge_costs, package, report, write_card
 from lorasmith.steps.scoring import ask, summarise, task_files, validate
@@ -39,7 +42,8 @@ def run(
     check_places(asked)
     check_gates(asked.resolved_gates())
     base = local_model(asked.base, [asked.adapter], progress=watch.progress)
-    asked = asked.model_copy(update={"base": base})
+    asked = with_local_draft(asked.model_copy(update={"base": base}), watch.progress)
+    check_followup(asked)
     require_machine(asked)
     if asked.budget is not None and not asked.price_per_hour:
         raise UsageError("--budget needs the price of the machine", expected="--price-per-hour, in dollars")
@@ -50,7 +54,8 @@ def run(
             for role in ROLES:
                 for name in (*task_files(role), f"stages/tasks-{role}.json"):
                     (folder.path / name).unlink(missing_ok=True)
-        context = RunContext(asked, watch.progress)
+        forget_unasked(asked)
+        context = RunContext(asked, watch.progress, watch.show)
         steps = plan(context)
         for number, step in enumerate(steps, 1):
             watch.step(number, len(steps), step.title)
@@ -58,7 +63,8 @@ def run(
             watch.finished(step.stage.name, reused=timing.reused, seconds=timing.wall_seconds)
             for name, kind in step.shows.items():
                 watch.show(step.stage.name, read_record(folder.path / name, kind))
-        shutil.rmtree(folder.path / STATES, ignore_errors=True)
+        for left in (STATES, WORK):
+            shutil.rmtree(folder.path / left, ignore_errors=True)
         judge_costs(context, watch)
         report(folder.path)
     return load_result(asked.output)
@@ -80,6 +86,7 @@ def plan(run: RunContext) -> list[Step]:
         summarise(run),
         judge(run),
         write_card(run),
+        *follow_up(run),
         package(run),
     ]
 

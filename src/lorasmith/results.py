@@ -14,7 +14,10 @@ from lorasmith.files.atomic import read_record
 from lorasmith.files.digests import digest_path
 from lorasmith.gates import Measured, join
 from lorasmith.records.base import Record
+from lorasmith.records.compression import CompressRecord
 from lorasmith.records.dataset import ContaminationRecord, DatasetStatistics
+from lorasmith.records.draft import DraftRecord
+from lorasmith.records.followup import RespondRecord, SpeculationRecord, SpeculationTiming
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.proof import BehaviourProof, ComparisonRecord, WeightProof
 from lorasmith.records.release import GateRecord, PackageManifest, RunRecord, TimingRecord
@@ -24,6 +27,35 @@ ROLES = ("base", "adapter", "merged")
 
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pyarrow", "isal")
 """Their versions may decide the bytes of a run."""
+
+
+FOLLOWUP = "followup"
+"""Below the run folder: what comes after the release."""
+RESPONSES, DRAFT = f"{FOLLOWUP}/responses/responses.json", f"{FOLLOWUP}/draft/lorasmith_draft.json"
+SPECULATION, COMPRESSED = f"{FOLLOWUP}/speculation.json", f"{FOLLOWUP}/compressed"
+COMPRESS_RECORD = "lorasmith_compress.json"
+
+
+@dataclass(frozen=True)
+class FollowupResult:
+    """What came of the follow-up steps that were asked for."""
+
+    responses: RespondRecord | None
+    draft: DraftRecord | None
+    speculation: SpeculationRecord | None
+    speeds: SpeculationTiming | None
+    """Of speculative decoding, on this machine."""
+    compressed: tuple[CompressRecord, ...]
+    """From the largest to the smallest."""
+
+    @property
+    def answer_is_no(self) -> bool:
+        """Whether rows failed, a text differs from greedy decoding, or a compressed model missed a gate."""
+        return bool(
+            (self.responses and self.responses.failed)
+            or (self.speculation and any(setting.different for setting in self.speculation.settings))
+            or any(record.passed is False for record in self.compressed)
+        )
 
 
 @dataclass(frozen=True)
@@ -44,6 +76,8 @@ class RunResult:
     package: PackageManifest
     cost_gates: GateRecord | None = None
     """Gates on time, memory and money; None where there are none."""
+    followup: FollowupResult | None = None
+    """None where nothing was asked for after the release."""
 
     @property
     def judged(self) -> GateRecord:
@@ -52,11 +86,13 @@ class RunResult:
 
     @property
     def exit_code(self) -> ExitCode:
-        """1 when a gate did not pass, the weights are not the merge, or the test set is contaminated."""
+        """1 when a gate did not pass, the weights are not the merge, the test set is contaminated, or a
+        follow-up step says no."""
         no = (
             not self.judged.passed
             or self.weights.grade == "different"
             or self.contamination.verdict == "contaminated"
+            or (self.followup is not None and self.followup.answer_is_no)
         )
         return ExitCode.ANSWER_IS_NO if no else ExitCode.OK
 
@@ -77,7 +113,23 @@ def load_result(run: Path) -> RunResult:
         gates=read_record(run / "gates.json", GateRecord),
         package=read_record(run / "package" / "manifest.json", PackageManifest),
         cost_gates=_read(run / "cost_gates.json", GateRecord),
+        followup=load_followup(run),
     )
+
+
+def load_followup(run: Path) -> FollowupResult | None:
+    """The records of the follow-up steps, as far as they are there."""
+    compressed = [
+        read_record(path, CompressRecord) for path in (run / COMPRESSED).glob(f"*/{COMPRESS_RECORD}")
+    ]
+    found = FollowupResult(
+        responses=_read(run / RESPONSES, RespondRecord),
+        draft=_read(run / DRAFT, DraftRecord),
+        speculation=_read(run / SPECULATION, SpeculationRecord),
+        speeds=_read(run / SPECULATION.replace(".json", ".timing.json"), SpeculationTiming),
+        compressed=tuple(sorted(compressed, key=lambda record: (-record.bytes, record.file_format))),
+    )
+    return found if any((found.responses, found.draft, found.speculation, found.compressed)) else None
 
 
 R = TypeVar("R", bound=Record)
@@ -115,8 +167,20 @@ def describe_run(config: RunConfig, *, rehash: bool = False) -> RunRecord:
     """`run.json`: the options without their paths, the libraries, the digests of the inputs."""
     inputs = {"base": config.base, "adapter": config.adapter, "test_set": config.test_set}
     inputs |= {f"train {number}": path for number, path in enumerate(config.train, 1)}
-    paths = {"base", "adapter", "test_set", "train", "output"}
-    options = config.model_dump(mode="json", exclude={*paths, "price_per_hour", "budget", "check_memory"})
+    asked = config.followup
+    if asked and asked.respond and asked.respond.data:
+        inputs["followup data"] = asked.respond.data
+    if asked and asked.draft and asked.draft.base:
+        inputs["draft base"] = asked.draft.base
+    left_out = {"base", "adapter", "test_set", "train", "output", "price_per_hour", "budget", "check_memory"}
+    left_out |= set() if asked else {"followup"}
+    options = config.model_dump(
+        mode="json",
+        exclude={
+            **dict.fromkeys(left_out, True),
+            **({"followup": {"respond": {"data"}, "draft": {"base"}}} if asked else {}),
+        },
+    )
     return RunRecord(
         config={**options, "gates": [gate.model_dump(mode="json") for gate in config.resolved_gates()]},
         versions={"lorasmith": lorasmith.__version__, **{name: version(name) for name in _LIBRARIES}},

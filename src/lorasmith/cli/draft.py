@@ -10,6 +10,8 @@ import typer
 from lorasmith.cli.options import AsJson, Device, Seed
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from lorasmith.records.draft import DraftRecord
 
 
@@ -89,16 +91,15 @@ def train(
     if as_json:
         show_record(record)
     else:
-        _show(record)
+        show_draft(record, console())
         console().print(f"Draft: {output}")
 
 
-def _show(record: DraftRecord) -> None:
+def show_draft(record: DraftRecord, screen: Console) -> None:
     """How it was trained, and what it can do on rows that it has not seen."""
-    from lorasmith.cli.console import console, table
+    from lorasmith.cli.console import table
     from lorasmith.cli.views import show_findings
 
-    screen = console()
     ratio = record.parameters / record.target_parameters
     early = ", stopped early" if record.stopped_early else ""
     screen.print(f"Draft of {record.parameters:,} parameters, {ratio:.1%} of the target's")
@@ -118,16 +119,15 @@ def _show(record: DraftRecord) -> None:
     title = f"Generator on {record.generator.rows} held-out rows ({record.generator.tokens:,} tokens)"
     screen.print(table(title, ("", "loss", "perplexity", "KL", "agreement"), rows))
     if record.classifier is not None:
-        _show_classifier(record)
+        _show_classifier(record, screen)
     show_findings(record.findings, screen)
 
 
-def _show_classifier(record: DraftRecord) -> None:
-    from lorasmith.cli.console import console, table
+def _show_classifier(record: DraftRecord, screen: Console) -> None:
+    from lorasmith.cli.console import table
 
     found = record.classifier
     assert found is not None  # the caller looks
-    screen = console()
     screen.print(
         f"Classifier ({', '.join(found.labels)}; labels from {found.labels_from}): accuracy "
         f"{found.accuracy:.2%}, F1 {found.f1:.3f}, calibration error {found.calibration_error:.3f}",

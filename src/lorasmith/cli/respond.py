@@ -161,8 +161,8 @@ class TerminalRespond:
         return " · ".join(parts)
 
 
-def show_responses(record: RespondRecord, output: Path, console: Console) -> None:
-    """How the rows ended, how long they are, what to know."""
+def show_responses(record: RespondRecord, output: Path | None, console: Console) -> None:
+    """How the rows ended, how long they are, what to know; where they lie, if it is given."""
     from lorasmith.cli.views import show_findings
 
     ended = ", ".join(f"{count} {name}" for name, count in record.finish.items())
@@ -183,4 +183,5 @@ def show_responses(record: RespondRecord, output: Path, console: Console) -> Non
             f"[red]Failed: {record.failed}[/], see NAME.failed.jsonl; --retry-failed tries them again"
         )
     show_findings(record.findings, console)
-    console.print(f"Output:    {output}", soft_wrap=True)
+    if output is not None:
+        console.print(f"Output:    {output}", soft_wrap=True)

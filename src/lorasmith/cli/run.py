@@ -62,6 +62,13 @@ def run(
         bool | None,
         typer.Option("--tasks/--no-tasks", help="Also score answers to the benchmarks' questions. [off]"),
     ] = None,
+    followup: Annotated[
+        str | None,
+        typer.Option(
+            help="After the release: some of respond,draft,speculate,compress (options: the config).",
+            metavar="STEPS",
+        ),
+    ] = None,
     compression: Annotated[str | None, typer.Option(help="gzip, zstd or none. [gzip]")] = None,
     model_name: Annotated[str | None, typer.Option(help="Of the merged model, for its card.")] = None,
     base_model_id: Annotated[
@@ -110,6 +117,7 @@ def run(
         "max_length": max_length,
         "strict": strict,
         "tasks": tasks,
+        "followup": followup,
         "compression": compression,
         "model_name": model_name,
         "base_model_id": base_model_id,

@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from lorasmith.cli import views
 from lorasmith.cli.console import bar, console
+from lorasmith.cli.draft import show_draft
+from lorasmith.cli.respond import show_responses
+from lorasmith.cli.speculate import show_speculation
+from lorasmith.files.machine import human_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -13,8 +17,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lorasmith.progress import Progress
+    from lorasmith.records.compression import CompressRecord
     from lorasmith.records.scoring import ValidationResult
-    from lorasmith.results import RunResult
+    from lorasmith.results import FollowupResult, RunResult
 
 _LINE = "━" * 60
 
@@ -53,6 +58,11 @@ _VIEWS: dict[str, Any] = {
     "ComparisonRecord": views.show_comparison,
     "GateRecord": views.show_gates,
     "PackageManifest": views.show_package,
+    "Finding": lambda finding, screen: views.show_findings([finding], screen),
+    "RespondRecord": lambda record, screen: show_responses(record, None, screen),
+    "DraftRecord": show_draft,
+    "SpeculationRecord": lambda record, screen: show_speculation(record, None, screen),
+    "CompressRecord": lambda record, screen: screen.print(_compressed(record), soft_wrap=True),
 }
 
 
@@ -72,6 +82,8 @@ def show_summary(result: RunResult, screen: Console) -> None:
     screen.print(f"  Mean KL:    {overall.kl.mean:.2e}")
     screen.print(f"  Top-1:      {overall.top1_agreement:.2%}\n")
     _show_verdict(result, screen)
+    if result.followup is not None:
+        _show_followup(result.followup, screen)
     _show_places(result.folder, screen)
 
 
@@ -111,6 +123,37 @@ def _weights_claim(result: RunResult) -> str:
         "different": "DIFFERENT: the merged model is not this merge",
     }
     return claims[proof.grade]
+
+
+def _show_followup(found: FollowupResult, screen: Console) -> None:
+    """One line for each step after the release."""
+    screen.print("\nAfter the release:")
+    if found.responses is not None:
+        rows = found.responses
+        screen.print(f"  Responses:   {rows.rows}, {rows.cut_off:.1%} cut off, {rows.failed} failed")
+    if found.draft is not None:
+        agreement = found.draft.generator.agreement
+        same = "" if agreement is None else f", the target's likeliest token {agreement:.1%} of the time"
+        screen.print(f"  Draft model: {found.draft.parameters:,} parameters{same}", soft_wrap=True)
+    if found.speeds is not None:
+        screen.print(f"  Speculation: {found.speeds.recommendation}", soft_wrap=True)
+    for record in found.compressed:
+        screen.print(_compressed(record), soft_wrap=True)
+
+
+def _compressed(record: CompressRecord) -> str:
+    """Size and quality in a line; the gates stand in the report."""
+    quality = record.quality
+    lost = ""
+    if quality is not None:
+        lost = f", perplexity × {quality.perplexity_ratio:.4f}, mean KL {quality.kl.mean:.4f}"
+        lost += f", top-1 {quality.top1_agreement:.2%}"
+    failed = [result.gate.name for result in record.gates if result.verdict != "pass"]
+    verdict = {True: ", gates pass", False: f", [red]✗[/] {', '.join(failed)}", None: ""}[record.passed]
+    return (
+        f"  {record.file_format}: {human_bytes(record.bytes)}, {record.bits_per_weight:.2f} bits a weight"
+        f"{lost}{verdict}"
+    )
 
 
 def _contamination(result: RunResult) -> str:

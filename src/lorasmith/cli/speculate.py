@@ -58,41 +58,37 @@ def speculate(
         raise typer.Exit(ExitCode.ANSWER_IS_NO)
 
 
-def show_speculation(record: SpeculationRecord, timing: SpeculationTiming, console: Console) -> None:
-    """Equality, acceptance and speed of each way, then the recommendation."""
+def show_speculation(record: SpeculationRecord, timing: SpeculationTiming | None, console: Console) -> None:
+    """Equality and acceptance of each way; its speed and the recommendation where they are given."""
     from lorasmith.cli.console import table
     from lorasmith.cli.views import show_findings
 
     def shown(value: float | None, form: str) -> str:
         return "–" if value is None else format(value, form)
 
+    speeds = timing.speeds if timing else [None] * len(record.settings)
     rows = []
-    for setting, speed in zip(record.settings, timing.speeds, strict=True):
+    for setting, speed in zip(record.settings, speeds, strict=True):
         whole = setting.overall
-        rows.append(
-            (
-                f"{setting.method} {setting.draft_tokens}",
-                f"{setting.equal}/{setting.ties}/{setting.different}",
-                shown(whole.acceptance_rate, ".1%"),
-                f"{whole.accepted_length:.2f}",
-                " ".join(shown(rate, ".2f") for rate in whole.by_position),
+        row: tuple[str, ...] = (
+            f"{setting.method} {setting.draft_tokens}",
+            f"{setting.equal}/{setting.ties}/{setting.different}",
+            shown(whole.acceptance_rate, ".1%"),
+            f"{whole.accepted_length:.2f}",
+            " ".join(shown(rate, ".2f") for rate in whole.by_position),
+        )
+        if speed is not None:
+            row += (
                 f"{speed.tokens_per_second:.1f}",
                 f"{speed.speedup:.2f}",
                 shown(speed.predicted, ".2f"),
                 shown(speed.predicted_with_verify, ".2f"),
             )
-        )
-    head = (
-        "way",
-        "equal/tie/different",
-        "α",
-        "tokens a pass",
-        "α by place",
-        "tok/s",
-        "speed-up",
-        "predicted",
-    )
-    console.print(table("Speculative decoding", (*head, "with pass"), rows))
+        rows.append(row)
+    head: tuple[str, ...] = ("way", "equal/tie/different", "α", "tokens a pass", "α by place")
+    if timing is not None:
+        head += ("tok/s", "speed-up", "predicted", "with pass")
+    console.print(table("Speculative decoding", head, rows))
     sources = sorted({name for setting in record.settings for name in setting.by_source})
     if len(sources) > 1:
         by_source = [
@@ -103,7 +99,8 @@ def show_speculation(record: SpeculationRecord, timing: SpeculationTiming, conso
             for setting in record.settings
         ]
         console.print(table("α by source", ("way", *sources), by_source))
-    console.print(f"Greedy decoding: {timing.greedy_tokens_per_second:.1f} tokens/s")
+    if timing is not None:
+        console.print(f"Greedy decoding: {timing.greedy_tokens_per_second:.1f} tokens/s")
     for difference in record.differences:
         kind = "a tie" if difference.tie else "[red]DIFFERENT[/]"
         console.print(
@@ -111,4 +108,5 @@ def show_speculation(record: SpeculationRecord, timing: SpeculationTiming, conso
             f"margin {difference.margin:.2e}, noise {difference.noise:.2e}: {kind}"
         )
     show_findings(record.findings, console)
-    console.print(f"Recommendation: {timing.recommendation}", soft_wrap=True)
+    if timing is not None:
+        console.print(f"Recommendation: {timing.recommendation}", soft_wrap=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lorasmith.errors import CheckpointError, UsageError
-from lorasmith.models.load import LoadedModel, load_model
+from lorasmith.models.load import load_model
 
 _LAYER = re.compile(r"(?P<before>(?:^|\.)(?:layers|h|blocks)\.)(?P<number>\d+)(?=\.)")
 _PROBES = ("The answer is 42.", "def add(a, b):\n    return a + b\n", "Überraschung — ∑ 你好 🙂")
@@ -82,18 +82,18 @@ def from_base(base: Path, target: Path, device: torch.device) -> Draft:
     Raises `CheckpointError` where the tokenizers do not agree: a drafted token would mean another one.
     """
     draft, aim = load_model(base, device=torch.device("cpu")), load_model(target, device=torch.device("cpu"))
-    require_same_tokenizer(draft, aim, base, target)
+    require_same_tokenizer(draft.tokenizer, aim.tokenizer, base, target)
     added = match_vocabulary(draft.model, aim.vocabulary, len(aim.tokenizer))
     context = min((size for size in (draft.context, aim.context) if size), default=None)
     return Draft(draft.model.to(device), aim.tokenizer, added, aim.parameters, None, context)
 
 
-def require_same_tokenizer(draft: LoadedModel, target: LoadedModel, base: Path, place: Path) -> None:
+def require_same_tokenizer(draft: Any, target: Any, base: Path, place: Path) -> None:
     """Raise `CheckpointError` unless both give the same ids to the same text."""
-    ours, theirs = draft.tokenizer.get_vocab(), target.tokenizer.get_vocab()
+    ours, theirs = draft.get_vocab(), target.get_vocab()
     different = [token for token in theirs if ours.get(token) != theirs[token]]
     for text in _PROBES:
-        if draft.tokenizer(text)["input_ids"] != target.tokenizer(text)["input_ids"]:
+        if draft(text)["input_ids"] != target(text)["input_ids"]:
             different.append(text)
     if different:
         raise CheckpointError(

@@ -11,11 +11,12 @@ from lorasmith.files.atomic import write_record
 from lorasmith.files.digests import digest_folder, sha256_file
 from lorasmith.files.paths import StrPath
 from lorasmith.followup.respond_engines import Engine, open_engine
-from lorasmith.followup.respond_figures import session_speed
+from lorasmith.followup.respond_figures import speed_since_start
 from lorasmith.followup.respond_output import Places, earlier_rows
 from lorasmith.followup.respond_rows import read_prompts
 from lorasmith.followup.respond_store import Store
-from lorasmith.followup.respond_work import RespondWatcher, Unwatched, Work
+from lorasmith.followup.respond_watch import RespondWatcher, Unwatched
+from lorasmith.followup.respond_work import Work
 from lorasmith.models.sampling import Sampling
 from lorasmith.models.template import Frame, frame
 from lorasmith.records.base import FileDigest
@@ -39,6 +40,9 @@ class RespondOptions:
     limit: int | None = None
     """Only the first rows of the file."""
     retry_failed: bool = False
+    whole_groups: bool = False
+    """Answer rows in groups that a kill does not tear: stored log-probabilities are then the same bytes after
+    it, at the price of up to `GROUP_ROWS` rows that are answered again, and of each group's slow end."""
     price_per_hour: float | None = None
 
     def check(self) -> None:
@@ -89,6 +93,7 @@ def respond(
     with Store(places.store, settings.model_dump()) as store:
         work = Work(rows, settings, places, store, engine, around, earlier)
         work.watcher = watcher or Unwatched()
+        work.whole_groups = options.whole_groups and options.top_logprobs > 0
         if options.retry_failed:
             work.forget_failures()
         began = time.monotonic()
@@ -96,7 +101,7 @@ def respond(
         seconds = time.monotonic() - began
         record = work.publish(FileDigest(path=data.name, bytes=data.stat().st_size, sha256=sha256_file(data)))
         if work.new_rows:
-            speed = session_speed(work.new_rows, work.new_tokens, seconds, options.price_per_hour)
+            speed = speed_since_start(work.new_rows, work.new_tokens, seconds, options.price_per_hour)
             write_record(places.timing, speed)
         store.remove()
     return record

@@ -1,4 +1,4 @@
-"""Figures over the responses, and the session's speed."""
+"""Figures over the responses, and how fast they came."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def count_ends(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def session_speed(rows: int, tokens: int, seconds: float, price: float | None) -> RespondTiming:
-    """How fast this session was, and what it cost at a price per hour."""
+def speed_since_start(rows: int, tokens: int, seconds: float, price: float | None) -> RespondTiming:
+    """How fast rows came since the command was started, and what that cost at a price per hour."""
     seconds = max(seconds, 1e-9)
     return RespondTiming(
         rows=rows,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from lorasmith.errors import DataError, LorasmithError
 from lorasmith.files.atomic import write_record
@@ -21,6 +21,7 @@ from lorasmith.followup.respond_output import (
 )
 from lorasmith.followup.respond_rows import Row
 from lorasmith.followup.respond_store import Store
+from lorasmith.followup.respond_watch import RespondWatcher, Unwatched
 from lorasmith.models.requests import Answer, Limits, Request
 from lorasmith.models.sampling import Sampling
 from lorasmith.models.template import Frame
@@ -28,31 +29,9 @@ from lorasmith.models.turns import conversation_tokens
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.followup import RespondRecord, RespondSettings
 
-
-class RespondWatcher(Protocol):
-    """Follows the work: it may take hours."""
-
-    def began(self, rows: int, done: int) -> None:
-        """So many rows are to be answered, of which `done` were answered by an earlier command."""
-
-    def moved(self, rows: int, tokens: int) -> None:
-        """So many more rows ended, and so many more tokens were generated."""
-
-    def found(self, finding: Finding) -> None:
-        """Something to know at once, such as a limit that cuts most rows off."""
-
-
-class Unwatched:
-    """Nobody looks."""
-
-    def began(self, rows: int, done: int) -> None:
-        """Nothing."""
-
-    def moved(self, rows: int, tokens: int) -> None:
-        """Nothing."""
-
-    def found(self, finding: Finding) -> None:
-        """Nothing."""
+GROUP_ROWS = 128
+"""Of a group that is answered as a whole. A kill loses half of it on average; of 16 rows under way, the slow
+end of each group, where slots run empty, is an eighth."""
 
 
 def row_key(row: Row, settings: RespondSettings) -> str:
@@ -95,6 +74,7 @@ class Work:
         self.findings: list[Finding] = []
         self.new_rows = self.new_tokens = 0
         self.prompts: dict[int, list[int]] = {}
+        self.whole_groups = False
 
     def forget_failures(self) -> None:
         """Try rows again that failed before."""
@@ -111,27 +91,40 @@ class Work:
 
     def run(self) -> None:
         """Answer what remains: the check's rows first, each part longest prompt first."""
-        remaining = []
+        missing = [index for index, key in enumerate(self.keys) if self._missing(key)]
+        ready, faults = self._ready(range(len(self.rows)) if self.whole_groups else missing)
+        size = GROUP_ROWS if self.whole_groups else max(1, len(ready))
+        groups = [ready[start : start + size] for start in range(0, len(ready), size)]
+        groups = [group for group in groups if any(self._missing(self.keys[index]) for index in group)]
+        for index in (index for group in groups for index in group):
+            self.store.rows.pop(self.keys[index], None)  # the rest of a group that a kill tore
         for index, key in enumerate(self.keys):
             row = self.finished(key)
             if row is not None:
                 self._note(index, row)
-            elif key not in self.failures:
-                remaining.append(index)
-        self.watcher.began(len(self.rows), len(self.rows) - len(remaining))
-        requests = self._requests(remaining)
+        self.watcher.began(len(self.rows), len(self.rows) - sum(len(group) for group in groups) - len(faults))
+        for index, reason in faults:
+            self._fail(index, reason)
         sampling = Sampling(
             self.settings.temperature, self.settings.top_p, self.settings.top_k, self.settings.seed
         )
         limits = Limits(self.settings.max_new_tokens, self.stop, self.settings.top_logprobs)
-        for answer in self.engine.answers(requests, limits, sampling, self._tokens):
-            self._keep(answer)
+        for group in groups:
+            requests = (self._request(index) for index in group)
+            for answer in self.engine.answers(requests, limits, sampling, self._tokens):
+                self._keep(answer)
         self._check(final=True)
 
-    def _requests(self, remaining: list[int]) -> Iterator[Request]:
-        ready = []
+    def _missing(self, key: str) -> bool:
+        return self.finished(key) is None and key not in self.failures
+
+    def _ready(self, remaining: Iterable[int]) -> tuple[list[int], list[tuple[int, str]]]:
+        """Those of these rows that have a prompt, the check's rows first, then by length; others with why."""
+        ready, faults = [], []
         for index in remaining:
             row = self.rows[index]
+            if self.keys[index] in self.failures:
+                continue
             try:
                 if row.fault:
                     raise DataError(row.fault)
@@ -140,15 +133,15 @@ class Work:
                     messages = [{"role": "system", "content": self.settings.system}, *messages]
                 self.prompts[index] = conversation_tokens(self.engine.tokenizer, messages, self.around)
             except LorasmithError as error:
-                self._fail(index, error.found)
+                faults.append((index, error.found))
             else:
                 ready.append(index)
         ready.sort(key=lambda index: (index not in self.pilot, -len(self.prompts[index]), index))
-        for index in ready:
-            seed = int(
-                hashlib.sha256(f"{self.settings.seed}:{self.keys[index]}".encode()).hexdigest()[:16], 16
-            )
-            yield Request(index, self.prompts[index], seed)
+        return ready, faults
+
+    def _request(self, index: int) -> Request:
+        seed = int(hashlib.sha256(f"{self.settings.seed}:{self.keys[index]}".encode()).hexdigest()[:16], 16)
+        return Request(index, self.prompts[index], seed)
 
     def _tokens(self, count: int) -> None:
         self.new_tokens += count

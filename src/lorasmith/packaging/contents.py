@@ -26,6 +26,13 @@ MODEL = "merged_model"
 MERGE_RECORD = "lorasmith_merge.json"
 _REQUIRED = ("run.json", "testset/test_set.jsonl", "validation/adapter.json", f"merged/{MERGE_RECORD}")
 _RECORDS = ("run.json", "gates.json", "testset/*.json", "validation/*.json", "proof/*.json")
+_FOLLOWUP = (
+    "followup/responses/responses.json",
+    "followup/draft/lorasmith_draft.json",
+    "followup/speculation.json",
+    "followup/compressed/*/lorasmith_compress.json",
+)
+"""Counts, figures and digests: no text of any row, and no weights, which stay in the run folder."""
 _OPEN_COLUMNS = frozenset(
     {
         "id",
@@ -79,7 +86,7 @@ def collect(run: Path, report: bytes | None) -> Contents:
         add("testset/test_set.jsonl", _publishable(examples, test_sha), test_sha)
     else:
         add("testset/test_set.jsonl", test_set)
-    for record in (file for pattern in _RECORDS for file in sorted(run.glob(pattern))):
+    for record in (file for pattern in (*_RECORDS, *_FOLLOWUP) for file in sorted(run.glob(pattern))):
         path = record.relative_to(run).as_posix()
         if path == "proof/behaviour.json" and hidden:
             add(path, _without_words(record, hidden), hash_file(record))

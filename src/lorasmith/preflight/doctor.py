@@ -19,6 +19,7 @@ from lorasmith.files.machine import available_memory, hardware, human_bytes
 from lorasmith.merging.plan import Plan, make_plan
 from lorasmith.preflight.environment import disk_check, environment_checks
 from lorasmith.preflight.estimate import estimate, least_memory
+from lorasmith.preflight.followup import estimate_followup
 from lorasmith.preflight.rates import measure_rates
 from lorasmith.preflight.sizes import ModelSize, WorkSize, model_size, work_size
 from lorasmith.records.dataset import Example
@@ -79,6 +80,7 @@ def _examine_run(config: RunConfig, found: _Findings, record: DoctorRecord) -> D
     if rates is None:
         return record
     stages = estimate(size, work, rates)
+    stages += found.attempt("followup", lambda: estimate_followup(config, base, size, rates)) or []
     seconds = sum(stage.seconds for stage in stages)
     disk = sum(stage.disk_bytes for stage in stages)
     peak = max(stage.memory_bytes for stage in stages)

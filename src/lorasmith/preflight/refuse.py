@@ -12,6 +12,7 @@ from lorasmith.files.machine import human_bytes, require_disk
 from lorasmith.merging.plan import make_plan
 from lorasmith.preflight.doctor import device_memory
 from lorasmith.preflight.estimate import least_memory
+from lorasmith.preflight.followup import followup_disk
 from lorasmith.preflight.sizes import model_size
 
 
@@ -35,6 +36,6 @@ def require_machine(config: RunConfig) -> None:
                 expected=f"{human_bytes(needed)}: the model in float32",
                 remedy="use a machine with more memory; --no-check-memory tries all the same",
             )
-    left = merged * len({"merge", "package"} - done)
+    left = merged * len({"merge", "package"} - done) + followup_disk(config, base, merged, done)
     if left:
         require_disk(config.output, left, "merge and pack the model")

@@ -74,13 +74,13 @@ class RespondRecord(Record):
 
 
 class RespondTiming(Record):
-    """`NAME.timing.json`: the last session's speed, apart from the figures that must not change."""
+    """`NAME.timing.json`: speed of the last command that answered rows, apart from what must not change."""
 
     FORMAT: ClassVar[str] = "lorasmith/respond-timing/1"
 
     rows: int
     tokens: int
-    """Generated in this session."""
+    """Generated since that command was started; rows of an earlier one are not counted."""
     seconds: float
     rows_per_second: float
     tokens_per_second: float

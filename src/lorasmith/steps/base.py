@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,8 @@ class RunContext:
 
     config: RunConfig
     progress: Progress
+    show: Callable[[str, object], None] = lambda stage, found: None
+    """Told at once what a stage finds while it runs; what it leaves is shown when it ends."""
 
     @property
     def folder(self) -> Path:

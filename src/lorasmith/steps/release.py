@@ -13,6 +13,7 @@ from lorasmith.records.release import GateRecord, PackageManifest
 from lorasmith.results import ROLES, load_measured
 from lorasmith.stages import Stage
 from lorasmith.steps.base import MEASURED, RunContext, Step
+from lorasmith.steps.followup import packed_records
 
 
 def judge(run: RunContext) -> Step:
@@ -68,6 +69,7 @@ def package(run: RunContext) -> Step:
     from lorasmith.reporting.page import write_report
 
     names = ("run.json", "testset", "validation", "merged", f"merged/{CARD}", "proof", "gates.json")
+    names += tuple(packed_records(run))
     stage = Stage(
         name="package",
         inputs={name: run.folder / name for name in names},

@@ -1,0 +1,145 @@
+"""Where the follow-up steps read and write, what is no longer theirs, what is refused before a run begins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+from lorasmith.checkpoint.model import open_checkpoint, text_config
+from lorasmith.config import RunConfig
+from lorasmith.errors import InputError, UsageError, os_errors
+from lorasmith.files.digests import digest_path
+from lorasmith.files.hub import local_model
+from lorasmith.followup.asked import DraftAsked, FollowupAsked
+from lorasmith.progress import Progress
+from lorasmith.results import COMPRESSED, DRAFT, FOLLOWUP, RESPONSES, SPECULATION
+from lorasmith.stages import Stage
+
+WORK = ".followup"
+"""Below the run folder: what a killed step goes on from, in a folder for each set of inputs and settings."""
+
+
+def work_folder(run: Path, stage: Stage) -> Path:
+    """Where a step begins or goes on; the leftovers of the same step with other inputs are removed."""
+    asked = {name: digest_path(path) for name, path in stage.inputs.items()}
+    body = json.dumps([stage.version, asked, dict(stage.parameters)], sort_keys=True, default=str)
+    name = f"{stage.name}-{hashlib.sha256(body.encode()).hexdigest()[:16]}"
+    folder = run / WORK / name
+    with os_errors(folder, "write"):
+        for other in (run / WORK).glob(f"{stage.name}-*"):
+            if other.name != name:
+                shutil.rmtree(other, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (run / FOLLOWUP).mkdir(exist_ok=True)
+    return folder
+
+
+def compressed_folder(form: str) -> str:
+    """`gguf:q4_0` → `gguf-q4_0`."""
+    return form.replace(":", "-")
+
+
+def response_data(config: RunConfig) -> Path:
+    """The rows that are answered; raises `UsageError` where there are none."""
+    asked = config.followup.respond if config.followup else None
+    if asked is not None and asked.data is not None:
+        return asked.data
+    if not config.train:
+        raise UsageError(
+            "there are no rows to answer", remedy="give --train FILE.jsonl, or followup.respond.data"
+        )
+    return config.train[0]
+
+
+def forget_unasked(config: RunConfig) -> None:
+    """Remove what an earlier command left of steps that are not asked for now: it is no part of this run."""
+    asked, run = config.followup or FollowupAsked(), config.output
+    places = {"respond": [RESPONSES, "responses.timing.json"], "draft": [DRAFT]}
+    places["speculate"] = [SPECULATION, "speculation.timing.json"]
+    for name, (record, *others) in places.items():
+        if name in asked.named:
+            continue
+        place = run / record if name == "speculate" else (run / record).parent
+        for path in (place, *(run / FOLLOWUP / other for other in others), run / "stages" / f"{name}.json"):
+            _remove(path)
+    wanted = {compressed_folder(form) for form in asked.compress.formats} if asked.compress else set()
+    for path in (*(run / COMPRESSED).glob("*"), *(run / "stages").glob("compress-*.json")):
+        if path.name.removeprefix("compress-").removesuffix(".json") not in wanted:
+            _remove(path)
+    for folder in (run / COMPRESSED, run / FOLLOWUP):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _remove(path: Path) -> None:
+    with os_errors(path, "remove"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def with_local_draft(config: RunConfig, progress: Progress) -> RunConfig:
+    """The config with the draft's base as a folder, downloaded where it is a name of the hub."""
+    asked = config.followup
+    if asked is None or asked.draft is None or asked.draft.base is None:
+        return config
+    draft = asked.draft.model_copy(update={"base": local_model(asked.draft.base, progress=progress)})
+    return config.model_copy(update={"followup": asked.model_copy(update={"draft": draft})})
+
+
+def check_followup(config: RunConfig) -> None:
+    """Refuse now what would fail after hours; nothing is loaded but tokenizers. `config.base` is a folder."""
+    asked = config.followup
+    if asked is None:
+        return
+    if asked.respond is not None:
+        data = response_data(config)
+        if not data.is_file():
+            raise InputError("followup.respond.data does not exist", where=data, expected="a JSONL file")
+        from lorasmith.followup.respond_rows import read_prompts
+
+        read_prompts(data, asked.respond.limit)
+    if asked.draft is not None:
+        if asked.respond is None:
+            raise UsageError(
+                "a draft model learns from responses, which are not asked for",
+                remedy="ask for respond as well: --followup respond,draft",
+            )
+        _check_draft(asked.draft, config)
+    if asked.speculate is not None:
+        asked.speculate.options(template=config.template, device=config.device)
+    if asked.compress is not None:
+        asked.compress.settings(seed=config.seed)
+        if asked.compress.method == "calibrated" and not config.train:
+            raise UsageError("calibrated compression needs rows", remedy="give --train FILE.jsonl")
+        if find_spec("auto_round") is None:
+            raise InputError(
+                "compression needs auto-round, which is not installed",
+                remedy="pip install 'lorasmith[compress]'",
+            )
+
+
+def layer_count(folder: Path) -> int:
+    """Of the model in a folder, by its config."""
+    found = text_config(open_checkpoint(folder).config)
+    count = found.get("num_hidden_layers", found.get("n_layer"))
+    if not isinstance(count, int):
+        raise UsageError("the config does not say how many layers there are", where=folder)
+    return count
+
+
+def _check_draft(asked: DraftAsked, config: RunConfig) -> None:
+    asked.settings(seed=config.seed)
+    asked.kept_layers(layer_count(Path(config.base)))
+    if asked.base is None:
+        return
+    from lorasmith.followup.draft_base import require_same_tokenizer
+    from lorasmith.models.load import load_tokenizer
+
+    open_checkpoint(asked.base)
+    ours, theirs = load_tokenizer(asked.base), load_tokenizer(Path(config.base))
+    require_same_tokenizer(ours, theirs, asked.base, Path(config.base))
