@@ -15,6 +15,7 @@ import pytest
 import lorasmith
 from lorasmith.errors import ExitCode, InputError, UsageError
 from lorasmith.files.jsonl import read_examples, write_rows
+from lorasmith.packaging.verify import verify
 from lorasmith.progress import silent
 from lorasmith.results import RunResult
 from tests.campaigns.kills import contents
@@ -74,6 +75,17 @@ def test_the_run_folder_is_laid_out_as_documented(finished: RunResult) -> None:
         "package/manifest.json", "package/SHA256SUMS",
     ):  # fmt: skip
         assert name in names, name
+
+
+def test_a_finished_run_is_sealed(finished: RunResult) -> None:
+    assert verify(finished.folder) == []
+    check = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
+    subprocess.run(check, cwd=finished.folder, check=True)
+    listed = {line[66:] for line in (finished.folder / "SHA256SUMS").read_text().splitlines()}
+    there = {
+        path.relative_to(finished.folder).as_posix() for path in finished.folder.rglob("*") if path.is_file()
+    }
+    assert there - listed == {".lock", "SHA256SUMS"}
 
 
 def test_the_verdict_of_a_run(finished: RunResult) -> None:

@@ -23,7 +23,7 @@ from lorasmith.steps.dataset import prepare_test_set
 from lorasmith.steps.followup import follow_up
 from lorasmith.steps.followup_places import WORK, check_followup, forget_unasked, with_local_draft
 from lorasmith.steps.merging import compare, merge, prove
-from lorasmith.steps.release import judge, judge_costs, package, report, write_card
+from lorasmith.steps.release import judge, judge_costs, open_seal, package, report, seal, write_card
 from lorasmith.steps.scoring import ask, summarise, task_files, validate
 
 
@@ -49,6 +49,7 @@ def run(
         raise UsageError("--budget needs the price of the machine", expected="--price-per-hour, in dollars")
     with open_run(asked.output, rehash=rehash, price_per_hour=asked.price_per_hour) as folder:
         folder.budget = asked.budget
+        open_seal(folder.path)
         write_record(folder.path / "run.json", describe_run(asked, rehash=rehash))
         if not asked.tasks:  # what an earlier command answered is no part of this run
             for role in ROLES:
@@ -67,6 +68,7 @@ def run(
             shutil.rmtree(folder.path / left, ignore_errors=True)
         judge_costs(context, watch)
         report(folder.path)
+        seal(folder.path)
     return load_result(asked.output)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import random
 import shutil
 import sys
@@ -16,11 +17,17 @@ from pathlib import Path
 
 import lorasmith
 from lorasmith.files.jsonl import write_rows
+from lorasmith.packaging.checksums import SUMS
 from lorasmith.progress import silent
 from tests.faults import in_child, was_killed
 from tests.tiny import save_adapter, save_base, tiny_rows
 
 SEED = 20
+LIBRARIES = (
+    "torch", "transformers", "peft", "pyarrow.parquet", "huggingface_hub", "lorasmith.models.load",
+    "lorasmith.merging.execute", "lorasmith.proving.weights", "lorasmith.proving.behaviour",
+    "lorasmith.scoring.validate", "lorasmith.packaging.pack", "lorasmith.reporting.page",
+)  # fmt: skip
 
 
 class LastStep:
@@ -40,12 +47,24 @@ class LastStep:
 
 
 def contents(run: Path) -> dict[str, str]:
-    """Digest of every file of a run but what may differ: timings, the report that shows them, the lock."""
+    """Digest of every file of a run but what may differ: timings, the report that shows them, and the list of
+    checksums that holds both; and the lock."""
     return {
         path.relative_to(run).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(run.rglob("*"))
-        if path.is_file() and path.name not in ("timing.json", ".lock") and path != run / "report.html"
+        if path.is_file()
+        and path.name not in ("timing.json", ".lock")
+        and path not in (run / "report.html", run / SUMS)
     }
+
+
+def load_libraries() -> None:
+    """Import what every child needs, once, before the first fork.
+
+    Nothing is computed here: pools of threads start with the first computation, and do not survive a fork.
+    """
+    for name in LIBRARIES:
+        importlib.import_module(name)
 
 
 def prepare(folder: Path) -> None:
@@ -56,7 +75,7 @@ def prepare(folder: Path) -> None:
 
 def campaign(kills: int, folder: Path) -> tuple[Counter[str], list[str]]:
     """Kill at `kills` seeded writes; returns how often in which step, and what went wrong."""
-    # Every computation happens in a child: torch's thread pool does not survive a fork.
+    load_libraries()
     if in_child(lambda: prepare(folder), die_at=None):
         return Counter(), ["the inputs could not be made"]
     inputs = {"base": folder / "base", "adapter": folder / "adapter", "test_set": folder / "test.jsonl"}

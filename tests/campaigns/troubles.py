@@ -26,7 +26,7 @@ from lorasmith import stages
 from lorasmith.cli import running
 from lorasmith.cli.main import run as lorasmith
 from lorasmith.stages import open_run
-from tests.campaigns.kills import contents, prepare
+from tests.campaigns.kills import contents, load_libraries, prepare
 from tests.faults import in_child
 
 SEED = 21
@@ -89,6 +89,7 @@ class Campaign:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        load_libraries()
         if in_child(lambda: prepare(folder), die_at=None):
             raise SystemExit("the inputs could not be made")
         whole = self.command(folder / "whole")

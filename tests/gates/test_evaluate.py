@@ -174,6 +174,28 @@ def test_every_metric_is_measured_from_records_and_not_without_them(metric: str)
     assert without.reason
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_gate_without_advice_gets_that_of_its_metric(metric: str) -> None:
+    word = metric.endswith((".grade", ".verdict"))
+    gate = Gate(name="g", metric=metric, comparison="==", threshold="nothing" if word else -5.0)
+    (found,) = evaluate([gate], GOOD).gates
+    assert found.verdict != "pass"
+    assert len(found.gate.advice) > 20
+    own = gate.model_copy(update={"advice": "ask Ada"})
+    assert evaluate([own], GOOD).gates[0].gate == own
+
+
+def test_advice_is_about_what_was_measured() -> None:
+    def said(metric: str) -> str:
+        return evaluate([Gate(name="g", metric=metric, threshold=-5.0)], GOOD).gates[0].gate.advice
+
+    assert "regularisation" in said("adapter.loss")
+    assert "versions" in said("merge.kl_mean")
+    assert "--precision" in said("merge.swallowed_fraction")
+    assert "--drop" in said("contamination.rows")
+    assert "cheaper" in said("cost.dollars")
+
+
 @pytest.mark.parametrize(
     ("comparison_sign", "threshold", "expected"),
     [

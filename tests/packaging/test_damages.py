@@ -1,171 +1,88 @@
-"""Hundreds of random damages to packages and unpacked packages: each one is found."""
+"""Hundreds of random damages to packages, unpacked packages and runs: each one is found."""
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-from collections.abc import Callable
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from lorasmith.errors import LorasmithError
-from lorasmith.packaging.pack import pack
-from lorasmith.packaging.unpack import unpack
+from lorasmith.packaging.seal import open_seal, reseal, seal_run
 from lorasmith.packaging.verify import verify
-from tests.samples import sample_run
+from tests.campaigns.damages import FOLDERS, KINDS, SEED, check, check_unpacking, prepare
 
-DAMAGES = 150
-"""For each of the two kinds of folder; about a tenth of a second for ten."""
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in _files(folder)}
-
-
-def flip_a_bit(folder: Path, chance: random.Random) -> str:
-    """Turn one bit of one file."""
-    path = chance.choice([path for path in _files(folder) if path.stat().st_size])
-    data = bytearray(path.read_bytes())
-    place, bit = chance.randrange(len(data)), chance.randrange(8)
-    data[place] ^= 1 << bit
-    path.write_bytes(data)
-    return f"bit {bit} of byte {place} of {path.name}"
-
-
-def cut(folder: Path, chance: random.Random) -> str:
-    """Cut the end off a file."""
-    path = chance.choice([path for path in _files(folder) if path.stat().st_size])
-    keep = chance.randrange(path.stat().st_size)
-    os.truncate(path, keep)
-    return f"{path.name} cut to {keep}"
-
-
-def append(folder: Path, chance: random.Random) -> str:
-    """Add bytes to a file."""
-    path = chance.choice(_files(folder))
-    with path.open("ab") as handle:
-        handle.write(chance.choice([b"\0", b"\n", b" ", bytes(512), b"}"]))
-    return f"{path.name} grew"
-
-
-def remove(folder: Path, chance: random.Random) -> str:
-    """Remove a file."""
-    path = chance.choice(_files(folder))
-    path.unlink()
-    return f"{path.name} removed"
-
-
-def add(folder: Path, chance: random.Random) -> str:
-    """Add a file."""
-    place = chance.choice(_files(folder)).parent
-    path = place / chance.choice(["extra.bin", ".hidden", "model-00002.safetensors", "SHA256SUMS.bak"])
-    path.write_bytes(b"not of this package")
-    return f"{path.name} added"
-
-
-def swap(folder: Path, chance: random.Random) -> str:
-    """Exchange the contents of two files that differ."""
-    while True:
-        one, two = chance.sample(_files(folder), 2)
-        left, right = one.read_bytes(), two.read_bytes()
-        if left != right:
-            one.write_bytes(right)
-            two.write_bytes(left)
-            return f"{one.name} and {two.name} swapped"
-
-
-def rename(folder: Path, chance: random.Random) -> str:
-    """Give a file another name."""
-    path = chance.choice(_files(folder))
-    path.rename(path.with_name(path.name + "x"))
-    return f"{path.name} renamed"
-
-
-def link(folder: Path, chance: random.Random) -> str:
-    """Put a link to the same content in a file's place."""
-    path = chance.choice(
-        [path for path in _files(folder) if path.name not in ("SHA256SUMS", "manifest.json")]
-    )
-    aside = folder.parent / f"{folder.name}-target"
-    path.rename(aside)
-    path.symlink_to(aside)
-    return f"{path.name} is a link"
-
-
-def fill(folder: Path, chance: random.Random) -> str:
-    """Overwrite a block with zeros, as a failing disk does."""
-    path = chance.choice([path for path in _files(folder) if any(path.read_bytes())])
-    data = bytearray(path.read_bytes())
-    while True:
-        start = chance.randrange(len(data))
-        if any(data[start : start + 512]):
-            data[start : start + 512] = bytes(len(data[start : start + 512]))
-            path.write_bytes(data)
-            return f"{path.name} zeroed from {start}"
-
-
-KINDS: list[Callable[[Path, random.Random], str]] = [
-    flip_a_bit,
-    flip_a_bit,
-    flip_a_bit,
-    cut,
-    append,
-    remove,
-    add,
-    swap,
-    rename,
-    link,
-    fill,
-]
+TIMES = 18
+"""Of each of the nine kinds, for each kind of folder; `make campaign` tries more."""
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A package in parts, and the same one unpacked."""
-    folder = tmp_path_factory.mktemp("whole")
-    pack(sample_run(folder / "run", count=10), folder / "package", part_size=9_000)
-    unpack([folder / "package"], folder / "unpacked")
-    return folder
+    """A run, its package in parts, and the same one unpacked."""
+    return prepare(tmp_path_factory.mktemp("whole"))
 
 
-@pytest.mark.parametrize("kind", ["package", "unpacked"])
-def test_every_damage_is_found(whole: Path, tmp_path: Path, kind: str) -> None:
-    assert verify(whole / kind) == []
-    chance = random.Random(20261122)
-    missed = []
-    for number in range(DAMAGES):
-        folder = tmp_path / str(number)
-        shutil.copytree(whole / kind, folder)
-        what = KINDS[number % len(KINDS)](folder, chance)
-        found = verify(folder)
-        if not any(finding.severity == "error" for finding in found):
-            missed.append(what)
-        shutil.rmtree(folder)
+@pytest.fixture
+def run(whole: Path, tmp_path: Path) -> Path:
+    """A copy of the run that may be changed."""
+    return Path(shutil.copytree(whole / "run", tmp_path / "run"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_damage_is_found(whole: Path, folder: str) -> None:
+    assert verify(whole / folder) == []
+    chance = random.Random(SEED)
+    missed = [text for kind in KINDS.values() for text in check(whole / folder, kind, TIMES, chance).missed]
     assert missed == []
 
 
-def test_no_damaged_package_is_unpacked(whole: Path, tmp_path: Path) -> None:
+def test_no_damaged_package_is_unpacked(whole: Path) -> None:
     chance = random.Random(7)
-    for number in range(60):
-        folder = tmp_path / str(number)
-        shutil.copytree(whole / "package", folder)
-        kind = KINDS[number % len(KINDS)]
-        what = kind(folder, chance)
-        try:
-            unpack([folder], tmp_path / "out")
-        except LorasmithError:
-            assert not (tmp_path / "out").exists(), what
-        else:
-            # What lies beside the archives may be lost or added; what comes out is right all the same.
-            assert kind in (add, remove, rename, flip_a_bit), what
-            assert verify(tmp_path / "out") == [], what
-            for stem in ("merged_model", "validation_results"):
-                assert _contents(tmp_path / "out" / stem) == _contents(whole / "unpacked" / stem), what
-            shutil.rmtree(tmp_path / "out")
-        shutil.rmtree(folder)
+    wrong = [text for kind in KINDS.values() for text in check_unpacking(whole, kind, 7, chance).missed]
+    assert wrong == []
+
+
+def test_any_machine_can_check_a_run(run: Path) -> None:
+    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=run, check=True)
+
+
+def test_a_run_that_did_not_end_is_no_sound_run(run: Path) -> None:
+    open_seal(run)
+    (finding,) = verify(run)
+    assert (finding.code, finding.severity) == ("not-sealed", "error")
+
+
+@pytest.mark.parametrize("name", ["run.json", "timing.json", "report.html", "package/SHA256SUMS"])
+def test_files_that_no_record_names_are_checked_too(run: Path, name: str) -> None:
+    (run / "report.html").write_text("<p>here</p>")
+    seal_run(run)
+    assert verify(run) == []
+    (run / name).write_bytes((run / name).read_bytes().replace(b"e", b"c", 1))
+    assert any(name in finding.message for finding in verify(run))
+
+
+def test_a_page_made_again_is_listed_and_other_damage_stays_found(run: Path) -> None:
+    (run / "report.html").write_text("<html></html>")
+    (run / "run.json").write_text("{}")
+    reseal(run, run / "report.html")
+    assert [finding.where for finding in verify(run)] == ["run.json"]
+    (run / "report.html").write_text("<html>changed</html>")
+    assert {finding.where for finding in verify(run)} == {"run.json", "report.html"}
+
+
+def test_a_page_elsewhere_changes_no_list(run: Path, tmp_path: Path) -> None:
+    before = (run / "SHA256SUMS").read_bytes()
+    (tmp_path / "page.html").write_text("x")
+    reseal(run, tmp_path / "page.html")
+    assert (run / "SHA256SUMS").read_bytes() == before
+
+
+def test_another_package_in_its_place_is_noticed(run: Path, whole: Path, tmp_path: Path) -> None:
+    from lorasmith.packaging.pack import pack
+
+    shutil.rmtree(run / "package")
+    pack(run, run / "package", compression="none")
+    assert any("package/SHA256SUMS" in finding.message for finding in verify(run))
+    reseal(run, run / "package")
+    assert verify(run) == []

@@ -39,6 +39,7 @@ def package(
     from lorasmith.cli.console import bar, console, show_record
     from lorasmith.packaging.pack import pack
     from lorasmith.packaging.parts import parse_size
+    from lorasmith.packaging.seal import reseal
     from lorasmith.packaging.signing import Signer
     from lorasmith.reporting.page import write_report
 
@@ -53,6 +54,7 @@ def package(
         signer=signer,
         progress=bar,
     )
+    reseal(run, folder)
     if as_json:
         show_record(manifest)
     else:

@@ -35,10 +35,12 @@ def report(
     from lorasmith.files.machine import human_bytes
 
     if len(runs) == 1:
+        from lorasmith.packaging.seal import reseal
         from lorasmith.reporting.page import write_report
 
         page = output or runs[0] / "report.html"
         write_report(runs[0], page, timings=timings)
+        reseal(runs[0], page)
     else:
         from lorasmith.reporting.several import write_comparison
 

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 
 from lorasmith.errors import UsageError
+from lorasmith.gates.advice import with_advice
 from lorasmith.gates.metrics import METRICS, Measured
 from lorasmith.gates.missing import NotMeasured
 from lorasmith.records.release import Gate, GateRecord, GateResult
@@ -21,7 +22,7 @@ _COMPARE: Mapping[str, Callable[..., bool]] = {
 
 
 def evaluate(gates: Iterable[Gate], measured: Measured) -> GateRecord:
-    """Each gate with its measured value, interval and verdict.
+    """Each gate with its measured value, interval and verdict, and with advice (see `gates.advice`).
 
     Raises `UsageError` for a metric or a kind of group that does not exist, or a threshold of the wrong type.
     """
@@ -56,6 +57,7 @@ def _record(results: list[GateResult]) -> GateRecord:
 def _evaluate(gate: Gate, measured: Measured) -> GateResult:
     metric = METRICS[_known(gate)]
     metric.check(gate)
+    gate = with_advice(gate)
     try:
         value, interval = metric.read(measured, gate.group)
     except NotMeasured as missing:

@@ -1,7 +1,8 @@
-"""`SHA256SUMS`: what `sha256sum -c` reads, written and read in one strict form."""
+"""`SHA256SUMS`: what `sha256sum -c` reads, written and read in one strict form; and what lies in a folder."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,16 @@ def read_sums(folder: Path) -> dict[str, str]:
         found[match[2]] = match[1]
     if list(found) != sorted(found) or len(found) != len(lines) - 1:
         raise _damaged(path, "its names are not in order")
+    return found
+
+
+def walk(folder: Path, below: str = "") -> dict[str, os.stat_result]:
+    """All that lies below a folder but folders: path → status, links not followed."""
+    found = {}
+    for place, folders, files in os.walk(folder / below):
+        for name in [*files, *(name for name in folders if (Path(place) / name).is_symlink())]:
+            path = Path(place) / name
+            found[path.relative_to(folder).as_posix()] = path.lstat()
     return found
 
 

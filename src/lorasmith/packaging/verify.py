@@ -9,11 +9,11 @@ from pathlib import Path
 
 from lorasmith.errors import DamageError, InputError, LorasmithError
 from lorasmith.files.digests import hash_file
-from lorasmith.packaging.checksums import SUMS
+from lorasmith.packaging.checksums import SUMS, walk
 from lorasmith.packaging.contents import RESULTS
 from lorasmith.packaging.opened import Package, check_files, open_package, read_members
 from lorasmith.packaging.pack import MANIFEST
-from lorasmith.packaging.run_check import check_run
+from lorasmith.packaging.run_check import PACKAGE, check_run, is_run
 from lorasmith.packaging.signing import SIGNATURE, Verifier, check_signature
 from lorasmith.packaging.tarstream import Advance
 from lorasmith.progress import Progress, silent
@@ -24,22 +24,23 @@ def verify(folder: Path, *, verifier: Verifier | None = None, progress: Progress
     """All that is wrong in a package, an unpacked package, or a run folder; empty when nothing is.
 
     A package is right when its files are exactly those of `SHA256SUMS`, each with its hash, and when both
-    archives, read to the end, give exactly the members of the manifest. A run is right when every output that
-    its records name has the hash that they name. With a `verifier` the signature is checked too; a signature
+    archives, read to the end, give exactly the members of the manifest. A run is right when its files are
+    exactly those of its own `SHA256SUMS`, when every output that its records name has the hash that they
+    name, and when the package in it is right. With a `verifier` the signature is checked too; a signature
     that nobody asked about is a note. Raises `InputError` for a folder that is none of these.
     """
     if not folder.is_dir():
         raise InputError("there is no such folder", where=folder, expected="a package or a run")
-    if (folder / SUMS).exists() or (folder / MANIFEST).exists():
+    if (folder / MANIFEST).exists() or ((folder / SUMS).exists() and not is_run(folder)):
         return _verify_package(folder, verifier, progress)
     if folder.name == RESULTS and (folder.parent / SUMS).is_file() and (folder.parent / MANIFEST).is_file():
         # A part of an unpacked package, whose redacted files are right by the manifest and not by the run.
         return _verify_package(folder.parent, verifier, progress)
-    if (folder / "run.json").is_file():
+    if is_run(folder):
         findings = check_run(folder, progress)
-        if (folder / "package").is_dir():
-            inside = _verify_package(folder / "package", verifier, progress)
-            findings += [_below("package", finding) for finding in inside]
+        if (folder / PACKAGE).is_dir():
+            inside = _verify_package(folder / PACKAGE, verifier, progress)
+            findings += [_below(PACKAGE, finding) for finding in inside]
         return findings
     raise InputError(
         "this is neither a package nor a run",
@@ -53,16 +54,6 @@ def check_members(folder: Path, stem: str, members: Sequence[FileDigest]) -> lis
     """The unpacked files of one archive against the manifest: each there, whole, and no other."""
     expected = {member.path: member.sha256 for member in members}
     return _compare(folder, expected, walk(folder, below=stem))
-
-
-def walk(folder: Path, below: str = "") -> dict[str, os.stat_result]:
-    """All that lies below a folder but folders: path → status, links not followed."""
-    found = {}
-    for place, folders, files in os.walk(folder / below):
-        for name in [*files, *(name for name in folders if (Path(place) / name).is_symlink())]:
-            path = Path(place) / name
-            found[path.relative_to(folder).as_posix()] = path.lstat()
-    return found
 
 
 def _verify_package(folder: Path, verifier: Verifier | None, progress: Progress) -> list[Finding]:

@@ -32,7 +32,7 @@ class Gate(Part):
     comparison: Literal["<", "<=", ">", ">=", "==", "!="] = "<"
     threshold: float | str
     advice: str = ""
-    """What to do when it fails."""
+    """What to do when it fails; a verdict shows that of the metric where the gate has none."""
 
 
 class GateResult(Part):

@@ -91,3 +91,17 @@ def report(run_folder: Path) -> None:
     from lorasmith.reporting.page import write_report
 
     write_report(run_folder, run_folder / "report.html")
+
+
+def open_seal(run_folder: Path) -> None:
+    """Before the first step: from here on the run has not ended."""
+    from lorasmith.packaging import seal
+
+    seal.open_seal(run_folder)
+
+
+def seal(run_folder: Path) -> None:
+    """After the last step: the checksums of all that lies there, for `lorasmith verify`."""
+    from lorasmith.packaging import seal
+
+    seal.seal_run(run_folder)
