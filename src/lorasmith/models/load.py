@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from lorasmith.checkpoint.jsonfile import read_object
-from lorasmith.checkpoint.patterns import require_quick
 from lorasmith.errors import AdapterError, CheckpointError, MemoryLimitError, os_errors
+from lorasmith.models.attach import attach, first_line, require_resident, some_names
 from lorasmith.models.memory import is_out_of_memory
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
@@ -70,8 +69,8 @@ def load_model(
         parameters = sum(parameter.numel() for parameter in model.parameters())
         architecture = type(model).__name__
         if adapter is not None:
-            _require_resident(model, adapter)
-            model = _attach(model, adapter, folder, None if device_map else str(device))
+            require_resident(model, adapter)
+            model = attach(model, adapter, folder, None if device_map else str(device))
     model.eval()
     if device_map:
         device = _entrance(model)
@@ -105,7 +104,7 @@ def load_tokenizer(folder: Path, *, adapter: Path | None = None) -> Any:
         return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         raise CheckpointError(
-            f"the tokenizer does not load: {_first_line(error)}",
+            f"the tokenizer does not load: {first_line(error)}",
             where=place,
             remedy="copy the tokenizer files again",
         ) from error
@@ -142,11 +141,11 @@ def _load_base(folder: Path, device: torch.device, dtype: torch.dtype, device_ma
                 where=folder,
                 remedy="use a machine with more memory, or another device",
             ) from error
-        raise CheckpointError(f"the model does not load: {_first_line(error)}", where=folder) from error
+        raise CheckpointError(f"the model does not load: {first_line(error)}", where=folder) from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(
-            f"{len(missing)} tensors of the model are not in the folder: {_some(missing)}",
+            f"{len(missing)} tensors of the model are not in the folder: {some_names(missing)}",
             where=folder,
             expected="every tensor of the architecture",
             remedy="copy the missing shards, or check that config.json belongs to these weights",
@@ -154,71 +153,11 @@ def _load_base(folder: Path, device: torch.device, dtype: torch.dtype, device_ma
     return model
 
 
-def _require_resident(model: Any, adapter: Path) -> None:
-    """PEFT puts an adapter only on weights that lie on a device."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise MemoryLimitError(
-            "the GPUs do not hold the whole model, and an adapter needs all of it there",
-            where=adapter,
-            remedy="use more or larger GPUs, or --device cpu without a device map",
-        )
-
-
 def _entrance(model: Any) -> torch.device:
     """Where a spread model takes its tokens: an offloaded embedding itself lies on no device."""
     embedding = model.get_input_embeddings()
     place = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
     return torch.device(embedding.weight.device if place is None else place)
-
-
-def _attach(model: Any, adapter: Path, folder: Path, device: str | None) -> Any:
-    from peft import PeftModel
-
-    config = adapter / "adapter_config.json"
-    require_quick(read_object(config, AdapterError), [name for name, _ in model.named_modules()], config)
-    try:
-        _grow_embeddings(model, adapter)
-        peft_model = PeftModel.from_pretrained(
-            model, str(adapter), autocast_adapter_dtype=False, torch_device=device
-        )
-        # from_pretrained turns missing keys into a warning and drops the unexpected ones; loading the same
-        # adapter again returns both lists.
-        report = peft_model.load_adapter(
-            str(adapter), "default", autocast_adapter_dtype=False, torch_device=device
-        )
-    except Exception as error:  # PEFT raises KeyError, RuntimeError, ValueError, … by the kind of damage
-        raise AdapterError(
-            f"the adapter does not load onto this base: {_first_line(error)}",
-            where=adapter,
-            expected=f"an adapter trained on the model in {folder}",
-            remedy="give the base model that the adapter was trained on",
-        ) from error
-    for keys, state in ((report.missing_keys, "missing from"), (report.unexpected_keys, "left over in")):
-        if keys:
-            raise AdapterError(
-                f"{len(keys)} adapter tensors are {state} the file: {_some(sorted(keys))}",
-                where=adapter,
-                expected="exactly the tensors that adapter_config.json describes, for this base",
-                remedy="give the base model that the adapter was trained on, or save the adapter again",
-            )
-    return peft_model
-
-
-def _grow_embeddings(model: Any, adapter: Path) -> None:
-    """An adapter trained with added tokens carries its own, longer embeddings: make room for them first."""
-    file = adapter / "adapter_model.safetensors"
-    if not file.is_file():
-        return
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as tensors:
-        rows = {
-            tensors.get_slice(key).get_shape()[0]
-            for key in tensors.keys()  # noqa: SIM118 - safe_open is no mapping
-            if key.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight"))
-        }
-    if len(rows) == 1 and rows != {model.get_input_embeddings().weight.shape[0]}:
-        model.resize_token_embeddings(rows.pop(), mean_resizing=False)
 
 
 def _check_vocabulary(tokenizer: Any, rows: int, place: Path) -> None:
@@ -253,13 +192,3 @@ def quiet_libraries() -> Iterator[None]:
             logger.setLevel(level)
         if bars:
             hub_logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"
-
-
-def _some(names: list[str], count: int = 3) -> str:
-    shown = ", ".join(names[:count])
-    return shown if len(names) <= count else f"{shown}, …"
