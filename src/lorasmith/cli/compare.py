@@ -64,13 +64,13 @@ def compare(
     """
     asked = locals()
     import lorasmith
-    from lorasmith.cli import views
+    from lorasmith.cli import proof_views
     from lorasmith.cli.console import bar, console, show_record
 
     proof = lorasmith.compare(**taken_by(lorasmith.compare, asked), progress=bar)
     if as_json:
         show_record(proof)
     else:
-        views.show_behaviour(proof, console())
+        proof_views.show_behaviour(proof, console())
     if proof.grade == "drifted":
         raise typer.Exit(1)

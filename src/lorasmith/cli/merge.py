@@ -60,7 +60,7 @@ def merge(
     Example: `lorasmith merge --base models/base --adapter models/adapter --output models/merged`
     """
     import lorasmith
-    from lorasmith.cli import views
+    from lorasmith.cli import proof_views
     from lorasmith.cli.console import bar, console, show_record
 
     if compare_roundings:
@@ -85,7 +85,7 @@ def merge(
     if as_json:
         show_record(record)
     else:
-        views.show_merge(record, console())
+        proof_views.show_merge(record, console())
         console().print(f"Merged model: {output}")
 
 

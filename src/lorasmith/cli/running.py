@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lorasmith.cli import views
+from lorasmith.cli import proof_views, views
 from lorasmith.cli.console import bar, console
 from lorasmith.cli.draft import show_draft
 from lorasmith.cli.respond import show_responses
@@ -52,10 +52,10 @@ _VIEWS: dict[str, Any] = {
     "TrainRecord": views.show_training,
     "ValidationResult": views.show_validation,
     "TaskResult": views.show_tasks,
-    "MergeRecord": views.show_merge,
-    "WeightProof": views.show_weights,
-    "BehaviourProof": views.show_behaviour,
-    "ComparisonRecord": views.show_comparison,
+    "MergeRecord": proof_views.show_merge,
+    "WeightProof": proof_views.show_weights,
+    "BehaviourProof": proof_views.show_behaviour,
+    "ComparisonRecord": proof_views.show_comparison,
     "GateRecord": views.show_gates,
     "PackageManifest": views.show_package,
     "Finding": lambda finding, screen: views.show_findings([finding], screen),
