@@ -1,4 +1,5 @@
 # make demo   fine-tune, validate, merge, prove and package a real small model, offline
+# make followup-demo   the same, then responses, draft model, speculative decoding and INT4 of its merged model
 # make test   lint, types and tests
 PYTHON ?= python3
 VENV := .venv
@@ -6,10 +7,13 @@ BIN := $(VENV)/bin
 EXTRAS := cluster,remote,benchmarks,compress,demo-data,sign,dev
 DEMO ?= demo-output
 
-.PHONY: demo test check campaign setup clean
+.PHONY: demo followup-demo test check campaign setup clean
 
 demo: setup
 	$(BIN)/lorasmith demo --output $(DEMO)
+
+followup-demo: setup
+	$(BIN)/lorasmith demo --output $(DEMO) --followup
 
 test: setup
 	scripts/test

@@ -22,6 +22,7 @@ from lorasmith.files.atomic import aside, publish_folder, read_record
 from lorasmith.files.digests import cache_folder, sha256_file
 from lorasmith.files.jsonl import read_examples
 from lorasmith.files.machine import require_disk
+from lorasmith.followup.asked import CompressAsked, DraftAsked, FollowupAsked, RespondAsked, SpeculateAsked
 from lorasmith.models.load import quiet_libraries
 from lorasmith.progress import Progress, Unwatched, Watcher, silent
 from lorasmith.records.training import TrainRecord
@@ -35,6 +36,20 @@ CALIBRATION_TOKENS = 6_144
 """A demo should not take long: some 30 of its 100 training rows."""
 SETTINGS = TrainSettings(learning_rate=1e-3, epochs=1.0, batch_size=4)
 """About one pass: 25 steps."""
+FOLLOWUP = FollowupAsked(
+    respond=RespondAsked(max_new_tokens=128, top_logprobs=8),
+    draft=DraftAsked(
+        layers="0-3,28-29",
+        epochs=4.0,
+        batch_size=8,
+        learning_rate=5e-4,
+        validate_every=10,
+        labels="confidence",
+    ),
+    speculate=SpeculateAsked(draft_tokens=(2, 4), max_new_tokens=64, limit=8),
+    compress=CompressAsked(formats=("gguf:q8_0", "compressed-tensors", "gguf:q4_k_m"), limit=16),
+)
+"""Small enough for some minutes on two cores; the figures are real, and too few rows to be good ones."""
 _NEEDED_BYTES = 3_000_000_000
 """Base in cache and demo folder, merged model, package, and what is written aside on the way."""
 
@@ -48,10 +63,13 @@ class DemoResult:
     run: RunResult
 
 
-def demo(output: Path, *, seed: int = 42, watcher: Watcher | None = None) -> DemoResult:
+def demo(
+    output: Path, *, seed: int = 42, followup: bool = False, watcher: Watcher | None = None
+) -> DemoResult:
     """Make `base/`, `train.jsonl`, `adapter/` and `run/` in `output`; stages that are done are reused.
 
-    Raises `UsageError` when the demo's packages are not installed.
+    With `followup` the run goes on after the release, as `FOLLOWUP` says. Raises `UsageError` when the
+    demo's packages are not installed.
     """
     watch = watcher or Unwatched()
     gguf, tasks = embedded_files()
@@ -102,6 +120,7 @@ def demo(output: Path, *, seed: int = 42, watcher: Watcher | None = None) -> Dem
         train=(train_file,),
         calibration_tokens=CALIBRATION_TOKENS,
         seed=seed,
+        followup=FOLLOWUP if followup else None,
     )
     return DemoResult(output, training, lorasmith.run(config, watcher=watch))
 

@@ -13,6 +13,12 @@ from lorasmith.cli.options import Seed
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for everything the demo makes.", metavar="DIR")],
     seed: Seed = 42,
+    followup: Annotated[
+        bool,
+        typer.Option(
+            "--followup", help="Go on after the release: responses, draft model, speculation, fewer bits."
+        ),
+    ] = False,
 ) -> None:
     """Fine-tune, validate, merge, prove and package a real small model, offline, in some minutes.
 
@@ -27,7 +33,7 @@ def demo(
     from lorasmith.stages import read_timings
 
     watcher = TerminalWatcher()
-    result = make(output, seed=seed, watcher=watcher)
+    result = make(output, seed=seed, followup=followup, watcher=watcher)
     timings = [*read_timings(output).values(), *read_timings(result.run.folder).values()]
     views.show_timings(timings, watcher.screen)
     show_summary(result.run, watcher.screen)

@@ -14,6 +14,7 @@ from lorasmith.records.merging import MergeRecord
 from lorasmith.records.proof import BehaviourProof, ComparisonRecord, WeightProof
 from lorasmith.records.release import GateRecord, RunRecord, TimingRecord
 from lorasmith.records.scoring import TaskResult, ValidationResult
+from lorasmith.reporting.followup_records import FollowupRecords, load_followup
 
 ROLES = ("base", "adapter", "merged")
 
@@ -39,6 +40,7 @@ class RunRecords:
     timing: TimingRecord | None
     tasks: dict[str, TaskResult] = field(default_factory=dict)
     """Role → answers to the benchmarks' own questions, in the order of `ROLES`."""
+    followup: FollowupRecords = field(default_factory=FollowupRecords)
 
     def findings(self) -> list[tuple[list[str], Finding]]:
         """All findings with the names of the records they stand in, each once, errors first."""
@@ -55,6 +57,7 @@ class RunRecords:
         for name, record in named.items():
             if record is not None:
                 sources[name] = record.findings
+        sources |= self.followup.findings()
         ranks = {"error": 0, "warning": 1}
         found: dict[str, tuple[list[str], Finding]] = {}
         for name, findings in sources.items():
@@ -80,6 +83,7 @@ def load_run(run: Path, *, timings: bool) -> RunRecords:
         gates=_gates(run, timings=timings),
         timing=_read(run / "timing.json", TimingRecord) if timings else None,
         tasks={role: result for role, result in answered.items() if result is not None},
+        followup=load_followup(run, timings=timings),
     )
     if records.run is None and not records.validations and records.merge is None:
         raise DataError(

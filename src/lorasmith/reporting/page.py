@@ -14,6 +14,7 @@ from lorasmith.records.redaction import is_redacted
 from lorasmith.reporting.environment import render_page
 from lorasmith.reporting.explorer import Explorer, build_explorer
 from lorasmith.reporting.fidelity import FLOOR, QUANTILES, divergence_tables, heat_map, shifts
+from lorasmith.reporting.followup import followup_view
 from lorasmith.reporting.groups import effect_tables, model_tables, sort_groups
 from lorasmith.reporting.load import RunRecords, load_run
 from lorasmith.reporting.provenance import GLOSSARY, facts, provenance
@@ -53,6 +54,7 @@ def render(records: RunRecords) -> str:
         "findings": records.findings(),
         "provenance": provenance(records),
         "glossary": GLOSSARY,
+        "after": followup_view(records.followup),
         "floor": FLOOR,
         "quantiles": QUANTILES,
         **_test_set_view(records),
@@ -87,6 +89,8 @@ def _sections(records: RunRecords) -> list[tuple[str, str]]:
         ("examples", "Examples"),
         ("testset", "Test set"),
     ]
+    if records.followup:
+        found.insert(-1, ("after", "After"))
     if records.timing:
         found.append(("time", "Time"))
     return [*found, ("provenance", "Provenance")]
