@@ -22,6 +22,7 @@ from lorasmith.files.atomic import read_record, write_record
 from lorasmith.files.deadline import OutOfTime, stop_after
 from lorasmith.files.digests import describe, digest_path, folder_files
 from lorasmith.files.machine import hardware, peak_memory, reset_peak_memory, return_memory
+from lorasmith.files.meter import this_machine
 from lorasmith.files.sealed import lock_file
 from lorasmith.records.base import FileDigest
 from lorasmith.records.release import StageRecord, StageTiming, TimingRecord
@@ -158,6 +159,7 @@ class RunFolder:
         record = TimingRecord(
             hardware=hardware(),
             price_per_hour=self.price_per_hour,
+            budget=self.budget,
             unfinished_seconds=round(unfinished, 3),
             stages=list(merged.values()),
         )
@@ -174,18 +176,20 @@ def read_timings(run: Path) -> dict[str, StageTiming]:
 
 
 def measure(name: str, action: Callable[[], object]) -> StageTiming:
-    """Run `action` and take its wall time, processor time and peak memory."""
+    """Run `action` and take its time, its peak memory, and what the devices tell of it."""
     return_memory()
     can_reset = reset_peak_memory()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     wall, cpu = time.perf_counter(), _cpu_seconds()
-    action()
+    with this_machine().running() as devices:
+        action()
     return StageTiming(
         stage=name,
         wall_seconds=round(time.perf_counter() - wall, 3),
         cpu_seconds=round(_cpu_seconds() - cpu, 3),
         peak_rss_bytes=peak_memory() if can_reset else None,
         started=started,
+        **vars(devices),
     )
 
 

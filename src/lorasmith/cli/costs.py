@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,9 @@ import typer
 from lorasmith.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
-    from lorasmith.records.costs import CostRecord
+    from rich.console import Console
+
+    from lorasmith.records.costs import CostRecord, PhaseCost
 
 
 def costs(
@@ -18,18 +21,23 @@ def costs(
     price_per_hour: Annotated[
         float | None, typer.Option(help="Of the machine, in US dollars. [what each run recorded]")
     ] = None,
-    planned: Annotated[float | None, typer.Option(help="US dollars that were planned.")] = None,
-    budget: Annotated[float | None, typer.Option(help="US dollars that may be spent in all.")] = None,
+    planned: Annotated[
+        float | None, typer.Option(help="US dollars that were planned. [as estimated before renting]")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="US dollars that may be spent. [what runs or rentals were given]")
+    ] = None,
     output_format: Annotated[str, typer.Option("--format", help="text or json.")] = "text",
 ) -> None:
     """What runs cost: per phase and in all, planned against actual, within budget or not.
 
-    Exit code 1 when the runs cost more than the budget.
+    Energy and the busy time of GPUs are shown where the devices tell them. A run on a rented machine costs
+    what the rental did: all its time, its disk, and traffic. Exit code 1 when it is more than the budget.
 
     Example: `lorasmith costs run --price-per-hour 1.50 --planned 0.75 --budget 1`
     """
     from lorasmith.cli.console import console, show_record
-    from lorasmith.remote.costs import costs as add_up
+    from lorasmith.files.spending import costs as add_up
 
     if output_format not in ("text", "json"):
         raise UsageError(f"there is no format {output_format!r}", expected="text or json")
@@ -42,7 +50,7 @@ def costs(
         raise typer.Exit(ExitCode.ANSWER_IS_NO)
 
 
-def _show(record: CostRecord, screen: object) -> None:
+def _show(record: CostRecord, screen: Console) -> None:
     from lorasmith.cli.console import table
     from lorasmith.files.machine import human_bytes
 
@@ -51,31 +59,51 @@ def _show(record: CostRecord, screen: object) -> None:
         (
             f"{phase.run}: {phase.phase}" if several else phase.phase,
             _time(phase.wall_seconds),
-            human_bytes(phase.peak_rss_bytes) if phase.peak_rss_bytes else "not measured",
+            "" if phase.device_seconds is None else _time(phase.device_seconds),
+            _energy(phase.joules) if phase.cpu_seconds is not None else "",
+            _memory(phase, human_bytes),
             _money(phase.dollars),
         )
         for phase in record.phases
     ]
-    rows.append(("Grand total", _time(record.wall_seconds), "", _money(record.dollars)))
-    show = screen.print  # type: ignore[attr-defined]
-    show(table("Cost summary", ("phase", "wall time", "peak memory", "dollars"), rows))
+    rows.append(
+        ("Grand total", _time(record.wall_seconds), "", _energy(record.joules), "", _money(record.dollars))
+    )
+    columns = ("phase", "wall time", "device time", "energy", "peak memory", "dollars")
+    screen.print(table("Cost summary", columns, rows))
+    for rental in record.rentals:
+        screen.print(
+            f"{rental.label}: {rental.hours:.2f} h, machine {_money(rental.compute)}, disk "
+            f"{_money(rental.disk)}, traffic {_money(rental.traffic)}: {_money(rental.dollars)}"
+        )
     if record.dollars is None:
-        show("No price is known: give --price-per-hour for dollars.")
+        screen.print("No price is known: give --price-per-hour for dollars.")
         return
     if record.planned is not None:
         difference = record.dollars - record.planned
-        show(
+        screen.print(
             f"Planned: ${record.planned:.2f}   actual: ${record.dollars:.2f}   difference: ${difference:+.2f}"
         )
     if record.budget is not None:
         word = "Within budget" if record.within_budget else "OVER BUDGET"
-        show(f"{word}: ${record.dollars:.2f} of ${record.budget:.2f}")
+        screen.print(f"{word}: ${record.dollars:.2f} of ${record.budget:.2f}")
 
 
 def _time(seconds: float) -> str:
     minutes, rest = divmod(seconds, 60)
     hours, minutes = divmod(int(minutes), 60)
     return f"{hours}:{minutes:02d}:{rest:04.1f}"
+
+
+def _energy(joules: float | None) -> str:
+    return "not measured" if joules is None else f"{joules / 3600:,.2f} Wh"
+
+
+def _memory(phase: PhaseCost, human_bytes: Callable[[float], str]) -> str:
+    if phase.cpu_seconds is None:  # no stage: time between them, or traffic
+        return ""
+    main = human_bytes(phase.peak_rss_bytes) if phase.peak_rss_bytes else "not measured"
+    return f"{main}, GPU {human_bytes(phase.gpu_peak_bytes)}" if phase.gpu_peak_bytes else main
 
 
 def _money(dollars: float | None) -> str:

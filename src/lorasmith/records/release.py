@@ -65,10 +65,23 @@ class StageTiming(Part):
     cpu_seconds: float
     peak_rss_bytes: int | None
     """Largest resident memory while the stage ran; None where the system does not tell."""
+    gpu_seconds: float | None = None
+    """Busy time of all GPUs: their utilisation times time, sampled. None where none tells."""
+    gpu_peak_bytes: int | None = None
+    """Most memory in use on all GPUs, sampled."""
+    gpu_joules: float | None = None
+    cpu_joules: float | None = None
+    """Energy of the GPUs and of the processor packages, whoever used them. None: not measured."""
     started: str
     """UTC, ISO 8601."""
     reused: bool = False
     """True when the last command found the stage done."""
+
+    @property
+    def joules(self) -> float | None:
+        """Energy of all devices that tell; None for not measured."""
+        known = [joules for joules in (self.gpu_joules, self.cpu_joules) if joules is not None]
+        return sum(known) if known else None
 
 
 class TimingRecord(Record):
@@ -79,6 +92,8 @@ class TimingRecord(Record):
     hardware: dict[str, Any]
     price_per_hour: float | None = None
     """In dollars, where the command named it."""
+    budget: float | None = None
+    """In dollars, where the command named one."""
     unfinished_seconds: float = 0.0
     """Wall time of attempts at a stage that were stopped, interrupted or failed: paid for as well."""
     stages: list[StageTiming]

@@ -91,9 +91,36 @@ class Rental(Record):
     instance: int | None = None
     price_per_hour: float
     """US dollars, disk included."""
+    disk_per_hour: float = 0.0
+    """US dollars of `price_per_hour` that the disk takes."""
+    upload_per_gb: float = 0.0
+    download_per_gb: float = 0.0
+    """US dollars for traffic from the machine and to it."""
+    planned: float | None = None
+    """US dollars that were estimated before it was rented."""
     max_price: float
     max_cost: float
     max_hours: float
     asked_at: float
     """Seconds since 1970, of this machine's clock."""
     gone_at: float | None = None
+    host: str | None = None
+    port: int | None = None
+    """Of its ssh server, once it had one."""
+    host_keys: list[str] = []
+    """SHA-256 fingerprints of the ssh server; no other is accepted for as long as it is rented."""
+    host_key_from: Literal["the instance's log", "first contact"] | None = None
+    """What vouches for the keys: the log that the provider serves, or nothing."""
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    """By the machine's own count since it started; downloads of packages and models included."""
+    outputs: list[str] = []
+    """Where results of this rental go on this machine."""
+
+
+class RentalRecord(Record):
+    """`rentals.json` of a run folder: every machine that was rented for it."""
+
+    FORMAT: ClassVar[str] = "lorasmith/rentals/1"
+
+    rentals: list[Rental]

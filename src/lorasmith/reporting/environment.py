@@ -40,6 +40,7 @@ def _environment() -> Environment:
         count=figures.count,
         duration=figures.duration,
         dollars=figures.dollars,
+        energy=figures.energy,
         human_bytes=human_bytes,
         comparisons={"<": "<", "<=": "≤", ">": ">", ">=": "≥", "==": "=", "!=": "≠"},
         all_examples=ALL,

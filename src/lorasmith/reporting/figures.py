@@ -67,6 +67,11 @@ def dollars(amount: float) -> str:
     return f"${amount:.2f}" if amount >= 0.01 or amount == 0 else f"${amount:.2g}"
 
 
+def energy(joules: float | None) -> str:
+    """In watt-hours: `12.5 Wh`."""
+    return "not measured" if joules is None else f"{joules / 3600:.3g} Wh"
+
+
 def short_hash(sha256: str) -> str:
     """The first 12 digits: enough to recognise, never to prove."""
     return sha256[:12]

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from lorasmith.files.atomic import write_bytes
 from lorasmith.files.machine import human_bytes
+from lorasmith.files.spending import costs
 from lorasmith.records.redaction import is_redacted
 from lorasmith.reporting.environment import render_page
 from lorasmith.reporting.explorer import Explorer, build_explorer
@@ -106,13 +107,19 @@ def _test_set_view(records: RunRecords) -> dict[str, Any]:
 
 def _timing_view(records: RunRecords) -> dict[str, Any]:
     if records.timing is None:
-        return {"hardware": [], "longest": 1.0}
+        return {}
     shown = {
         name.removesuffix("_bytes"): human_bytes(value) if name.endswith("_bytes") else value
         for name, value in records.timing.hardware.items()
     }
-    longest = max((stage.wall_seconds for stage in records.timing.stages), default=0.0)
-    return {"hardware": list(shown.items()), "longest": longest or 1.0}
+    summary = costs([records.folder])
+    longest = max((phase.wall_seconds for phase in summary.phases), default=0.0)
+    return {
+        "hardware": list(shown.items()),
+        "costs": summary,
+        "any_gpu": any(phase.gpu_seconds is not None for phase in summary.phases),
+        "longest": longest or 1.0,
+    }
 
 
 __all__ = ["Explorer", "render", "write_report"]
