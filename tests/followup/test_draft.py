@@ -18,15 +18,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorasmith.errors import CheckpointError, DataError, DiskError, UsageError
+from lorasmith.errors import BusyError, CheckpointError, DataError, DiskError, UsageError
 from lorasmith.files.digests import digest_folder
 from lorasmith.files.jsonl import read_examples, write_rows
+from lorasmith.files.lock import only_one
 from lorasmith.followup import draft_train
 from lorasmith.followup.draft import train_draft
 from lorasmith.followup.draft_base import match_vocabulary, parse_layers
+from lorasmith.followup.draft_labels import label_rows, split_rows
 from lorasmith.followup.draft_loss import Weights, batch_loss, topk_kl
 from lorasmith.followup.draft_report import calibration_error, report_classifier
-from lorasmith.followup.draft_rows import DraftRow, label_rows, logprobs_beside, read_responses, split_rows
+from lorasmith.followup.draft_rows import DraftRow, logprobs_beside, read_responses
 from lorasmith.followup.draft_save import HEAD
 from lorasmith.followup.draft_settings import DraftSettings
 from lorasmith.followup.respond import RespondOptions, respond
@@ -125,6 +127,28 @@ def test_the_folder_is_a_plain_transformers_model_and_its_loss_is_the_reported_o
     assert record_of(place / "draft")["generator"]["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
+def test_the_reported_kl_is_that_of_the_stored_probabilities_in_float64(place: Path) -> None:
+    """Read straight from the Parquet file, with transformers alone and sums in numpy's float64."""
+    model = AutoModelForCausalLM.from_pretrained(place / "draft").double()
+    stored = pq.read_table(logprobs_beside(place / "responses.jsonl")).to_pylist()
+    order = split_rows(60, validation=0.15, held_out=0.2, seed=42).held_out
+    kl, same = [], []
+    for row in (stored[at] for at in order):
+        text, begin = [*row["prompt"], *row["tokens"]], len(row["prompt"])
+        with torch.no_grad():
+            logits = model(torch.tensor([text])).logits[0, begin - 1 : -1].numpy()
+        q = np.exp(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+        for place_, (tokens, logprobs) in enumerate(zip(row["top_tokens"], row["top_logprobs"], strict=True)):
+            p, own = np.exp(np.array(logprobs, dtype=np.float64)), q[place_, tokens]
+            rest_p, rest_q = 1 - p.sum(), 1 - own.sum()
+            kl.append((p * np.log(p / own)).sum() + rest_p * np.log(rest_p / rest_q))
+            same.append(q[place_].argmax() == tokens[0])
+    found = record_of(place / "draft")["generator"]
+    # Both sum float32 logits; the stored probabilities themselves have float32's digits.
+    assert found["kl"] == pytest.approx(np.mean(kl), rel=1e-4)
+    assert found["agreement"] == pytest.approx(np.mean(same))
+
+
 def test_the_classifier_beats_the_majority_and_its_head_is_usable_alone(place: Path) -> None:
     found = record_of(place / "draft")["classifier"]
     assert found["labels"] == ["easy", "hard"] and found["labels_from"] == "data"
@@ -181,6 +205,59 @@ def test_a_checkpoint_of_other_settings_is_not_continued(
     other = DraftSettings(**{**vars(SETTINGS), "seed": 7})
     with pytest.raises(UsageError, match="other inputs, settings or versions"):
         train_draft(place / "target", place / "responses.jsonl", tmp_path / "d", layers=[0], settings=other)
+
+
+def test_a_damaged_checkpoint_is_named(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that lost part of a file: no traceback, and no training from half of it."""
+    with monkeypatch.context() as patched:
+        patched.setattr("lorasmith.followup.draft.save_draft", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_draft(
+                place / "target", place / "responses.jsonl", tmp_path / "d", layers=[0], settings=SETTINGS
+            )
+    for name in ("state.json", "model.safetensors", "optimizer.pt"):
+        file = tmp_path / ".d.checkpoint" / name
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+        with pytest.raises(CheckpointError, match="damaged") as caught:
+            train_draft(
+                place / "target", place / "responses.jsonl", tmp_path / "d", layers=[0], settings=SETTINGS
+            )
+        assert ".d.checkpoint" in str(caught.value)
+        file.write_bytes(content)
+
+
+def test_a_disk_that_fills_up_in_a_checkpoint_loses_nothing(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second checkpoint meets a full disk; the first is then continued to the same bytes."""
+    real, calls = draft_train.save_file, []
+
+    def save(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:  # a checkpoint holds two such files
+            raise OSError(28, "No space left on device")
+        real(*arguments)
+
+    def work() -> None:
+        train_draft(
+            place / "target", place / "responses.jsonl", tmp_path / "draft", layers=[0, 3], settings=SETTINGS
+        )
+
+    with monkeypatch.context() as patched:
+        patched.setattr(draft_train, "save_file", save)
+        with pytest.raises(DiskError, match="the disk is full"):
+            work()
+    assert json.loads((tmp_path / ".draft.checkpoint" / "state.json").read_text())["step"] == 6
+    work()
+    assert digest_folder(tmp_path / "draft") == digest_folder(place / "draft")
+
+
+def test_two_trainings_of_one_output_are_refused(place: Path, tmp_path: Path) -> None:
+    with only_one(tmp_path / "d", "training"), pytest.raises(BusyError, match="another training"):
+        train_draft(
+            place / "target", place / "responses.jsonl", tmp_path / "d", layers=[0], settings=SETTINGS
+        )
 
 
 def test_training_stops_when_validation_gets_no_better(place: Path, tmp_path: Path) -> None:
@@ -297,6 +374,9 @@ def test_layers_that_do_not_exist(place: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no layer 7") as caught:
         train_draft(place / "target", place / "responses.jsonl", tmp_path / "d", layers=[0, 7])
     assert "layers 0 to 3" in str(caught.value)
+    # Told before the responses are read: those may take minutes.
+    with pytest.raises(UsageError, match="no layer 7"):
+        train_draft(place / "target", tmp_path / "absent.jsonl", tmp_path / "d", layers=[7])
 
 
 @pytest.mark.parametrize(

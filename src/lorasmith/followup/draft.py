@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,26 +15,27 @@ import lorasmith
 from lorasmith.errors import UsageError
 from lorasmith.files.digests import describe, digest_folder
 from lorasmith.files.hub import local_model
+from lorasmith.files.lock import only_one
 from lorasmith.files.machine import require_disk
 from lorasmith.files.paths import StrPath
-from lorasmith.followup.draft_base import Draft, cut_from_target, from_base
-from lorasmith.followup.draft_report import classify, report_classifier, report_generator
-from lorasmith.followup.draft_rows import (
-    DraftRow,
-    Split,
-    label_rows,
-    logprobs_beside,
-    read_responses,
-    record_beside,
-    split_rows,
+from lorasmith.followup.draft_base import (
+    Draft,
+    cut_from_target,
+    from_base,
+    require_layers,
+    require_same_tokenizer,
 )
+from lorasmith.followup.draft_identity import digest_logprobs, inputs_of, key_of
+from lorasmith.followup.draft_labels import Split, label_rows, split_rows
+from lorasmith.followup.draft_report import classify, report_classifier, report_generator
+from lorasmith.followup.draft_rows import DraftRow, logprobs_beside, read_responses, record_beside
 from lorasmith.followup.draft_save import round_to_saved, save_draft
 from lorasmith.followup.draft_settings import DraftSettings
 from lorasmith.followup.draft_train import Trainer
 from lorasmith.models.arithmetic import resolve_device
 from lorasmith.models.load import load_tokenizer, quiet_libraries
 from lorasmith.progress import Progress, silent
-from lorasmith.records.base import FileDigest, Finding
+from lorasmith.records.base import Finding
 from lorasmith.records.draft import ClassifierReport, DraftRecord
 
 
@@ -56,7 +55,8 @@ def train_draft(
     The draft begins as `base` (a folder or a name on the hub) or as the target's own `layers`. A killed
     training continues from its last checkpoint, beside the output, and ends with the same weights. Raises
     `UsageError` for settings that do not go together and layers that do not exist, `CheckpointError` for a
-    base with another tokenizer, `DataError` for responses that cannot be used.
+    base with another tokenizer and a damaged checkpoint, `DataError` for responses that cannot be used,
+    `BusyError` while another training writes to `output`.
     """
     target, responses, output = local_model(target, progress=progress), Path(responses), Path(output)
     chosen = settings or DraftSettings()
@@ -67,7 +67,27 @@ def train_draft(
             remedy="give either --base DIR or --from-target --layers 0,2,4",
         )
     small = None if base is None else local_model(base, progress=progress)
-    rows, told = read_responses(responses, load_tokenizer(target), max_length=chosen.max_length)
+    tokenizer = load_tokenizer(target)
+    if small is None:
+        require_layers(target, layers or ())
+    else:
+        require_same_tokenizer(load_tokenizer(small), tokenizer, small, target)
+    with only_one(output, "training"):
+        return _train(target, responses, output, small, layers, tokenizer, chosen, device, progress)
+
+
+def _train(
+    target: Path,
+    responses: Path,
+    output: Path,
+    small: Path | None,
+    layers: Sequence[int] | None,
+    tokenizer: Any,
+    chosen: DraftSettings,
+    device: str,
+    progress: Progress,
+) -> DraftRecord:
+    rows, told = read_responses(responses, tokenizer, max_length=chosen.max_length)
     split = split_rows(len(rows), validation=chosen.validation, held_out=chosen.held_out, seed=chosen.seed)
     rows, labels, labels_from = label_rows(rows, split.train, chosen.labels)
     findings = [*told, *_origin(target, responses), *_findings(rows, labels, chosen, responses)]
@@ -78,7 +98,7 @@ def train_draft(
         else:
             draft = cut_from_target(target, layers or (), place)
     _check_length(rows, draft, responses)
-    inputs = _inputs(target, small, responses)
+    inputs = inputs_of(target, small, responses)
     checkpoint = output.with_name(f".{output.name}.checkpoint")
     parameters = sum(parameter.numel() for parameter in draft.model.parameters())
     # Weights, best weights and two moments in float32, twice while a checkpoint replaces the last one.
@@ -86,7 +106,7 @@ def train_draft(
     held = [rows[index] for index in split.held_out]
     before = report_generator(draft.model, held, place)
     head = _new_head(draft, labels, place)
-    key = _key(inputs, chosen, list(layers or ()), place.type)
+    key = key_of(inputs, chosen, list(layers or ()), place.type)
     trainer = Trainer(draft.model, head, rows, split, chosen, checkpoint, key)
     course = trainer.run(progress)
     round_to_saved(draft, head)
@@ -96,7 +116,7 @@ def train_draft(
         base_sha256=inputs.get("base"),
         layers=draft.layers,
         responses=describe([responses], responses.parent)[0],
-        logprobs=_digest_logprobs(responses),
+        logprobs=digest_logprobs(responses),
         settings=asdict(chosen),
         parameters=parameters,
         target_parameters=draft.target_parameters,
@@ -178,30 +198,6 @@ def _check_length(rows: Sequence[DraftRow], draft: Draft, responses: Path) -> No
             where=responses,
             remedy=f"give --max-length {draft.context}",
         )
-
-
-def _inputs(target: Path, base: Path | None, responses: Path) -> dict[str, str]:
-    """SHA-256 of everything that is read."""
-    found = {"target": digest_folder(target), "responses": describe([responses], responses.parent)[0].sha256}
-    if base is not None:
-        found["base"] = digest_folder(base)
-    logprobs = _digest_logprobs(responses)
-    if logprobs is not None:
-        found["logprobs"] = logprobs.sha256
-    return found
-
-
-def _digest_logprobs(responses: Path) -> FileDigest | None:
-    path = logprobs_beside(responses)
-    return describe([path], path.parent)[0] if path.is_file() else None
-
-
-def _key(inputs: dict[str, str], settings: DraftSettings, layers: list[int], device: str) -> str:
-    """Names everything that decides the weights: a checkpoint under another key is not continued."""
-    versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
-    versions["lorasmith"] = lorasmith.__version__
-    body = [inputs, asdict(settings), layers, device, versions]
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _new_head(draft: Draft, labels: Sequence[str], device: torch.device) -> torch.nn.Linear | None:

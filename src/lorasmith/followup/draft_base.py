@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from lorasmith.checkpoint.jsonfile import read_object
+from lorasmith.checkpoint.model import text_config
 from lorasmith.errors import CheckpointError, UsageError
 from lorasmith.models.load import load_model
 
@@ -47,23 +49,25 @@ def parse_layers(text: str) -> list[int]:
     return found
 
 
-def cut_from_target(target: Path, layers: Sequence[int], device: torch.device) -> Draft:
-    """A draft of the target's embeddings, head, norms and chosen layers.
-
-    Raises `UsageError` for layers that do not exist.
-    """
-    loaded = load_model(target, device=torch.device("cpu"))
-    config = copy.deepcopy(loaded.model.config)
-    text = config.get_text_config()
-    total = int(text.num_hidden_layers)
-    absent = [layer for layer in layers if layer >= total]
-    if absent:
+def require_layers(target: Path, layers: Sequence[int]) -> None:
+    """Raise `UsageError` for layers that the target's config says do not exist; nothing is loaded."""
+    text = text_config(read_object(target / "config.json", CheckpointError))
+    total = int(text.get("num_hidden_layers", text.get("n_layer", 0)))
+    absent = [layer for layer in layers if not 0 <= layer < total]
+    if absent or not layers:
         raise UsageError(
-            f"the target has no layer {absent[0]}",
+            f"the target has no layer {absent[0]}" if absent else "no layer is kept",
             where=target,
             expected=f"layers 0 to {total - 1}",
             remedy="the last layers matter most to the output: keep the first and the last ones",
         )
+
+
+def cut_from_target(target: Path, layers: Sequence[int], device: torch.device) -> Draft:
+    """A draft of the target's embeddings, head, norms and chosen layers, which `require_layers` looked at."""
+    loaded = load_model(target, device=torch.device("cpu"))
+    config = copy.deepcopy(loaded.model.config)
+    text = config.get_text_config()
     text.num_hidden_layers = len(layers)
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[layer] for layer in layers]
@@ -77,19 +81,18 @@ def cut_from_target(target: Path, layers: Sequence[int], device: torch.device) -
 
 
 def from_base(base: Path, target: Path, device: torch.device) -> Draft:
-    """A small base whose tokenizer agrees with the target's, its embedding padded to the target's rows.
-
-    Raises `CheckpointError` where the tokenizers do not agree: a drafted token would mean another one.
-    """
+    """A small base, its embedding padded to the target's rows; `require_same_tokenizer` comes before it."""
     draft, aim = load_model(base, device=torch.device("cpu")), load_model(target, device=torch.device("cpu"))
-    require_same_tokenizer(draft.tokenizer, aim.tokenizer, base, target)
     added = match_vocabulary(draft.model, aim.vocabulary, len(aim.tokenizer))
     context = min((size for size in (draft.context, aim.context) if size), default=None)
     return Draft(draft.model.to(device), aim.tokenizer, added, aim.parameters, None, context)
 
 
 def require_same_tokenizer(draft: Any, target: Any, base: Path, place: Path) -> None:
-    """Raise `CheckpointError` unless both give the same ids to the same text."""
+    """Raise `CheckpointError` unless both tokenizers give the same ids to the same text.
+
+    Else a drafted token would mean another one to the target.
+    """
     ours, theirs = draft.get_vocab(), target.get_vocab()
     different = [token for token in theirs if ours.get(token) != theirs[token]]
     for text in _PROBES:

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorasmith.errors import MachineError, UsageError, os_errors
+from lorasmith.errors import CheckpointError, MachineError, UsageError, os_errors
 from lorasmith.files.atomic import aside, publish_folder
+from lorasmith.followup.draft_labels import Split
 from lorasmith.followup.draft_loss import batch_loss
-from lorasmith.followup.draft_rows import DraftRow, Split
+from lorasmith.followup.draft_rows import DraftRow
 from lorasmith.followup.draft_settings import DraftSettings
 from lorasmith.models.parts import split_batch
 from lorasmith.progress import Progress
@@ -193,11 +194,21 @@ class Trainer:
         publish_folder(temporary, self.checkpoint)
 
     def _load(self) -> None:
-        path = self.checkpoint / _STATE
-        if not path.is_file():
+        """Continue from the checkpoint, if there is one; `UsageError` for one of another training."""
+        if not (self.checkpoint / _STATE).is_file():
             return
-        state = json.loads(path.read_text())
-        if state.pop("key") != self.key:
+        try:
+            state = json.loads((self.checkpoint / _STATE).read_text())
+            key = state.pop("key")
+            kept = torch.load(self.checkpoint / "optimizer.pt", weights_only=True)
+            weights, best = (load_file(self.checkpoint / f"{name}.safetensors") for name in ("model", "best"))
+        except Exception as error:  # three libraries read it, each with errors of its own for a cut file
+            raise CheckpointError(
+                f"the unfinished training here is damaged: {type(error).__name__}: {error}",
+                where=self.checkpoint,
+                remedy="remove the checkpoint, and give the same command again: it begins anew",
+            ) from error
+        if key != self.key:
             raise UsageError(
                 "the unfinished training here is of other inputs, settings or versions",
                 where=self.checkpoint,
@@ -205,9 +216,8 @@ class Trainer:
             )
         validations = [DraftStep.model_validate(found) for found in state.pop("validations")]
         self.course = Course(**state, validations=validations)
-        self._core().load_state_dict(load_file(self.checkpoint / "model.safetensors"))
-        self.best = load_file(self.checkpoint / "best.safetensors")
-        kept = torch.load(self.checkpoint / "optimizer.pt", weights_only=True)
+        self._core().load_state_dict(weights)
+        self.best = best
         self.optimizer.load_state_dict(kept["optimizer"])
         self.schedule.load_state_dict(kept["schedule"])
         torch.set_rng_state(kept["random"])
