@@ -57,7 +57,7 @@ def response_data(config: RunConfig) -> Path:
 def forget_unasked(config: RunConfig) -> None:
     """Remove what an earlier command left of steps that are not asked for now: it is no part of this run."""
     asked, run = config.followup or FollowupAsked(), config.output
-    places = {"respond": [RESPONSES, "responses.timing.json"], "draft": [DRAFT]}
+    places = {"respond": [RESPONSES, "responses.timing.json", "responses.chunks.jsonl"], "draft": [DRAFT]}
     places["speculate"] = [SPECULATION, "speculation.timing.json"]
     for name, (record, *others) in places.items():
         if name in asked.named:

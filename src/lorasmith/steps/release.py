@@ -68,8 +68,8 @@ def package(run: RunContext) -> Step:
     from lorasmith.packaging.pack import pack
     from lorasmith.reporting.page import write_report
 
-    names = ("run.json", "testset", "validation", "merged", f"merged/{CARD}", "proof", "gates.json")
-    names += tuple(packed_records(run))
+    names = ["run.json", "testset", "validation", "merged", f"merged/{CARD}", "proof", "gates.json"]
+    names += packed_records(run)
     stage = Stage(
         name="package",
         inputs={name: run.folder / name for name in names},
