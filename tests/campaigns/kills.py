@@ -16,8 +16,8 @@ from collections import Counter
 from pathlib import Path
 
 import lorasmith
+from lorasmith.files.checksums import SUMS
 from lorasmith.files.jsonl import write_rows
-from lorasmith.packaging.checksums import SUMS
 from lorasmith.progress import silent
 from tests.faults import in_child, was_killed
 from tests.tiny import save_adapter, save_base, tiny_rows

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from lorasmith.errors import DamageError, DiskError, ExitCode, InputError, UsageError
-from lorasmith.packaging.checksums import write_sums
+from lorasmith.files.checksums import write_sums
 from lorasmith.packaging.pack import pack
 from lorasmith.packaging.parts import parse_size
 from lorasmith.packaging.unpack import unpack

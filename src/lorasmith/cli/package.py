@@ -37,9 +37,9 @@ def package(
 
     from lorasmith.cli import views
     from lorasmith.cli.console import bar, console, show_record
+    from lorasmith.files.seal import reseal
     from lorasmith.packaging.pack import pack
     from lorasmith.packaging.parts import parse_size
-    from lorasmith.packaging.seal import reseal
     from lorasmith.packaging.signing import Signer
     from lorasmith.reporting.page import write_report
 

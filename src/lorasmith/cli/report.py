@@ -35,7 +35,7 @@ def report(
     from lorasmith.files.machine import human_bytes
 
     if len(runs) == 1:
-        from lorasmith.packaging.seal import reseal
+        from lorasmith.files.seal import reseal
         from lorasmith.reporting.page import write_report
 
         page = output or runs[0] / "report.html"

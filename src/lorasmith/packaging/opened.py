@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasmith.errors import DamageError, InputError, os_errors
-from lorasmith.packaging.checksums import SUMS, read_sums
+from lorasmith.files.checksums import SUMS, read_sums
 from lorasmith.packaging.compress import BROKEN, COMPRESSIONS, Compression
 from lorasmith.packaging.pack import MANIFEST
 from lorasmith.packaging.parts import JoinedReader

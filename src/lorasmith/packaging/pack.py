@@ -12,9 +12,9 @@ from pathlib import Path
 
 from lorasmith.errors import CheckpointError, UsageError, os_errors
 from lorasmith.files.atomic import aside, publish_folder, write_bytes
+from lorasmith.files.checksums import write_sums
 from lorasmith.files.machine import require_disk
 from lorasmith.packaging.bom import BOM, bill_of_materials
-from lorasmith.packaging.checksums import write_sums
 from lorasmith.packaging.compress import Compression
 from lorasmith.packaging.compress import compression as find_compression
 from lorasmith.packaging.contents import MODEL, RESULTS, collect, expected_model_digests

@@ -8,9 +8,9 @@ from typing import TypeVar
 
 from lorasmith.errors import LorasmithError
 from lorasmith.files.atomic import read_record
+from lorasmith.files.checksums import SUMS, read_sums, walk
 from lorasmith.files.digests import hash_file
-from lorasmith.packaging.checksums import SUMS, read_sums, walk
-from lorasmith.packaging.seal import LOCK, sealed_names
+from lorasmith.files.seal import LOCK, sealed_names
 from lorasmith.packaging.signing import SIGNATURE
 from lorasmith.progress import Progress
 from lorasmith.records.base import Finding, Record

@@ -11,8 +11,8 @@ from typing import IO
 
 from lorasmith.errors import DamageError, InputError, UsageError, os_errors
 from lorasmith.files.atomic import aside, publish_folder, write_bytes
+from lorasmith.files.checksums import write_sums
 from lorasmith.files.machine import require_disk
-from lorasmith.packaging.checksums import write_sums
 from lorasmith.packaging.opened import Package, check_files, open_package, read_members
 from lorasmith.packaging.pack import MANIFEST
 from lorasmith.packaging.signing import Verifier, check_signature

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lorasmith.errors import DamageError, InputError, LorasmithError
+from lorasmith.files.checksums import SUMS, walk
 from lorasmith.files.digests import hash_file
-from lorasmith.packaging.checksums import SUMS, walk
 from lorasmith.packaging.contents import RESULTS
 from lorasmith.packaging.opened import Package, check_files, open_package, read_members
 from lorasmith.packaging.pack import MANIFEST

@@ -95,13 +95,13 @@ def report(run_folder: Path) -> None:
 
 def open_seal(run_folder: Path) -> None:
     """Before the first step: from here on the run has not ended."""
-    from lorasmith.packaging import seal
+    from lorasmith.files import seal
 
     seal.open_seal(run_folder)
 
 
 def seal(run_folder: Path) -> None:
     """After the last step: the checksums of all that lies there, for `lorasmith verify`."""
-    from lorasmith.packaging import seal
+    from lorasmith.files import seal
 
     seal.seal_run(run_folder)

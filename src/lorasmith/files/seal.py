@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorasmith.errors import LorasmithError, os_errors
+from lorasmith.files.checksums import SUMS, read_sums, walk, write_sums
 from lorasmith.files.digests import describe
-from lorasmith.packaging.checksums import SUMS, read_sums, walk, write_sums
 
 LOCK = ".lock"
 """Empty; whoever works on the run holds it open."""
