@@ -6,8 +6,8 @@
 
 Every tool starts from a cold source (POSIX_FADV_DONTNEED) and is done when its output is synced. The tools
 take turns, so that a noisy moment hits all of them; the table shows medians. `lorasmith` hashes
-what it writes, `lorasmith+base` what it reads as well, as for a base that it has not seen before. All that is
-written is removed.
+what it writes, `lorasmith+base` what it reads as well, as for a base that it has not seen before; `prove`
+proves a merge that `lorasmith` has just made, base and merge both cold. All that is written is removed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ import torch
 from lorasmith.checkpoint.header import build_header, nbytes_of
 
 SHARD_BYTES = 5_000_000_000
-TOOLS = ("lorasmith", "lorasmith+base", "cp -r", "dd direct", "peft", "mergekit")
+TOOLS = ("lorasmith", "prove", "lorasmith+base", "cp -r", "dd direct", "peft", "mergekit")
+
+REFERENCES = ("cp -r", "dd direct", "lorasmith")
+"""What the seconds of every tool are set against."""
 
 
 def layout(parameters: float) -> tuple[dict[str, Any], list[tuple[str, tuple[int, ...]]]]:
@@ -159,6 +162,14 @@ seconds = time.monotonic() - begin
 print("direct I/O:", record.direct_io, file=sys.stderr)
 """
 
+PROVE = """
+from lorasmith.proving.weights import prove
+begin = time.monotonic()
+record = prove(Path({base!r}), Path({adapter!r}), Path({out!r}))
+seconds = time.monotonic() - begin
+assert record.grade == "exact", record.grade
+"""
+
 PEFT = """
 import os
 from peft import PeftModel
@@ -207,6 +218,11 @@ def run(
     if tool == "lorasmith+base":
         with tempfile.TemporaryDirectory() as empty:
             return run_child(LORASMITH, base, adapter, out, {"LORASMITH_CACHE": empty})
+    if tool == "prove":
+        run_child(LORASMITH, base, adapter, out, warm)
+        cool(base)
+        cool(out)
+        return run_child(PROVE, base, adapter, out, warm)
     if tool == "peft":
         return run_child(PEFT, base, adapter, out, {})
     if tool == "cp -r":
@@ -275,16 +291,16 @@ def bench(
                 shutil.rmtree(out)
         reference = {
             name: statistics.median(run["seconds"] for run in results[name])
-            for name in ("cp -r", "dd direct")
+            for name in REFERENCES
             if results.get(name)
         }
-        print(f"{'tool':<16}{'seconds':>9}{'range':>14}{'GB/s':>7}{'/ cp -r':>9}{'/ dd':>7}{'memory':>10}")
+        heads = "".join(f"{'/ ' + name:>13}" for name in REFERENCES)
+        print(f"{'tool':<16}{'seconds':>9}{'range':>14}{'GB/s':>7}{heads}{'memory':>10}")
         for tool, runs in results.items():
             seconds = [run["seconds"] for run in runs]
             middle = statistics.median(seconds)
             ratios = "".join(
-                f"{middle / reference[name]:>{width}.2f}" if name in reference else " " * width
-                for name, width in (("cp -r", 9), ("dd direct", 7))
+                f"{middle / reference[name]:>13.2f}" if name in reference else " " * 13 for name in REFERENCES
             )
             memory = max((run["memory"] for run in runs if "memory" in run), default=None)
             shown = f"{memory / 1e6:>7.0f} MB" if memory is not None else ""

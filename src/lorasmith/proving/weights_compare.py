@@ -16,8 +16,8 @@ import torch
 from lorasmith.errors import CheckpointError
 from lorasmith.proving import weights_rounding as rounding
 from lorasmith.proving.weights_dither import Dither, doubtful_dithered, make_dither
+from lorasmith.proving.weights_elements import element_values
 from lorasmith.proving.weights_exact import decide, float64_is_exact, row_gain
-from lorasmith.proving.weights_gain import UNIT, gamma
 from lorasmith.proving.weights_quick import doubtful
 from lorasmith.proving.weights_rounding import Floats, Grid, Ints
 from lorasmith.proving.weights_tally import FIRST, Tally, Wrong
@@ -56,7 +56,7 @@ def _slow(block: Block, flat: Ints, dither: Dither | None) -> Tally:
     finite = np.isfinite(source)
     if block.terms and not finite.all():
         raise CheckpointError(f"the base's tensor {block.name!r} is not finite", expected="finite numbers")
-    x, error, size = _formula(block, source, rows, cols)
+    x, error, size = element_values(block, source, rows, cols)
     base_sign = np.signbit(source)
     share = None if dither is None else dither.shares(block.start + rows, cols)
     verdict = rounding.judge(grid, magnitude, negative, x, error, base_sign, share)
@@ -107,32 +107,6 @@ def _slow(block: Block, flat: Ints, dither: Dither | None) -> Tally:
             tally.first.append(Wrong(block.start + int(rows[k]), int(cols[k]), shown, wanted_shown, int(far)))
         _explain(tally, grid, magnitude[wrong], negative[wrong], source[wrong], x[wrong], size[wrong])
     return tally
-
-
-def _formula(block: Block, source: Floats, rows: Ints, cols: Ints) -> tuple[Floats, Floats, Floats]:
-    """x, a bound on its error, and a bound on Σ|summands|, in float64, for single elements."""
-    x, reach, rank = source.copy(), np.zeros(len(source)), 0
-    at, across = torch.from_numpy(rows), torch.from_numpy(cols)
-    for term in block.terms:
-        left = term.left_rows(block.start, len(block.found))[at].to(torch.float64)
-        right = term.right_columns[across].to(torch.float64)
-        factor = float(term.factor)
-        x += torch.linalg.vecdot(left, right).numpy() * factor
-        norms = torch.linalg.vecdot(left, left).sqrt_().numpy() * term.right_norms[across].numpy()
-        reach += norms * (abs(factor) * (1 + 2.0**-40))
-        rank += right.shape[1]
-    size = np.abs(source) + reach
-    # Each product is rounded twice and c once, the sums rank + number of terms times; all in one bound.
-    bound = gamma(rank + len(block.terms) + 4, UNIT)
-    # Where a row of L or a column of R is all zeros nothing is added, and nothing rounded.
-    error = np.where(reach > 0, bound * size * (1 + 2.0**-40) + rank * 2.0**-1000, 0.0)
-    if block.gain:
-        values = block.gain.values.numpy()
-        gain = values[rows, 0] if block.gain.per_row else values[0, cols]
-        x, size = x * gain, size * np.abs(gain)
-        # Where x is zero and exact it stays so; all else takes on the gain's own error.
-        error = error * np.abs(gain) * (1 + 2.0**-40) + np.abs(x) * (block.gain.error + 4 * UNIT)
-    return x, error, size
 
 
 def compare_bytes(found: torch.Tensor, source: torch.Tensor, first_row: int) -> Tally:

@@ -11,6 +11,7 @@ import threading
 import numpy as np
 import torch
 
+from lorasmith.proving.weights_elements import still_doubtful
 from lorasmith.proving.weights_rounding import Floats, Grid, Ints, Mask
 from lorasmith.proving.weights_terms import Block, prepare
 
@@ -55,7 +56,8 @@ def doubtful(block: Block) -> Ints:
     if not len(positions):
         return positions
     beyond = np.concatenate([part[1] for part in found])
-    return _second_look(block, positions, beyond, reach[:, 0].numpy(), bound, tiny)
+    positions = _second_look(block, positions, beyond, reach[:, 0].numpy(), bound, tiny)
+    return still_doubtful(block, positions)
 
 
 def _step(
@@ -76,7 +78,7 @@ def _step(
     # NumPy's comparison is several times as fast as torch's; a NaN compares false and stays doubtful.
     np.less(work[0].view(-1).numpy(), work[1].view(-1).numpy(), out=mask)
     positions = np.flatnonzero(np.logical_not(mask, out=mask))
-    beyond: Floats = x.view(-1)[torch.from_numpy(positions)].to(torch.float64).numpy()
+    beyond: Floats = x.view(-1).numpy().take(positions).astype(np.float64)
     return positions + start * stored.shape[1], beyond
 
 
@@ -98,7 +100,9 @@ def _second_look(
     Powers of two, whose interval is wider on the far side, are much of what the first look leaves.
     """
     grid, columns = block.grid, block.found.shape[1]
-    magnitude, negative = grid.magnitudes(block.found.reshape(-1)[torch.from_numpy(positions)])
+    magnitude, negative = grid.magnitudes(
+        block.found.reshape(-1).index_select(0, torch.from_numpy(positions))
+    )
     known = (magnitude > 0) & (magnitude < grid.infinity)
     down, up = grid.half_steps(np.where(known, magnitude, 1))
     beyond = np.where(negative, -beyond, beyond)

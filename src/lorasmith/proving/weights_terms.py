@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 import torch
 
 from lorasmith.proving.weights_gain import Gain, gamma
-from lorasmith.proving.weights_rounding import Grid
+from lorasmith.proving.weights_rounding import Floats, Grid
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class LoadedTerm:
     """2-norms of the columns of R."""
     right_norm: float
     """Largest 2-norm of a column of R."""
+
+    @cached_property
+    def columns64(self) -> Floats:
+        """`right_columns` in float64."""
+        columns: Floats = self.right_columns.to(torch.float64).numpy()
+        return columns
 
     def left_rows(self, start: int, count: int) -> torch.Tensor:
         """Rows of L for rows of the matrix."""
