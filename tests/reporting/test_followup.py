@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorasmith.errors import InputError
+from lorasmith.files.machine import human_bytes
 from lorasmith.reporting.followup import followup_view, size_plot
 from lorasmith.reporting.load import load_run
 from lorasmith.reporting.page import write_report
@@ -45,7 +46,7 @@ def test_every_step_is_told_with_its_figures(run: Path) -> None:
         "before training 6.500", "after 2.250", "50.0 %", "classifier 70.0 % 0.650 0.110",
         "always “easy” 60.0 % 0.375", "does not pay", "23.5 tokens/s",
         "draft model, 4 tokens 7 1 0 45.0 % 1.50 20.0 0.845 1.10 0.900", "prompt lookup, 2 tokens",
-        "1. gguf:q8_0", "113 MB", "not measured",
+        "1. gguf:q8_0", human_bytes(113_000_000), "not measured",
     ):  # fmt: skip
         assert told in text, told
 
