@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.errors import CheckpointError
+from lorasmith.records.conditions import Conditions
 
 
 class Squares:
@@ -24,9 +25,11 @@ class Squares:
         fail_on: int = -1,
         marks: str = "",
         awaited: str = "",
+        waits: bool = True,
     ) -> None:
         self.pause, self.largest, self.kill_on, self.fail_on = pause, largest, kill_on, fail_on
-        self.marks, self.awaited = marks, awaited
+        self.marks, self.awaited, self.waits = marks, awaited, waits
+        self.bonus = 0
 
     def run(self, rows: tuple[int, ...]) -> list[int]:
         if self.marks:
@@ -38,17 +41,17 @@ class Squares:
             raise CheckpointError("a bad row", where=f"row {self.fail_on}", remedy="mend it")
         if len(rows) > self.largest:
             raise MemoryError("too much")
-        return [row * row for row in rows]
+        return [row * row + self.bonus for row in rows]
 
     def meet(self, folder: Path) -> None:
-        """The awaited node notes that it works, until it is killed; the others wait for its note."""
+        """The awaited node notes that it works (and `waits` until it is killed); the others wait for that."""
         import ray
 
         until = time.monotonic() + 120
         mark = folder / self.awaited
         if ray.get_runtime_context().get_node_id() == self.awaited:
             mark.touch()
-            mark = folder / "never"
+            mark = folder / "never" if self.waits else mark
         while not mark.exists() and time.monotonic() < until:
             time.sleep(0.02)
 
@@ -64,6 +67,13 @@ class Squares:
 
     def release(self) -> None:
         """Nothing is held."""
+
+    def conditions(self) -> Conditions:
+        return Conditions(device="cpu", processor=os.environ.get("TEST_PROCESSOR", "usual"), threads=1)
+
+    def take(self, parcel: dict[str, int]) -> None:
+        """What comes with a chunk."""
+        self.bonus = parcel["bonus"]
 
     def pack(self, result: list[int]) -> bytes:
         return json.dumps(result).encode()

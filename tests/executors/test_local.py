@@ -10,9 +10,11 @@ import pytest
 
 from lorasmith.errors import MemoryLimitError
 from lorasmith.executors.local import work_through
+from lorasmith.executors.log import ChunkLog
 from lorasmith.files.journal import Journal, Rows
 from lorasmith.models.batches import halve
 from lorasmith.models.memory import is_out_of_memory
+from lorasmith.records.conditions import ChunkRecord, Conditions
 
 
 @dataclass
@@ -23,6 +25,7 @@ class Squares:
     before: Callable[[Rows], None] = lambda rows: None
     tried: list[Rows] = field(default_factory=list)
     released: int = 0
+    processor: str = "here"
 
     def run(self, rows: Rows) -> list[int]:
         self.tried.append(rows)
@@ -44,6 +47,9 @@ class Squares:
 
     def release(self) -> None:
         self.released += 1
+
+    def conditions(self) -> Conditions:
+        return Conditions(device="cpu", processor=self.processor, threads=1)
 
     def pack(self, result: list[int]) -> bytes:
         return bytes(result)
@@ -123,3 +129,34 @@ def test_work_goes_on_where_it_stopped_in_the_same_parts(tmp_path: Path, stop: i
         assert sorted(through(second, chunks, journal)) == sorted(whole)
     done = [rows for rows in first.tried[:stop] if len(rows) <= 2]
     assert not set(done) & set(second.tried)  # what was finished is not computed again
+
+
+def test_chunks_that_another_machine_computed_before_are_labelled(tmp_path: Path) -> None:
+    """A command that was interrupted on one machine and ended on another."""
+    chunks: list[Rows] = [(0, 1), (2, 3), (4, 5)]
+    there, here = Squares(processor="there"), Squares(processor="here")
+    with Journal(tmp_path / "journal", "key", {}) as journal:
+        list(work_through(chunks[:1], there, journal))
+    with Journal(tmp_path / "journal", "key", {}) as journal:
+        log = ChunkLog()
+        assert len(list(work_through(chunks, here, journal, log))) == 3
+    assert list(log.kinds().values()) == [2, 1]
+    (finding,) = log.findings()
+    assert finding.code == "mixed-hardware" and finding.message.startswith("mixed hardware: ")
+    assert "2 on cpu; here" in finding.message and "1 on cpu; there" in finding.message
+    log.write(tmp_path / "chunks.jsonl", wanted=False)  # what is mixed is always told
+    lines = [ChunkRecord.model_validate_json(line) for line in (tmp_path / "chunks.jsonl").open()]
+    assert [(line.rows, line.conditions.processor) for line in lines] == [
+        ([0, 1], "there"),
+        ([2, 3], "here"),
+        ([4, 5], "here"),
+    ]
+
+
+def test_one_kind_of_machine_needs_no_word(tmp_path: Path) -> None:
+    log = ChunkLog()
+    (tmp_path / "chunks.jsonl").touch()  # of an earlier command
+    list(work_through([(0, 1)], Squares(), None, log))
+    assert not log.findings()
+    log.write(tmp_path / "chunks.jsonl", wanted=False)
+    assert not (tmp_path / "chunks.jsonl").exists()

@@ -17,16 +17,22 @@ from lorasmith.cli.options import (
     Device,
     DeviceMap,
     EndOfTurn,
+    ExecutorName,
     Limit,
     LossOn,
     MaxLength,
     Merged,
+    RayAddress,
     Seed,
     ShuffleSeed,
     States,
     Strict,
     Template,
     TestSet,
+    WorkerCount,
+    WorkerGpus,
+    WorkerThreads,
+    executor_of,
     taken_by,
 )
 
@@ -53,6 +59,11 @@ def compare(
         int | None, typer.Option(help="Also let both models write so many tokens after each prompt.")
     ] = None,
     states: States = None,
+    executor: ExecutorName = "local",
+    ray_address: RayAddress = None,
+    workers: WorkerCount = None,
+    worker_threads: WorkerThreads = None,
+    worker_gpus: WorkerGpus = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -67,6 +78,7 @@ def compare(
     from lorasmith.cli import proof_views
     from lorasmith.cli.console import bar, console, show_record
 
+    asked["executor"] = executor_of(asked)
     proof = lorasmith.compare(**taken_by(lorasmith.compare, asked), progress=bar)
     if as_json:
         show_record(proof)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from lorasmith.executors.base import Executor
 
 Base = Annotated[
     Path,
@@ -47,9 +50,38 @@ States = Annotated[
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Stop at rows that would be cut.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+ExecutorName = Annotated[
+    str, typer.Option("--executor", help="Where the work is done: local, or ray (a cluster).")
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option("--ray-address", help="Of the cluster: auto, ray://host:10001. [one is started here]"),
+]
+WorkerCount = Annotated[
+    int | None, typer.Option("--workers", help="With ray: how many. [as many as the cluster has room for]")
+]
+WorkerThreads = Annotated[
+    int | None, typer.Option("--worker-threads", help="With ray: of each worker. [those of this process]")
+]
+WorkerGpus = Annotated[
+    float | None, typer.Option("--worker-gpus", help="With ray: of each worker. [1 where a GPU computes]")
+]
 GateFormat = Annotated[
     str, typer.Option("--format", help="How gates are printed: text, junit, json, markdown or github.")
 ]
+
+
+def executor_of(arguments: Mapping[str, Any]) -> Executor:
+    """The executor that a command's arguments (its `locals()`) ask for; raises as `make_executor` does."""
+    from lorasmith.executors.base import make_executor
+
+    return make_executor(
+        arguments["executor"],
+        address=arguments["ray_address"],
+        workers=arguments["workers"],
+        threads=arguments["worker_threads"],
+        gpus=arguments["worker_gpus"],
+    )
 
 
 def taken_by(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

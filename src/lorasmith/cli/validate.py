@@ -15,15 +15,21 @@ from lorasmith.cli.options import (
     Device,
     DeviceMap,
     EndOfTurn,
+    ExecutorName,
     Limit,
     LossOn,
     MaxLength,
+    RayAddress,
     Seed,
     ShuffleSeed,
     States,
     Strict,
     Template,
     TestSet,
+    WorkerCount,
+    WorkerGpus,
+    WorkerThreads,
+    executor_of,
     taken_by,
 )
 
@@ -57,15 +63,11 @@ def validate(
         bool, typer.Option("--tasks", help="Also answer the benchmarks' questions and score the answers.")
     ] = False,
     states: States = None,
-    executor: Annotated[
-        str, typer.Option(help="Where rows are scored: local, or ray (a cluster).")
-    ] = "local",
-    ray_address: Annotated[
-        str | None, typer.Option(help="Of the cluster: auto, ray://host:10001. [one is started here]")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="With ray: workers, each with the model. [all the cluster has]")
-    ] = None,
+    executor: ExecutorName = "local",
+    ray_address: RayAddress = None,
+    workers: WorkerCount = None,
+    worker_threads: WorkerThreads = None,
+    worker_gpus: WorkerGpus = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -77,9 +79,8 @@ def validate(
     import lorasmith
     from lorasmith.cli import views
     from lorasmith.cli.console import bar, console, show_record
-    from lorasmith.executors.base import make_executor
 
-    asked["executor"] = make_executor(executor, address=ray_address, workers=workers)
+    asked["executor"] = executor_of(asked)
     result = lorasmith.validate(**taken_by(lorasmith.validate, asked), progress=bar)
     if as_json:
         show_record(result)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from lorasmith.errors import UsageError
-from lorasmith.executors.local import Work, work_through
+from lorasmith.executors.chunks import Work
+from lorasmith.executors.local import work_through
+from lorasmith.executors.log import ChunkLog
 from lorasmith.files.journal import Journal, Rows
 
 R = TypeVar("R")
@@ -20,42 +24,84 @@ class Recipe:
     function: str
     """`package.module:function`."""
     arguments: Mapping[str, Any]
+    gpu: bool = False
+    """Whether the work computes on a GPU; a worker then gets one unless told otherwise."""
+    parcel: Callable[[Rows], Any] | None = None
+    """What a chunk needs besides its rows: made here, sent with it, given to the work's `take` before it
+    runs. Without it a worker reads what it needs from storage."""
 
 
-class Executor(Protocol):
-    """Computes chunks; `lorasmith.executors.local.work_through` says what comes out."""
+class Executor(AbstractContextManager["Executor"], Protocol):
+    """Computes chunks. Inside a `with` block its workers stay for the next piece of work."""
+
+    elsewhere: bool
+    """Whether the work is made anew from its recipe, in other processes."""
 
     def work_through(
-        self, chunks: Iterable[Rows], work: Work[R], journal: Journal | None, recipe: Recipe
+        self,
+        chunks: Iterable[Rows],
+        work: Work[R],
+        journal: Journal | None,
+        recipe: Recipe,
+        log: ChunkLog | None = None,
     ) -> Iterator[tuple[Rows, R]]:
-        """Each chunk with its result, in any order; `recipe` makes `work` elsewhere."""
+        """Each chunk with its result, in any order; `log` hears what each was computed under."""
 
-    def hardware(self) -> list[str]:
-        """What computed the results so far, one entry for each kind of worker; one is no mixture."""
+    def places(self, recipe: Recipe) -> int:
+        """How many chunks can be under way at once."""
 
 
 class Local:
     """This process."""
 
+    elsewhere = False
+
     def work_through(
-        self, chunks: Iterable[Rows], work: Work[R], journal: Journal | None, recipe: Recipe
+        self,
+        chunks: Iterable[Rows],
+        work: Work[R],
+        journal: Journal | None,
+        recipe: Recipe,
+        log: ChunkLog | None = None,
     ) -> Iterator[tuple[Rows, R]]:
         """Each chunk with its result, in the order of the chunks."""
-        return work_through(chunks, work, journal)
+        return work_through(chunks, work, journal, log)
 
-    def hardware(self) -> list[str]:
-        """This machine: never a mixture."""
-        return []
+    def places(self, recipe: Recipe) -> int:
+        """One."""
+        return 1
+
+    def __enter__(self) -> Local:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing is held."""
 
 
-def make_executor(name: str, *, address: str | None = None, workers: int | None = None) -> Executor:
+def make_executor(
+    name: str,
+    *,
+    address: str | None = None,
+    workers: int | None = None,
+    threads: int | None = None,
+    gpus: float | None = None,
+) -> Executor:
     """The executor of this name; raises `UsageError` for another name, and for options that are not its."""
-    if name == "ray":
-        from lorasmith.executors.ray import Cluster
-
-        return Cluster(address, workers)
-    if name != "local":
+    if name not in ("local", "ray"):
         raise UsageError(f"there is no executor {name!r}", expected="local or ray")
-    if address is not None or workers is not None:
-        raise UsageError("a cluster's address or workers without a cluster", expected="--executor ray")
-    return Local()
+    numbers = (("--workers", workers, 1), ("--worker-threads", threads, 1), ("--worker-gpus", gpus, 0))
+    if name == "local":
+        for flag, given in (("--ray-address", address), *(number[:2] for number in numbers)):
+            if given is not None:
+                raise UsageError(f"{flag} without a cluster", expected="--executor ray")
+        return Local()
+    for flag, value, least in numbers:
+        if value is not None and value < least:
+            raise UsageError(f"{flag} is {value}", expected=f"{least} or more")
+    if gpus is not None and gpus > 1 and gpus != int(gpus):
+        raise UsageError(f"--worker-gpus is {gpus:g}", expected="a part of one GPU, or whole ones")
+    from lorasmith.executors.ray import Cluster
+
+    return Cluster(address, workers, threads, gpus)

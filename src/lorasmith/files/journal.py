@@ -1,8 +1,8 @@
 """Results of finished chunks on disk, so that a killed run goes on after the last of them.
 
 One file: a line of JSON that says whose results these are, then for each chunk a line of JSON with its
-rows, its length and its checksum, the packed result, and a line end. A damaged or unfinished end is cut
-off.
+rows, its length, its checksum and what computed it, the packed result, and a line end. A damaged or
+unfinished end is cut off.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Journal:
         self.limit: int | None = None
         """Smallest size that did not fit in memory so far."""
         self._found: dict[Rows, tuple[int, int]] = {}
+        self._made_by: dict[Rows, Mapping[str, Any]] = {}
         self._rows: set[int] = set()
         with os_errors(path, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,14 +71,21 @@ class Journal:
         start, size = self._found[rows]
         return os.pread(self._handle.fileno(), size, start)
 
-    def add(self, rows: Rows, packed: bytes, limit: int | None) -> None:
-        """Write a result and sync it to disk."""
+    def made_by(self, rows: Rows) -> Mapping[str, Any] | None:
+        """What computed a chunk, as `add` was told."""
+        return self._made_by.get(rows)
+
+    def add(
+        self, rows: Rows, packed: bytes, limit: int | None, made_by: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write a result, and what computed it, and sync it to disk."""
+        body = {"rows": rows, "bytes": len(packed), "limit": limit, "made_by": made_by}
         with os_errors(self.path, "write"):
             start = self._handle.seek(0, os.SEEK_END)
-            line = sealed_line({"rows": rows, "bytes": len(packed), "limit": limit}, packed)
+            line = sealed_line(body, packed)
             self._handle.write(line + packed + b"\n")
             self._sync()
-        self._remember(rows, start + len(line), len(packed))
+        self._remember(rows, start + len(line), len(packed), made_by)
 
     def remove(self) -> None:
         """Delete it: what it held is in the results now."""
@@ -100,8 +108,10 @@ class Journal:
         self._handle.flush()
         os.fsync(self._handle.fileno())
 
-    def _remember(self, rows: Rows, start: int, size: int) -> None:
+    def _remember(self, rows: Rows, start: int, size: int, made_by: Mapping[str, Any] | None) -> None:
         self._found[rows] = (start, size)
+        if made_by is not None:
+            self._made_by[rows] = made_by
         self._rows.update(rows)
 
     def _begin(self, key: str, notes: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,16 +128,17 @@ class Journal:
             return None
         end = self._handle.tell()
         while entry := self._read_entry():
-            rows, start, size, self.limit = entry
-            self._remember(rows, start, size)
+            rows, start, body = entry
+            self.limit = body["limit"]
+            self._remember(rows, start, body["bytes"], body.get("made_by"))
             end = self._handle.tell()
         self._handle.truncate(end)
         return dict(head["notes"])
 
-    def _read_entry(self) -> tuple[Rows, int, int, int | None] | None:
+    def _read_entry(self) -> tuple[Rows, int, Mapping[str, Any]] | None:
         entry = read_sealed(self._handle)
         if entry is None:
             return None
         body, packed = entry
         start = self._handle.tell() - len(packed) - 1
-        return tuple(body["rows"]), start, len(packed), body["limit"]
+        return tuple(body["rows"]), start, body

@@ -50,7 +50,7 @@ def open_states(
     settings = work.settings
     key = {
         "folders": [digest_folder(folder) for folder in folders],
-        "tokens": _digest(work.rows),
+        "tokens": digest_tokens(work.rows),
         "batches": [settings.batch_tokens, settings.batch_size],
         "place": [route.name, loaded.device.type, torch.get_num_threads()],
         "versions": [__version__, *(version(name) for name in ("torch", "transformers", "peft"))],
@@ -68,7 +68,7 @@ def open_states(
     return journal
 
 
-def _digest(rows: Sequence[Encoded]) -> str:
+def digest_tokens(rows: Sequence[Encoded]) -> str:
     """Of all tokens and of where scoring begins in each row."""
     digest = hashlib.sha256()
     for row in rows:
@@ -85,6 +85,7 @@ def scoring_work(forward: TokenForward, work: Workload, *, keep: bool) -> RowWor
 
     return RowWork(
         work.rows,
+        forward.device,
         action=score,
         to_arrays=lambda scored: [*scored[0], *([scored[1].numpy()] if keep else [])],
         from_arrays=lambda rows, arrays: (

@@ -9,10 +9,13 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from lorasmith.models.batches import halve
+from lorasmith.models.conditions import conditions_of
 from lorasmith.models.encode import Encoded
 from lorasmith.models.memory import is_out_of_memory, release_memory
+from lorasmith.records.conditions import Conditions
 
 R = TypeVar("R")
 Rows = tuple[int, ...]
@@ -24,6 +27,7 @@ class RowWork(Generic[R]):
     """Something done to rows of a test set, batch by batch."""
 
     encoded: Sequence[Encoded]
+    device: torch.device
     action: Callable[[Rows], R]
     to_arrays: Callable[[R], Arrays]
     from_arrays: Callable[[Rows, Arrays], R]
@@ -55,6 +59,10 @@ class RowWork(Generic[R]):
     def unpack(self, rows: Rows, packed: bytes) -> R:
         """Back from `pack`."""
         return self.from_arrays(rows, unpack_arrays(packed))
+
+    def conditions(self) -> Conditions:
+        """Of the device here."""
+        return conditions_of(self.device)
 
 
 def pack_arrays(arrays: Arrays) -> bytes:

@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from lorasmith.errors import UsageError
+from lorasmith.executors.base import Executor, Local
+from lorasmith.executors.log import ChunkLog
 from lorasmith.files.atomic import write_record
 from lorasmith.files.hub import local_model
 from lorasmith.files.paths import StrPath
@@ -44,6 +46,7 @@ def compare(
     thresholds: Mapping[str, float] | None = None,
     generate: int | None = None,
     states: StrPath | None = None,
+    executor: Executor | None = None,
     progress: Progress = silent,
 ) -> BehaviourProof:
     """Compare the adapter on its base (PEFT's forward, model A) with the merged model (B), token by token.
@@ -57,6 +60,10 @@ def compare(
     routes, by the other one, which adds in another order. Where a model is stored in 16 bits, the adapter
     computed in that type stands beside it, as it would be served. `generate` also has both models write so
     many tokens at most after each prompt, greedily, and compares them.
+
+    `executor` is where both models run over the rows and write their texts; the floors and the comparison of
+    the states, a small part of the work, are computed here. Then `NAME.chunks.jsonl` beside the record tells
+    of each batch what computed it, and a finding says where that differs.
 
     Raises `CheckpointError` for models of different vocabulary.
     """
@@ -73,14 +80,18 @@ def compare(
     limits = resolve_thresholds(thresholds)
     digest = describe_test_set(Path(test_set))
     path = None if output is None else output.with_name(f".{output.name}.journal")
+    where, log = executor or Local(), ChunkLog()
     with (
+        where,
         open_journal(path, [base, adapter, merged], digest, options) as journal,
         _states_folder(None if states is None else Path(states), output) as folder,
     ):
         route = route_of(options, journal)
-        asked = Comparison(base, adapter, merged, options, generate, progress, route, folder)
+        asked = Comparison(
+            base, adapter, merged, options, generate, progress, route, folder, Path(test_set), where, log
+        )
         with ExitStack() as stack:
-            a = run_adapter(asked, Path(test_set), stack)
+            a = run_adapter(asked, stack)
             b = run_merged(asked, a.work, stack)
             rows = compare_sides(a.work, a.side, b.side, route, journal, progress)
         work, overall = a.work, summarise(rows, seed)
@@ -104,9 +115,11 @@ def compare(
             examples=per_example(work.examples, rows),
             generation=generation_of(asked, a, b),
             partial=work.partial,
-            findings=[*work.findings, *a.findings],
+            findings=[*work.findings, *a.findings, *log.findings()],
         )
         if output is not None:
+            chunks = output.with_name(output.name.removesuffix(".json") + ".chunks.jsonl")
+            log.write(chunks, wanted=where.elsewhere)
             write_record(output, proof)
         if journal:
             journal.remove()

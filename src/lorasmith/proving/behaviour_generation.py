@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from lorasmith.executors.local import work_through
+from lorasmith.executors.base import Executor, Recipe
+from lorasmith.executors.log import ChunkLog
 from lorasmith.models.arithmetic import Route, use_route
 from lorasmith.models.generate import (
     Generated,
@@ -17,6 +20,7 @@ from lorasmith.models.generate import (
 )
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.memory import keep_memory
+from lorasmith.models.replica import Replica
 from lorasmith.models.session import Workload
 from lorasmith.models.work import RowWork
 from lorasmith.progress import Progress
@@ -24,6 +28,9 @@ from lorasmith.records.proof import Divergence, GenerationComparison
 
 FLOOR_EXAMPLES = 16
 """Examples that the adapter answers once more alone: a text can turn on a tie that rounding breaks."""
+
+OPEN_TEXTS = "lorasmith.proving.behaviour_generation:open_texts"
+"""Where a worker finds the function of this name."""
 
 _SHOWN = 12
 """Tokens of each text that are shown from the first difference on."""
@@ -38,18 +45,50 @@ class Texts:
 
 
 def write_texts(
-    work: Workload, model: LoadedModel, route: Route, max_new_tokens: int, label: str, progress: Progress
+    work: Workload,
+    model: LoadedModel,
+    route: Route,
+    max_new_tokens: int,
+    label: str,
+    progress: Progress,
+    executor: Executor,
+    replica: Replica,
+    log: ChunkLog,
 ) -> Texts:
     """Generate at most `max_new_tokens` after each prompt, greedily."""
+    recipe = Recipe(OPEN_TEXTS, {"replica": replica, "max_new_tokens": max_new_tokens}, replica.gpu)
     prompts = [row.ids[: row.n_prompt] for row in work.rows]
+    found: dict[int, Generated] = {}
+    with open_writing(work, model, route, max_new_tokens) as writing:
+        with progress(label, total=len(prompts), unit="row") as advance:
+            for rows, texts in executor.work_through(plan_generation(prompts), writing, None, recipe, log):
+                found.update(zip(rows, texts, strict=True))
+                advance(len(rows))
+        alone = [writing.run((row,))[0] for row in range(min(FLOOR_EXAMPLES, len(prompts)))]
+    return Texts([found[row] for row in range(len(prompts))], alone)
+
+
+@contextmanager
+def open_texts(replica: Replica, max_new_tokens: int) -> Iterator[RowWork[list[Generated]]]:
+    """The same work in another process."""
+    model, work, route = replica.open()
+    with open_writing(work, model, route, max_new_tokens) as writing:
+        yield writing
+
+
+@contextmanager
+def open_writing(
+    work: Workload, model: LoadedModel, route: Route, max_new_tokens: int
+) -> Iterator[RowWork[list[Generated]]]:
+    """Batches of rows → what the model writes after each prompt."""
     stop = stop_tokens(model, work.settings.template)
+
+    def write(rows: tuple[int, ...]) -> list[Generated]:
+        prompts = [work.rows[row].ids[: work.rows[row].n_prompt] for row in rows]
+        return generate_greedy(model, prompts, max_new_tokens=max_new_tokens, stop=stop)
+
     with keep_memory(), use_route(route):
-        batched = _generate(work, model, prompts, stop, max_new_tokens, label, progress)
-        alone = [
-            generate_greedy(model, [prompt], max_new_tokens=max_new_tokens, stop=stop)[0]
-            for prompt in prompts[:FLOOR_EXAMPLES]
-        ]
-    return Texts(batched, alone)
+        yield RowWork(work.rows, model.device, write, to_arrays=to_arrays, from_arrays=from_arrays)
 
 
 def compare_texts(
@@ -88,28 +127,3 @@ def _agreement(one: Generated, two: Generated) -> int:
         if a != b:
             return place
     return min(len(one.tokens), len(two.tokens))
-
-
-def _generate(
-    work: Workload,
-    model: LoadedModel,
-    prompts: list[list[int]],
-    stop: list[int],
-    max_new_tokens: int,
-    label: str,
-    progress: Progress,
-) -> list[Generated]:
-    found: dict[int, Generated] = {}
-    generating: RowWork[list[Generated]] = RowWork(
-        work.rows,
-        action=lambda rows: generate_greedy(
-            model, [prompts[row] for row in rows], max_new_tokens=max_new_tokens, stop=stop
-        ),
-        to_arrays=to_arrays,
-        from_arrays=from_arrays,
-    )
-    with progress(label, total=len(prompts), unit="row") as advance:
-        for rows, texts in work_through(plan_generation(prompts), generating):
-            found.update(zip(rows, texts, strict=True))
-            advance(len(rows))
-    return [found[row] for row in range(len(prompts))]

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lorasmith.executors.base import Executor, Local, Recipe
 from lorasmith.executors.local import work_through
+from lorasmith.executors.log import ChunkLog
 from lorasmith.files.journal import Journal, Rows
 from lorasmith.models.arithmetic import Route, other_route, use_route
 from lorasmith.models.batches import make_batch, plan_batches
@@ -67,17 +69,33 @@ class Floor:
 
 
 def run_side(
-    loaded: LoadedModel, work: Workload, route: Route, journal: Journal, label: str, progress: Progress
+    loaded: LoadedModel,
+    work: Workload,
+    route: Route,
+    journal: Journal,
+    label: str,
+    progress: Progress,
+    executor: Executor | None = None,
+    recipe: Recipe | None = None,
+    log: ChunkLog | None = None,
 ) -> Side:
-    """Fill the journal with the hidden states of all rows, where they are not in it; needs no model after."""
+    """Fill the journal with the hidden states of all rows, where they are not in it; needs no model after.
+
+    An `executor` elsewhere needs the `recipe` of the work.
+    """
+    where, how = executor or Local(), recipe or Recipe("", {})
     with keep_memory(), use_route(route):
         forward = examine(loaded, work.rows)
         kept = KeptStates(journal, work.rows)
         if not all(row in kept for row in range(len(work.rows))):
+            scoring = scoring_work(forward, work, keep=True)
             with progress(label, total=work.tokens, unit="tok") as advance:
-                for rows, _ in work_through(work.batches(), scoring_work(forward, work, keep=True), journal):
+                for rows, _ in where.work_through(work.batches(), scoring, journal, how, log):
                     advance(sum(len(work.rows[row].ids) for row in rows))
             kept = KeptStates(journal, work.rows)
+        elif log is not None:
+            for rows in journal.chunks():
+                log.note_kept(rows, journal)
         return Side(kept, forward.detach(), loaded.vocabulary, loaded.device)
 
 
@@ -103,6 +121,7 @@ def compare_sides(
 def _pair_work(work: Workload, action: Callable[[Rows], list[TokenPairs]]) -> RowWork[list[TokenPairs]]:
     return RowWork(
         work.rows,
+        torch.device("cpu"),
         action=action,
         to_arrays=lambda rows: [array for row in rows for array in row.arrays()],
         from_arrays=lambda rows, arrays: [

@@ -12,10 +12,14 @@ import torch
 from lorasmith.checkpoint.jsonfile import read_object
 from lorasmith.checkpoint.model import text_config
 from lorasmith.errors import CheckpointError
+from lorasmith.executors.base import Executor, Recipe
+from lorasmith.executors.log import ChunkLog
+from lorasmith.files.journal import Journal
 from lorasmith.models.arithmetic import Route
 from lorasmith.models.encode import encode_examples
 from lorasmith.models.load import LoadedModel, has_tokenizer, load_tokenizer, require_file
 from lorasmith.models.memory import release_memory
+from lorasmith.models.replica import OPEN_SCORING, Replica
 from lorasmith.models.session import ScoringOptions, Workload, identify, prepare
 from lorasmith.models.states import open_states
 from lorasmith.models.template import resolve_template
@@ -40,6 +44,9 @@ class Comparison:
     route: Route
     states: Path
     """Folder of the hidden states."""
+    test_set: Path
+    executor: Executor
+    log: ChunkLog
 
 
 @dataclass(frozen=True)
@@ -67,18 +74,19 @@ class AdapterRun:
     findings: list[Finding] = field(default_factory=list)
 
 
-def run_adapter(asked: Comparison, test_set: Path, stack: ExitStack) -> AdapterRun:
+def run_adapter(asked: Comparison, stack: ExitStack) -> AdapterRun:
     """Run the adapter on its base and measure its floors; the journal of its states stays open on `stack`."""
     loaded = asked.options.load(asked.base, adapter=asked.adapter)
     _check_vocabulary(loaded.vocabulary, _announced_vocabulary(asked.merged), asked.merged)
-    work = prepare(test_set, loaded, asked.options, asked.route)
+    work = prepare(asked.test_set, loaded, asked.options, asked.route)
     obstacles, findings = _compare_tokenizers(work, asked.merged)
     journal = stack.enter_context(
         open_states(asked.states / "adapter.journal", [asked.base, asked.adapter], loaded, work, asked.route)
     )
-    side = run_side(loaded, work, asked.route, journal, "Run adapter", asked.progress)
+    replica = Replica.of(work, asked.base, asked.adapter, asked.test_set, asked.options, asked.route)
+    side = _side(asked, "adapter", work, loaded, journal, replica)
     floor = noise_floor(loaded, work, side, asked.route, asked.progress)
-    texts = _texts(asked, work, loaded, "Generate (adapter)")
+    texts = _texts(asked, "adapter", work, loaded, replica)
     identity = identify("adapter", asked.base, asked.adapter, loaded)
     tokenizer = loaded.tokenizer
     del loaded
@@ -93,8 +101,10 @@ def run_merged(asked: Comparison, work: Workload, stack: ExitStack) -> MergedRun
     loaded = asked.options.load(asked.merged, tokenizer_from=own)
     path = asked.states / "merged.journal"
     journal = stack.enter_context(open_states(path, [asked.merged], loaded, work, asked.route))
-    side = run_side(loaded, work, asked.route, journal, "Run merged", asked.progress)
-    texts = _texts(asked, work, loaded, "Generate (merged)")
+    encoder = asked.adapter if has_tokenizer(asked.adapter) else asked.base
+    replica = Replica.of(work, asked.merged, None, asked.test_set, asked.options, asked.route, encoder)
+    side = _side(asked, "merged", work, loaded, journal, replica)
+    texts = _texts(asked, "merged", work, loaded, replica)
     return MergedRun(side, identify("merged", asked.merged, None, loaded), texts)
 
 
@@ -105,10 +115,23 @@ def generation_of(asked: Comparison, a: AdapterRun, b: MergedRun) -> GenerationC
     return compare_texts(a.work.names, a.texts, b.texts, a.tokenizer, asked.generate)
 
 
-def _texts(asked: Comparison, work: Workload, loaded: LoadedModel, label: str) -> Texts | None:
+def _side(
+    asked: Comparison, part: str, work: Workload, loaded: LoadedModel, journal: Journal, replica: Replica
+) -> Side:
+    recipe = Recipe(OPEN_SCORING, {"replica": replica, "keep": True}, replica.gpu)
+    label, log = f"Run {part}", asked.log.part(part)
+    return run_side(loaded, work, asked.route, journal, label, asked.progress, asked.executor, recipe, log)
+
+
+def _texts(
+    asked: Comparison, part: str, work: Workload, loaded: LoadedModel, replica: Replica
+) -> Texts | None:
     if asked.generate is None:
         return None
-    return write_texts(work, loaded, asked.route, asked.generate, label, asked.progress)
+    label, log = f"Generate ({part})", asked.log.part(f"{part} texts")
+    return write_texts(
+        work, loaded, asked.route, asked.generate, label, asked.progress, asked.executor, replica, log
+    )
 
 
 def _serving(asked: Comparison, work: Workload, side: Side, findings: list[Finding]) -> Floor | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -11,7 +12,8 @@ import numpy.typing as npt
 import torch
 
 from lorasmith.benchmarks.choices import LETTERS
-from lorasmith.executors.local import work_through
+from lorasmith.executors.base import Executor, Recipe
+from lorasmith.executors.log import ChunkLog
 from lorasmith.files.journal import Journal
 from lorasmith.models.arithmetic import Route, use_route
 from lorasmith.models.batches import make_batch, plan_batches
@@ -28,6 +30,7 @@ from lorasmith.models.generate import (
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.loglik import open_forward
 from lorasmith.models.memory import keep_memory
+from lorasmith.models.replica import Replica
 from lorasmith.models.session import Workload
 from lorasmith.models.template import frame, response_tokens
 from lorasmith.models.work import RowWork
@@ -50,6 +53,10 @@ RULES: dict[str, Rules] = {
 }
 """Benchmarks answered by generation; those with choices are answered by likelihood."""
 
+OPEN_CHOICES = "lorasmith.scoring.answers:open_choices"
+OPEN_ANSWERS = "lorasmith.scoring.answers:open_answers"
+"""Where a worker finds the functions of these names."""
+
 
 def choice_likelihoods(
     loaded: LoadedModel,
@@ -58,10 +65,42 @@ def choice_likelihoods(
     route: Route,
     journal: Journal | None,
     progress: Progress,
+    executor: Executor,
+    replica: Replica,
+    log: ChunkLog,
 ) -> dict[int, list[float]]:
     """Per row, the log-probability (nats) of each letter as the beginning of the answer."""
     if not rows:
         return {}
+    recipe = Recipe(OPEN_CHOICES, {"replica": replica, "rows": list(rows)}, replica.gpu)
+    found: dict[int, list[float]] = {}
+    with (
+        open_weighing(loaded, work, rows, route) as weighing,
+        progress("Weigh choices", total=len(rows), unit="row") as advance,
+    ):
+        settings = work.settings
+        lengths = [len(weighing.encoded[row].ids) for row in rows]
+        plan = plan_batches(lengths, settings.batch_tokens, settings.batch_size)
+        batches = [tuple(rows[place] for place in batch) for batch in plan]
+        for batch, values in executor.work_through(batches, weighing, journal, recipe, log):
+            found.update(zip(batch, values.tolist(), strict=True))
+            advance(len(batch))
+    return found
+
+
+@contextmanager
+def open_choices(replica: Replica, rows: list[int]) -> Iterator[RowWork[npt.NDArray[np.float32]]]:
+    """The same work in another process."""
+    loaded, work, route = replica.open()
+    with open_weighing(loaded, work, rows, route) as weighing:
+        yield weighing
+
+
+@contextmanager
+def open_weighing(
+    loaded: LoadedModel, work: Workload, rows: Sequence[int], route: Route
+) -> Iterator[RowWork[npt.NDArray[np.float32]]]:
+    """Batches of `rows` → `[rows, letters]` log-probabilities."""
     around = frame(loaded.tokenizer, work.settings.template, end_of_turn=False)
     space = " " if work.settings.template == "plain" else ""  # after "Answer:" a text goes on with a space
     answers = [response_tokens(loaded.tokenizer, space + letter, around) for letter in LETTERS]
@@ -71,12 +110,7 @@ def choice_likelihoods(
     letters = [answer[len(shared)] for answer in answers]
     asked = [_asking([*row.ids[: row.n_prompt], *shared], letters[0]) for row in work.rows]
     columns = torch.tensor(letters, device=loaded.device)
-    found: dict[int, list[float]] = {}
-    chosen = [asked[row] for row in rows]
-    with (
-        open_forward(loaded, chosen, route) as forward,
-        progress("Weigh choices", total=len(rows), unit="row") as advance,
-    ):
+    with open_forward(loaded, [asked[row] for row in rows], route) as forward:
 
         def weigh(batch: tuple[int, ...]) -> npt.NDArray[np.float32]:
             logits = torch.cat(list(forward.logits(make_batch(batch, asked).to(loaded.device))))
@@ -84,16 +118,13 @@ def choice_likelihoods(
                 (logits[:, columns.to(logits.device)] - logits.logsumexp(-1, keepdim=True)).cpu()
             )
 
-        weighing: RowWork[npt.NDArray[np.float32]] = RowWork(
-            asked, weigh, to_arrays=lambda values: [values], from_arrays=lambda batch, arrays: arrays[0]
+        yield RowWork(
+            asked,
+            loaded.device,
+            weigh,
+            to_arrays=lambda values: [values],
+            from_arrays=lambda batch, arrays: arrays[0],
         )
-        settings = work.settings
-        plan = plan_batches([len(row.ids) for row in chosen], settings.batch_tokens, settings.batch_size)
-        batches = [tuple(rows[place] for place in batch) for batch in plan]
-        for batch, values in work_through(batches, weighing, journal):
-            found.update(zip(batch, values.tolist(), strict=True))
-            advance(len(batch))
-    return found
 
 
 def _asking(prompt: list[int], letter: int) -> Encoded:
@@ -108,42 +139,56 @@ def generated_answers(
     route: Route,
     journal: Journal | None,
     progress: Progress,
+    executor: Executor,
+    replica: Replica,
+    log: ChunkLog,
 ) -> dict[int, Generated]:
     """Per row, what the model writes greedily after the prompt, benchmark by benchmark."""
+    batches = []
+    for source in RULES:
+        own = [row for row in rows if work.examples[row].metadata.source == source]
+        together = min(GENERATE_ROWS, work.settings.batch_size or GENERATE_ROWS)
+        planned = plan_generation([work.rows[row].ids[: work.rows[row].n_prompt] for row in own], together)
+        batches += [tuple(own[place] for place in batch) for batch in planned]
+    recipe = Recipe(OPEN_ANSWERS, {"replica": replica}, replica.gpu)
+    found: dict[int, Generated] = {}
+    with (
+        open_writing(loaded, work, route) as writing,
+        progress("Write answers", total=len(rows), unit="row") as advance,
+    ):
+        for batch, texts in executor.work_through(batches, writing, journal, recipe, log):
+            found.update(zip(batch, texts, strict=True))
+            advance(len(batch))
+    return found
+
+
+@contextmanager
+def open_answers(replica: Replica) -> Iterator[RowWork[list[Generated]]]:
+    """The same work in another process."""
+    loaded, work, route = replica.open()
+    with open_writing(loaded, work, route) as writing:
+        yield writing
+
+
+@contextmanager
+def open_writing(loaded: LoadedModel, work: Workload, route: Route) -> Iterator[RowWork[list[Generated]]]:
+    """Batches of rows of one benchmark → what the model writes after each prompt."""
     template = work.settings.template
     stop = stop_tokens(loaded, template)
-    prompts = [row.ids[: row.n_prompt] for row in work.rows]
-    sources = [example.metadata.source for example in work.examples]
 
     def write(batch: tuple[int, ...]) -> list[Generated]:
-        rules = RULES[sources[batch[0]]]
+        rules = RULES[work.examples[batch[0]].metadata.source]
+        prompts = [work.rows[row].ids[: work.rows[row].n_prompt] for row in batch]
         return generate_greedy(
             loaded,
-            [room_for(prompts[row], loaded.context, rules.max_new_tokens) for row in batch],
+            [room_for(prompt, loaded.context, rules.max_new_tokens) for prompt in prompts],
             max_new_tokens=rules.max_new_tokens,
             stop=stop,
             stop_texts=rules.stop_texts if template == "plain" else (),
         )
 
-    batches = []
-    for source in RULES:
-        own = [row for row in rows if sources[row] == source]
-        together = min(GENERATE_ROWS, work.settings.batch_size or GENERATE_ROWS)
-        planned = plan_generation([prompts[row] for row in own], together)
-        batches += [tuple(own[place] for place in batch) for batch in planned]
-    found: dict[int, Generated] = {}
-    writing: RowWork[list[Generated]] = RowWork(
-        work.rows, write, to_arrays=to_arrays, from_arrays=from_arrays
-    )
-    with (
-        keep_memory(),
-        use_route(route),
-        progress("Write answers", total=len(rows), unit="row") as advance,
-    ):
-        for batch, texts in work_through(batches, writing, journal):
-            found.update(zip(batch, texts, strict=True))
-            advance(len(batch))
-    return found
+    with keep_memory(), use_route(route):
+        yield RowWork(work.rows, loaded.device, write, to_arrays=to_arrays, from_arrays=from_arrays)
 
 
 def room_for(prompt: Sequence[int], context: int | None, new_tokens: int) -> list[int]:

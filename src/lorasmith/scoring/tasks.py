@@ -19,10 +19,13 @@ from lorasmith.benchmarks.base import Benchmark, Unscored
 from lorasmith.benchmarks.choices import LETTERS, judge_likelihoods
 from lorasmith.benchmarks.registry import BENCHMARKS
 from lorasmith.errors import DataError
+from lorasmith.executors.base import Executor, Local
+from lorasmith.executors.log import ChunkLog
 from lorasmith.files.atomic import write_bytes, write_record
 from lorasmith.files.hub import local_model
 from lorasmith.files.paths import StrPath
 from lorasmith.models.load import LoadedModel
+from lorasmith.models.replica import Replica
 from lorasmith.models.session import (
     ScoringOptions,
     Workload,
@@ -84,6 +87,7 @@ def evaluate_tasks(
     shuffle_seed: int | None = None,
     strict: bool = False,
     seed: int = 0,
+    executor: Executor | None = None,
     progress: Progress = silent,
 ) -> TaskResult:
     """Answer the test set's benchmark examples and score the answers as each benchmark does.
@@ -100,7 +104,9 @@ def evaluate_tasks(
     role = role or ("base" if adapter is None else "adapter")
     digest = describe_test_set(test_set)
     folders = [model] if adapter is None else [model, adapter]
+    where, log = executor or Local(), ChunkLog()
     with ExitStack() as stack:
+        stack.enter_context(where)
         journals = [
             stack.enter_context(open_journal(output / f".{role}_{kind}.journal", folders, digest, options))
             for kind in ("choices", "answers")
@@ -111,8 +117,14 @@ def evaluate_tasks(
         known = _by_benchmark(work, test_set)
         choices = [row for row in known if _has_choices(work.examples[row])]
         written = [row for row in known if not _has_choices(work.examples[row])]
-        likelihoods = choice_likelihoods(loaded, work, choices, route, journals[0], progress)
-        answers = generated_answers(loaded, work, written, route, journals[1], progress)
+        replica = Replica.of(work, model, adapter, test_set, options, route)
+        likelihoods = choice_likelihoods(
+            loaded, work, choices, route, journals[0], progress, where, replica, log.part("choices")
+        )
+        answers = generated_answers(
+            loaded, work, written, route, journals[1], progress, where, replica, log.part("answers")
+        )
+        work.findings.extend(log.findings())
         judged = [_judge_choice(work.examples[row], likelihoods[row]) for row in choices]
         with progress("Judge answers", total=len(written), unit="row") as advance:
             for row in written:
@@ -130,6 +142,7 @@ def evaluate_tasks(
             partial=work.partial,
             findings=_findings(work, len(known)),
         )
+        log.write(output / f"{role}_tasks.chunks.jsonl", wanted=where.elsewhere)
         write_bytes(output / f"{role}_tasks.parquet", table)
         write_record(output / f"{role}_tasks.json", result)
         for journal in journals:
@@ -141,17 +154,19 @@ def evaluate_tasks(
 _BY_NAME: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in BENCHMARKS}
 
 
+def answerable(example: Example) -> bool:
+    """Whether it is a question of a benchmark that `evaluate_tasks` knows how to put."""
+    name = example.metadata.source
+    return name in _BY_NAME and (name in RULES or _has_choices(example))
+
+
 def _has_choices(example: Example) -> bool:
     return "choices" in example.metadata.extra() and example.metadata.source not in RULES
 
 
 def _by_benchmark(work: Workload, test_set: Path) -> list[int]:
     """Rows of a benchmark that can be answered."""
-    known = [
-        row
-        for row, example in enumerate(work.examples)
-        if example.metadata.source in _BY_NAME and (example.metadata.source in RULES or _has_choices(example))
-    ]
+    known = [row for row, example in enumerate(work.examples) if answerable(example)]
     if not known:
         raise DataError(
             "no row belongs to a benchmark that can be answered",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lorasmith.errors import UsageError
 from lorasmith.executors.base import Executor, Local, Recipe
+from lorasmith.executors.log import ChunkLog
 from lorasmith.files.atomic import write_bytes, write_record
 from lorasmith.files.hub import local_model
 from lorasmith.files.journal import Journal
@@ -15,7 +16,7 @@ from lorasmith.files.paths import StrPath
 from lorasmith.models.arithmetic import Route
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.loglik import Floats, open_forward
-from lorasmith.models.replica import OPEN_REPLICA
+from lorasmith.models.replica import OPEN_SCORING, Replica
 from lorasmith.models.session import (
     ScoringOptions,
     Workload,
@@ -27,7 +28,7 @@ from lorasmith.models.session import (
 )
 from lorasmith.models.states import open_states, scoring_work
 from lorasmith.progress import Progress, silent
-from lorasmith.records.base import FileDigest, Finding
+from lorasmith.records.base import FileDigest
 from lorasmith.records.scoring import ValidationResult
 from lorasmith.scoring.aggregate import aggregate, example_table
 
@@ -77,7 +78,8 @@ def validate(
     - `states`: a folder in which the hidden states at the scored positions are kept, 4·H bytes each, for a
       comparison of the same models on the same test set, which then need not run them again.
     - `executor`: where batches are scored; this process by default. One of `executors.ray` gives the same
-      bytes where hardware, versions and threads are the same, and a finding where its workers differ.
+      bytes where hardware, versions and threads are the same. `{role}.chunks.jsonl` then tells of each batch
+      what computed it, and a finding says where that differs.
 
     Finished batches are kept in a journal beside the output: killed at any point, the same call goes on after
     the last of them and gives the same bytes.
@@ -95,7 +97,9 @@ def validate(
         raise UsageError(f"there is no role {role!r}", expected=" | ".join(ROLES))
     digest = describe_test_set(test_set)
     folders = [model] if adapter is None else [model, adapter]
+    where, log = executor or Local(), ChunkLog()
     with ExitStack() as stack:
+        stack.enter_context(where)
         own = None
         if states is None:
             own = stack.enter_context(open_journal(output / f".{role}.journal", folders, digest, options))
@@ -106,29 +110,12 @@ def validate(
         if states is not None:
             kept = open_states(Path(states) / f"{role}.journal", folders, loaded, work, route)
             journal = stack.enter_context(kept)
-        recipe = Recipe(
-            OPEN_REPLICA,
-            {
-                "model": str(model.absolute()),
-                "adapter": None if adapter is None else str(adapter.absolute()),
-                "test_set": str(test_set.absolute()),
-                "options": options,
-                "route": route.name,
-                "keep": states is not None,
-            },
-        )
-        logprobs = score(
-            loaded,
-            work,
-            route,
-            f"Validate {role}",
-            journal,
-            progress,
-            keep=states is not None,
-            executor=executor,
-            recipe=recipe,
-        )
+        replica = Replica.of(work, model, adapter, test_set, options, route)
+        recipe = Recipe(OPEN_SCORING, {"replica": replica, "keep": states is not None}, replica.gpu)
+        logprobs = score(loaded, work, route, f"Validate {role}", journal, progress, where, recipe, log)
+        work.findings.extend(log.findings())
         result, table = _result(model, adapter, role, digest, loaded, work, logprobs)
+        log.write(output / f"{role}.chunks.jsonl", wanted=where.elsewhere)
         write_bytes(output / f"{role}.parquet", table)
         write_record(output / f"{role}.json", result)
         if own:
@@ -170,35 +157,23 @@ def score(
     work: Workload,
     route: Route,
     label: str,
-    journal: Journal | None = None,
-    progress: Progress = silent,
-    *,
-    keep: bool = False,
-    executor: Executor | None = None,
-    recipe: Recipe | None = None,
+    journal: Journal | None,
+    progress: Progress,
+    executor: Executor,
+    recipe: Recipe,
+    log: ChunkLog,
 ) -> list[Floats]:
     """Log-probabilities of the scored tokens of every row, in the order of the test set.
 
-    With `keep` the journal gets the hidden states as well. An `executor` elsewhere needs a `recipe`; where
-    its workers are of several kinds, the findings of `work` say so.
+    The journal gets the hidden states as well where the recipe says `keep`.
     """
     found: dict[int, Floats] = {}
-    where, how = executor or Local(), recipe or Recipe("", {})
     with (
         open_forward(loaded, work.rows, route) as forward,
         progress(label, total=work.tokens, unit="tok") as advance,
     ):
-        scoring = scoring_work(forward, work, keep=keep)
-        for rows, (values, _) in where.work_through(work.batches(), scoring, journal, how):
+        scoring = scoring_work(forward, work, keep=recipe.arguments["keep"])
+        for rows, (values, _) in executor.work_through(work.batches(), scoring, journal, recipe, log):
             found.update(zip(rows, values, strict=True))
             advance(sum(len(work.rows[row].ids) for row in rows))
-    if len(kinds := where.hardware()) > 1:
-        work.findings.append(
-            Finding(
-                severity="note",
-                code="mixed-hardware",
-                message="the rows were scored on workers of several kinds, which may differ in the last"
-                " digits: " + "; ".join(kinds),
-            )
-        )
     return [found[row] for row in range(len(work.rows))]
