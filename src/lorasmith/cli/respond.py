@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.options import AsJson, Device, Seed, Template
+from lorasmith.cli.options import (
+    AsJson,
+    Device,
+    ExecutorName,
+    RayAddress,
+    Seed,
+    Template,
+    WorkerCount,
+    WorkerGpus,
+    WorkerThreads,
+    executor_of,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,6 +61,11 @@ def respond(
     price_per_hour: Annotated[
         float | None, typer.Option(help="Price of the machine, to show the cost so far.")
     ] = None,
+    executor: ExecutorName = "local",
+    ray_address: RayAddress = None,
+    workers: WorkerCount = None,
+    worker_threads: WorkerThreads = None,
+    worker_gpus: WorkerGpus = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer every row of a file: resumable, each row once, with continuous batching.
@@ -58,6 +74,7 @@ def respond(
 
     Example: `lorasmith respond --model merged --data train.jsonl --output responses.jsonl`
     """
+    asked = locals()
     from lorasmith.cli.console import console, show_record
     from lorasmith.errors import ExitCode
     from lorasmith.followup.respond import RespondOptions
@@ -80,7 +97,9 @@ def respond(
         price_per_hour=price_per_hour,
     )
     with TerminalRespond(price_per_hour) as watcher:
-        record = answer_all(model, data, output, options=options, watcher=watcher)
+        record = answer_all(
+            model, data, output, options=options, watcher=watcher, executor=executor_of(asked)
+        )
     if as_json:
         show_record(record)
     else:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lorasmith.errors import UsageError
+from lorasmith.executors.base import Executor
 from lorasmith.files.atomic import write_record
 from lorasmith.files.digests import digest_folder, sha256_file
 from lorasmith.files.paths import StrPath
+from lorasmith.followup.respond_cluster import ClusterEngine
 from lorasmith.followup.respond_engines import Engine, open_engine
 from lorasmith.followup.respond_figures import speed_since_start
 from lorasmith.followup.respond_output import Places, earlier_rows
 from lorasmith.followup.respond_rows import read_prompts
 from lorasmith.followup.respond_store import Store
 from lorasmith.followup.respond_watch import RespondWatcher, Unwatched
-from lorasmith.followup.respond_work import Work
+from lorasmith.followup.respond_work import GROUP_ROWS, Work
 from lorasmith.models.sampling import Sampling
 from lorasmith.models.template import Frame, frame
 from lorasmith.records.base import FileDigest
@@ -66,6 +69,7 @@ def respond(
     options: RespondOptions | None = None,
     watcher: RespondWatcher | None = None,
     engine: Engine | None = None,
+    executor: Executor | None = None,
 ) -> RespondRecord:
     """Answer every row of `data` (JSONL) and write the responses to `output` (JSONL) in the rows' order.
 
@@ -73,20 +77,18 @@ def respond(
     `NAME.failed.jsonl` with the rows that have no answer, `NAME.timing.json`. Killed at any point, the same
     command goes on after the last finished row. Raises `UsageError` for an output begun with other settings,
     `DataError` for a file without prompts. `engine` is one already loaded.
+
+    `executor` is where rows are answered; this process by default. On a cluster, groups of rows are the
+    chunks of work (`respond_cluster.group_size`): a lost worker costs its group. Greedy texts are those of
+    one process, log-probabilities are with `whole_groups`. `NAME.chunks.jsonl` tells of each group what
+    computed it, and a finding says where that differs.
     """
     model, data = Path(model), Path(data)
     places, options = Places(Path(output)), options or RespondOptions()
     options.check()
     rows = read_prompts(data, options.limit)
     adapter = None if options.adapter is None else Path(options.adapter)
-    engine = engine or open_engine(
-        options.engine,
-        model,
-        adapter,
-        device=options.device,
-        dtype=options.dtype,
-        batch_size=options.batch_size,
-    )
+    engine = engine or choose_engine(model, adapter, options, executor)
     around = frame(engine.tokenizer, options.template, end_of_turn=False)
     settings = _settings(model, adapter, engine, around, options)
     earlier = earlier_rows(places, settings)  # refuses a foreign output before anything is written
@@ -99,12 +101,32 @@ def respond(
         began = time.monotonic()
         work.run()
         seconds = time.monotonic() - began
+        if isinstance(engine, ClusterEngine):
+            work.findings.extend(engine.log.findings())
+            engine.log.write(places.chunks, wanted=True)
         record = work.publish(FileDigest(path=data.name, bytes=data.stat().st_size, sha256=sha256_file(data)))
         if work.new_rows:
             speed = speed_since_start(work.new_rows, work.new_tokens, seconds, options.price_per_hour)
             write_record(places.timing, speed)
         store.remove()
     return record
+
+
+def choose_engine(
+    model: Path, adapter: Path | None, options: RespondOptions, executor: Executor | None = None
+) -> Engine:
+    """The engine that is asked for, or one that hands the rows to a cluster's workers."""
+    chosen: dict[str, Any] = {
+        "device": options.device,
+        "dtype": options.dtype,
+        "batch_size": options.batch_size,
+    }
+    if executor is None or not executor.elsewhere:
+        return open_engine(options.engine, model, adapter, **chosen)
+    if options.engine != "transformers":
+        raise UsageError(f"the {options.engine} engine does not run on a cluster", expected="transformers")
+    whole = GROUP_ROWS if options.whole_groups and options.top_logprobs else None
+    return ClusterEngine(executor, model, adapter, group_rows=whole, **chosen)
 
 
 def _settings(

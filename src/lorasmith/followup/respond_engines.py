@@ -32,6 +32,8 @@ class Engine(ABC):
     tokenizer: Any
     context: int | None
     """Longest sequence in tokens, where the model has a limit."""
+    cuts: bool = False
+    """Whether it cuts the requests into groups itself, and so wants all of them at once."""
 
     @abstractmethod
     def stops(self, template: str) -> frozenset[int]:

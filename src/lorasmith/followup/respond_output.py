@@ -49,6 +49,10 @@ class Places:
         return self._beside(".timing.json")
 
     @property
+    def chunks(self) -> Path:
+        return self._beside(".chunks.jsonl")
+
+    @property
     def store(self) -> Path:
         return self.output.with_name(f".{self.output.name}.journal")
 

@@ -109,6 +109,8 @@ class Work:
             self.settings.temperature, self.settings.top_p, self.settings.top_k, self.settings.seed
         )
         limits = Limits(self.settings.max_new_tokens, self.stop, self.settings.top_logprobs)
+        if self.engine.cuts:
+            groups = [[index for group in groups for index in group]]
         for group in groups:
             requests = (self._request(index) for index in group)
             for answer in self.engine.answers(requests, limits, sampling, self._tokens):
