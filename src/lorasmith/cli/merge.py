@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from lorasmith.cli.options import AsJson, Base, Device, Seed, Template
+from lorasmith.cli.options import (
+    AsJson,
+    Base,
+    Device,
+    ExecutorName,
+    RayAddress,
+    Seed,
+    Template,
+    WorkerCount,
+    WorkerGpus,
+    WorkerThreads,
+    executor_of,
+)
 
 
 def merge(
@@ -50,6 +62,11 @@ def merge(
             help="Measure every rounding on --test-set and recommend one; --output gets the record alone.",
         ),
     ] = False,
+    executor: ExecutorName = "local",
+    ray_address: RayAddress = None,
+    workers: WorkerCount = None,
+    worker_threads: WorkerThreads = None,
+    worker_gpus: WorkerGpus = None,
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base: every element is W + s·B·A, rounded once.
@@ -59,11 +76,16 @@ def merge(
 
     Example: `lorasmith merge --base models/base --adapter models/adapter --output models/merged`
     """
+    asked = locals()
     import lorasmith
     from lorasmith.cli import proof_views
     from lorasmith.cli.console import bar, console, show_record
+    from lorasmith.errors import UsageError
 
+    chosen = executor_of(asked)
     if compare_roundings:
+        if chosen.elsewhere:
+            raise UsageError("--compare-roundings measures in one process", expected="no --executor ray")
         options = {"calibration": calibration, "seed": seed, "template": template, "device": device}
         _compare(base, adapter, output, test_set, options, as_json=as_json)
         return
@@ -80,6 +102,7 @@ def merge(
         test_set=test_set,
         template=template,
         device=device,
+        executor=chosen,
         progress=bar,
     )
     if as_json:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import closing
-from functools import partial as partial_function
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
 from lorasmith import __version__
-from lorasmith.checkpoint.adapter import Adapter, open_adapter
+from lorasmith.checkpoint.adapter import open_adapter
 from lorasmith.checkpoint.jsonfile import dump_object
 from lorasmith.checkpoint.model import INDEX, Checkpoint, open_checkpoint
 from lorasmith.errors import CheckpointError, UsageError, os_errors
+from lorasmith.executors.base import Executor
 from lorasmith.files.atomic import write_record
 from lorasmith.files.digests import (
     combine,
@@ -30,15 +29,14 @@ from lorasmith.files.paths import StrPath
 from lorasmith.merging.calibration import TOKENS
 from lorasmith.merging.companions import companions, merged_config, merged_index
 from lorasmith.merging.copies import check_copies
-from lorasmith.merging.disk import Lanes
-from lorasmith.merging.folder import PartialFolder, ShardDone, check_place, identity_of, make_key
-from lorasmith.merging.modes import ROUNDINGS, Mode, choose_mode
+from lorasmith.merging.folder import PartialFolder, check_place, identity_of, make_key
+from lorasmith.merging.modes import ROUNDINGS, choose_mode
+from lorasmith.merging.parallel import refuse_calibrated, write_elsewhere
 from lorasmith.merging.plan import PRECISIONS, Plan, make_plan
-from lorasmith.merging.recipes import make_recipe
-from lorasmith.merging.stream import shard_header, write_shard
+from lorasmith.merging.shard_worker import MergeJob
+from lorasmith.merging.shards import write_shards
+from lorasmith.merging.stream import shard_header
 from lorasmith.merging.summary import make_record
-from lorasmith.merging.tensors import Factors
-from lorasmith.merging.workers import Workers
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest
 from lorasmith.records.merging import MergeRecord
@@ -62,6 +60,7 @@ def merge(
     test_set: StrPath | None = None,
     template: str = "auto",
     device: str = "auto",
+    executor: Executor | None = None,
     progress: Progress = silent,
 ) -> MergeRecord:
     """Write to `output` a standalone model: each changed element is W + Σ w·s·B·A, rounded once.
@@ -76,6 +75,9 @@ def merge(
     by `seed`; see calibrate.py). Rows of `test_set` are refused there; `template` and `device` are as in
     `validate`. `auto` is calibrated where rows are given, without those of the test set, and else nearest.
     What is copied, cast or replaced as a whole is always rounded to nearest.
+
+    `executor` on a cluster merges several shards at a time, on storage that all its machines see, with the
+    same bytes; a calibrated merge is refused there (`UsageError`).
 
     Raises `UsageError` for impossible arguments or an output inside an input, `CheckpointError` and
     `AdapterError` for inputs that cannot be merged rightly, `DiskError` before anything is written where the
@@ -100,6 +102,9 @@ def merge(
         seed=seed,
         device=device,
     )
+    elsewhere = executor is not None and executor.elsewhere
+    if elsewhere:
+        refuse_calibrated(mode)
     with only_one(output, "merge"):
         adapter_digests = [digest_folder(folder) for folder in folders]
         base_files = folder_files(base)
@@ -121,7 +126,13 @@ def merge(
         hashed = {shard.path.name: known_sha256(shard.path) for shard in checkpoint.shards}
         hashed_before = {name: sha256 for name, sha256 in hashed.items() if sha256 is not None}
         mode.fit(checkpoint, adapters, plan, partial.scratch, progress)
-        shards, direct = _write_shards(checkpoint, adapters, plan, partial, hashed_before, mode, progress)
+        if executor is not None and elsewhere:
+            job = MergeJob.of(base, folders, adapter_digests, factors, precision, mode, partial, key)
+            shards, direct = write_elsewhere(
+                job, checkpoint, plan, partial, hashed_before, executor, progress
+            )
+        else:
+            shards, direct = write_shards(checkpoint, adapters, plan, partial, hashed_before, mode, progress)
         if identity_of(base_files) != identity:
             raise CheckpointError(
                 "the base changed during the merge",
@@ -175,49 +186,6 @@ def _require_space(plan: Plan, partial: PartialFolder, output: Path) -> None:
         shard_header(outputs)[1] for name, outputs in plan.shards.items() if partial.done(name) is None
     )
     require_disk(output.parent, needed + (64 << 20), "write the merged model")
-
-
-def _write_shards(
-    base: Checkpoint,
-    adapters: Sequence[Adapter],
-    plan: Plan,
-    partial: PartialFolder,
-    known: Mapping[str, str],
-    mode: Mode,
-    progress: Progress,
-) -> tuple[list[ShardDone], bool]:
-    """Write the shards that are not there yet; and whether all went past the page cache."""
-    factors = Factors(adapters)
-    files = [adapter.file.path for adapter in adapters]
-    total = sum(output.nbytes for output in plan.outputs)
-    finished = []
-    lanes = Lanes()
-    with progress("Merge", total=total, unit="B") as advance, closing(lanes), Workers() as workers:
-        for shard in base.shards:
-            name = shard.path.name
-            outputs = plan.shards[name]
-            done = partial.done(name)
-            if done is None:
-                make = partial_function(
-                    make_recipe,
-                    factors=factors,
-                    base=shard,
-                    workers=workers,
-                    dither_seed=mode.dither_seed,
-                    calibrated=mode.calibrated,
-                )
-                target = partial.path / name
-                written = write_shard(shard, outputs, make, files, target, advance, lanes, name not in known)
-                done = ShardDone(
-                    file=written.file,
-                    source_sha256=written.source_sha256 or known[name],
-                    tensors=written.tensors,
-                )
-                partial.finish_shard(name, done)
-            else:
-                advance(sum(output.nbytes for output in outputs))
-            finished.append(done)
-    return finished, lanes.direct
 
 
 def _write_small_files(
