@@ -69,6 +69,12 @@ class RunConfig(Part):
     """Of the machine, in dollars: goes into `timing.json` and the gates on cost, and changes nothing else."""
     budget: float | None = Field(default=None, ge=0)
     """In dollars: a run that would cost more stops, and can be continued."""
+    executor: Literal["local", "ray"] = "local"
+    """Where models run over rows and shards are merged; changes nothing of what is asked."""
+    ray_address: str | None = None
+    workers: int | None = Field(default=None, gt=0)
+    worker_threads: int | None = Field(default=None, gt=0)
+    worker_gpus: float | None = Field(default=None, ge=0)
 
     def resolved_gates(self) -> list[Gate]:
         """The default gates with this config's own in place of those they name."""

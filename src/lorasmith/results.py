@@ -174,6 +174,7 @@ def describe_run(config: RunConfig, *, rehash: bool = False) -> RunRecord:
         inputs["draft base"] = asked.draft.base
     left_out = {"base", "adapter", "test_set", "train", "output", "price_per_hour", "budget", "check_memory"}
     left_out |= set() if asked else {"followup"}
+    left_out |= {"executor", "ray_address", "workers", "worker_threads", "worker_gpus"}
     options = config.model_dump(
         mode="json",
         exclude={

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from lorasmith.cli.options import AsJson, BatchSize, BatchTokens, DeviceMap, GateFormat, MaxLength
+from lorasmith.cli.options import (
+    AsJson,
+    BatchSize,
+    BatchTokens,
+    DeviceMap,
+    GateFormat,
+    MaxLength,
+    RayAddress,
+    WorkerCount,
+    WorkerGpus,
+    WorkerThreads,
+)
 
 
 # Every option is None unless it was typed, so that only typed ones win over the config file.
@@ -85,6 +96,14 @@ def run(
     budget: Annotated[
         float | None, typer.Option(help="Dollars at most, with --price-per-hour; stops, resumable, at it.")
     ] = None,
+    executor: Annotated[
+        str | None,
+        typer.Option("--executor", help="Where models run and shards are merged: local or ray. [local]"),
+    ] = None,
+    ray_address: RayAddress = None,
+    workers: WorkerCount = None,
+    worker_threads: WorkerThreads = None,
+    worker_gpus: WorkerGpus = None,
     rehash: Annotated[bool, typer.Option("--rehash", help="Hash every input again.")] = False,
     output_format: GateFormat = "text",
     as_json: AsJson = False,
@@ -124,6 +143,11 @@ def run(
         "check_memory": check_memory,
         "price_per_hour": price_per_hour,
         "budget": budget,
+        "executor": executor,
+        "ray_address": ray_address,
+        "workers": workers,
+        "worker_threads": worker_threads,
+        "worker_gpus": worker_gpus,
     }
     from lorasmith.config import load_config, to_toml
 

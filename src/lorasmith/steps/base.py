@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lorasmith.config import RunConfig
+from lorasmith.executors.base import Executor, make_executor
 from lorasmith.progress import Progress
 from lorasmith.records.base import Record
 from lorasmith.stages import Stage
@@ -60,6 +62,18 @@ class RunContext:
     progress: Progress
     show: Callable[[str, object], None] = lambda stage, found: None
     """Told at once what a stage finds while it runs; what it leaves is shown when it ends."""
+
+    @cached_property
+    def executor(self) -> Executor:
+        """Where models run over rows and shards are merged."""
+        config = self.config
+        return make_executor(
+            config.executor,
+            address=config.ray_address,
+            workers=config.workers,
+            threads=config.worker_threads,
+            gpus=config.worker_gpus,
+        )
 
     @property
     def folder(self) -> Path:

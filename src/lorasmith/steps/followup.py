@@ -60,13 +60,11 @@ def _answer(run: RunContext, data: Path, stage: Stage, options: Any) -> None:
     """Answer all rows, those that failed once more, and put aside what differs between two runs."""
     from dataclasses import replace
 
-    from lorasmith.followup.respond_engines import open_engine
+    from lorasmith.followup.respond import choose_engine
 
     final = run.folder / RESPONSES
     work = work_folder(run.folder, stage)
-    engine = open_engine(
-        options.engine, run.merged, None, device=options.device, batch_size=options.batch_size
-    )
+    engine = choose_engine(run.merged, None, options, run.executor)
     with run.progress("Respond", total=_count(data, options.limit), unit="row") as advance:
         ask = partial(
             lorasmith.respond, run.merged, data, work / "responses.jsonl",
@@ -74,9 +72,10 @@ def _answer(run: RunContext, data: Path, stage: Stage, options: Any) -> None:
         )  # fmt: skip
         if ask(options=options).failed:
             ask(options=replace(options, retry_failed=True))
-    timing = work / "responses.timing.json"
-    if timing.is_file():
-        timing.replace(run.folder / FOLLOWUP / timing.name)
+    for ending in ("timing.json", "chunks.jsonl"):  # of this machine or cluster, not of what it wrote
+        aside = work / f"responses.{ending}"
+        if aside.is_file():
+            aside.replace(run.folder / FOLLOWUP / aside.name)
     publish_folder(work, final.parent)
 
 

@@ -34,7 +34,13 @@ def merge(run: RunContext) -> Step:
         },
         outputs=["merged"],
         action=lambda: lorasmith.merge(
-            config.base, config.adapter, run.merged, progress=run.progress, **options, **rows
+            config.base,
+            config.adapter,
+            run.merged,
+            executor=None if rows else run.executor,  # what is fitted to rows is merged in one process
+            progress=run.progress,
+            **options,
+            **rows,
         ),
     )
     return Step("Merge LoRA weights", stage, {"merged/lorasmith_merge.json": MergeRecord})
@@ -75,6 +81,7 @@ def compare(run: RunContext) -> Step:
             run.folder / "proof" / "behaviour.json",
             thresholds=config.behaviour_thresholds or None,
             states=run.folder / STATES,
+            executor=run.executor,
             progress=run.progress,
             **scoring,
         ),

@@ -18,7 +18,7 @@ _TITLES = {"base": "base model", "adapter": "LoRA model", "merged": "merged mode
 def validate(run: RunContext, role: str) -> Step:
     """Loss and perplexity of one of the three models."""
     model, adapter = _model(run, role)
-    folder, scoring = run.folder / "validation", run.scoring
+    folder, scoring, executor = run.folder / "validation", run.scoring, run.executor
     stage = Stage(
         name=f"validate-{role}",
         inputs={"model": model, "test_set": run.test_set, **({"adapter": adapter} if adapter else {})},
@@ -31,6 +31,7 @@ def validate(run: RunContext, role: str) -> Step:
             adapter=adapter,
             role=role,
             states=None if role == "base" else run.folder / STATES,
+            executor=executor,
             progress=run.progress,
             **scoring,
         ),
@@ -57,6 +58,7 @@ def ask(run: RunContext, role: str) -> list[Step]:
             run.folder / "validation",
             adapter=adapter,
             role=role,
+            executor=run.executor,
             progress=run.progress,
             **options,
         ),
