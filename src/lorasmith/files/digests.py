@@ -46,12 +46,17 @@ def sha256_file(path: Path, *, rehash: bool = False) -> str:
     digest = hash_file(path)
     with os_errors(path, "read"):
         after = path.stat()
-    if _key(after) != _key(status):
+    if identity(after) != identity(status):
         raise InputError(
             "the file changed while it was read", where=path, remedy="wait until nothing writes to it"
         )
     _store(after, digest)
     return digest
+
+
+def identity(status: os.stat_result) -> tuple[int, int, int, int, int]:
+    """What changes whenever a file is replaced or written to: device, inode, size, mtime and ctime (ns)."""
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def known_sha256(path: Path) -> str | None:
@@ -111,10 +116,6 @@ def digest_path(path: Path, *, rehash: bool = False) -> str:
     return digest_folder(path, rehash=rehash) if path.is_dir() else sha256_file(path, rehash=rehash)
 
 
-def _key(status: os.stat_result) -> tuple[int, int, int, int, int]:
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-
 def _connect() -> sqlite3.Connection:
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +133,7 @@ def _lookup(status: os.stat_result) -> str | None:
         with closing(_connect()) as connection:
             row = connection.execute(
                 "select sha256 from digest where dev=? and ino=? and size=? and mtime=? and ctime=?",
-                _key(status),
+                identity(status),
             ).fetchone()
     except (sqlite3.Error, OSError):
         return None
@@ -145,6 +146,8 @@ def _store(status: os.stat_result, digest: str) -> None:
         return
     try:
         with closing(_connect()) as connection, connection:
-            connection.execute("insert or replace into digest values (?,?,?,?,?,?)", (*_key(status), digest))
+            connection.execute(
+                "insert or replace into digest values (?,?,?,?,?,?)", (*identity(status), digest)
+            )
     except (sqlite3.Error, OSError):
         return

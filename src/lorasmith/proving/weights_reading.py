@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lorasmith.errors import InputError, os_errors
+from lorasmith.files.digests import identity
 
 _PAGE = 4096
 """Offsets, lengths and addresses of direct reads are multiples of it."""
@@ -35,7 +36,7 @@ class ProvenFile:
         self.path = path
         with os_errors(path, "read"):
             self._file = path.open("rb", buffering=0)
-            self._opened = _identity(os.fstat(self._file.fileno()))
+            self._opened = identity(os.fstat(self._file.fileno()))
         self.size: int = os.fstat(self._file.fileno()).st_size
         """In bytes."""
         self._direct_failed = False
@@ -61,7 +62,7 @@ class ProvenFile:
             while self._hashed < self.size:
                 self._advance(reading=True)
             with self.path.open("rb") as now:
-                unchanged = _identity(os.fstat(now.fileno())) == self._opened
+                unchanged = identity(os.fstat(now.fileno())) == self._opened
         if not unchanged:
             raise InputError(
                 "the file changed while it was read",
@@ -86,7 +87,7 @@ class ProvenFile:
             file = open(self.path, "rb", buffering=0, opener=_open_direct)  # noqa: SIM115 (closed with self)
         except OSError:
             return None
-        return file if _identity(os.fstat(file.fileno())) == self._opened else None
+        return file if identity(os.fstat(file.fileno())) == self._opened else None
 
     def _read(self, start: int, count: int) -> torch.Tensor:
         if count >= _DIRECT_BYTES and not self._direct_failed and (file := self._direct) is not None:
@@ -173,7 +174,3 @@ class ProvenFile:
 
 def _open_direct(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_DIRECT)
-
-
-def _identity(status: os.stat_result) -> tuple[int, int, int, int, int]:
-    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
