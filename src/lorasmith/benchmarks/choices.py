@@ -61,12 +61,6 @@ def judge_letter(example: Example, answer: str) -> Scores:
     return {"accuracy": float(read_letter(answer, extra["choices"]) == extra["answer"])}
 
 
-def continuations(example: Example, *, texts: bool = False) -> list[str]:
-    """What to append to the prompt for the log-likelihood of each choice: ` A` … or the choices' texts."""
-    choices = example.metadata.extra()["choices"]
-    return [f" {choice}" for choice in choices] if texts else [f" {letter}" for letter in LETTERS]
-
-
 def judge_likelihoods(example: Example, log_likelihoods: Sequence[float]) -> Scores:
     """Accuracy from the log-likelihood of each continuation (nats); the first of equals counts."""
     best = max(range(len(log_likelihoods)), key=lambda index: (log_likelihoods[index], -index))
