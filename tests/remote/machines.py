@@ -118,6 +118,8 @@ class Line:
     bytes_per_second: float | None = None
     dead: bool = False
     """True: nobody is let through."""
+    bytes: int = 0
+    """Passed on so far, both ways."""
 
 
 @contextmanager
@@ -155,6 +157,7 @@ def bad_line(to: int) -> Iterator[Line]:
                 if line.bytes_per_second:
                     time.sleep(len(piece) / line.bytes_per_second)
                 passed[0] += len(piece)
+                line.bytes += len(piece)
                 if line.cut_after is not None and passed[0] > line.cut_after and line.cuts < line.most_cuts:
                     line.cuts += 1
                     break

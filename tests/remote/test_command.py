@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+import time
+import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lorasmith.cli.remote_command import read_command
+from lorasmith.cli.remote_offer import needs
 from lorasmith.errors import UsageError
+from lorasmith.files.atomic import write_record
+from lorasmith.records.release import StageTiming, TimingRecord
 from lorasmith.remote.provider import Offer
 from lorasmith.remote.rented import estimate
 from tests.remote.machines import SSHD, Machine, machine
-from tests.remote.vast_server import KEY, FakeVast, SimulatedClock, an_offer, serve
+from tests.remote.rented_machine import vast_for
+from tests.remote.vast_server import KEY, FakeVast, SimulatedClock, serve
+from tests.tiny import save_adapter, save_base, tiny_rows
 
 SPLIT = ["testset", "split", "--train", "rows.jsonl", "--output", "test.jsonl", "--size", "4"]
 MERGE = ["merge", "--base", "base", "--adapter", "adapter", "--output", "merged"]
@@ -50,6 +59,46 @@ def test_paths_become_places_there() -> None:
     assert found.needs_gpu
 
 
+def test_the_price_of_the_machine_reaches_the_command_unless_one_was_given() -> None:
+    words = ["run", "--base", "b", "--adapter", "a", "--test-set", "t", "--output", "o"]
+    found = read_command(words)
+    assert found.at_price(0.75) == ["run", "--price-per-hour", "0.75", *found.arguments[1:]]
+    assert found.at_price(None) == found.arguments
+    own = read_command([*words, "--price-per-hour", "2"])
+    assert own.at_price(0.75) == own.arguments and own.arguments.count("--price-per-hour") == 1
+    assert read_command(MERGE).at_price(0.75) == read_command(MERGE).arguments
+    Path("run.toml").write_text('price_per_hour = 3.5\nbase = "b"\nadapter = "a"\ntest_set = "t"\n')
+    written = read_command(["run", "--config", "run.toml", "--output", "o"]).at_price(0.75)
+    assert written[written.index("--price-per-hour") + 1] == "3.5"
+
+
+def test_the_cost_of_a_run_is_estimated_from_its_sizes() -> None:
+    save_adapter(Path("adapter"), save_base(Path("base")))
+    Path("t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(40)))
+    words = ["run", "--base", "base", "--adapter", "adapter", "--test-set", "t.jsonl", "--output", "o"]
+    fast = Offer(1, "H100", 1, 80, 1.5, 0.0, 0.0, 0.0, 1, 500, 1e3, 1e3, "", flops=5e13)
+    need = needs(read_command(words), None, None)
+    slow = replace(fast, flops=1e6)
+    assert "tokens" in need.basis and need.work_hours(slow) > need.work_hours(fast) > 0
+    assert need.estimate(fast).hours == pytest.approx(0.15 + need.work_hours(fast), abs=0.001)
+    assert need.work_hours(replace(fast, flops=0.0)) == 0.5  # the provider does not say how fast it is
+    assert needs(read_command(words), 2.0, None).work_hours(fast) == 2.0
+    assert needs(read_command(MERGE), None, None).work_hours(fast) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("line", "extras"),
+    [
+        ("run --base b --adapter a --test-set t --output o", []),
+        ("run --base b --adapter a --test-set t --output o --tasks", ["benchmarks"]),
+        ("run --base b --adapter a --test-set t --output o --followup respond,compress", ["compress"]),
+        ("validate --model b --test-set t --output o --executor ray", ["cluster"]),
+    ],
+)
+def test_what_a_command_needs_besides_is_installed_there(line: str, extras: list[str]) -> None:
+    assert read_command(line.split()).extras == extras
+
+
 def test_one_path_given_twice_is_sent_once() -> None:
     found = read_command(["report", "a", "b", "a", "--output", "o.html"])
     assert found.arguments == ["report", "--output", "out/0/o.html", "in/0/a", "in/1/b", "in/0/a"]
@@ -75,6 +124,24 @@ def test_the_paths_of_a_config_file_are_this_machines() -> None:
     assert [item.local for item in found.outputs] == [str(here / "elsewhere")]
     (config,) = [item.local for item in found.inputs if item.local.endswith("run.toml")]
     assert Path(config).read_text() == "seed = 3\n"
+
+
+def test_paths_of_what_follows_the_release_are_seen_from_the_config_file() -> None:
+    Path("run.toml").write_text(
+        'base = "b"\nadapter = "a"\ntest_set = "t"\n[followup.respond]\ndata = "sub/rows.jsonl"\n'
+        '[followup.draft]\nbase = "small"\nepochs = 1.0\n'
+    )
+    found = read_command(["run", "--config", "run.toml", "--output", "o"])
+    places = {item.local: item.remote for item in found.inputs}
+    (config,) = [local for local in places if local.endswith("run.toml")]
+    asked = tomllib.loads(Path(config).read_text())["followup"]
+    here = Path.cwd()
+    for named, local in (
+        (asked["respond"]["data"], here / "sub" / "rows.jsonl"),
+        (asked["draft"]["base"], here / "small"),
+    ):
+        assert os.path.normpath(Path(places[config]).parent / named) == places[str(local)]
+    assert asked["draft"]["epochs"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -151,19 +218,11 @@ def test_one_command_rents_runs_fetches_verifies_and_destroys(
     other: Machine, tmp_path: Path, rows: Path
 ) -> None:
     with serve() as use:
-        vast = FakeVast(SimulatedClock(), offers=[an_offer(7, 0.8)], port=other.port, starts_after=None)
+        vast = vast_for(other)
         use(vast)
-
-        def start_at_once(kind: str) -> str:
-            for one in vast.running():
-                one.status = "running"
-            return ""
-
-        vast.faults = start_at_once
-        vast.on_key = (other.home.parent / "authorized").write_text
-        (other.home / ".lorasmith").mkdir()
-        (other.home / ".lorasmith" / "watchdog.pid").write_text("1")
         variables = {"LORASMITH_VAST_URL": vast.url, "VAST_API_KEY": KEY}
+        listed = lorasmith("remote", "list", "--past", **variables)
+        assert "Rentals that have ended" in listed.stdout, listed.stdout + listed.stderr
         shown = lorasmith("remote", "offers", "--hours", "1", "--disk", "30", **variables)
         # 1.15 h at $0.80; nothing is sent
         assert re.search(r"7\s+1 × H100.*\$0\.800.*1\.15 h\s+\$0\.92", shown.stdout), (
@@ -177,10 +236,49 @@ def test_one_command_rents_runs_fetches_verifies_and_destroys(
             *("--remote-python", sys.executable, "--", *SPLIT),
             **variables,
         )
+        vast.bills = {next(iter(vast.instances)): 0.5}
+        vast.instances[next(iter(vast.instances))].created = time.time() - 60
+        listed = lorasmith("remote", "list", "--past", **variables)
+    assert re.search(r"5000 .* \$0\.500 +\$\+0\.\d+", listed.stdout), listed.stdout + listed.stderr
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "test.jsonl").read_text().count("\n") == 4
     assert len(vast.bought) == 1 and not vast.running()
-    assert "new; pinned from now on" in done.stdout
+    assert f"{other.fingerprint}: as the machine's log at vast.ai tells" in done.stdout
     assert "destroyed, and confirmed to be gone" in done.stdout
     for path in (other.home / ".lorasmith").rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+def test_keys_and_offers_that_are_none_as_typed(rows: Path, tmp_path: Path) -> None:
+    rented = ["remote", "run", "--vast", "gpu_name=H100_SXM", "--max-cost", "1", "--", *SPLIT]
+    none = lorasmith(*rented, VAST_API_KEY="", XDG_CONFIG_HOME=str(tmp_path))
+    assert none.returncode == 2 and "there is no key for Vast.ai" in none.stderr
+    with serve() as use:
+        vast = FakeVast(SimulatedClock())
+        use(vast)
+        wrong = lorasmith(*rented, LORASMITH_VAST_URL=vast.url, VAST_API_KEY="wrong")
+        assert wrong.returncode == 3 and "the key is not accepted" in wrong.stderr
+        typo = lorasmith(*rented[:-6], "--train", "typo.jsonl", *rented[-4:], LORASMITH_VAST_URL=vast.url)
+        assert typo.returncode == 2 and "it does not exist" in typo.stderr
+        unset = lorasmith(*rented[:5], "--env", "NOWHERE_SET", *rented[5:], LORASMITH_VAST_URL=vast.url)
+        assert unset.returncode == 2 and "NOWHERE_SET is not set" in unset.stderr
+        Path("test.jsonl").touch()
+        taken = lorasmith(*rented, LORASMITH_VAST_URL=vast.url, VAST_API_KEY=KEY)
+        assert taken.returncode == 2 and "the place for the results is taken" in taken.stderr
+        Path("test.jsonl").unlink()
+        empty = lorasmith(*rented, LORASMITH_VAST_URL=vast.url, VAST_API_KEY=KEY)
+    assert empty.returncode == 2 and "nothing is offered" in empty.stderr
+    assert not vast.bought and not list((tmp_path / "state" / "rentals").glob("*"))
+
+
+def test_a_budget_that_is_spent_already_stops_before_any_work(tmp_path: Path) -> None:
+    save_adapter(Path("adapter"), save_base(Path("base")))
+    Path("t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(8)))
+    spent = StageTiming(stage="merge", wall_seconds=3600.0, cpu_seconds=1.0, peak_rss_bytes=1, started="x")
+    Path("run").mkdir()
+    write_record(Path("run/timing.json"), TimingRecord(hardware={}, stages=[spent]))
+    words = ["run", "--base", "base", "--adapter", "adapter", "--test-set", "t.jsonl", "--output", "run"]
+    stopped = lorasmith(*words, "--price-per-hour", "1.5", "--budget", "1")
+    assert stopped.returncode == 1, stopped.stdout + stopped.stderr
+    assert "the budget of $1 is spent" in stopped.stderr and "larger --budget" in stopped.stderr
+    assert not Path("run/validation").exists() and not Path("run/merged").exists()

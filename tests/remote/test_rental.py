@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import os
 import random
-import stat
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from lorasmith.errors import InputError, LorasmithError, ProviderError, UsageError
-from lorasmith.remote import watchdog
-from lorasmith.remote.provider import RefusedError
-from lorasmith.remote.rental import Caps, Renter, open_rentals, watch_command
-from lorasmith.remote.state import rentals
-from lorasmith.remote.vast import Vast, parse_query, read_key
+from lorasmith.errors import LorasmithError, ProviderError, UsageError
+from lorasmith.remote.caps import Caps
+from lorasmith.remote.rental import Renter
+from lorasmith.remote.state import change_rental, open_rentals, rentals
+from lorasmith.remote.vast import Vast
 from tests.remote.vast_server import (
     KEY,
     FakeVast,
     PowerLoss,
     SimulatedClock,
+    a_start,
     an_offer,
     random_faults,
     serve,
@@ -58,7 +55,7 @@ def here(use: Callable[[FakeVast], None]) -> FakeVast:
 
 def renter_for(vast: FakeVast, caps: Caps = CAPS) -> Renter:
     provider = Vast(KEY, url=vast.url, clock=vast.clock, timeout=5.0)
-    return Renter(provider, caps, clock=vast.clock, url="http://console")
+    return Renter(provider, caps, clock=vast.clock)
 
 
 def rent_and_work(renter: Renter, vast: FakeVast, work: Callable[[], None]) -> None:
@@ -80,7 +77,7 @@ def test_a_rental_from_offer_to_confirmed_end(vast: FakeVast) -> None:
     assert (rental.state, rental.offer, rental.price_per_hour) == ("gone", 2, 1.2)
     assert "destroyed, and confirmed" in said[-1]
     instance = next(iter(vast.instances.values()))
-    assert instance.hours == pytest.approx(3.0 / 1.2, abs=1e-3)  # the watchdog knows the cap on dollars
+    assert (instance.hours, instance.dollars) == (4.0, 3.0)  # the watchdog knows the caps
     assert instance.label == rental.label
 
 
@@ -128,8 +125,8 @@ def _one_sequence(
         if how == "ssh never comes":
             raise ProviderError("no ssh")
 
-    provider._clock = vast.clock
-    renter = Renter(provider, CAPS, clock=vast.clock, start_seconds=400, url="http://console")
+    provider.connection.clock = vast.clock
+    renter = Renter(provider, CAPS, clock=vast.clock, start_seconds=400)
     ending = "done"
     try:
         rent_and_work(renter, vast, work)
@@ -237,96 +234,37 @@ def test_caps_on_price_are_checked_before_and_after(vast: FakeVast) -> None:
     assert not vast.running()
 
 
-def test_no_offer_no_key_wrong_key(vast: FakeVast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vast.offers = []
-    assert renter_for(vast).provider.offers("", 10) == []
-    with pytest.raises(RefusedError, match="key is not accepted"):
-        Vast("wrong", url=vast.url, clock=vast.clock).offers("", 10)
-    monkeypatch.delenv("VAST_API_KEY", raising=False)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    with pytest.raises(InputError, match="no key"):
-        read_key()
-    path = tmp_path / "vastai" / "vast_api_key"
-    path.parent.mkdir()
-    path.write_text("secret\n")
-    path.chmod(0o644)
-    with pytest.raises(InputError, match="others than its owner"):
-        read_key()
-    path.chmod(stat.S_IRUSR | stat.S_IWUSR)
-    assert read_key() == "secret"
-    monkeypatch.setenv("VAST_API_KEY", "first")
-    assert read_key() == "first"
-
-
-def test_many_instances_come_in_pages(vast: FakeVast) -> None:
-    body = {"label": "somebody else's", "onstart": watch_command("http://x", 100, 1e6)}
-    for _ in range(60):
-        vast.buy(1, body)
-    provider = renter_for(vast).provider
-    assert len(provider.instances()) == 60
-    assert sum("instances" in line for line in vast.seen) == 3
-    vast.faults = lambda kind: "lost page" if kind == "list" else ""
-    with pytest.raises(ProviderError, match="pages are missing"):
-        provider.instances()
-    vast.faults = lambda kind: ""
-    assert renter_for(vast).reap(everything=True) == []  # other people's labels are not touched
-    assert len(vast.running()) == 60
-
-
 def test_reap_finds_what_another_computer_rented(vast: FakeVast) -> None:
-    body = {"label": "lorasmith-0123456789ab", "onstart": watch_command("http://x", 100, 1e6)}
-    vast.buy(1, body)
+    vast.buy(1, {"label": "lorasmith-0123456789ab", "onstart": a_start(hours=100, grace=1e6)})
     assert renter_for(vast).reap() == []
     assert len(vast.running()) == 1
     assert [rental.state for rental in renter_for(vast).reap(everything=True)] == ["gone"]
     assert not vast.running()
 
 
-def test_queries() -> None:
-    assert parse_query("gpu_name=H100_SXM num_gpus>=2 dph_total < 2.5 verified=true") == {
-        "gpu_name": {"eq": "H100 SXM"},
-        "num_gpus": {"gte": 2},
-        "dph_total": {"lt": 2.5},
-        "verified": {"eq": True},
-    }
-    assert parse_query("reliability>0.9 reliability<0.99") == {"reliability": {"gt": 0.9, "lt": 0.99}}
-    with pytest.raises(UsageError, match="no condition"):
-        parse_query("the cheapest one")
+def test_a_label_that_was_lost_is_set_again(vast: FakeVast) -> None:
+    vast.loses_labels = True
+    renter = renter_for(vast)
+    with renter.rented(renter.provider.offers("", 50)[0], disk=50) as rental:
+        assert renter.wait_until_running(rental).host
+        assert [one.label for one in vast.running()] == [rental.label]
+    assert not vast.running() and [rental.state for rental in rentals()] == ["gone"]
 
 
-@pytest.mark.parametrize(
-    ("now", "beat", "busy", "expected"),
-    [
-        (100, 0, False, None),
-        (1900, 0, False, "nobody has been here"),
-        (1900, 1000, False, None),
-        (3000, 1000, False, "nobody has been here"),
-        (7000, 1000, True, None),
-        (7200, 7199, True, "used up"),
-    ],
-)
-def test_when_the_watchdog_destroys(now: float, beat: float, busy: bool, expected: str | None) -> None:
-    found = watchdog.reason(now, 0, 7200, 1800, beat, busy)
-    assert found is None if expected is None else expected in str(found)
-
-
-def test_the_watchdog_as_it_is_sent_destroys_its_machine_with_its_own_key(
-    vast: FakeVast, tmp_path: Path
-) -> None:
-    """The packed program, run by a shell as on the machine, against the same server over HTTP."""
-    one = vast.buy(1, {"label": "lorasmith-x", "onstart": watch_command("http://x", 1, 1)})
-    command = watch_command(vast.url, 0.0, 1800, str(tmp_path / "there"))
-    command = command.replace("/root/", f"{tmp_path}/").replace("python3", sys.executable)
-    assert command.rstrip().endswith("&")
-    environment = {"PATH": os.environ["PATH"], "CONTAINER_ID": str(one.id), "CONTAINER_API_KEY": KEY}
-    subprocess.run(["sh", "-c", command], env=environment, check=True, timeout=20)
-    for _ in range(100):
-        if one.gone_at is not None:
-            break
-        import time
-
-        time.sleep(0.05)
-    pid = int((tmp_path / "there" / "watchdog.pid").read_text())
-    os.kill(pid, 15)
-    assert one.gone_at is not None
-    assert "used up" in (tmp_path / "lorasmith-watchdog.log").read_text()
+def test_traffic_counts_towards_the_cap_at_both_ends(vast: FakeVast) -> None:
+    """At $1.20 an hour three dollars last 2.5 hours; with two dollars of traffic 50 minutes."""
+    renter = renter_for(vast)
+    rental = renter.rent(renter.provider.offers("", 50)[0], disk=50)
+    renter.caps.require_left(rental, rental.asked_at + 2.4 * 3600)
+    sent = change_rental(rental.label, sent_bytes=10**12)  # 1 TB at $0.002 a GB
+    renter.caps.require_left(sent, rental.asked_at + 0.8 * 3600)
+    with pytest.raises(ProviderError, match=r"\$2\.00 of it for traffic"):
+        renter.caps.require_left(sent, rental.asked_at + 0.9 * 3600)
+    with pytest.raises(ProviderError, match="cap is reached"):
+        renter.caps.require_left(rental, rental.asked_at + 4 * 3600)
+    (one,) = vast.running()
+    one.traffic, one.busy = 2.0, True
+    vast.clock.advance(0.8 * 3600)
+    assert vast.running()
+    vast.clock.advance(0.1 * 3600)
+    assert not vast.running() and vast.cost(one) <= CAPS.cost + 0.02

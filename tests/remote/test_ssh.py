@@ -157,6 +157,46 @@ def test_a_slow_and_repeatedly_cut_line_changes_nothing(
     assert digests(copy) == digests(model)
 
 
+def test_an_interrupted_upload_goes_on_where_it_was(
+    other: Machine, fake_lorasmith: str, tmp_path: Path
+) -> None:
+    """The command is ended in the middle of the upload, and given again."""
+    model, copy = model_folder(tmp_path / "model", 4_000_000), tmp_path / "copy"
+    job = job_for(other, ["copy", "in/0/model", "out/0/copy"], fake_lorasmith, [model], [copy])
+
+    def stop_in_the_middle() -> None:
+        if partial.exists() and partial.stat().st_size > 1_000_000:
+            raise KeyboardInterrupt
+
+    with bad_line(other.port) as line:
+        line.bytes_per_second = 4_000_000
+        session, _ = session_for(connect(other, line.port), job)
+        partial = Path(session.folder) / "in/0/model/weights of a model.bin"
+        session.alive = stop_in_the_middle
+        with pytest.raises(KeyboardInterrupt):
+            session.run()
+        kept = partial.stat().st_size
+        assert 1_000_000 < kept < 4_000_000
+        line.bytes_per_second, before = None, line.bytes
+        again, _ = session_for(connect(other, line.port), job)
+        assert again.run().code == 0
+        # There what was missing, back all of it; wheel, digests and the log are some 0.4 MB more.
+        assert line.bytes - before < 4_000_000 - kept + 4_000_000 + 1_000_000
+    assert digests(copy) == digests(model)
+
+
+def test_a_model_larger_than_the_memory_is_noted_before_it_is_sent(
+    other: Machine, fake_lorasmith: str, tmp_path: Path
+) -> None:
+    model = model_folder(tmp_path / "model", 300_000)
+    job = job_for(other, ["copy", "in/0/model", "out/0/c"], fake_lorasmith, [model], [tmp_path / "c"])
+    session, said = session_for(connect(other), job)
+    found = session.look()
+    session.machine = found.model_copy(update={"memory": 100_000, "gpus": []})
+    assert session.run().code == 0
+    assert any("300.0 kB does not fit into the machine's 100.0 kB of memory" in line for line in said)
+
+
 def test_a_job_outlives_the_connection(other: Machine, fake_lorasmith: str, tmp_path: Path) -> None:
     result = tmp_path / "slow"
     job = job_for(other, ["slow", "out/0/slow", "25"], fake_lorasmith, [], [result])

@@ -14,6 +14,9 @@ from typing import Any
 from urllib.parse import parse_qs, urlparse
 
 from lorasmith.remote import watchdog
+from lorasmith.remote.caps import Caps
+from lorasmith.remote.onstart import onstart
+from lorasmith.remote.provider import Farewell, Offer
 
 KEY = "account-key"
 
@@ -55,6 +58,7 @@ class FakeInstance:
     price: float
     created: float
     hours: float
+    dollars: float
     grace: float
     listed_from: float
     starts_at: float | None
@@ -65,6 +69,9 @@ class FakeInstance:
     beat: float = 0.0
     busy: bool = False
     gone_at: float | None = None
+    traffic: float = 0.0
+    """Dollars, as its watchdog counts them."""
+    log: list[str] = field(default_factory=list)
 
     def shown(self) -> dict[str, Any]:
         return {
@@ -89,6 +96,12 @@ class FakeVast:
     dead_status: str = ""
     port: int = 22
     on_key: Callable[[str], object] = lambda key: None
+    loses_labels: bool = False
+    """Like a provider that ignores the label of a request to rent."""
+    first_log: list[str] = field(default_factory=list)
+    """What every instance writes into its log as it starts."""
+    bills: dict[int, float] = field(default_factory=dict)
+    """Instance → dollars charged."""
     offers: list[dict[str, Any]] = field(default_factory=list)
     instances: dict[int, FakeInstance] = field(default_factory=dict)
     bought: list[str] = field(default_factory=list)
@@ -108,33 +121,35 @@ class FakeVast:
         for one in self.running():
             if one.status == "loading" and one.starts_at is not None and now >= one.starts_at:
                 one.status = self.dead_status or "running"
-            deadline = one.created + one.hours * 3600
+            deadline = watchdog.deadline(one.created, one.hours, one.dollars, one.price, one.traffic)
             if watchdog.reason(now, one.created, deadline, one.grace, one.beat, one.busy):
                 one.gone_at = now
 
     def cost(self, one: FakeInstance) -> float:
         """Dollars so far."""
-        return ((one.gone_at or self.clock.time) - one.created) / 3600 * one.price
+        return ((one.gone_at or self.clock.time) - one.created) / 3600 * one.price + one.traffic
 
     def buy(self, offer: int, body: dict[str, Any]) -> FakeInstance:
-        found = re.search(r"watchdog\.py http\S+ ([\d.]+) (\d+) ", body["onstart"])
+        found = re.search(r"dog\.py http\S+ CONTAINER_API_KEY \S+ ([\d.]+) (\d+) ([\d.]+) ", body["onstart"])
         assert found, "an instance without a watchdog was asked for"
-        assert "key" not in body["onstart"].lower().replace("container_api_key", "")
+        assert KEY not in body["onstart"]
         now = self.clock.time
         price = next(item["dph_total"] for item in self.offers if item["id"] == offer)
         one = FakeInstance(
             id=5000 + len(self.instances),
-            label=body["label"],
+            label="" if self.loses_labels else body["label"],
             price=price,
             created=now,
             hours=float(found[1]),
+            dollars=float(found[3]),
             grace=float(found[2]),
             listed_from=now + self.listing_delay,
             starts_at=None if self.starts_after is None else now + self.starts_after,
             port=self.port,
+            log=list(self.first_log),
         )
         self.instances[one.id] = one
-        self.bought.append(one.label)
+        self.bought.append(body["label"])
         return one
 
     def answer(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -147,7 +162,20 @@ class FakeVast:
             return self._create(int(parts[3]), body)
         if parts[1:] == ["v1", "instances"]:
             return self._list(parse_qs(url.query))
+        if parts[1:] == ["v0", "charges"]:
+            return self._charges(parse_qs(url.query))
+        if parts[0] == "logs":
+            return 200, "".join(f"{line}\n" for line in self.instances[int(parts[1])].log)
+        if parts[3] == "request_logs":
+            fault = self.faults("log")
+            address = (
+                f"http://example.org/{parts[4]}" if fault == "elsewhere" else f"{self.url}/logs/{parts[4]}"
+            )
+            return (404, {}) if fault == "none" else (200, {"success": True, "result_url": address})
         number = int(parts[3])
+        if method == "PUT" and "label" in body:
+            self.instances[number].label = body["label"]
+            return 200, {"success": True}
         if len(parts) == 5 and parts[4] == "ssh":
             self.on_key(body["ssh_key"])
             return 200, {"success": True}
@@ -194,6 +222,20 @@ class FakeVast:
             "next_token": token,
         }
 
+    def _charges(self, query: dict[str, list[str]]) -> tuple[int, Any]:
+        days = json.loads(query["select_filters"][0])["day"]
+        assert days["gte"] % 86_400 == 0
+        rows = [
+            {"source": f"instance-{number}", "type": "instance", "amount": amount, "items": []}
+            for number, amount in self.bills.items()
+            if days["gte"] <= self.instances[number].created <= days["lte"]
+        ]
+        rows.append({"source": "volume-5000", "type": "volume", "amount": 99.0, "items": []})
+        start = int(query.get("after_token", ["0"])[0])
+        token = str(start + 1) if start + 1 < len(rows) else None  # one a page
+        page = rows[start : start + 1]
+        return 200, {"success": True, "results": page, "total": len(rows), "next_token": token}
+
     def _one(self, number: int) -> dict[str, Any]:
         one = self.instances.get(number)
         return {"instances": None if one is None or one.gone_at is not None else one.shown()}
@@ -233,6 +275,15 @@ def random_faults(generator: random.Random, rate: float, counted: dict[str, int]
     return fault
 
 
+def a_start(url: str = "http://x", *, hours: float = 1.0, grace: float = 1.0, folder: str = "~/x") -> str:
+    """Commands for the start of an instance, as they are sent."""
+    offer = Offer(1, "H100", 1, 80, 1.5, 0.02, 0.002, 0.001, 0.99, 500, 800.0, 1600.0, "")
+    caps = Caps(price=2.0, cost=1e6, hours=hours, grace=grace)
+    return onstart(
+        Farewell(f"{url}/api/v0/instances/$CONTAINER_ID/", "CONTAINER_API_KEY"), caps, offer, folder
+    )
+
+
 def an_offer(number: int = 1, price: float = 1.5, **more: Any) -> dict[str, Any]:
     """An offer as the search shows it."""
     return {
@@ -248,6 +299,7 @@ def an_offer(number: int = 1, price: float = 1.5, **more: Any) -> dict[str, Any]
         "disk_space": 900.0,
         "inet_up": 2500.0,
         "inet_down": 3000.0,
+        "total_flops": 53.0,
         "geolocation": "Norway, NO",
         **more,
     }
@@ -270,7 +322,9 @@ def serve() -> Iterator[Callable[[FakeVast], None]]:
             size = int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(size)) if size else {}
             vast.seen.append(f"{self.command} {self.path}")
-            if self.headers.get("Authorization") != f"Bearer {KEY}":
+            public = self.path.startswith("/logs/")
+            assert not (public and self.headers.get("Authorization")), "the key went to a public address"
+            if not public and self.headers.get("Authorization") != f"Bearer {KEY}":
                 self.reply(401, {"success": False, "msg": "invalid key"})
                 return
             status, content = vast.answer(self.command, self.path, body)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from lorasmith.records.base import Record
 
+TELL_SECONDS = 30.0
+"""Between two lines on how far it is, where no bar can be drawn."""
+
 
 def console(*, stderr: bool = False) -> Console:
     """A console that keeps long lines whole when its output goes to a file or a pipe."""
@@ -28,7 +31,8 @@ def console(*, stderr: bool = False) -> Console:
 def bar(label: str, *, total: int, unit: str) -> Iterator[Advance]:
     """A progress bar with rate and time left: `lorasmith.progress.Progress` for a terminal.
 
-    Where standard error is no terminal, one line at the end tells what was done and how fast.
+    Where standard error is no terminal, as on another machine, a line every half minute tells how far it is,
+    and one at the end what was done and how fast.
     """
     import time
 
@@ -36,7 +40,7 @@ def bar(label: str, *, total: int, unit: str) -> Iterator[Advance]:
     from rich.text import Text
 
     screen = console(stderr=True)
-    began = time.monotonic()
+    began = told = time.monotonic()
     done = 0
 
     class Rate(ProgressColumn):
@@ -47,8 +51,15 @@ def bar(label: str, *, total: int, unit: str) -> Iterator[Advance]:
     if not screen.is_terminal:
 
         def count(amount: int) -> None:
-            nonlocal done
+            nonlocal done, told
             done += amount
+            now = time.monotonic()
+            if now - told >= TELL_SECONDS and 0 < done < total:
+                told = now
+                left = (now - began) * (total - done) / done
+                screen.print(
+                    f"  {label}: {done / total:.0%}, {_amount(done, unit)}, about {left:,.0f} s left"
+                )
 
         yield count
         seconds = max(time.monotonic() - began, 1e-9)

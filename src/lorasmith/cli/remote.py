@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorasmith.cli.options import AsJson
-from lorasmith.cli.remote_rent import (
-    Disk,
-    Image,
-    MaxHours,
-    MaxPrice,
-    choose_offer,
-    open_renter,
-    transfer_sizes,
-)
+from lorasmith.cli.remote_offer import choose_offer, needs, open_renter
+from lorasmith.cli.remote_rent import Disk, Hours, Image, MaxHours, MaxPrice
+from lorasmith.cli.remote_session import ended, follow, new_session, open_job, open_session, report_again
 from lorasmith.errors import UsageError
 
 if TYPE_CHECKING:
-    from lorasmith.records.remote import RemoteJob, RemoteStatus
-    from lorasmith.remote.session import Session
-    from lorasmith.remote.ssh import SshTransport
+    from lorasmith.records.remote import RemoteJob
 
 Identity = Annotated[
     Path | None, typer.Option(help="Private key for ssh. [ssh's own choice]", metavar="FILE")
@@ -48,6 +41,7 @@ def run(
     offer: Annotated[
         int | None, typer.Option(help="With --vast: number of the offer. [the cheapest]")
     ] = None,
+    hours: Hours = None,
     disk: Disk = None,
     image: Image = None,
     identity: Identity = None,
@@ -72,44 +66,65 @@ def run(
     --test-set test.jsonl --output run`
     """
     from lorasmith.cli.remote_command import read_command
-    from lorasmith.remote.job import make_job
+    from lorasmith.remote.job import make_job, require_free_outputs, require_inputs
     from lorasmith.remote.rental import IMAGE
-    from lorasmith.remote.rented import run_rented
+    from lorasmith.remote.rented import remember_outputs, run_rented
+    from lorasmith.remote.session import value_of
     from lorasmith.remote.ssh import parse_host
+    from lorasmith.remote.state import rental_at
+    from lorasmith.remote.welcome import own_key
 
     if (host is None) == (vast is None):
         raise UsageError("where should it run?", expected="either --host user@machine or --vast CONDITIONS")
     found = read_command(command)
 
-    def make(login: str, port: int | None, key: str | None) -> RemoteJob:
+    def make(login: str, port: int | None, key: str | None, price: float | None) -> RemoteJob:
         return make_job(
             login,
             port,
-            found.arguments,
+            found.at_price(price),
             found.inputs,
             found.outputs,
             folder=folder,
             identity=key,
             hub=found.hub,
-            extras=["benchmarks"] if found.benchmarks else [],
+            extras=found.extras,
             python=remote_python,
             environment=env or [],
         )
 
     if host is not None:
         place = parse_host(host)
-        job = make(place.login, place.port, str(identity.absolute()) if identity else None)
-        ended(open_session(job, fingerprint).run(needs_gpu=found.needs_gpu))
+        rental = rental_at(place.name, place.port)
+        key = identity or (own_key() if rental else None)
+        price = rental.price_per_hour if rental else None
+        job = make(place.login, place.port, str(key.absolute()) if key else None, price)
+        if rental:
+            remember_outputs(rental.label, job)
+        ended(follow(open_session(job, fingerprint), rental, needs_gpu=found.needs_gpu))
     if max_cost is None:
         raise UsageError("--vast spends money", expected="--max-cost, in US dollars")
-    space = disk or transfer_sizes(found)[2]
+    # What would fail there in a quarter of an hour fails here, before money is spent.
+    require_inputs(found.inputs)
+    require_free_outputs(found.outputs)
+    for name in env or []:
+        value_of(name)
+    need = needs(found, hours, disk)
     renter = open_renter(max_price, max_cost, max_hours)
-    chosen = choose_offer(renter, str(vast), offer, space)
-    ended(
-        run_rented(
-            renter, chosen, make, new_session, disk=space, image=image or IMAGE, needs_gpu=found.needs_gpu
-        )
+    chosen = choose_offer(renter, str(vast), offer, need.disk)
+    status = run_rented(
+        renter,
+        chosen,
+        partial(make, price=chosen.price_per_hour),
+        new_session,
+        disk=need.disk,
+        image=image or IMAGE,
+        needs_gpu=found.needs_gpu,
+        planned=need.estimate(chosen).dollars,
+        outputs=[item.local for item in found.outputs],
     )
+    report_again(found)
+    ended(status)
 
 
 def attach(job: JobName = None) -> None:
@@ -171,59 +186,3 @@ def stop(job: JobName = None) -> None:
 
 for _command in (attach, status, logs, fetch, stop):
     _command.works_without_arguments = True  # type: ignore[attr-defined]
-
-
-def open_job(name: str | None) -> Session:
-    """The session of a job that this machine remembers."""
-    from lorasmith.remote.state import find_job
-
-    return open_session(find_job(name), None)
-
-
-def open_session(job: RemoteJob, fingerprint: str | None) -> Session:
-    """A connection to the job's machine, its key checked."""
-    from lorasmith.remote.ssh import Host, SshTransport
-    from lorasmith.remote.transport import Patience
-
-    user, _, name = job.host.rpartition("@")
-    identity = Path(job.identity) if job.identity else None
-    transport = SshTransport(Host(name, user or None, job.port), identity=identity)
-    transport.trust(fingerprint=fingerprint, confirm=confirm_key if _interactive() else None)
-    session = new_session(transport, job)
-    session.patience = Patience(attempts=2)
-    session.check()  # a machine that is not there shows at once; later, broken connections are waited for
-    session.patience = Patience()
-    return session
-
-
-def new_session(transport: SshTransport, job: RemoteJob) -> Session:
-    """A session that shows what it does in the terminal."""
-    from lorasmith.cli.console import bar
-    from lorasmith.remote.session import Session
-
-    return Session(transport, job, progress=bar, say=say)
-
-
-def say(line: str) -> None:
-    """What the other machine tells."""
-    typer.echo(line)
-
-
-def confirm_key(name: str, prints: list[str]) -> bool:
-    """Ask whether this is the right machine."""
-    shown = "\n  ".join(prints)
-    typer.echo(f"This machine is not known yet: {name}. It shows the keys\n  {shown}", err=True)
-    return typer.confirm("Is one of them what its owner or provider tells?", err=True)
-
-
-def ended(found: RemoteStatus) -> None:
-    """End with the command's own exit code."""
-    if found.code in (0, 1):
-        typer.echo("done: results fetched and verified")
-    raise typer.Exit(found.code if found.code is not None else 3)
-
-
-def _interactive() -> bool:
-    import sys
-
-    return sys.stdin.isatty() and sys.stderr.isatty()

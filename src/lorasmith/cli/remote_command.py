@@ -19,6 +19,8 @@ OUTPUTS = {"output", "output_dir", "output_file"}
 _LOCAL_ONLY = {"demo", "chat", "remote", "costs"}
 _CHANGES_ITS_INPUT = {("testset split", "remove")}
 _CONFIG_PATHS = ("base", "adapter", "test_set", "output")
+_FOLLOWUP_PATHS = (("respond", "data"), ("draft", "base"))
+"""Table below `followup`, and its key."""
 
 
 @dataclass
@@ -31,7 +33,19 @@ class RemoteCommand:
     hub: list[HubModel] = field(default_factory=list)
     outputs: list[Transfer] = field(default_factory=list)
     needs_gpu: bool = False
-    benchmarks: bool = False
+    extras: list[str] = field(default_factory=list)
+    """Of lorasmith's optional dependencies, those that the command needs."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """The options as they were typed, with paths of this machine."""
+    takes_price: bool = False
+    """Whether it has --price-per-hour, and nobody has given it."""
+
+    def at_price(self, price: float | None) -> list[str]:
+        """The arguments, with the price of the machine where the command can use it."""
+        if price is None or not self.takes_price:
+            return self.arguments
+        words = len(self.name.split())
+        return [*self.arguments[:words], "--price-per-hour", f"{price:g}", *self.arguments[words:]]
 
     def place(self, value: Path, *, output: bool) -> str:
         """The path of `value` there; remembers that it has to go there, or come back."""
@@ -62,7 +76,9 @@ def read_command(tokens: Sequence[str]) -> RemoteCommand:
     found = RemoteCommand(name=name)
     values = _parse(name, rest)
     if name == "run" and values.get("config"):
-        values = _with_config(values)
+        values = _with_config(values, found)
+    found.values = values
+    found.takes_price = "price_per_hour" in values and values["price_per_hour"] is None
     options: list[str] = []
     for key, parameter in inspect.signature(function).parameters.items():
         value = values.get(key)
@@ -81,9 +97,21 @@ def read_command(tokens: Sequence[str]) -> RemoteCommand:
             options += [token for text in texts for token in (_flag(hint, key, True), text)]
     found.arguments = [*name.split(), *options, *found.arguments]
     found.needs_gpu = str(values.get("device") or "").startswith("cuda")
-    found.benchmarks = bool(values.get("tasks"))
+    found.extras = _extras(name, values)
     _require_output(found, function)
     return found
+
+
+def _extras(name: str, values: dict[str, Any]) -> list[str]:
+    asked = str(values.get("followup") or "")
+    wanted = {
+        "benchmarks": values.get("tasks"),
+        "cluster": values.get("executor") == "ray",
+        "compress": name == "compress" or "compress" in asked,
+        "sign": values.get("sign"),
+        "vllm": values.get("engine") == "vllm",
+    }
+    return [extra for extra, needed in wanted.items() if needed]
 
 
 def _find(tokens: Sequence[str]) -> tuple[str, Callable[..., Any], list[str]]:
@@ -117,11 +145,15 @@ def _parse(name: str, rest: list[str]) -> dict[str, Any]:
     return dict(command.make_context(f"lorasmith {name}", list(rest)).params)
 
 
-def _with_config(values: dict[str, Any]) -> dict[str, Any]:
-    """The paths of a config file as flags, and a copy of the file without them: they are this machine's."""
+def _with_config(values: dict[str, Any], found: RemoteCommand) -> dict[str, Any]:
+    """The paths of a config file as flags, and a copy of the file without them: they are this machine's.
+
+    Those that no flag can give become places there, seen from where the file will lie: in/NUMBER/run.toml.
+    """
     import tomli_w
 
     from lorasmith.files.atomic import write_bytes
+    from lorasmith.files.hub import hub_name
     from lorasmith.remote.state import state_folder
 
     file = Path(values["config"])
@@ -135,9 +167,18 @@ def _with_config(values: dict[str, Any]) -> dict[str, Any]:
     for key in _CONFIG_PATHS:
         if isinstance(named := body.pop(key, None), str) and values.get(key) is None:
             merged[key] = file.parent / named
+    if values.get("price_per_hour") is None:
+        merged["price_per_hour"] = body.pop("price_per_hour", None)
     train = body.pop("train", None)
     if train is not None and not values.get("train"):
         merged["train"] = [file.parent / name for name in ([train] if isinstance(train, str) else train)]
+    for table, key in _FOLLOWUP_PATHS:
+        asked = body.get("followup", {}).get(table)
+        if isinstance(asked, dict) and isinstance(named := asked.get(key), str):
+            if key == "base" and not (file.parent / named).exists() and hub_name(named):
+                continue  # fetched there, as it would be here
+            path = named if named.startswith("hub:") else file.parent / named
+            asked[key] = f"../../{found.place(Path(path), output=False)}"
     import hashlib
 
     digest = hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:12]

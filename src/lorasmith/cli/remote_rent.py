@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorasmith.cli.remote_offer import choose_offer, looking_renter, needs, open_renter, require_offers
 from lorasmith.errors import UsageError
 
 if TYPE_CHECKING:
-    from lorasmith.cli.remote_command import RemoteCommand
-    from lorasmith.remote.provider import Offer
-    from lorasmith.remote.rental import Renter
+    from lorasmith.records.remote import Rental
 
 Query = Annotated[str, typer.Option(help='Conditions on offers: "gpu_name=H100_SXM num_gpus=1".')]
 MaxPrice = Annotated[float, typer.Option(help="US dollars an hour at most.")]
 MaxCost = Annotated[float, typer.Option(help="US dollars in all at most; the machine is destroyed at it.")]
 MaxHours = Annotated[float, typer.Option(help="Hours at most; the machine is destroyed at them.")]
 Disk = Annotated[float | None, typer.Option(help="GB of disk. [what the command needs]")]
-Hours = Annotated[float, typer.Option(help="How long the work itself will take, for the estimate.")]
+Hours = Annotated[
+    float | None, typer.Option(help="Of the work itself, for the estimate. [worked out from a run's sizes]")
+]
 Image = Annotated[str | None, typer.Option(help="Docker image. [the provider's own]")]
 
 
@@ -27,27 +29,23 @@ def offers(
         list[str] | None, typer.Argument(help="After --: the command, so that its data is counted.")
     ] = None,
     query: Query = "",
-    hours: Hours = 0.5,
+    hours: Hours = None,
     disk: Disk = None,
     limit: Annotated[int, typer.Option(help="Offers to show.")] = 15,
 ) -> None:
-    """Offers of Vast.ai, with what this run would cost on each, traffic included.
+    """Offers of Vast.ai, with what this run would cost on each: set-up, work, disk and traffic.
 
     Example: `lorasmith remote offers --query "gpu_name=H100_SXM" --hours 0.5`
     """
     from lorasmith.cli.console import console, table
     from lorasmith.cli.remote_command import read_command
-    from lorasmith.remote.rented import estimate
 
-    found = read_command(command) if command else None
-    sent, fetched, needed = transfer_sizes(found)
-    renter = open_renter(1e9, 1e9, 1e9)
-    space = disk or needed
-    known = renter.provider.offers(query, space)[:limit]
+    need = needs(read_command(command) if command else None, hours, disk)
+    known = looking_renter().provider.offers(query, need.disk)[:limit]
     require_offers(known, query)
     rows = []
     for offer in known:
-        cost = estimate(offer, hours, sent, fetched)
+        cost = need.estimate(offer)
         rows.append(
             (
                 str(offer.id),
@@ -64,7 +62,8 @@ def offers(
         )
     machine = ("offer", "GPU", "memory", "per hour", "reliability", "disk", "Mbit/s ↓/↑", "place")
     columns = (*machine, "time", "cost")
-    title = f"{hours:g} h of work, {sent:.1f} GB there, {fetched:.1f} GB back, {space:.0f} GB of disk"
+    copied = f"{need.sent_gb:.1f} GB there, {need.fetched_gb:.1f} GB back"
+    title = f"{need.basis}, {copied}, {need.disk:.0f} GB of disk"
     console().print(table(title, columns, rows))
 
 
@@ -82,21 +81,18 @@ def up(
     Example: `lorasmith remote up --query "gpu_name=RTX_4090" --max-cost 2`
     """
     from lorasmith.remote.rental import IMAGE
-    from lorasmith.remote.rented import open_transport, own_key
+    from lorasmith.remote.welcome import open_transport, own_key
 
     renter = open_renter(max_price, max_cost, max_hours)
     space = disk or 60.0
     chosen = choose_offer(renter, query, offer, space)
-    rental = renter.rent(chosen, disk=space, image=image or IMAGE)
-    try:
+    with renter.rented(chosen, keep=True, disk=space, image=image or IMAGE) as rental:
         found = renter.wait_until_running(rental)
         transport = open_transport(renter, rental, found)
-    except BaseException:
-        renter.give_back(rental)
-        raise
     typer.echo(f"{rental.label}: instance {found.id} runs, ${rental.price_per_hour:.3f} an hour")
     known = f"-o UserKnownHostsFile={transport.known_hosts}"
     typer.echo(f"  ssh -i {own_key()} {known} -p {found.port} root@{found.host}")
+    typer.echo(f"  lorasmith remote run --host root@{found.host}:{found.port} -- COMMAND")
     typer.echo(f"  give it back with: lorasmith remote down {rental.label}")
 
 
@@ -107,25 +103,40 @@ def down(
 
     Example: `lorasmith remote down lorasmith-0a1b2c3d4e5f`
     """
-    from lorasmith.remote.rental import open_rentals
+    from pathlib import Path
+
+    from lorasmith.remote.rented import record_rentals
+    from lorasmith.remote.state import open_rentals
 
     found = [rental for rental in open_rentals() if name in (rental.label, str(rental.instance))]
     if not found:
         known = ", ".join(rental.label for rental in open_rentals()) or "none"
         raise UsageError(f"this computer rents nothing called {name!r}", expected=f"one of: {known}")
     gone = open_renter(found[0].max_price, found[0].max_cost, found[0].max_hours).give_back(found[0])
-    typer.echo(f"{gone.label}: {gone.state}")
+    for place in gone.outputs:
+        record_rentals(Path(place))
+    typer.echo(f"{gone.label}: {gone.state}, {_spent(gone)}")
 
 
-def list_() -> None:
+def list_(
+    past: Annotated[
+        bool, typer.Option("--past", help="What this computer rented before, computed and billed.")
+    ] = False,
+) -> None:
     """All instances of the account, and which of them lorasmith rented.
+
+    With --past: rentals that have ended, what they cost by lorasmith's count, and what the provider billed.
 
     Example: `lorasmith remote list`
     """
     from lorasmith.cli.console import console, table
     from lorasmith.remote.rental import PREFIX
 
-    found = open_renter(1e9, 1e9, 1e9).provider.instances()
+    provider = looking_renter().provider
+    if past:
+        console().print(table("Rentals that have ended", *_past(provider.charges)))
+        return
+    found = provider.instances()
     rows = [
         (
             str(one.id),
@@ -140,6 +151,36 @@ def list_() -> None:
     console().print(table(f"{len(found)} instances", ("id", "label", "state", "per hour", "ssh", "by"), rows))
 
 
+def _past(
+    charges: Callable[[float, float], dict[int, float]],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    from lorasmith.files.spending import rental_cost
+    from lorasmith.remote.state import rentals
+
+    ended = [one for one in rentals() if one.state == "gone" and one.gone_at is not None]
+    billed: dict[int, float] = {}
+    if ended:
+        billed = charges(min(one.asked_at for one in ended), max(one.gone_at or 0.0 for one in ended))
+    rows: list[tuple[str, ...]] = []
+    for rental in sorted(ended, key=lambda one: one.asked_at):
+        cost = rental_cost(rental)
+        bill = billed.get(rental.instance) if rental.instance is not None else None
+        rows.append(
+            (
+                rental.label,
+                str(rental.instance or "–"),
+                f"{cost.hours:.2f} h",
+                f"${cost.compute + cost.disk:.3f}",
+                f"${cost.traffic:.3f}",
+                f"${cost.dollars:.3f}",
+                "not billed yet" if bill is None else f"${bill:.3f}",
+                "" if bill is None else f"${bill - cost.dollars:+.3f}",
+            )
+        )
+    columns = ("label", "id", "time", "machine", "traffic", "computed", "billed", "difference")
+    return columns, rows
+
+
 def reap(
     everything: Annotated[
         bool, typer.Option("--all", help="Also what lorasmith rented from other computers.")
@@ -149,57 +190,20 @@ def reap(
 
     Example: `lorasmith remote reap`
     """
-    found = open_renter(1e9, 1e9, 1e9).reap(everything=everything)
+    found = looking_renter().reap(everything=everything)
     for rental in found:
         what = "gone" if rental.state == "gone" else "not seen; its watchdog ends it, ask again later"
         typer.echo(f"{rental.label}: {what}")
     typer.echo(f"{len(found)} looked after" if found else "nothing is rented")
 
 
-def open_renter(max_price: float, max_cost: float, max_hours: float) -> Renter:
-    """The provider with the account's key, under caps."""
-    import os
+def _spent(rental: Rental) -> str:
+    from lorasmith.files.spending import rental_cost
 
-    from lorasmith.remote.rental import Caps, Renter
-    from lorasmith.remote.vast import URL, Vast, read_key
-
-    for flag, value in (("--max-price", max_price), ("--max-cost", max_cost), ("--max-hours", max_hours)):
-        if not value > 0:
-            raise UsageError(f"{flag} {value:g} allows nothing", expected=f"{flag} above 0")
-    url = os.environ.get("LORASMITH_VAST_URL", URL)
-    provider = Vast(read_key(), url=url)
-    return Renter(provider, Caps(max_price, max_cost, max_hours), say=typer.echo, url=url)
+    cost = rental_cost(rental)
+    return f"{cost.hours:.2f} h, ${cost.dollars:.2f}, ${cost.traffic:.2f} of it for traffic"
 
 
-def choose_offer(renter: Renter, query: str, number: int | None, disk: float) -> Offer:
-    """The offer with this number, else the cheapest within the caps; raises `UsageError` for none."""
-    known = renter.provider.offers(query, disk)
-    require_offers(known, query)
-    if number is not None:
-        known = [offer for offer in known if offer.id == number]
-        require_offers(known, f"offer {number}")
-    renter.caps.require(known[0])
-    return known[0]
-
-
-def require_offers(known: list[Offer], query: str) -> None:
-    """Raise `UsageError` where nothing is offered."""
-    if not known:
-        raise UsageError(
-            "nothing is offered under these conditions",
-            where=query or "vast.ai",
-            remedy="ask for less: another GPU, fewer of them, less disk, a lower reliability",
-        )
-
-
-def transfer_sizes(found: RemoteCommand | None) -> tuple[float, float, float]:
-    """GB there, GB back, and GB of disk: a run leaves a merged model and its archive, twice its inputs."""
-    from lorasmith.remote.rented import size_gb
-
-    sent = size_gb(found.inputs) if found else 0.0
-    hub = 20.0 * len(found.hub) if found else 0.0
-    return sent, 2 * sent, 25.0 + 3 * (sent + hub)
-
-
-for _command in (offers, list_, reap):
-    _command.works_without_arguments = True  # type: ignore[attr-defined]
+_BARE: tuple[Any, ...] = (offers, list_, reap)
+for _command in _BARE:
+    _command.works_without_arguments = True

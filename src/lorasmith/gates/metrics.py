@@ -176,7 +176,9 @@ def _wall(stages: list[StageTiming]) -> float:
 def _dollars(timing: TimingRecord, stages: list[StageTiming]) -> float:
     if timing.price_per_hour is None:
         raise NotMeasured("the price of an hour is not known (--price-per-hour)")
-    return timing.price_per_hour * _wall(stages) / 3600
+    # Attempts that came to no end are nobody's stage, but were paid for.
+    lost = timing.unfinished_seconds if len(stages) == len(timing.stages) else 0.0
+    return timing.price_per_hour * (_wall(stages) + lost) / 3600
 
 
 def _peak(timing: TimingRecord, stages: list[StageTiming]) -> float:

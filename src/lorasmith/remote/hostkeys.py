@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lorasmith.errors import ConnectionLostError, RemoteError, UsageError, os_errors
@@ -18,40 +18,41 @@ def trust(
     known_hosts: Path,
     others: list[Path],
     *,
-    fingerprint: str | None = None,
+    fingerprints: Sequence[str] = (),
     confirm: Confirm | None = None,
-) -> None:
-    """Make sure that the machine's key is known: given by `fingerprint`, confirmed, or known before.
+) -> list[str]:
+    """Make sure that the machine's key is known: one of `fingerprints`, confirmed, or known before.
 
-    The key goes into `known_hosts`; ssh itself then refuses any other. Raises `RemoteError` for a machine
-    with another key than `fingerprint`, or with an unknown one where nobody can be asked.
+    The key goes into `known_hosts`; ssh itself then refuses any other. Returns the fingerprints that were
+    added. Raises `RemoteError` for a machine with other keys than `fingerprints`, `UsageError` for an unknown
+    one where nobody can be asked.
     """
     name = host if port == 22 else f"[{host}]:{port}"
-    if fingerprint is None and any(_is_known(name, file) for file in (known_hosts, *others)):
-        return
-    keys = _scan(host, port)
-    prints = [_fingerprint(key) for key in keys]
-    if fingerprint is not None:
-        wanted = fingerprint if fingerprint.startswith("SHA256:") else f"SHA256:{fingerprint}"
-        chosen = [key for key, found in zip(keys, prints, strict=True) if found == wanted]
+    if not fingerprints and any(_is_known(name, file) for file in (known_hosts, *others)):
+        return []
+    keys = {_fingerprint(key): key for key in _scan(host, port)}
+    if fingerprints:
+        wanted = [text if text.startswith("SHA256:") else f"SHA256:{text}" for text in fingerprints]
+        chosen = [found for found in keys if found in wanted]
         if not chosen:
             raise RemoteError(
-                f"this is another machine: its keys are {', '.join(prints)}",
+                f"this is another machine: its keys are {', '.join(keys)}",
                 where=name,
-                expected=wanted,
+                expected=" or ".join(wanted),
                 remedy="do not connect before you know why; the provider's console shows the right key",
             )
         _forget(name, known_hosts)
-    elif confirm is not None and confirm(name, prints):
-        chosen = keys
+    elif confirm is not None and confirm(name, list(keys)):
+        chosen = list(keys)
     else:
         raise UsageError(
-            f"this machine is not known yet; it shows the keys {', '.join(prints)}",
+            f"this machine is not known yet; it shows the keys {', '.join(keys)}",
             where=name,
             remedy="compare one of them with what its owner or provider tells, then give --fingerprint",
         )
     with os_errors(known_hosts, "write"), known_hosts.open("a") as handle:
-        handle.writelines(f"{key}\n" for key in chosen)
+        handle.writelines(f"{keys[found]}\n" for found in chosen)
+    return chosen
 
 
 def _is_known(name: str, file: Path) -> bool:

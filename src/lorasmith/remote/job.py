@@ -83,10 +83,9 @@ def pack_parcel(job: RemoteJob) -> Iterator[Parcel]:
     with tempfile.TemporaryDirectory(prefix="lorasmith-parcel-") as name:
         folder = Path(name)
         files: list[FileDigest] = []
+        require_inputs(job.inputs)
         for item in job.inputs:
             local, link = Path(item.local), folder / item.remote
-            if not local.exists():
-                raise InputError("it does not exist", where=local, remedy="check the path")
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(local.resolve())
             inner = folder_files(local) if local.is_dir() else [local]
@@ -123,9 +122,27 @@ def make_plan(job: RemoteJob, parcel: Parcel, job_folder: str) -> dict[str, Any]
     }
 
 
-def require_free_outputs(job: RemoteJob) -> None:
+def input_bytes(item: Transfer) -> int:
+    """What an input takes here; what does not exist counts nothing, and is complained about later."""
+    path = Path(item.local)
+    files = folder_files(path) if path.is_dir() else [path] if path.exists() else []
+    return sum(file.stat().st_size for file in files)
+
+
+def require_inputs(inputs: Sequence[Transfer]) -> None:
+    """Raise `InputError` for an input that is not there."""
+    for item in inputs:
+        if not Path(item.local).exists():
+            raise InputError(
+                "it does not exist",
+                where=item.local,
+                remedy="check the path; a model that the other machine is to fetch is hub:organisation/name",
+            )
+
+
+def require_free_outputs(outputs: Sequence[Transfer]) -> None:
     """Refuse to let results land on something that this job did not put there."""
-    for item in job.outputs:
+    for item in outputs:
         place = Path(item.local)
         taken = any(place.iterdir()) if place.is_dir() else place.exists()
         if taken:

@@ -32,6 +32,8 @@ class Offer:
     download: float
     """Megabits a second towards the network and from it, seen from the machine."""
     place: str
+    flops: float = 0.0
+    """Of all GPUs, single precision, a second, as the provider states them; 0 where it does not."""
 
     def cost(self, hours: float, sent_gb: float, fetched_gb: float) -> float:
         """US dollars: hours · price + what goes there · download + what comes back · upload."""
@@ -51,6 +53,16 @@ class Instance:
     host: str | None = None
     port: int | None = None
     """Of its ssh server, once it has one."""
+
+
+@dataclass(frozen=True)
+class Farewell:
+    """How a machine destroys itself, with a key that is good for it alone. A shell there expands both."""
+
+    url: str
+    """Takes a DELETE."""
+    key: str
+    """The variable that holds the key on the machine."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,9 @@ class Provider(Protocol):
     """One provider. Every call raises `ProviderError` when there is no usable answer."""
 
     name: str
+    console: str
+    """Where a person sees and destroys instances."""
+    farewell: Farewell
 
     def offers(self, query: str, disk: float) -> list[Offer]:
         """What can be rented, the cheapest first."""
@@ -93,11 +108,20 @@ class Provider(Protocol):
     def instance(self, number: int) -> Instance | None:
         """One instance; None only where the provider says that there is none."""
 
+    def label(self, number: int, label: str) -> None:
+        """Set the label of an instance that has lost it."""
+
     def destroy(self, number: int) -> None:
         """Give it back and delete its disk; no error when it is gone already."""
 
     def allow_key(self, number: int, public_key: str) -> None:
         """Let the holder of an ssh key in."""
+
+    def log(self, number: int, containing: str) -> list[str]:
+        """Lines of the instance's own log with this text, as the provider serves them."""
+
+    def charges(self, since: float, until: float) -> dict[int, float]:
+        """US dollars billed for each instance in days of this span (seconds since 1970)."""
 
 
 class Clock(Protocol):

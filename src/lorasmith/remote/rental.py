@@ -8,18 +8,17 @@ itself and `reap` remain.
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import gzip
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
-from lorasmith.errors import ProviderError, UsageError
+from lorasmith.errors import ProviderError
 from lorasmith.records.remote import Rental
-from lorasmith.remote import watchdog
+from lorasmith.remote.caps import Caps
+from lorasmith.remote.onstart import onstart
 from lorasmith.remote.provider import (
     Clock,
     Instance,
@@ -30,7 +29,8 @@ from lorasmith.remote.provider import (
     UncertainError,
     Wish,
 )
-from lorasmith.remote.state import rentals, save_rental
+from lorasmith.remote.signals import one_stop
+from lorasmith.remote.state import open_rentals, save_rental
 
 PREFIX = "lorasmith-"
 """Of every label, and of nothing else in the account."""
@@ -39,38 +39,8 @@ _DEAD = {"exited", "unknown", "offline", "stopped", "error"}
 """States from which an instance does not come up by itself."""
 _SETTLE = 120.0
 """Seconds in which an instance may take to appear in the list after it was bought."""
-_SOON = 5.0
-_POLL = 10.0
+_SOON, _POLL = 5.0, 10.0
 _CONFIRMATIONS = 2
-_ONSTART_LIMIT = 4048
-"""Characters that Vast.ai takes for `onstart`."""
-
-
-@dataclass(frozen=True)
-class Caps:
-    """What may be spent at most."""
-
-    price: float
-    """US dollars an hour."""
-    cost: float
-    """US dollars in all."""
-    hours: float
-    grace: float = 1800.0
-    """Seconds without a job and without anybody here, after which the machine destroys itself."""
-
-    def hours_at(self, price: float) -> float:
-        """Hours until the first of the caps is reached."""
-        return min(self.hours, self.cost / price)
-
-    def require(self, offer: Offer) -> None:
-        """Raise `UsageError` for an offer over the caps."""
-        if not 0 < offer.price_per_hour <= self.price:
-            raise UsageError(
-                f"this offer costs ${offer.price_per_hour:.3f} an hour",
-                where=f"offer {offer.id}",
-                expected=f"more than 0 and at most ${self.price:.3f}",
-                remedy="choose another, or raise --max-price",
-            )
 
 
 @dataclass
@@ -85,32 +55,40 @@ class Renter:
     """How long an instance may take to run."""
     destroy_seconds: float = 1800.0
     """How long is tried to give it back."""
-    url: str = "https://console.vast.ai"
-    """Where the watchdog asks."""
 
-    def rent(self, offer: Offer, *, disk: float, image: str = IMAGE, label: str | None = None) -> Rental:
+    def rent(
+        self,
+        offer: Offer,
+        *,
+        disk: float,
+        image: str = IMAGE,
+        label: str | None = None,
+        planned: float | None = None,
+        outputs: Sequence[str] = (),
+    ) -> Rental:
         """Rent once; the rental is on disk before the request leaves, with the id as soon as it is known.
 
+        `planned`: US dollars that were estimated; `outputs`: where results go here. Both are only recorded.
         Raises `RefusedError` when nothing was rented, `ProviderError` when that could not be found out: the
         watchdog and `reap` then take care of what may be there.
         """
         self.caps.require(offer)
         name = label or PREFIX + secrets.token_hex(6)
-        rental = Rental(
-            label=name,
-            provider=self.provider.name,
+        rental = self._rental(
+            name,
             state="asked",
             offer=offer.id,
             price_per_hour=offer.price_per_hour,
-            max_price=self.caps.price,
-            max_cost=self.caps.cost,
-            max_hours=self.caps.hours,
-            asked_at=self.clock.now(),
+            disk_per_hour=offer.disk_per_hour,
+            upload_per_gb=offer.upload_per_gb,
+            download_per_gb=offer.download_per_gb,
+            planned=planned,
+            outputs=list(outputs),
         )
         save_rental(rental)
-        onstart = watch_command(self.url, self.caps.hours_at(offer.price_per_hour), self.caps.grace)
+        start = onstart(self.provider.farewell, self.caps, offer)
         try:
-            number = self.provider.create(offer.id, Wish(name, disk, image, onstart))
+            number = self.provider.create(offer.id, Wish(name, disk, image, start))
         except RefusedError:
             save_rental(rental.model_copy(update={"state": "refused", "gone_at": self.clock.now()}))
             raise
@@ -121,14 +99,25 @@ class Renter:
         save_rental(rental)
         return rental
 
+    def _rental(self, label: str, **known: Any) -> Rental:
+        """A rental under these caps, from now on."""
+        return Rental(
+            label=label,
+            provider=self.provider.name,
+            max_price=self.caps.price,
+            max_cost=self.caps.cost,
+            max_hours=self.caps.hours,
+            asked_at=self.clock.now(),
+            **known,
+        )
+
     def _find(self, label: str) -> int:
         """The id of the instance with this label, which may take a while to appear."""
         until = self.clock.now() + _SETTLE
         while self.clock.now() < until:
             self.clock.sleep(_SOON)
             with contextlib.suppress(ProviderError):
-                found = self._labelled(label)
-                if found:
+                if found := self._labelled(label):
                     return found[0].id
         raise ProviderError(
             "nobody can tell whether the machine was rented; nothing else is rented now",
@@ -143,7 +132,8 @@ class Renter:
 
     def wait_until_running(self, rental: Rental) -> Instance:
         """The instance with its address; raises `ProviderError` for one that does not start."""
-        number = _number(rental)
+        if (number := rental.instance) is None:
+            raise ProviderError("this rental has no instance", where=rental.label)
         until = self.clock.now() + self.start_seconds
         status = "unknown"
         while self.clock.now() < until:
@@ -153,6 +143,9 @@ class Renter:
                 status = error.found
             else:
                 status = found.status if found else "gone"
+                if found and found.label != rental.label:  # by it `reap` finds it from another computer
+                    with contextlib.suppress(ProviderError):
+                        self.provider.label(number, rental.label)
                 if found and found.price_per_hour > self.caps.price:
                     raise ProviderError(
                         f"the machine costs ${found.price_per_hour:.3f} an hour, more than was offered",
@@ -189,7 +182,8 @@ class Renter:
             try:
                 listed = {found.id for found in self._labelled(rental.label)}
                 known |= listed
-                left = {number for number in known if number in listed or self._is_there(number)}
+                # An error is no answer about one of them, and is not taken for "gone".
+                left = {one for one in known if one in listed or self.provider.instance(one) is not None}
                 for number in left:
                     self.provider.destroy(number)
                 problem = f"still there: {sorted(left)}"
@@ -210,29 +204,32 @@ class Renter:
                 raise ProviderError(
                     f"A MACHINE MAY STILL RUN AND COST MONEY: {problem}",
                     where=f"{self.provider.name}, label {rental.label}, instances {sorted(known)}",
-                    remedy="destroy it at https://console.vast.ai/instances/, or run `lorasmith remote reap`",
+                    remedy=f"destroy it at {self.provider.console}, or run `lorasmith remote reap`",
                 )
             self.clock.sleep(pause)
             pause = min(pause * 1.5, 60.0)
 
-    def _is_there(self, number: int) -> bool:
-        """Whether the provider knows this instance; an error is not an answer and is passed on."""
-        return self.provider.instance(number) is not None
-
     @contextmanager
-    def rented(self, offer: Offer, *, disk: float, image: str = IMAGE) -> Iterator[Rental]:
-        """A rental for the length of the block, given back in every ending of it."""
-        label = PREFIX + secrets.token_hex(6)
-        try:
-            rental = self.rent(offer, disk=disk, image=image, label=label)
-            self.say(f"rented instance {rental.instance} for ${rental.price_per_hour:.3f} an hour ({label})")
-            yield rental
-        finally:
-            # Read again: when the answer was lost or this was interrupted, the file knows what is known.
-            for open_one in open_rentals():
-                if open_one.label == label:
-                    gone = self.give_back(open_one)
-                    if gone.state == "gone":
+    def rented(self, offer: Offer, *, keep: bool = False, **asked: Any) -> Iterator[Rental]:
+        """A rental (see `rent`) for the length of the block, given back in every ending of it.
+
+        `keep`: not where the block comes to its end.
+        """
+        label, kept = PREFIX + secrets.token_hex(6), False
+        with one_stop(self.say) as stop_no_more:
+            try:
+                try:
+                    rental = self.rent(offer, label=label, **asked)
+                    price = f"${rental.price_per_hour:.3f} an hour"
+                    self.say(f"rented instance {rental.instance} for {price} ({label})")
+                    yield rental
+                    kept = keep
+                finally:
+                    stop_no_more()
+            finally:
+                # Read again: when the answer was lost or this was interrupted, the file knows what is known.
+                for known in [one for one in open_rentals() if one.label == label and not kept]:
+                    if (gone := self.give_back(known)).state == "gone":
                         self.say(f"instance {gone.instance} is destroyed, and confirmed to be gone")
 
     def reap(self, *, everything: bool = False) -> list[Rental]:
@@ -248,41 +245,5 @@ class Renter:
         return [self.give_back(rental) for rental in known.values()]
 
     def _adopted(self, found: Instance) -> Rental:
-        return Rental(
-            label=found.label,
-            provider=self.provider.name,
-            state="rented",
-            instance=found.id,
-            price_per_hour=found.price_per_hour,
-            max_price=self.caps.price,
-            max_cost=self.caps.cost,
-            max_hours=self.caps.hours,
-            asked_at=self.clock.now(),
-        )
-
-
-def open_rentals() -> list[Rental]:
-    """Rentals that may still cost money."""
-    return [rental for rental in rentals() if rental.state in ("asked", "rented")]
-
-
-def watch_command(url: str, hours: float, grace: float, folder: str = "~/.lorasmith") -> str:
-    """Shell commands that start the watchdog on the machine; the program comes along, packed."""
-    source = Path(watchdog.__file__).read_bytes()
-    packed = base64.b64encode(gzip.compress(source, 9, mtime=0)).decode()
-    target = "/root/lorasmith-watchdog.py"
-    command = (
-        "PATH=$PATH:/opt/conda/bin:/venv/main/bin; export PATH\n"
-        f"echo {packed} | base64 -d | gzip -d > {target}\n"
-        f"nohup python3 {target} {url} {hours:.4f} {grace:.0f} {folder}"
-        " > /root/lorasmith-watchdog.log 2>&1 &\n"
-    )
-    if len(command) > _ONSTART_LIMIT:
-        raise AssertionError(f"the watchdog is too long to be sent: {len(command)} characters")
-    return command
-
-
-def _number(rental: Rental) -> int:
-    if rental.instance is None:
-        raise ProviderError("this rental has no instance", where=rental.label)
-    return rental.instance
+        price = found.price_per_hour
+        return self._rental(found.label, state="rented", instance=found.id, price_per_hour=price)

@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorasmith.errors import BusyError, DamageError, DiskError, RemoteError, UsageError, os_errors
-from lorasmith.files.atomic import publish_folder
-from lorasmith.files.machine import human_bytes, require_disk
+from lorasmith.errors import BusyError, DiskError, RemoteError, UsageError
+from lorasmith.files.machine import human_bytes
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest
-from lorasmith.records.remote import RemoteJob, RemoteMachine, RemoteStatus, Transfer
-from lorasmith.remote.job import (
-    Parcel,
-    make_plan,
-    pack_parcel,
-    require_free_outputs,
-    staging,
-    wrong_files,
-)
+from lorasmith.records.remote import RemoteJob, RemoteMachine, RemoteStatus
+from lorasmith.remote.exchange import Exchange
+from lorasmith.remote.job import Parcel, input_bytes, make_plan, pack_parcel, require_free_outputs
 from lorasmith.remote.state import save_job
 from lorasmith.remote.transport import Patience, Transport, ask, checked
 
 _ENVIRONMENT_BYTES = 9_000_000_000
-"""torch with its CUDA libraries, and the rest: 8.1 GB unpacked in 2026."""
+"""torch with its CUDA libraries and the rest, unpacked: an estimate with room to spare, not a measurement."""
 _OUTPUT_SHARE = 2
 """A run writes a merged model and its archive: at most twice what its inputs take."""
-_ROUNDS = 3
-"""How often files that arrive damaged are sent again."""
 _ANSWERS = (0, 1)
 """Exit codes with complete results: all well, and an answer that is no."""
 
@@ -120,11 +109,11 @@ class Session:
         if found.phase == "ended" and found.code in _ANSWERS and same:
             return False
         if not self.job.fetched:
-            require_free_outputs(self.job)
+            require_free_outputs(self.job.outputs)
         self.job = self.job.model_copy(update={"fetched": False})
         save_job(self.job)
         self.upload(parcel, machine)
-        environment = {name: _value_of(name) for name in self.job.environment}
+        environment = {name: value_of(name) for name in self.job.environment}
         answer = self.ask("start", plan=plan, environment=environment)
         if not answer["started"] and answer.get("plan") != plan["sha256"]:
             raise BusyError(
@@ -144,47 +133,22 @@ class Session:
                 expected=f"{human_bytes(wanted)} for inputs, environment and results",
                 remedy="free some space there, or take --folder on a larger disk",
             )
-        outputs = [str(Path(item.remote).parent) for item in self.job.outputs]
-        self.ask("prepare", files=parcel.names, folders=outputs)
-        files = [(file.path, file.bytes, file.sha256) for file in parcel.files]
-        missing = parcel.names
-        for _ in range(_ROUNDS):
-            self._move(
-                "Upload",
-                parcel.bytes,
-                partial(self.transport.send, parcel.folder, missing, self.folder),
+        self._warn_of_memory(machine)
+        folders = [str(Path(item.remote).parent) for item in self.job.outputs]
+        self.ask("prepare", files=parcel.names, folders=folders)
+        self._exchange().send(parcel, lambda files: list(self.ask("verify", files=files)["wrong"]))
+
+    def _warn_of_memory(self, machine: RemoteMachine) -> None:
+        """A model larger than memory can still be merged, but not scored: said before hours have passed."""
+        largest = max((input_bytes(item) for item in self.job.inputs), default=0)
+        if not machine.gpus and largest > machine.memory:
+            self.say(
+                f"note: an input of {human_bytes(largest)} does not fit into the machine's"
+                f" {human_bytes(machine.memory)} of memory"
             )
-            missing = self.ask("verify", files=files)["wrong"]
-            if not missing:
-                return
-        raise DamageError(
-            f"{len(missing)} files arrive damaged again and again, the first of them {missing[0]}",
-            where=self.transport.where,
-            expected="the SHA-256 of the files here",
-            remedy="check that nothing changes them meanwhile; else take another machine",
-        )
 
-    def _move(self, label: str, total: int, copy: Callable[[Callable[[int], None]], None]) -> None:
-        """Copy until it is through, however often the connection breaks, with one bar for all attempts."""
-        with self.progress(label, total=max(total, 1), unit="B") as advance:
-            shown = 0
-
-            def attempt(moved: Callable[[], None]) -> None:
-                before = shown
-
-                def on_bytes(count: int) -> None:
-                    nonlocal shown
-                    self.alive()
-                    if count > 0:
-                        moved()
-                    step = min(before + count, total) - shown
-                    if step > 0:
-                        advance(step)
-                        shown += step
-
-                copy(on_bytes)
-
-            self.patience.over(attempt)
+    def _exchange(self) -> Exchange:
+        return Exchange(self.transport, self.folder, self.patience, self.progress, self.alive)
 
     def status(self) -> RemoteStatus:
         """Where the job stands."""
@@ -232,43 +196,11 @@ class Session:
         """Copy the outputs here, compare every SHA-256, and only then put them in their place."""
         answer = self.ask("manifest", outputs=[item.remote for item in self.job.outputs])
         files = [FileDigest(path=path, bytes=size, sha256=sha) for path, size, sha in answer["files"]]
+        exchange = self._exchange()
         for item in self.job.outputs:
-            self._fetch_one(item, [file for file in files if _belongs(file.path, item.remote)])
+            self.say(exchange.fetch(item, files))
         self.job = self.job.model_copy(update={"fetched": True})
         save_job(self.job)
-
-    def _fetch_one(self, item: Transfer, files: list[FileDigest]) -> None:
-        if not files:
-            raise RemoteError(f"the command left nothing at {item.remote}", where=self.transport.where)
-        total = sum(file.bytes for file in files)
-        place = staging(item)
-        inner = [file.model_copy(update={"path": _inner(file.path, item.remote)}) for file in files]
-        require_disk(place.parent, total, "fetch the results")
-        with os_errors(place, "make a folder for the results"):
-            place.mkdir(parents=True, exist_ok=True)
-        single = [file.path for file in files] == [item.remote]
-        source = f"{self.folder}/{Path(item.remote).parent if single else item.remote}"
-        missing = [file.path for file in inner]
-        for _ in range(_ROUNDS):
-            self._move("Download", total, partial(self.transport.receive, source, missing, place))
-            missing = wrong_files(item, inner)
-            if not missing:
-                break
-        else:
-            raise DamageError(
-                f"{len(missing)} files arrive damaged again and again, the first of them {missing[0]}",
-                where=place,
-                expected="the SHA-256 that the other machine tells",
-            )
-        local = Path(item.local)
-        if single:
-            with os_errors(local, "write"):
-                local.parent.mkdir(parents=True, exist_ok=True)
-                (place / inner[0].path).replace(local)
-                shutil.rmtree(place, ignore_errors=True)
-        else:
-            publish_folder(place, local)
-        self.say(f"{len(files)} files, {human_bytes(total)}: every SHA-256 is the other machine's → {local}")
 
     def stop(self) -> RemoteStatus:
         """Stop the command as Ctrl-C would; what is finished is kept there."""
@@ -281,15 +213,8 @@ def _status(answer: dict[str, Any]) -> RemoteStatus:
     )
 
 
-def _belongs(path: str, remote: str) -> bool:
-    return path == remote or path.startswith(remote + "/")
-
-
-def _inner(path: str, remote: str) -> str:
-    return Path(path).name if path == remote else path.removeprefix(remote + "/")
-
-
-def _value_of(name: str) -> str:
+def value_of(name: str) -> str:
+    """The value of a variable that is to be passed on; raises `UsageError` where it has none."""
     value = os.environ.get(name)
     if value is None:
         raise UsageError(f"the variable {name} is not set", remedy=f"export it, or leave --env {name} out")

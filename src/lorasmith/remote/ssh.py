@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import shlex
 import shutil
 import subprocess
 import tempfile
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lorasmith.errors import (
     AccessError,
@@ -23,8 +20,9 @@ from lorasmith.errors import (
     RemoteError,
     UsageError,
 )
-from lorasmith.remote import there
+from lorasmith.remote import rsync, supervise, there
 from lorasmith.remote.hostkeys import Confirm, trust
+from lorasmith.remote.process import piped
 from lorasmith.remote.state import state_folder
 from lorasmith.remote.transport import OnBytes
 
@@ -35,8 +33,6 @@ case $($p -V 2>/dev/null) in "Python 3.1"[1-9]*|"Python 3."[2-9][0-9]*) exec $p 
 echo '@lorasmith {"ok": false, "no_python": true}'; cat >/dev/null"""
 
 _PATTERN = re.compile(r"^(?:(?P<user>[^@\s]+)@)?(?P<name>\[[^\]]+\]|[^:@\s]+)(?::(?P<port>\d+))?$")
-_RSYNC_AGAIN = {10, 12, 30, 35, 255, -13, -1}
-"""rsync's codes for a broken or silent connection; 255 is ssh's own."""
 _REFUSED = ("Permission denied", "Too many authentication failures", "no such identity")
 _WRONG_KEY = ("REMOTE HOST IDENTIFICATION HAS CHANGED", "Host key verification failed")
 
@@ -104,8 +100,13 @@ class SshTransport:
             "Include ~/.ssh/config\n"
         )
 
-    def trust(self, *, fingerprint: str | None = None, confirm: Confirm | None = None) -> None:
-        """Make sure that the machine's key is known: see `hostkeys.trust`."""
+    def trust(
+        self,
+        *,
+        fingerprint: str | Sequence[str] | None = None,
+        confirm: Confirm | None = None,
+    ) -> list[str]:
+        """Make sure that the machine's key is known, by one of these fingerprints: see `hostkeys.trust`."""
         found = subprocess.run(
             ["ssh", "-F", str(self._config), *self._port(), "-G", self.host.login],
             capture_output=True,
@@ -114,13 +115,14 @@ class SshTransport:
         )
         settings = dict(line.split(" ", 1) for line in found.stdout.splitlines() if " " in line)
         if settings.get("proxyjump", "none") != "none" or settings.get("proxycommand", "none") != "none":
-            return  # only reachable through another machine: ssh checks its key against known_hosts alone
-        trust(
+            return []  # reachable through another machine only: ssh checks its key against known_hosts
+        given = [fingerprint] if isinstance(fingerprint, str) else fingerprint or []
+        return trust(
             settings.get("hostname", self.host.name),
             int(settings.get("port", self.host.port or 22)),
             self.known_hosts,
             [Path(file).expanduser() for file in self._other_hosts],
-            fingerprint=fingerprint,
+            fingerprints=given,
             confirm=confirm,
         )
 
@@ -134,36 +136,20 @@ class SshTransport:
     def stream(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """A request with several answers, as they come; the last has `ok`."""
         if request["do"] == "start":
-            request = {**request, "source": self._source}
+            request = {**request, "supervisor": Path(supervise.__file__).read_text()}
         program = f"{self._source}\nanswer(json.loads({json.dumps(request)!r}))\n"
         command = ["ssh", "-F", str(self._config), *self._port(), self.host.login, "--", _LAUNCH]
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        ) as process:
-            assert process.stdin and process.stdout and process.stderr  # all three are pipes
-            errors: list[bytes] = []
-            readers = [
-                threading.Thread(target=_feed, args=(process.stdin, program.encode())),
-                threading.Thread(target=_drain, args=(process.stderr, errors)),
-            ]
-            for reader in readers:
-                reader.start()
+        with piped(command, program.encode()) as child:
             finished = False
-            try:
-                for line in process.stdout:
-                    if line.startswith(there.MARK.encode()) and line.endswith(b"\n"):
-                        answer = json.loads(line[len(there.MARK) :])
-                        self._require_python(answer)
-                        finished = "ok" in answer
-                        yield answer
-            finally:
-                if not finished:
-                    process.kill()
-                for reader in readers:
-                    reader.join()
-            process.wait()
+            for line in child.output:
+                if line.startswith(there.MARK.encode()) and line.endswith(b"\n"):
+                    answer = json.loads(line[len(there.MARK) :])
+                    self._require_python(answer)
+                    finished = "ok" in answer
+                    yield answer
+            code = child.wait()
         if not finished:
-            raise self._failure(process.returncode, b"".join(errors).decode(errors="replace"))
+            raise self._failure(code, child.messages)
 
     def _require_python(self, answer: dict[str, Any]) -> None:
         if answer.get("no_python"):
@@ -175,53 +161,26 @@ class SshTransport:
 
     def send(self, source: Path, files: list[str], target: str, on_bytes: OnBytes) -> None:
         """Copy files below `source` to the same places below `target` there; goes on with partial files."""
-        self._rsync(f"{source}/", f"{self._rsync_host()}:{target}/", files, on_bytes)
+        self._copy(f"{source}/", f"{self._rsync_host()}:{target}/", files, on_bytes)
 
     def receive(self, source: str, files: list[str], target: Path, on_bytes: OnBytes) -> None:
         """The other way round."""
-        self._rsync(f"{self._rsync_host()}:{source}/", f"{target}/", files, on_bytes)
+        self._copy(f"{self._rsync_host()}:{source}/", f"{target}/", files, on_bytes)
 
-    def _rsync(self, source: str, target: str, files: list[str], on_bytes: OnBytes) -> None:
-        shell = shlex.join(["ssh", "-F", str(self._config), *self._port()])
-        command = ["rsync", "-e", shell, "--secluded-args", "--recursive", "--copy-links", "--times"]
-        # Partial files are continued in place; whether the result is right, SHA-256 decides afterwards.
-        command += ["--partial", "--append-verify", f"--timeout={self.silence}", "--info=progress2"]
-        command += ["--no-inc-recursive", "--from0", "--files-from=-", source, target]
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        ) as process:
-            assert process.stdin and process.stdout and process.stderr  # all three are pipes
-            errors: list[bytes] = []
-            listing = "\0".join(files).encode()
-            readers = [
-                threading.Thread(target=_feed, args=(process.stdin, listing)),
-                threading.Thread(target=_drain, args=(process.stderr, errors)),
-            ]
-            for reader in readers:
-                reader.start()
-            try:
-                _watch(process.stdout, on_bytes)
-            except BaseException:
-                process.kill()
-                raise
-            finally:
-                for reader in readers:
-                    reader.join()
-            process.wait()
-        if process.returncode:
-            raise self._rsync_failure(process.returncode, b"".join(errors).decode(errors="replace"))
-
-    def _rsync_failure(self, code: int, message: str) -> Exception:
-        # 11 is rsync's "error in file I/O": often all that comes back when the receiving disk is full.
-        if code == 11 or "No space left" in message or "Disk quota" in message:
-            return DiskError(
+    def _copy(self, source: str, target: str, files: list[str], on_bytes: OnBytes) -> None:
+        ssh = ["ssh", "-F", str(self._config), *self._port()]
+        code, message = rsync.copy(ssh, source, target, files, self.silence, on_bytes)
+        if not code:
+            return
+        if code == rsync.FULL or "No space left" in message or "Disk quota" in message:
+            raise DiskError(
                 f"a file cannot be written: the disk is full or fails. {_first(message)}".rstrip(),
                 where=self.where,
                 remedy="free some space and give the same command again; what was copied is kept",
             )
-        if code in _RSYNC_AGAIN:
-            return self._failure(255, message)
-        return RemoteError(f"rsync ended with code {code}: {_first(message)}", where=self.where)
+        if code in rsync.BROKEN:
+            raise self._failure(255, message)
+        raise RemoteError(f"rsync ended with code {code}: {_first(message)}", where=self.where)
 
     def _failure(self, code: int, message: str) -> Exception:
         """What a broken ssh call means."""
@@ -261,24 +220,3 @@ def _quoted(path: Path) -> str:
 def _first(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip() and not line.startswith("@@")]
     return lines[0] if lines else ""
-
-
-def _feed(pipe: IO[bytes], content: bytes) -> None:
-    # The other end may be gone already: its exit code and its messages say so.
-    with contextlib.suppress(OSError), pipe:
-        pipe.write(content)
-
-
-def _drain(pipe: IO[bytes], into: list[bytes]) -> None:
-    into.extend(pipe)
-
-
-def _watch(pipe: IO[bytes], on_bytes: OnBytes) -> None:
-    """rsync's progress: bytes moved, at the beginning of each line that a carriage return ends."""
-    rest = b""
-    while piece := pipe.read1(4096) if hasattr(pipe, "read1") else pipe.read(4096):
-        *lines, rest = re.split(rb"[\r\n]", rest + piece)
-        for line in lines:
-            number = line.split(b"%")[0].rsplit(b" ", 1)[0].strip().replace(b",", b"").replace(b".", b"")
-            if number.isdigit():
-                on_bytes(int(number))

@@ -64,3 +64,29 @@ def rentals() -> Iterator[Rental]:
     """Every rental ever written here."""
     for path in sorted((state_folder() / "rentals").glob("*.json")):
         yield read_record(path, Rental)
+
+
+def change_rental(label: str, **changes: object) -> Rental:
+    """Write down what has become known of a rental."""
+    path = state_folder() / "rentals" / f"{label}.json"
+    rental = read_record(path, Rental).model_copy(update=changes)
+    write_record(path, rental)
+    return rental
+
+
+def open_rentals() -> list[Rental]:
+    """Rentals that may still cost money."""
+    return [rental for rental in rentals() if rental.state in ("asked", "rented")]
+
+
+def rental_at(host: str, port: int | None) -> Rental | None:
+    """The rental whose ssh server answers there."""
+    for rental in open_rentals():
+        if (rental.host, rental.port) == (host, port or 22):
+            return rental
+    return None
+
+
+def rental_hosts(label: str) -> Path:
+    """The file with the host keys of one rental, and of nothing else."""
+    return state_folder() / "rentals" / f"{label}.known_hosts"

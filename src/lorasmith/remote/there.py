@@ -1,7 +1,7 @@
 """What runs on the other machine: sent over the connection, needs Python 3.11 and nothing else.
 
 Each request is one JSON object and gives lines `@lorasmith {...}`. The job itself runs detached from the
-connection, under a supervisor that holds the job folder's lock and writes its state to `state.json`.
+connection, under `supervise.py`, which holds the job folder's lock and writes its state to `state.json`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from typing import Any
 
 MARK = "@lorasmith "
 _BLOCK = 256 << 10
-_STOP_SECONDS = 30.0
-"""How long a stopped command may take to clean up before it is killed."""
+_STOP_SECONDS = 40.0
+"""How long to wait for the end of a stopped command; its supervisor kills it after 30."""
+_BEGIN_SECONDS = 10.0
+"""How long a supervisor may take to its first word."""
 
 
 def tell(answer: dict[str, Any]) -> None:
-    sys.stdout.write(MARK + json.dumps(answer) + "\n")
-    sys.stdout.flush()
+    print(MARK + json.dumps(answer), flush=True)
 
 
 def check(request: dict[str, Any]) -> dict[str, Any]:
@@ -50,14 +51,9 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
 
 def gpus() -> list[str]:
     """Name and memory of each NVIDIA GPU; empty where there is none."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
     try:
-        found = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
+        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in found.stdout.splitlines() if line.strip()]
@@ -85,13 +81,11 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
     """Make the folders of a job, and drop inputs of an earlier plan that are not wanted any more."""
     job = Path(request["job"])
     wanted = set(request["files"])
-    for name in ("in", "out"):
+    for name in ("in", "out", *request["folders"]):
         (job / name).mkdir(parents=True, exist_ok=True)
     for path in sorted((job / "in").rglob("*"), reverse=True):
         if path.is_file() and path.relative_to(job).as_posix() not in wanted:
             path.unlink()
-    for name in request["folders"]:
-        (job / name).mkdir(parents=True, exist_ok=True)
     return {}
 
 
@@ -113,26 +107,20 @@ def read_state(job: Path) -> dict[str, Any]:
         return {}
 
 
-def write_state(job: Path, **state: Any) -> None:
-    temporary = job / f"state.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(state))
-    temporary.replace(job / "state.json")
-
-
 def start(request: dict[str, Any]) -> dict[str, Any]:
     """Start the job detached from this connection; a job that runs already is left alone."""
     job = Path(request["job"])
     handle = lock(job)
     if handle is None:
         return {"started": False, **status(request)}
-    script = job / "there.py"
-    script.write_text(request["source"])
+    script = job / "supervise.py"
+    script.write_text(request["supervisor"])
     (job / "plan.json").write_text(json.dumps(request["plan"]))
-    write_state(job, phase="installing", plan=request["plan"]["sha256"], began=time.time())
+    (job / "state.json").unlink(missing_ok=True)  # of an earlier attempt
     # The values of passed variables go from here into the process alone, never to the disk.
     environment = {**os.environ, **request["environment"]}
     with (job / "log").open("wb") as log:
-        subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-I", str(script), str(job), str(handle)],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -143,6 +131,11 @@ def start(request: dict[str, Any]) -> dict[str, Any]:
             pass_fds=[handle],
         )
     os.close(handle)
+    until = time.monotonic() + _BEGIN_SECONDS
+    while not read_state(job):
+        if process.poll() is not None or time.monotonic() > until:
+            raise OSError(f"the supervisor does not begin: see {job / 'log'}")
+        time.sleep(0.02)
     return {"started": True}
 
 
@@ -200,11 +193,10 @@ def follow(request: dict[str, Any]) -> dict[str, Any]:
 def stop(request: dict[str, Any]) -> dict[str, Any]:
     """Ask the command to stop, and wait until it has."""
     job = Path(request["job"])
-    state = read_state(job)
-    if status(request)["phase"] in ("installing", "fetching models", "running") and "pid" in state:
+    if status(request)["phase"] in ("installing", "fetching models", "running"):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(state["pid"], signal.SIGTERM)
-        until = time.monotonic() + _STOP_SECONDS + 10
+            os.kill(read_state(job)["pid"], signal.SIGTERM)
+        until = time.monotonic() + _STOP_SECONDS
         while status(request)["phase"] not in ("ended", "lost") and time.monotonic() < until:
             time.sleep(0.1)
     return status(request)
@@ -225,27 +217,27 @@ def manifest(request: dict[str, Any]) -> dict[str, Any]:
     return {"files": files}
 
 
-def forget(request: dict[str, Any]) -> dict[str, Any]:
-    """Delete the job's folder; a running one is left alone."""
-    job = Path(request["job"])
-    if status(request)["phase"] in ("installing", "fetching models", "running"):
-        return {"deleted": False}
-    shutil.rmtree(job, ignore_errors=True)
-    return {"deleted": True}
-
-
 def beat(request: dict[str, Any]) -> dict[str, Any]:
-    """Tell the watchdog of a rented machine that somebody is still there."""
+    """Tell a rented machine's watchdog that somebody is there; answer what the machine has transferred."""
     folder = Path(request["folder"]).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "heartbeat").touch()
-    return {"watchdog": (folder / "watchdog.pid").exists()}
+    received, sent = traffic()
+    return {"watchdog": (folder / "watchdog.pid").exists(), "received": received, "sent": sent}
 
 
-REQUESTS = {
-    function.__name__: function
-    for function in (check, verify, prepare, start, status, follow, stop, manifest, forget, beat)
-}
+def traffic() -> tuple[int, int]:
+    """Bytes in and out since the machine started, through all interfaces but the loopback."""
+    try:
+        counts = [row.replace(":", " ").split() for row in Path("/proc/net/dev").read_text().splitlines()[2:]]
+    except OSError:
+        return 0, 0
+    outer = [count for count in counts if count[0] != "lo"]
+    return sum(int(count[1]) for count in outer), sum(int(count[9]) for count in outer)
+
+
+_ALL = (check, verify, prepare, start, status, follow, stop, manifest, beat)
+REQUESTS = {function.__name__: function for function in _ALL}
 
 
 def answer(request: dict[str, Any]) -> None:
@@ -256,109 +248,3 @@ def answer(request: dict[str, Any]) -> None:
         os._exit(1)
     except OSError as error:
         tell({"ok": False, "errno": error.errno, "error": str(error)})
-
-
-class _Stopped(BaseException):
-    """SIGTERM."""
-
-
-def supervise(job: Path) -> None:
-    """Install, fetch models, run the command; the state says how far it came and how it ended."""
-    plan = json.loads((job / "plan.json").read_text())
-    began = time.time()
-    children: list[subprocess.Popen[bytes]] = []
-    step = {"phase": "installing"}
-
-    def enter(phase: str, **more: Any) -> None:
-        step["phase"] = phase
-        seconds = round(time.time() - began, 3)
-        write_state(
-            job, phase=phase, plan=plan["sha256"], pid=os.getpid(), began=began, seconds=seconds, **more
-        )
-
-    def on_term(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise _Stopped
-
-    def run(command: list[str], **more: Any) -> int:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, **more)
-        children.append(child)
-        code = child.wait()
-        return 128 - code if code < 0 else code
-
-    signal.signal(signal.SIGTERM, on_term)
-    code, reason = 1, ""
-    try:
-        enter("installing")
-        launch, more = install(plan, run)
-        if plan["hub"]:
-            enter("fetching models")
-            fetch_models(plan["hub"], [*launch[:1], "-c"], run, more)
-        enter("running")
-        code = run([*launch, *plan["command"]], **more)
-        if code >= 128:
-            reason = f"the command was killed by signal {code - 128}"
-    except _Stopped:
-        code, reason = 143, "stopped"
-        for child in children:
-            if child.poll() is None:
-                child.terminate()
-                try:
-                    child.wait(_STOP_SECONDS)
-                except subprocess.TimeoutExpired:
-                    child.kill()
-                    child.wait()
-    except (OSError, RuntimeError) as error:
-        code, reason = 3, f"{step['phase']}: {error}"
-    enter("ended", code=code, reason=reason)
-
-
-def install(plan: dict[str, Any], run: Any) -> tuple[list[str], dict[str, Any]]:
-    """The environment of this version of lorasmith, made once: how to launch it, and with which variables.
-
-    With an interpreter of one's own only the wheel is unpacked, to be imported before anything else.
-    """
-    folder = Path(plan["env"])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    own = plan["python"]
-    launch = [own or str(folder / "bin" / "python"), "-m", "lorasmith.cli.main"]
-    more = {"env": {**os.environ, "PYTHONPATH": str(folder)}} if own else {}
-    with open(f"{folder}.lock", "w") as guard:  # noqa: PTH123 - the name has a suffix of its own
-        fcntl.flock(guard, fcntl.LOCK_EX)
-        if (folder / ".ready").exists():
-            return launch, more
-        shutil.rmtree(folder, ignore_errors=True)
-        if own:
-            must(run([own, "-m", "zipfile", "-e", plan["wheel"], str(folder)]), "unpacking lorasmith")
-        else:
-            must(run([sys.executable, "-m", "venv", str(folder)]), "making an environment (python3-venv?)")
-            wanted = plan["wheel"] + (f"[{','.join(plan['extras'])}]" if plan["extras"] else "")
-            pip = [launch[0], "-m", "pip", "install", "--disable-pip-version-check"]
-            must(run([*pip, *plan["pip"], "-c", plan["constraints"], wanted]), "installing lorasmith")
-        (folder / ".ready").touch()
-    return launch, more
-
-
-_FETCH = """import sys
-from huggingface_hub import snapshot_download
-repository, revision, folder = sys.argv[1:]
-snapshot_download(repository, revision=revision or None, local_dir=folder)
-"""
-
-
-def fetch_models(models: list[dict[str, Any]], python: list[str], run: Any, more: dict[str, Any]) -> None:
-    """Fetch each model from the hub to its place; goes on where an earlier attempt broke off."""
-    for model in models:
-        Path(model["remote"]).parent.mkdir(parents=True, exist_ok=True)
-        wanted = [model["repository"], model["revision"] or "", model["remote"]]
-        must(run([*python, _FETCH, *wanted], **more), f"fetching {model['repository']}")
-
-
-def must(code: int, doing: str) -> None:
-    if code:
-        raise RuntimeError(f"{doing} failed with exit code {code}; the log says why")
-
-
-if __name__ == "__main__" and len(sys.argv) == 3:
-    # The number is that of the inherited lock: it stays open, and held, as long as this process lives.
-    supervise(Path(sys.argv[1]))

@@ -9,7 +9,7 @@ from lorasmith.files.atomic import write_record
 from lorasmith.files.digests import CARD
 from lorasmith.gates import evaluate, split_costs
 from lorasmith.progress import Watcher
-from lorasmith.records.release import GateRecord, PackageManifest
+from lorasmith.records.release import Gate, GateRecord, PackageManifest
 from lorasmith.results import ROLES, load_measured
 from lorasmith.stages import Stage
 from lorasmith.steps.base import MEASURED, RunContext, Step
@@ -33,6 +33,9 @@ def judge(run: RunContext) -> Step:
 def judge_costs(run: RunContext, watch: Watcher) -> None:
     """`cost_gates.json`: judged after every command, outside of what is equal between two runs."""
     _, gates = split_costs(run.config.resolved_gates())
+    if run.config.budget is not None:  # kept out of the gates of run.json, which money must not change
+        limit = run.config.budget
+        gates.append(Gate(name="--budget", metric="cost.dollars", comparison="<=", threshold=limit))
     path = run.folder / "cost_gates.json"
     if not gates:
         path.unlink(missing_ok=True)
