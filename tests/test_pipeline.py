@@ -17,10 +17,12 @@ from lorasmith.errors import ExitCode, InputError, UsageError
 from lorasmith.files.jsonl import read_examples, write_rows
 from lorasmith.packaging.verify import verify
 from lorasmith.progress import silent
+from lorasmith.records.release import Gate
 from lorasmith.results import RunResult
 from tests.campaigns.kills import contents
 from tests.tiny import save_adapter, save_base, tiny_rows
 
+SAME_ANSWERS = Gate(name="same answers", metric="merge.same_answers", comparison=">=", threshold=0.9)
 KILLS = 8
 """Points at which a run is killed: a seeded sample of the hundred of `make campaign`."""
 
@@ -243,7 +245,11 @@ def test_tasks_are_answered_by_all_three_models_and_compared(inputs: dict[str, A
     write_rows(tmp_path / "test.jsonl", rows)
     asked = {**inputs, "test_set": tmp_path / "test.jsonl", "output": tmp_path / "run"}
     log = Log()
-    result = lorasmith.run(**asked, tasks=True, watcher=log)
+    result = lorasmith.run(**asked, tasks=True, generate=3, gates=(SAME_ANSWERS,), watcher=log)
+    written = result.behaviour.generation
+    assert written is not None and (written.max_new_tokens, written.examples) == (3, 6)
+    (judged,) = [gate for gate in result.gates.gates if gate.gate.name == SAME_ANSWERS.name]
+    assert judged.measured == written.same_fraction
     assert [stage for stage in log.ran if stage.startswith("tasks")] == [
         "tasks-base", "tasks-adapter", "tasks-merged",
     ]  # fmt: skip
@@ -256,7 +262,7 @@ def test_tasks_are_answered_by_all_three_models_and_compared(inputs: dict[str, A
         assert any(name.endswith("validation/adapter_tasks.json") for name in archive.getnames())
     assert not (tmp_path / "run" / ".states").exists()
     again = Log()
-    lorasmith.run(**asked, tasks=True, watcher=again)
+    lorasmith.run(**asked, tasks=True, generate=3, gates=(SAME_ANSWERS,), watcher=again)
     assert again.ran == []
     # Without tasks the answers are no part of the run any more.
     lorasmith.run(**asked)

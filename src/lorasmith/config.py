@@ -50,6 +50,8 @@ class RunConfig(Part):
     strict: bool = True
     tasks: bool = False
     """Also answer the benchmarks' questions with all three models and score the answers."""
+    generate: int | None = Field(default=None, gt=0)
+    """So many tokens adapter and merged model also write after each prompt, to see where they part."""
 
     followup: FollowupAsked | None = None
     """What comes after the release: responses, draft model, speculative decoding, fewer bits."""

@@ -14,7 +14,7 @@ from lorasmith.config import make_config
 from lorasmith.errors import DiskError, ExitCode, MemoryLimitError
 from lorasmith.files import machine
 from lorasmith.files.atomic import write_record
-from lorasmith.files.jsonl import write_rows
+from lorasmith.files.jsonl import write_examples, write_rows
 from lorasmith.files.machine import available_memory
 from lorasmith.preflight import doctor as module
 from lorasmith.preflight import environment
@@ -23,6 +23,7 @@ from lorasmith.preflight.estimate import Rates, least_memory
 from lorasmith.preflight.refuse import require_machine
 from lorasmith.records.doctor import DoctorRecord
 from lorasmith.records.release import Gate, GateRecord, GateResult
+from tests.samples import sample_examples
 from tests.tiny import save_adapter, save_base, tiny_rows
 
 FAST = Rates(flops=1e12, write_bytes=1e9)
@@ -87,6 +88,26 @@ def test_a_test_set_for_days_gets_a_smaller_size(
     (check,) = [check for check in record.checks if check.name == "time"]
     assert check.state == "warning"
     assert "--test-size" in check.remedy
+
+
+def test_a_merge_that_is_fitted_to_rows_takes_longer(inputs: dict[str, Any], tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", tiny_rows(30, seed=4))
+
+    def seconds(**more: Any) -> float:
+        stages = examine(make_config({**inputs, **more})).stages
+        return next(stage.seconds for stage in stages if stage.stage == "merge")
+
+    train = {"train": (tmp_path / "train.jsonl",)}
+    assert seconds(**train) > seconds(**train, rounding="dithered") == seconds()
+    assert states(examine(make_config({**inputs, "rounding": "calibrated"})))["merge"] == "error"
+
+
+def test_questions_are_looked_for_before_they_are_asked(inputs: dict[str, Any]) -> None:
+    assert states(examine(make_config({**inputs, "tasks": True})))["tasks"] == "error"
+    write_examples(inputs["test_set"], sample_examples(10))
+    record = examine(make_config({**inputs, "tasks": True}))
+    assert states(record)["tasks"] == "ok"
+    assert [stage.stage for stage in record.stages if stage.stage.startswith("tasks")]
 
 
 def test_the_container_limits_memory_not_the_host(tmp_path: Path) -> None:
@@ -216,4 +237,7 @@ def test_real_rates_are_measured(tmp_path: Path) -> None:
     rates = measure_rates(tmp_path / "not" / "there", device="cpu")
     assert 1e8 < rates.flops < 1e14
     assert 1e5 < rates.write_bytes < 1e12
+    assert 1e8 < rates.read_bytes < 1e13
+    assert 1e5 < rates.pack_bytes < rates.read_bytes
+    assert 1e5 < rates.round_bytes < rates.read_bytes
     assert not list(tmp_path.iterdir())

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+import lorasmith
 from lorasmith.checkpoint.adapter import open_adapter
 from lorasmith.checkpoint.model import open_checkpoint
+from lorasmith.config import make_config
+from lorasmith.files.atomic import read_record
 from lorasmith.files.jsonl import read_examples, write_rows
+from lorasmith.merging.calibration import load_calibration
+from lorasmith.merging.plan import make_plan
+from lorasmith.preflight.answers import AnswerSize, answer_size
+from lorasmith.preflight.calibrated import CalibrationSize, calibration_size
+from lorasmith.preflight.doctor import examine
 from lorasmith.preflight.estimate import (
     EFFICIENCY,
+    FEEDBACK,
     LOAD_BYTES,
+    MERGE_WORK,
     Rates,
+    answer_seconds,
     estimate,
     least_memory,
+    merge_seconds,
     validate_seconds,
 )
 from lorasmith.preflight.sizes import ModelSize, WorkSize, model_size, work_size
+from lorasmith.records.release import TimingRecord
+from tests.samples import sample_examples
 from tests.tiny import load_model, save_adapter, save_base, tiny_rows, tiny_tokenizer
 
 SEVEN = ModelSize(
@@ -50,6 +67,95 @@ def test_one_model_lies_in_memory_at_a_time() -> None:
     assert stages["compare"].disk_bytes == 2 * 4 * 3584 * 50_000
     assert stages["merge"].memory_bytes < 2e9
     assert stages["merge"].disk_bytes == SEVEN.merged_bytes
+
+
+def test_a_merge_takes_as_long_as_its_elements_do() -> None:
+    fast_disk = replace(RATES, write_bytes=1e12)
+    assert merge_seconds(SEVEN, fast_disk) == pytest.approx(15.231e9 / (250e6 / MERGE_WORK), rel=1e-3)
+    twice = replace(fast_disk, round_bytes=500e6)
+    assert merge_seconds(SEVEN, twice) == pytest.approx(merge_seconds(SEVEN, fast_disk) / 2)
+
+
+def test_a_fitted_merge_counts_rows_moments_inverses_and_columns() -> None:
+    one = CalibrationSize(
+        tokens=1_000, squares=0, moments=6e12, factors=2e12, feedback=5e12 * FEEDBACK, elements=10**9
+    )
+    more = merge_seconds(SEVEN, RATES, one) - merge_seconds(SEVEN, RATES)
+    forward = 2 * 6.52562176e9 * 1_000 / EFFICIENCY
+    assert more == pytest.approx((forward + 6e12 + 2 * 2e12 + 5e12) / 50e12 + 15.231e9 / LOAD_BYTES, rel=1e-3)
+    plain, fitted = estimate(SEVEN, WORK, RATES), estimate(SEVEN, WORK, RATES, calibration=one)
+    changed = [a.stage for a, b in zip(plain, fitted, strict=True) if a != b]
+    assert changed == ["merge", "prove-weights"]
+    assert fitted[3].memory_bytes > plain[3].memory_bytes
+
+
+def test_answers_are_counted_at_their_limits() -> None:
+    answers = AnswerSize(rows=10, tokens=0, written=16_000, together=16)
+    slow = replace(RATES, read_bytes=1e9)
+    steps = 4 * 7_615_616_512 / 1e9 * 1_000
+    assert answer_seconds(SEVEN, answers, slow) == pytest.approx(steps + 15.231e9 / LOAD_BYTES, rel=1e-3)
+    # Where memory is fast, it is the products that take time.
+    token = 2 * (6.52562176e9 + 152_064 * 3584) / (EFFICIENCY * 50e12)
+    fast = answer_seconds(SEVEN, answers, replace(RATES, read_bytes=1e15))
+    assert fast == pytest.approx(16_000 * token + 15.231e9 / LOAD_BYTES, rel=1e-3)
+    names = [stage.stage for stage in estimate(SEVEN, WORK, RATES, answers=answers)]
+    assert [name for name in names if name.startswith("tasks")] == [
+        "tasks-base", "tasks-adapter", "tasks-merged",
+    ]  # fmt: skip
+
+
+def test_calibration_is_sized_by_the_shapes_of_the_merge(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", dtype=torch.bfloat16)
+    adapter = save_adapter(tmp_path / "adapter", base, r=4)
+    write_rows(tmp_path / "train.jsonl", tiny_rows(20))
+    plan = make_plan(open_checkpoint(base), [open_adapter(adapter)], [1.0], "base")
+    size = calibration_size(plan, [tmp_path / "train.jsonl"], base, 10**6)
+    used = load_calibration(
+        [tmp_path / "train.jsonl"], base, [adapter],
+        budget=10**6, test_set=None, leave_out=False, template="auto", seed=0,
+    ).use  # fmt: skip
+    # A template adds more or less than the 20 tokens that are taken for one.
+    assert size.tokens == pytest.approx(used.tokens, rel=0.5)
+    wide = {output.name: output.shape for output in plan.outputs if output.change and len(output.shape) == 2}
+    assert size.elements == sum(rows * columns for rows, columns in wide.values())
+    assert size.feedback == sum(7 * rows * columns**2 for rows, columns in wide.values())
+    assert calibration_size(plan, [tmp_path / "train.jsonl"], base, 50).tokens == 50
+
+
+def test_questions_and_the_length_of_their_answers_are_counted(tmp_path: Path) -> None:
+    examples = sample_examples(20)
+    size = answer_size(examples, tmp_path)
+    by_source = Counter(example.metadata.source for example in examples)
+    limits = {"DROP": 64, "MATH": 512, "HumanEval": 384}
+    assert size.written == sum(limits.get(source, 0) * count for source, count in by_source.items())
+    assert answer_size([row for row in examples if row.metadata.source == "none"], tmp_path).rows == 0
+
+
+def test_the_sizes_of_a_real_run_are_those_estimated(tmp_path: Path) -> None:
+    """Times depend on who else computes; sizes do not. Memory is the libraries' here, not the model's."""
+    base = save_base(tmp_path / "base", dtype=torch.bfloat16)
+    save_adapter(tmp_path / "adapter", base)
+    write_rows(tmp_path / "test.jsonl", tiny_rows(10))
+    write_rows(tmp_path / "train.jsonl", tiny_rows(10, seed=3))
+    config = make_config(
+        {
+            "base": base, "adapter": tmp_path / "adapter", "test_set": tmp_path / "test.jsonl",
+            "train": (tmp_path / "train.jsonl",), "output": tmp_path / "run",
+        }
+    )  # fmt: skip
+    expected = examine(config)
+    assert expected.memory_bytes and expected.disk_bytes
+    run = lorasmith.run(config)
+    stages = {stage.stage: stage for stage in expected.stages}
+    assert run.base.overall.tokens == pytest.approx(stages["validate-base"].disk_bytes / 60, abs=0), (
+        "the scored tokens"
+    )
+    weights = sum(path.stat().st_size for path in (tmp_path / "run" / "merged").glob("*.safetensors"))
+    assert stages["merge"].disk_bytes == pytest.approx(weights, rel=0.1)
+    timed = read_record(tmp_path / "run" / "timing.json", TimingRecord).stages
+    assert {timing.stage for timing in timed} >= set(stages) - {"start"}
+    peak = max(timing.peak_rss_bytes or 0 for timing in timed)
+    assert peak / 2 < expected.memory_bytes < 3 * peak
 
 
 def test_a_slow_disk_decides_the_time_of_the_merge() -> None:

@@ -23,11 +23,19 @@ def doctor(
     test_set: Annotated[
         Path | None, typer.Option(help="JSONL with prompt, response and metadata.", metavar="FILE")
     ] = None,
+    train: Annotated[
+        list[Path] | None,
+        typer.Option("--train", help="What the adapter was trained on (JSONL).", metavar="FILE"),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="The run folder. [run]", metavar="RUN")] = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML file of the run; flags win.", metavar="FILE")
     ] = None,
     precision: Annotated[str | None, typer.Option(help="Of the merged model. [base]")] = None,
+    rounding: Annotated[
+        str | None, typer.Option(help="auto, nearest, dithered or calibrated. [auto]")
+    ] = None,
+    tasks: Annotated[bool | None, typer.Option("--tasks/--no-tasks", help="As `run` has it. [off]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. [auto]")] = None,
     price_per_hour: Annotated[float | None, typer.Option(help="Of the machine in dollars.")] = None,
     as_json: AsJson = False,
@@ -47,8 +55,11 @@ def doctor(
         "base": base,
         "adapter": adapter,
         "test_set": test_set,
+        "train": tuple(train) if train else None,
         "output": output,
         "precision": precision,
+        "rounding": rounding,
+        "tasks": tasks,
         "device": device,
         "price_per_hour": price_per_hour,
     }
@@ -95,7 +106,8 @@ def _show(record: DoctorRecord, screen: Console) -> None:
     rates = record.rates
     screen.print(
         f"Measured here: {rates['flops'] / 1e9:,.0f} GFLOP/s in float32, "
-        f"{human_bytes(rates['write_bytes'])}/s to disk"
+        f"{human_bytes(rates['write_bytes'])}/s to disk, {human_bytes(rates['read_bytes'])}/s from memory, "
+        f"{human_bytes(rates['round_bytes'])}/s rounded, {human_bytes(rates['pack_bytes'])}/s packed"
     )
     if record.dollars is not None:
         screen.print(f"Cost: about ${record.dollars:.2f} at ${record.price_per_hour:g} an hour")

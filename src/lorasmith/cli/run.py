@@ -73,6 +73,9 @@ def run(
         bool | None,
         typer.Option("--tasks/--no-tasks", help="Also score answers to the benchmarks' questions. [off]"),
     ] = None,
+    generate: Annotated[
+        int | None, typer.Option(help="Adapter and merged model also write so many tokens, to be compared.")
+    ] = None,
     followup: Annotated[
         str | None,
         typer.Option(
@@ -136,6 +139,7 @@ def run(
         "max_length": max_length,
         "strict": strict,
         "tasks": tasks,
+        "generate": generate,
         "followup": followup,
         "compression": compression,
         "model_name": model_name,

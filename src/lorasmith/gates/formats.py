@@ -36,10 +36,8 @@ def found(result: GateResult) -> str:
 
 
 def advice(result: GateResult) -> str:
-    """Why a gate did not pass and what to do; empty for one that passed."""
-    if result.verdict == "pass":
-        return ""
-    return "; ".join(text for text in (result.reason, result.gate.advice) if text)
+    """What to do about a gate that failed, or why one was not measured; empty for one that passed."""
+    return {"pass": "", "fail": result.gate.advice, "not measured": result.reason}[result.verdict]
 
 
 def to_json(record: GateRecord) -> str:

@@ -80,7 +80,7 @@ def _pick(groups: Mapping[str, Mapping[str, T]], group: str) -> T:
     kind, _, value = group.partition("=")
     found = groups.get(kind, {}).get(value)
     if found is None:
-        raise NotMeasured(f"no example in {group}")
+        raise NotMeasured(f"no example in {group}: score some, or leave this gate out")
     return found
 
 
@@ -133,7 +133,7 @@ def _record(name: str, what: str, read: Callable[..., float | str], *, word: boo
 
 def _same_answers(proof: BehaviourProof) -> float:
     if proof.generation is None:
-        raise NotMeasured("no answers were generated for the comparison")
+        raise NotMeasured("no answers were generated for the comparison (--generate)")
     return proof.generation.same_fraction
 
 

@@ -17,6 +17,8 @@ from lorasmith.files.hub import find_cached, hub_name
 from lorasmith.files.jsonl import read_examples
 from lorasmith.files.machine import available_memory, hardware, human_bytes
 from lorasmith.merging.plan import Plan, make_plan
+from lorasmith.preflight.answers import AnswerSize, answer_size
+from lorasmith.preflight.calibrated import CalibrationSize, calibration_size
 from lorasmith.preflight.environment import disk_check, environment_checks
 from lorasmith.preflight.estimate import estimate, least_memory
 from lorasmith.preflight.followup import estimate_followup
@@ -79,7 +81,13 @@ def _examine_run(config: RunConfig, found: _Findings, record: DoctorRecord) -> D
     rates = found.attempt("rates", lambda: measure_rates(config.output, config.device, config.arithmetic))
     if rates is None:
         return record
-    stages = estimate(size, work, rates)
+    stages = estimate(
+        size,
+        work,
+        rates,
+        calibration=_calibration(config, base, plan, found),
+        answers=_answers(config, examples, base, found),
+    )
     stages += found.attempt("followup", lambda: estimate_followup(config, base, size, rates)) or []
     seconds = sum(stage.seconds for stage in stages)
     disk = sum(stage.disk_bytes for stage in stages)
@@ -166,6 +174,38 @@ def _test_set(
     else:
         found.add("test set", "ok", text)
     return work
+
+
+def _calibration(
+    config: RunConfig, base: Checkpoint, plan: Plan | None, found: _Findings
+) -> CalibrationSize | None:
+    """None where the merge is not fitted to rows."""
+    if config.rounding == "calibrated" and not config.train:
+        found.add("merge", "error", "a calibrated merge needs rows to be fitted to", "give --train")
+    if plan is None or not config.train or config.rounding not in ("auto", "calibrated"):
+        return None
+    if config.precision == "float32":
+        return None  # nothing is lost there that could be made up for
+    budget = config.calibration_tokens
+    size = found.attempt("training rows", lambda: calibration_size(plan, config.train, base.folder, budget))
+    if size is not None:
+        found.add("training rows", "ok", f"the merge is fitted to about {size.tokens:,} tokens of them")
+    return size
+
+
+def _answers(
+    config: RunConfig, examples: list[Example], base: Checkpoint, found: _Findings
+) -> AnswerSize | None:
+    if not config.tasks:
+        return None
+    size = answer_size(examples, base.folder)
+    if not size.rows:
+        remedy = "build the test set with `lorasmith testset build`, or do without --tasks"
+        found.add("tasks", "error", "no row belongs to a benchmark that can be answered", remedy)
+        return None
+    text = f"{size.rows:,} questions, answers of up to {size.written:,} tokens together, three times"
+    found.add("tasks", "ok", text)
+    return size
 
 
 def _judge_memory(size: ModelSize, peak: int, config: RunConfig, found: _Findings) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lorasmith.preflight.answers import AnswerSize
+from lorasmith.preflight.calibrated import CalibrationSize
 from lorasmith.preflight.sizes import ModelSize, WorkSize
 from lorasmith.records.doctor import StageEstimate
 
-EFFICIENCY = 0.75
-"""Part of the rate of a bare product that scoring reaches: 330 tokens per core second of SmolLM2-135M, which
-is 89 GFLOP/s, where a bare product of the same route gave 110 to 120."""
-MERGE_BYTES, PROVE_BYTES, PACK_BYTES = 120e6, 95e6, 150e6
-"""Per second and pair of cores, as measured on SmolLM2-135M: 269 MB merged in 2.2 s, proved in 2.8 s and
-packed in 1.2 s. Larger tensors go faster: the estimate is on the safe side."""
+EFFICIENCY = 0.5
+"""Part of the rate of the probe's product that scoring reaches: SmolLM2-135M, whose products are 576 to 1,536
+wide, was scored at 96 GFLOP/s where the probe found 219; wider models come closer to it."""
+MERGE_WORK, PROVE_WORK, BOUND_WORK = 1.5, 1.5, 10.0
+"""How often a merge, its proof, and the proof that an element lies within its bound do the work of the
+rounding probe: on SmolLM2-135M they took 1.2, 1.3 and 14.7 processor seconds."""
+FEEDBACK = 0.08
+"""The same for rounding with feedback, which goes column by column: the rest of 49 s for SmolLM2-135M."""
 STATISTICS_SECONDS = 10e-9
 """Of comparing one pair of logits: softmax, divergence and quantiles, about 40 passes over memory."""
 START_SECONDS = 8.0
@@ -28,6 +32,9 @@ LOGIT_BYTES = 8 * (64 << 20)
 SCORE_BYTES = 300_000_000
 """Activations and logits of one model's batch of 1,024 tokens; larger batches take more."""
 MERGE_MEMORY = 800_000_000
+KEPT_TOKENS = 512
+"""Of each row that is being answered. Its keys and values together are taken to be as wide as the hidden
+state, as where two queries share one key."""
 
 
 @dataclass(frozen=True)
@@ -38,56 +45,120 @@ class Rates:
     """Float32 operations per second of a product on the device that scores."""
     write_bytes: float
     """Per second to the disk of the run folder, synced."""
+    read_bytes: float = 8e9
+    """Per second from the memory of the device that scores."""
+    round_bytes: float = 250e6
+    """Of bfloat16 weights that get a low-rank update in float64 and are rounded, per second."""
+    pack_bytes: float = 200e6
+    """Of bfloat16 weights hashed and compressed, per second."""
 
 
-def estimate(model: ModelSize, work: WorkSize, rates: Rates) -> list[StageEstimate]:
-    """Each stage on its own; memory is the peak of the stage, disk what it leaves behind."""
+def estimate(
+    model: ModelSize,
+    work: WorkSize,
+    rates: Rates,
+    *,
+    calibration: CalibrationSize | None = None,
+    answers: AnswerSize | None = None,
+) -> list[StageEstimate]:
+    """Each stage on its own; memory is the peak of the stage, disk what it leaves behind.
+
+    With `calibration` the merge is fitted to rows; with `answers` all three models answer questions.
+    """
     weights = FLOAT32 * model.parameters
     scoring = PROCESS_BYTES + weights + SCORE_BYTES
     base, adapter = validate_seconds(model, work, rates), validate_seconds(model, work, rates, adapter=True)
-    # The comparison reads the hidden states that the validations left: what it computes anew is the noise
-    # floor and the serving type's noise (the adapter twice each, on a few rows), both heads, and statistics.
-    floor = 4 * adapter * work.floor_tokens / max(1, work.tokens)
-    heads = 2 * 2.0 * model.vocabulary * model.hidden * work.scored / (EFFICIENCY * rates.flops)
-    compare = floor + heads + STATISTICS_SECONDS * work.scored * model.vocabulary
-    compare += model.base_bytes / LOAD_BYTES
-    states = 2 * FLOAT32 * model.hidden * work.scored
     head_bytes = 2 * FLOAT32 * model.vocabulary * model.hidden
-    disk_seconds = model.merged_bytes / rates.write_bytes
     per_example = 60 * work.scored
+
+    def stage(name: str, seconds: float, memory: int, disk: int = 0) -> StageEstimate:
+        return StageEstimate(stage=name, seconds=seconds, memory_bytes=memory, disk_bytes=disk)
+
+    def ask(role: str) -> list[StageEstimate]:
+        if answers is None:
+            return []
+        # Keys and values of the rows at hand: a few hundred tokens each, of grouped queries.
+        memory = scoring + FLOAT32 * model.layers * model.hidden * answers.together * KEPT_TOKENS
+        return [stage(f"tasks-{role}", answer_seconds(model, answers, rates), memory)]
+
     return [
-        StageEstimate(stage="start", seconds=START_SECONDS, memory_bytes=PROCESS_BYTES, disk_bytes=0),
-        StageEstimate(stage="validate-base", seconds=base, memory_bytes=scoring, disk_bytes=per_example),
-        StageEstimate(
-            stage="validate-adapter", seconds=adapter, memory_bytes=scoring, disk_bytes=per_example
+        stage("start", START_SECONDS, PROCESS_BYTES),
+        stage("validate-base", base, scoring, per_example),
+        *ask("base"),
+        stage("validate-adapter", adapter, scoring, per_example),
+        *ask("adapter"),
+        stage(
+            "merge",
+            merge_seconds(model, rates, calibration),
+            MERGE_MEMORY + (calibration_memory(model, calibration) if calibration else 0),
+            model.merged_bytes,
         ),
-        StageEstimate(
-            stage="merge",
-            seconds=max(model.merged_bytes / MERGE_BYTES, disk_seconds),
-            memory_bytes=MERGE_MEMORY,
-            disk_bytes=model.merged_bytes,
+        stage("prove-weights", prove_seconds(model, rates, calibration), MERGE_MEMORY),
+        stage("validate-merged", base, scoring, per_example),
+        *ask("merged"),
+        stage(
+            "compare",
+            compare_seconds(model, work, rates),
+            PROCESS_BYTES + weights + head_bytes + LOGIT_BYTES + SCORE_BYTES,
+            2 * FLOAT32 * model.hidden * work.scored,
         ),
-        StageEstimate(
-            stage="prove-weights",
-            seconds=model.merged_bytes / PROVE_BYTES,
-            memory_bytes=MERGE_MEMORY,
-            disk_bytes=0,
-        ),
-        StageEstimate(stage="validate-merged", seconds=base, memory_bytes=scoring, disk_bytes=per_example),
-        StageEstimate(
-            stage="compare",
-            seconds=compare,
-            memory_bytes=PROCESS_BYTES + weights + head_bytes + LOGIT_BYTES + SCORE_BYTES,
-            disk_bytes=states,
-        ),
-        StageEstimate(
-            stage="package",
-            seconds=max(model.merged_bytes / PACK_BYTES, disk_seconds),
-            memory_bytes=MERGE_MEMORY,
+        stage(
+            "package",
+            model.merged_bytes / min(rates.pack_bytes, rates.write_bytes),
+            MERGE_MEMORY,
             # What packing asks for before it starts: incompressible weights take their own size.
-            disk_bytes=model.merged_bytes,
+            model.merged_bytes,
         ),
     ]
+
+
+def merge_seconds(model: ModelSize, rates: Rates, calibration: CalibrationSize | None = None) -> float:
+    """Every element once, no faster than the disk takes them; before that, what is fitted to rows.
+
+    The fitted part: the rows through the layers, the second moments, their inverses in float64 (half the
+    rate), and the columns with feedback, in float32.
+    """
+    plain = model.merged_bytes / min(rates.round_bytes / MERGE_WORK, rates.write_bytes)
+    if calibration is None:
+        return plain
+    forward = 2.0 * model.active * calibration.tokens
+    forward += 2.0 * model.layers * model.hidden * calibration.squares
+    products = forward / EFFICIENCY + calibration.moments + 2 * calibration.factors
+    products += calibration.feedback / FEEDBACK
+    return plain + model.base_bytes / LOAD_BYTES + products / rates.flops
+
+
+def prove_seconds(model: ModelSize, rates: Rates, calibration: CalibrationSize | None = None) -> float:
+    """Every element once; what was fitted to rows is held against a bound, which takes longer."""
+    fitted = 2 * calibration.elements if calibration else 0
+    return (PROVE_WORK * model.merged_bytes + BOUND_WORK * fitted) / rates.round_bytes
+
+
+def calibration_memory(model: ModelSize, calibration: CalibrationSize) -> int:
+    """Beside a plain merge: the rows' hidden states twice, and one layer's weights and inputs in float64."""
+    layer = calibration.elements // max(1, model.layers)
+    return 2 * FLOAT32 * calibration.tokens * model.hidden + 6 * 8 * layer + model.base_bytes
+
+
+def compare_seconds(model: ModelSize, work: WorkSize, rates: Rates) -> float:
+    """The hidden states are there from the validations: what is computed anew is the noise floor and the
+    serving type's noise (the adapter twice each, on a few rows), both heads, and statistics.
+    """
+    adapter = validate_seconds(model, work, rates, adapter=True)
+    floor = 4 * adapter * work.floor_tokens / max(1, work.tokens)
+    heads = 2 * 2.0 * model.vocabulary * model.hidden * work.scored / (EFFICIENCY * rates.flops)
+    statistics = STATISTICS_SECONDS * work.scored * model.vocabulary
+    return floor + heads + statistics + model.base_bytes / LOAD_BYTES
+
+
+def answer_seconds(model: ModelSize, answers: AnswerSize, rates: Rates) -> float:
+    """Questions at the rate of scoring; answers step by step: the weights are read or multiplied, whichever
+    takes longer. An upper end: every answer is taken to be as long as its limit.
+    """
+    token = 2.0 * (model.active + model.vocabulary * model.hidden) / (EFFICIENCY * rates.flops)
+    step = max(FLOAT32 * model.parameters / rates.read_bytes, answers.together * token)
+    questions = answers.tokens * 2.0 * model.active / (EFFICIENCY * rates.flops)
+    return questions + answers.written / answers.together * step + model.base_bytes / LOAD_BYTES
 
 
 def validate_seconds(model: ModelSize, work: WorkSize, rates: Rates, *, adapter: bool = False) -> float:

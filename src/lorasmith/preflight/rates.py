@@ -1,23 +1,59 @@
-"""This machine's rates, measured in about a second."""
+"""This machine's rates, measured in about two seconds."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorasmith.errors import os_errors
 from lorasmith.preflight.estimate import Rates
 
+if TYPE_CHECKING:
+    import torch
+
+    from lorasmith.models.arithmetic import Route
+
 _SIDE = 1024
 _ROUNDS = 5
 _WRITTEN = 64 << 20
+_READ = 64 << 20
+"""More than fits in the cache of most processors."""
+_PACKED = 16 << 20
+_RANK = 16
 
 
 def measure_rates(folder: Path, device: str = "auto", arithmetic: str = "auto") -> Rates:
-    """Products on the device that would score, and writes to the disk where the run would lie."""
-    return Rates(flops=_flops(device, arithmetic), write_bytes=_writing(existing(folder)))
+    """Products and reads on the device that would score, writes to the disk where the run would lie, and the
+    work of a merge and of packing on this machine's cores.
+    """
+    from lorasmith.models.arithmetic import choose_route, resolve_device
+
+    place = resolve_device(device)
+    route = choose_route(arithmetic, place)
+    return Rates(
+        flops=_flops(route, place),
+        write_bytes=_writing(existing(folder)),
+        read_bytes=_reading(place),
+        round_bytes=_rounding(),
+        pack_bytes=_packing(),
+    )
+
+
+def _best(action: Callable[[], object], rounds: int = _ROUNDS) -> float:
+    """Seconds of the fastest of some tries, the first one left out: a busy moment must not decide."""
+    action()
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - began)
+    return max(min(times), 1e-9)
 
 
 def existing(folder: Path) -> Path:
@@ -28,22 +64,49 @@ def existing(folder: Path) -> Path:
     return place
 
 
-def _flops(device: str, arithmetic: str) -> float:
-    """The best of some products: a busy moment must not decide."""
+def _flops(route: Route, place: torch.device) -> float:
     import torch
 
-    from lorasmith.models.arithmetic import choose_route, resolve_device, use_route
+    from lorasmith.models.arithmetic import use_route
 
-    place = resolve_device(device)
-    route = choose_route(arithmetic, place)
     one, two = (torch.randn(_SIDE, _SIDE, device=place, dtype=route.dtype) for _ in range(2))
-    best = float("inf")
     with use_route(route):
-        for _ in range(_ROUNDS + 1):
-            began = time.perf_counter()
-            _wait(one @ two)
-            best = min(best, time.perf_counter() - began)
-    return 2 * _SIDE**3 / best
+        return 2 * _SIDE**3 / _best(lambda: _wait(one @ two))
+
+
+def _reading(place: torch.device) -> float:
+    import torch
+
+    values = torch.ones(_READ >> 2, device=place)
+    return _READ / _best(lambda: float(values.sum()))
+
+
+def _rounding() -> float:
+    """What a merge does to each element: a float64 sum with a low-rank product, rounded to bfloat16."""
+    import torch
+
+    stored = torch.randn(2 * _SIDE, _SIDE).to(torch.bfloat16)
+    one, two = torch.randn(2 * _SIDE, _RANK).double(), torch.randn(_RANK, _SIDE).double()
+    seconds = _best(lambda: torch.addmm(stored.double(), one, two).float().to(torch.bfloat16))
+    return 2 * stored.numel() / seconds
+
+
+def _packing() -> float:
+    """Random bfloat16 weights through the archives' compressor, hashed as members and stream are."""
+    import torch
+
+    from lorasmith.packaging.compress import compression
+
+    block = torch.randn(_SIDE, _SIDE // 2).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
+
+    def pack() -> None:
+        with compression("gzip").writer(io.BytesIO()) as write:
+            for _ in range(_PACKED // len(block)):
+                for _ in range(2):
+                    hashlib.sha256(block)
+                write(block)
+
+    return _PACKED / _best(pack, 2)
 
 
 def _wait(product: object) -> None:

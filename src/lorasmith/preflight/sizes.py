@@ -11,7 +11,7 @@ from lorasmith.checkpoint.adapter import Adapter
 from lorasmith.checkpoint.model import HEAD_NAMES, Checkpoint, text_config
 from lorasmith.records.dataset import Example
 
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 _CHARACTERS_PER_TOKEN = 3.5
 """Where there is no tokenizer.json to count with: English text and code lie between 3 and 4.5."""
 _TEMPLATE_TOKENS = 20
@@ -56,7 +56,7 @@ def model_size(base: Checkpoint, adapter: Adapter | None, merged_bytes: int) -> 
     """From headers and config alone."""
     config = text_config(base.config)
     counts = {name: info.elements for name, info in base.tensors.items()}
-    outer = sum(count for name, count in counts.items() if name.endswith(_EMBEDDINGS) or name in HEAD_NAMES)
+    outer = sum(count for name, count in counts.items() if name.endswith(EMBEDDINGS) or name in HEAD_NAMES)
     experts = sum(count for name, count in counts.items() if ".experts." in name)
     body = sum(counts.values()) - outer
     return ModelSize(
@@ -86,13 +86,8 @@ def _whole(config: Mapping[str, Any], *names: str) -> int | None:
 
 def work_size(examples: list[Example], base: Path, floor_rows: int = 8) -> WorkSize:
     """Counted with the base's tokenizer where it has a tokenizer.json, else guessed from the characters."""
-    lengths = _lengths(examples, base / "tokenizer.json")
-    counted = lengths is not None
-    pairs = lengths or [
-        (int(len(row.prompt) / _CHARACTERS_PER_TOKEN), int(len(row.response) / _CHARACTERS_PER_TOKEN) + 1)
-        for row in examples
-    ]
-    totals = sorted(prompt + response + _TEMPLATE_TOKENS for prompt, response in pairs)
+    pairs, counted = row_lengths(examples, base)
+    totals = sorted(prompt + response for prompt, response in pairs)
     step = max(1, len(totals) // floor_rows)
     return WorkSize(
         rows=len(totals),
@@ -103,6 +98,16 @@ def work_size(examples: list[Example], base: Path, floor_rows: int = 8) -> WorkS
         floor_tokens=sum(totals[::step][:floor_rows]),
         counted=counted,
     )
+
+
+def row_lengths(examples: list[Example], base: Path) -> tuple[list[tuple[int, int]], bool]:
+    """Tokens of each prompt, with its template, and of each response; False where they are guessed."""
+    lengths = _lengths(examples, base / "tokenizer.json")
+    pairs = lengths or [
+        (int(len(row.prompt) / _CHARACTERS_PER_TOKEN), int(len(row.response) / _CHARACTERS_PER_TOKEN) + 1)
+        for row in examples
+    ]
+    return [(prompt + _TEMPLATE_TOKENS, response) for prompt, response in pairs], lengths is not None
 
 
 def _lengths(examples: list[Example], file: Path) -> list[tuple[int, int]] | None:

@@ -71,7 +71,11 @@ def compare(run: RunContext) -> Step:
     stage = Stage(
         name="compare",
         inputs={**run.models, "merged": run.merged, "test_set": run.test_set},
-        parameters={**scoring, "thresholds": config.behaviour_thresholds},
+        parameters={
+            **scoring,
+            "thresholds": config.behaviour_thresholds,
+            **({"generate": config.generate} if config.generate else {}),
+        },
         outputs=["proof/behaviour.json"],
         action=lambda: lorasmith.compare(
             config.base,
@@ -80,6 +84,7 @@ def compare(run: RunContext) -> Step:
             run.test_set,
             run.folder / "proof" / "behaviour.json",
             thresholds=config.behaviour_thresholds or None,
+            generate=config.generate,
             states=run.folder / STATES,
             executor=run.executor,
             progress=run.progress,
