@@ -72,8 +72,9 @@ def by_lorasmith(arguments: argparse.Namespace, requests: list[list[Any]]) -> di
     import torch
 
     from lorasmith.models.arithmetic import choose_route
-    from lorasmith.models.batches import make_batch, plan_batches
+    from lorasmith.models.batches import BATCH_TOKENS
     from lorasmith.models.encode import Encoded
+    from lorasmith.models.layout import choose_layout, lay_out, plan_rows
     from lorasmith.models.load import load_model
     from lorasmith.models.loglik import open_forward, row_loss, score_batch
 
@@ -83,11 +84,15 @@ def by_lorasmith(arguments: argparse.Namespace, requests: list[list[Any]]) -> di
     names = [str(index) for index in range(len(rows))]
     losses = [0.0] * len(rows)
     watch = Stopwatch()
+    layout = choose_layout(loaded, rows, route)[0]
+    computed = 0
     with open_forward(loaded, rows, route) as forward:
-        for batch in plan_batches([len(row.ids) for row in rows]):
-            for row, values in zip(batch, score_batch(forward, make_batch(batch, rows), names), strict=True):
+        for rows_together in plan_rows(rows, layout, BATCH_TOKENS):
+            batch = lay_out(rows_together, rows, layout)
+            computed += batch.ids.numel()
+            for row, values in zip(rows_together, score_batch(forward, batch, names), strict=True):
                 losses[row] = row_loss(values)
-    return watch.result(losses, route=route.label)
+    return watch.result(losses, route=route.label, computed=computed)
 
 
 def by_lm_eval(arguments: argparse.Namespace, requests: list[list[Any]]) -> dict[str, Any]:
@@ -219,7 +224,10 @@ def parent(arguments: argparse.Namespace) -> None:
     ways = ["lorasmith", "lm-eval", "naive"] if arguments.lm_eval_python else ["lorasmith", "naive"]
     found = {way: run(way, arguments, requests) for way in ways}
     ours = found["lorasmith"]
-    print(f"float32 products at the layers' shapes: {work['rate'] / 1e9:.0f} GFLOP/s; route: {ours['route']}")
+    print(
+        f"float32 products at the layers' shapes: {work['rate'] / 1e9:.0f} GFLOP/s; route: {ours['route']}; "
+        f"tokens that lorasmith computed: {ours['computed']:,}"
+    )
     print(
         f"{'':<10} {'tok/s':>7} {'ratio':>7} {'tok/cpu-s':>10} {'ratio':>7} {'peak':>9} {'useful':>8} "
         f"{'of best':>8} {'loss Δ':>9} {'row Δ':>9}"

@@ -23,8 +23,28 @@ BATCH_TOKENS_GPU = 16_384
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Tokens of a pack that stand one after the other in one or more of its rows."""
+
+    start: int
+    """Index in the pack of the first of them."""
+    stop: int
+    """Index behind the last."""
+    before: tuple[tuple[int, int], ...]
+    """Where in the pack the tokens before them in their rows lie: start and stop of each stretch."""
+
+    @property
+    def end(self) -> int:
+        """How many tokens those rows have up to the piece's last."""
+        return self.stop - self.start + sum(stop - start for start, stop in self.before)
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Some rows of a test set as tensors. B rows, T positions, N scored tokens."""
+    """Some rows of a test set as tensors. B rows, T positions, N scored tokens.
+
+    Either padded rows, or a pack of B = 1 with `places` and `pieces`.
+    """
 
     rows: tuple[int, ...]
     """Their indices in the test set."""
@@ -38,6 +58,10 @@ class Batch:
     """[N] int64: the scored tokens."""
     counts: tuple[int, ...]
     """Scored tokens of each row."""
+    places: torch.Tensor | None = None
+    """[1, T] int64: where in its rows each token of a pack stands."""
+    pieces: tuple[Piece, ...] = ()
+    """Of a pack."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
@@ -48,6 +72,8 @@ class Batch:
             self.positions.to(device),
             self.targets.to(device),
             self.counts,
+            None if self.places is None else self.places.to(device),
+            self.pieces,
         )
 
 

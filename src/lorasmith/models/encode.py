@@ -13,6 +13,7 @@ from typing import Any
 
 from lorasmith.errors import DataError, UsageError
 from lorasmith.models.template import Frame, frame, prompt_tokens, render_prompt, response_tokens
+from lorasmith.records.base import Finding
 from lorasmith.records.dataset import Example
 
 LOSS_ON = ("response", "all")
@@ -144,3 +145,29 @@ def encode_examples(
             )
         rows.append(row)
     return EncodedSet(rows, around.template, max_length)
+
+
+def encoding_findings(encoded: EncodedSet, names: Sequence[str]) -> list[Finding]:
+    """Rows that were cut, and rows of which one text of both parts would be cut into tokens otherwise."""
+    findings = []
+    if encoded.truncated:
+        first = next(name for name, row in zip(names, encoded.rows, strict=True) if row.truncated)
+        findings.append(
+            Finding(
+                severity="warning",
+                code="truncated",
+                message=f"{encoded.truncated} of {len(names)} rows were cut to {encoded.max_length:,} "
+                f"tokens, the first of them {first!r}",
+                remedy="raise --max-length where the model allows it, or give --strict to refuse such rows",
+            )
+        )
+    if encoded.straddling:
+        findings.append(
+            Finding(
+                severity="note",
+                code="straddling",
+                message=f"in {encoded.straddling} of {len(names)} rows a tokenizer that saw prompt and "
+                "response as one text would join them; they are scored apart, as in generation",
+            )
+        )
+    return findings

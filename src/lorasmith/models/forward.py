@@ -18,6 +18,7 @@ import torch
 
 from lorasmith.errors import CheckpointError
 from lorasmith.models.batches import Batch
+from lorasmith.models.tree_attention import UnsupportedAttention, attend_by_pieces
 
 CHUNK = 512
 """Scored positions whose logits exist at one time: 100 MB in float32 at V = 49,152."""
@@ -72,18 +73,21 @@ class TokenForward:
         self._hidden = hidden.reshape(-1, hidden.shape[-1])[self._positions.to(hidden.device)]
         return (self._hidden[:1][None], *args[1:])
 
-    def _run(self, ids: torch.Tensor, mode: str) -> torch.Tensor:
+    def _run(self, batch: Batch | None, mode: str) -> torch.Tensor:
         """The model's own logits: `watch` keeps all hidden states, `take` the scored, `give` sets them."""
         self._mode = mode
         try:
-            return self.model(input_ids=ids, use_cache=False).logits
+            if batch is None:
+                one_token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+                return self.model(input_ids=one_token, use_cache=False).logits
+            return run_model(self.model, batch).logits
         finally:
             self._mode, self._positions, self._given = "off", None, None
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """[N, H]: what the head gets at the scored positions."""
         self._positions = batch.positions
-        self._run(batch.ids, "take")
+        self._run(batch, "take")
         hidden, self._hidden = self._hidden, None
         assert hidden is not None  # the head is always called
         return hidden
@@ -93,8 +97,7 @@ class TokenForward:
         if self.finish == "chunked head":
             return self._post(self._head(hidden)).float()
         self._given = hidden
-        one_token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        return self._run(one_token, "give")[0].float()
+        return self._run(None, "give")[0].float()
 
     def logits(self, batch: Batch, *, chunk: int = CHUNK) -> Iterator[torch.Tensor]:
         """[≤ chunk, V] float32 logits of the scored positions, in order."""
@@ -115,7 +118,7 @@ class TokenForward:
         `padded` is the same row with padding behind it. Raises `CheckpointError` when neither way gives the
         model's logits, or when padding behind a token changes what the model makes of it.
         """
-        own = self._run(batch.ids, "watch")
+        own = self._run(batch, "watch")
         own = own.reshape(-1, own.shape[-1])[batch.positions.to(own.device)].float()
         watched = self._hidden
         assert watched is not None
@@ -143,6 +146,18 @@ class TokenForward:
                 f"{type(self.model).__name__} is not causal: tokens behind a position change it",
                 expected="a causal language model",
             )
+
+
+def run_model(model: Any, batch: Batch) -> Any:
+    """What the model makes of padded rows, or of a pack."""
+    if not batch.pieces:
+        return model(input_ids=batch.ids, use_cache=False)
+    with attend_by_pieces(model, batch.pieces) as attended:
+        found = model(input_ids=batch.ids, position_ids=batch.places, use_cache=False)
+    layers = model.config.get_text_config().num_hidden_layers
+    if attended.calls != layers:
+        raise UnsupportedAttention(f"{layers - attended.calls} of its {layers} layers do not attend as usual")
+    return found
 
 
 def _known_transform(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -178,7 +193,7 @@ def first_non_finite(model: Any, batch: Batch) -> str | None:
 
     hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
     try:
-        model(input_ids=batch.ids, use_cache=False)
+        run_model(model, batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -20,8 +20,9 @@ from lorasmith.files.digests import digest_folder, sha256_file
 from lorasmith.files.journal import Journal
 from lorasmith.files.jsonl import read_examples
 from lorasmith.models.arithmetic import Route, choose_route, resolve_device
-from lorasmith.models.batches import BATCH_TOKENS, BATCH_TOKENS_GPU, plan_batches
-from lorasmith.models.encode import Encoded, EncodedSet, encode_examples
+from lorasmith.models.batches import BATCH_TOKENS, BATCH_TOKENS_GPU, Batch
+from lorasmith.models.encode import Encoded, EncodedSet, encode_examples, encoding_findings
+from lorasmith.models.layout import LAYOUTS, choose_layout, lay_out, layout_findings, plan_rows
 from lorasmith.models.load import LoadedModel, load_model
 from lorasmith.models.loglik import check_ids
 from lorasmith.records.base import FileDigest, Finding
@@ -110,8 +111,16 @@ class Workload:
 
     def batches(self) -> list[tuple[int, ...]]:
         """Row indices of each batch."""
-        lengths = [len(row.ids) for row in self.rows]
-        return plan_batches(lengths, self.settings.batch_tokens, self.settings.batch_size)
+        return self.plan(self.rows)
+
+    def plan(self, rows: Sequence[Encoded]) -> list[tuple[int, ...]]:
+        """Batches of other rows, in the same layout and of the same size."""
+        settings = self.settings
+        return plan_rows(rows, settings.layout, settings.batch_tokens, settings.batch_size)
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The tensors of a batch."""
+        return lay_out(rows, self.rows, self.settings.layout)
 
 
 def prepare(test_set: Path, loaded: LoadedModel, options: ScoringOptions, route: Route) -> Workload:
@@ -139,6 +148,7 @@ def prepare(test_set: Path, loaded: LoadedModel, options: ScoringOptions, route:
         strict=options.strict,
     )
     check_ids(encoded.rows, [example.id for example in examples], loaded.vocabulary)
+    layout, reason = choose_layout(loaded, encoded.rows, route)
     default_budget = BATCH_TOKENS if loaded.device.type == "cpu" else BATCH_TOKENS_GPU
     settings = ScoringSettings(
         loss_on=options.loss_on,
@@ -148,15 +158,15 @@ def prepare(test_set: Path, loaded: LoadedModel, options: ScoringOptions, route:
         arithmetic=route.label,
         device=loaded.device.type,
         device_map=options.device_map,
+        layout=layout,
         batch_tokens=options.batch_tokens or default_budget,
         batch_size=options.batch_size,
         limit=options.limit,
         shuffle_seed=options.shuffle_seed,
         seed=options.seed,
     )
-    return Workload(
-        examples, encoded, settings, len(examples) < len(everything), _findings(encoded, examples)
-    )
+    findings = [*layout_findings(reason), *encoding_findings(encoded, [example.id for example in examples])]
+    return Workload(examples, encoded, settings, len(examples) < len(everything), findings)
 
 
 def _take(examples: list[Example], options: ScoringOptions) -> list[Example]:
@@ -166,31 +176,6 @@ def _take(examples: list[Example], options: ScoringOptions) -> list[Example]:
         return examples[: options.limit]
     chosen = np.random.default_rng(options.shuffle_seed).permutation(len(examples))[: options.limit]
     return [examples[index] for index in sorted(chosen)]
-
-
-def _findings(encoded: EncodedSet, examples: Sequence[Example]) -> list[Finding]:
-    findings = []
-    if encoded.truncated:
-        first = next(e.id for e, row in zip(examples, encoded.rows, strict=True) if row.truncated)
-        findings.append(
-            Finding(
-                severity="warning",
-                code="truncated",
-                message=f"{encoded.truncated} of {len(examples)} rows were cut to {encoded.max_length:,} "
-                f"tokens, the first of them {first!r}",
-                remedy="raise --max-length where the model allows it, or give --strict to refuse such rows",
-            )
-        )
-    if encoded.straddling:
-        findings.append(
-            Finding(
-                severity="note",
-                code="straddling",
-                message=f"in {encoded.straddling} of {len(examples)} rows a tokenizer that saw prompt and "
-                "response as one text would join them; they are scored apart, as in generation",
-            )
-        )
-    return findings
 
 
 def identify(role: str, folder: Path, adapter: Path | None, loaded: LoadedModel) -> ModelIdentity:
@@ -220,6 +205,7 @@ def open_journal(
         "folders": [digest_folder(folder) for folder in folders],
         "test_set": test_set.sha256,
         "options": {**asdict(options), "device": device.type},
+        "layouts": LAYOUTS,
         "versions": versions,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -22,7 +22,6 @@ from lorasmith.files.digests import digest_folder
 from lorasmith.files.journal import Journal, Rows
 from lorasmith.files.machine import require_disk
 from lorasmith.models.arithmetic import Route
-from lorasmith.models.batches import make_batch
 from lorasmith.models.encode import Encoded
 from lorasmith.models.forward import TokenForward
 from lorasmith.models.load import LoadedModel
@@ -51,7 +50,7 @@ def open_states(
     key = {
         "folders": [digest_folder(folder) for folder in folders],
         "tokens": digest_tokens(work.rows),
-        "batches": [settings.batch_tokens, settings.batch_size],
+        "batches": [settings.layout, settings.batch_tokens, settings.batch_size],
         "place": [route.name, loaded.device.type, torch.get_num_threads()],
         "versions": [__version__, *(version(name) for name in ("torch", "transformers", "peft"))],
     }
@@ -80,7 +79,7 @@ def scoring_work(forward: TokenForward, work: Workload, *, keep: bool) -> RowWor
     """Score batches of rows; with `keep` their hidden states go into the journal as well."""
 
     def score(rows: Rows) -> Scored:
-        logprobs, hidden = score_states(forward, make_batch(rows, work.rows), work.names)
+        logprobs, hidden = score_states(forward, work.batch(rows), work.names)
         return logprobs, hidden.cpu() if keep else hidden[:0]
 
     return RowWork(

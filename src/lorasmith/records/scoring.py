@@ -35,7 +35,10 @@ class ScoringSettings(Part):
     device: str
     device_map: str | None = None
     """`auto` where the model was spread over several places."""
+    layout: str = "padded"
+    """`packed`: rows stand behind one another, and what several begin with was computed once; or `padded`."""
     batch_tokens: int
+    """At most so many in a batch: with padding, or in a pack."""
     batch_size: int | None = None
     """Rows of a batch at most, where that was asked for."""
     limit: int | None = None

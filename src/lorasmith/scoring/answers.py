@@ -16,7 +16,6 @@ from lorasmith.executors.base import Executor, Recipe
 from lorasmith.executors.log import ChunkLog
 from lorasmith.files.journal import Journal
 from lorasmith.models.arithmetic import Route, use_route
-from lorasmith.models.batches import make_batch, plan_batches
 from lorasmith.models.encode import Encoded
 from lorasmith.models.generate import (
     GENERATE_ROWS,
@@ -27,6 +26,7 @@ from lorasmith.models.generate import (
     stop_tokens,
     to_arrays,
 )
+from lorasmith.models.layout import lay_out
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.loglik import open_forward
 from lorasmith.models.memory import keep_memory
@@ -78,9 +78,7 @@ def choice_likelihoods(
         open_weighing(loaded, work, rows, route) as weighing,
         progress("Weigh choices", total=len(rows), unit="row") as advance,
     ):
-        settings = work.settings
-        lengths = [len(weighing.encoded[row].ids) for row in rows]
-        plan = plan_batches(lengths, settings.batch_tokens, settings.batch_size)
+        plan = work.plan([weighing.encoded[row] for row in rows])
         batches = [tuple(rows[place] for place in batch) for batch in plan]
         for batch, values in executor.work_through(batches, weighing, journal, recipe, log):
             found.update(zip(batch, values.tolist(), strict=True))
@@ -113,7 +111,8 @@ def open_weighing(
     with open_forward(loaded, [asked[row] for row in rows], route) as forward:
 
         def weigh(batch: tuple[int, ...]) -> npt.NDArray[np.float32]:
-            logits = torch.cat(list(forward.logits(make_batch(batch, asked).to(loaded.device))))
+            laid_out = lay_out(batch, asked, work.settings.layout).to(loaded.device)
+            logits = torch.cat(list(forward.logits(laid_out)))
             return np.asarray(
                 (logits[:, columns.to(logits.device)] - logits.logsumexp(-1, keepdim=True)).cpu()
             )

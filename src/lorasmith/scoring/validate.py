@@ -70,7 +70,7 @@ def validate(
     - `device`: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; `device_map`: `auto` spreads a model that is too large
       for one GPU over all of them, memory and disk. `arithmetic`: `auto` (float32 by the faster route),
       `mkl`, `onednn` or `bfloat16`.
-    - `batch_tokens`, `batch_size`: padded tokens and rows of a batch at most; a batch that does not fit in
+    - `batch_tokens`, `batch_size`: tokens and rows of a batch at most; a batch that does not fit in
       memory is halved anyway. `max_length`: tokens of a row, by default what the model was made for; longer
       rows are cut and counted, under `strict` refused.
     - `limit`: score only so many rows, the first or with `shuffle_seed` a random choice, and mark the result
