@@ -75,12 +75,17 @@ def _interactive() -> bool:
 
 
 def follow(session: Session, rental: Rental | None, *, needs_gpu: bool) -> RemoteStatus:
-    """Run the job; on a rented machine somebody is then seen to be there, and its traffic is counted."""
+    """Run the job; on a rented machine it is seen that somebody is there, under the caps of the rental."""
     if rental is None:
         return session.run(needs_gpu=needs_gpu)
+    import time
+
+    from lorasmith.remote.caps import Caps
     from lorasmith.remote.rented import Heartbeat
 
-    with Heartbeat(session.transport, rental.label):
+    caps = Caps(rental.max_price, rental.max_cost, rental.max_hours)
+    with Heartbeat(session.transport, rental.label) as pulse:
+        session.alive = lambda: caps.require_left(pulse.rental, time.time())
         return session.run(needs_gpu=needs_gpu)
 
 
