@@ -32,8 +32,21 @@ Template = Annotated[
 PublicKey = Annotated[
     Path | None, typer.Option(help="Public key (PEM) whose signature is required.", metavar="KEY")
 ]
-BatchTokens = Annotated[int | None, typer.Option(help="Padded tokens of a batch.")]
-BatchSize = Annotated[int | None, typer.Option(help="Rows of a batch at most.")]
+BatchTokens = Annotated[int | None, typer.Option(help="Tokens of a batch at most.")]
+
+
+def _rows(text: str) -> int | None:
+    return None if text == "auto" else int(text)
+
+
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        parser=_rows,
+        metavar="<int>|auto",
+        help="Rows of a batch at most. [auto: what its tokens allow, halved where memory is short]",
+    ),
+]
 MaxLength = Annotated[int | None, typer.Option(help="Longest row in tokens. [the model's context]")]
 Arithmetic = Annotated[
     str, typer.Option(help="auto (float32 by the faster route), mkl, onednn, or bfloat16 (not exact).")
