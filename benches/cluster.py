@@ -1,9 +1,9 @@
 """Validation over Ray with 1, 2 and 4 workers of one thread each, against one process of one thread.
 
-    OMP_NUM_THREADS=1 python benches/cluster.py --model BASE --rows 96
+    OMP_NUM_THREADS=1 python benches/cluster.py --model BASE --rows 40
 
-Prints the speed-up, the cost of starting, the cost of handing out one chunk, and what follows for 1,000
-workers: an arithmetic projection, not a measurement.
+Prints speed-up and overhead, the cost of starting, of handing out a chunk and of looking at 1,000 workers,
+and what follows for so many: an arithmetic projection, not a measurement.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -25,13 +27,15 @@ import ray
 
 import lorasmith
 from lorasmith.executors.base import Recipe
+from lorasmith.executors.chunks import Undivided
 from lorasmith.executors.ray import Cluster
+from lorasmith.records.conditions import Conditions
 
 WORKERS = (1, 2, 4)
 THOUSAND = 1000
 
 
-class Nothing:
+class Nothing(Undivided):
     """Work that takes no time: what is left is the handing out."""
 
     def run(self, rows: tuple[int, ...]) -> bytes:
@@ -43,6 +47,9 @@ class Nothing:
     def unpack(self, rows: tuple[int, ...], packed: bytes) -> bytes:
         return packed
 
+    def conditions(self) -> Conditions:
+        return Conditions(device="cpu", processor="any", threads=1)
+
 
 @contextmanager
 def open_nothing() -> Iterator[Nothing]:
@@ -50,11 +57,29 @@ def open_nothing() -> Iterator[Nothing]:
     yield Nothing()
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """Wall time."""
-    began = time.perf_counter()
-    action()
-    return time.perf_counter() - began
+@dataclass
+class Watch:
+    """A progress that notes when the first batch is there, and how many tokens come after it."""
+
+    began: float = field(default_factory=time.perf_counter)
+    first: float = 0.0
+    tokens: int = 0
+
+    @contextmanager
+    def __call__(self, label: str, *, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        def advance(count: int) -> None:
+            if not self.first:
+                self.first = time.perf_counter()
+            else:
+                self.tokens += count
+
+        yield advance
+
+    def line(self, name: str) -> tuple[str, float]:
+        """A row of the table without its end, and tokens a second behind the first batch."""
+        ended = time.perf_counter()
+        rate = self.tokens / (ended - self.first)
+        return f"| {name} | {ended - self.began:.1f} | {self.first - self.began:.1f} | {rate:.0f}", rate
 
 
 def write_rows(path: Path, count: int) -> None:
@@ -71,11 +96,10 @@ def write_rows(path: Path, count: int) -> None:
 def hand_out(workers: int, chunks: int) -> tuple[float, float]:
     """Seconds to start the workers, and seconds for each chunk of no work at all."""
     recipe = Recipe("benches.cluster:open_nothing", {})
-    work: Any = Nothing()
     began = time.perf_counter()
     first = None
     for _ in Cluster(threads=1, workers=workers).work_through(
-        [(number,) for number in range(chunks)], work, None, recipe
+        [(number,) for number in range(chunks)], Nothing(), None, recipe
     ):
         first = first or time.perf_counter()
     ended = time.perf_counter()
@@ -83,60 +107,85 @@ def hand_out(workers: int, chunks: int) -> tuple[float, float]:
     return first - began, (ended - first) / (chunks - 1)
 
 
+def look(pending: int) -> float:
+    """Seconds of one look at so many answers that are not there."""
+
+    class Busy:
+        def wait(self) -> None:
+            time.sleep(3600)
+
+    kind: Any = ray.remote(Busy)
+    worker = kind.options(num_cpus=0).remote()
+    answers = [worker.wait.remote() for _ in range(pending)]
+    took = []
+    for _ in range(20):
+        began = time.perf_counter()
+        ray.wait(answers, num_returns=1, timeout=0)
+        took.append(time.perf_counter() - began)
+    ray.kill(worker)
+    return median(took)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=96)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--batch-size", type=int, default=2)
     asked = parser.parse_args()
-    joined = seconds(
-        lambda: ray.init(
-            num_cpus=max(WORKERS),
-            include_dashboard=False,
-            object_store_memory=200_000_000,
-            log_to_driver=False,
-            logging_level="ERROR",
-            runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}},
-        )
+    root = Path(__file__).resolve().parents[1]
+    began = time.perf_counter()
+    ray.init(
+        address="local",
+        num_cpus=max(WORKERS),
+        include_dashboard=False,
+        object_store_memory=200_000_000,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": {"PYTHONPATH": f"{root}:{root / 'src'}"}},
     )
+    joined = time.perf_counter() - began
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         test_set = folder / "rows.jsonl"
         write_rows(test_set, asked.rows)
 
-        def validate(executor: Cluster | None, output: str) -> float:
-            return seconds(
-                lambda: lorasmith.validate(
-                    asked.model,
-                    test_set,
-                    folder / output,
-                    batch_size=asked.batch_size,
-                    device="cpu",
-                    arithmetic="mkl",
-                    executor=executor,
-                )
+        def validate(output: str, executor: Cluster | None = None, limit: int | None = None) -> Watch:
+            watch = Watch()
+            lorasmith.validate(
+                asked.model,
+                test_set,
+                folder / output,
+                batch_size=asked.batch_size,
+                device="cpu",
+                arithmetic="mkl",
+                limit=limit,
+                executor=executor,
+                progress=watch,
             )
+            return watch
 
-        validate(None, "warm")  # the files of the model are in memory from here on
-        alone = validate(None, "alone")
+        validate("warm", limit=asked.batch_size)  # the files of the model are in memory from here on
         print(f"{os.cpu_count()} processors; Ray joined in {joined:.1f} s; {asked.rows} rows")
-        print("| workers | seconds | speed-up | same bytes |\n|---|---|---|---|")
-        print(f"| this process | {alone:.1f} | 1.00 | |")
+        print("| workers | seconds | until the first batch | tokens/s then | speed-up | same bytes |")
+        print("|---|---|---|---|---|---|")
+        row, alone = validate("alone").line("this process")
+        print(f"{row} | 1.00 | |", flush=True)
         for workers in WORKERS:
-            took = validate(Cluster(threads=1, workers=workers), f"ray{workers}")
-            same = (folder / "alone/base.parquet").read_bytes() == (
-                folder / f"ray{workers}/base.parquet"
-            ).read_bytes()
-            print(f"| {workers} | {took:.1f} | {alone / took:.2f} | {'yes' if same else 'NO'} |")
+            row, rate = validate(f"ray{workers}", Cluster(threads=1, workers=workers)).line(str(workers))
+            files = [folder / place / "base.parquet" for place in ("alone", f"ray{workers}")]
+            same = files[0].read_bytes() == files[1].read_bytes()
+            print(f"{row} | {rate / alone:.2f} | {'yes' if same else 'NO'} |", flush=True)
     start, each = hand_out(2, 2000)
-    print(f"\nStarting 2 workers: {start:.1f} s. Handing out a chunk: {each * 1e3:.2f} ms.")
-    chunks = -(-asked.rows // asked.batch_size)
-    work = alone / chunks
+    seen = look(THOUSAND)
+    print(f"\nStarting 2 workers without a model: {start:.1f} s. Handing out a chunk: {each * 1e3:.2f} ms.")
+    print(f"A look at {THOUSAND:,} workers: {seen * 1e3:.2f} ms.")
+    shortest = THOUSAND * each + 2 * seen
+    arithmetic = f"{THOUSAND:,} · {each * 1e3:.2f} ms + 2 · {seen * 1e3:.2f} ms = {shortest:.2f} s"
     print(
-        f"Projection, not measured: one driver feeds at most 1/{each:.5f} = {1 / each:,.0f} chunks a second,"
-        f" so {THOUSAND:,} workers are kept busy by chunks of {THOUSAND} · {each * 1e3:.2f} ms ="
-        f" {THOUSAND * each:.2f} s or longer; here a chunk takes {work:.2f} s."
+        f"Projection, not measured: a round in which each of {THOUSAND:,} workers gets a chunk costs the"
+        f" driver {arithmetic}. Chunks that take longer keep all workers busy; shorter ones come at"
+        f" {THOUSAND / shortest:,.0f} a second at most."
     )
 
 

@@ -151,8 +151,8 @@ def join(address: str | None) -> None:
     ended = signal.getsignal(signal.SIGTERM)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
-        if address is None:
-            ray.init(include_dashboard=False, object_store_memory=_OBJECT_STORE, **quiet)
+        if address is None:  # "local": Ray would else join any cluster that runs on this machine
+            ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE, **quiet)
         else:
             ray.init(address=address, **quiet)
     except Exception as error:  # of no class of its own where a node does not come up in time
