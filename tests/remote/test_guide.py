@@ -68,4 +68,4 @@ def test_the_numbers_of_the_guide_are_those_of_the_program() -> None:
     # The example: 15 GB there, 30 GB back, 1 Gbit/s each way, half an hour of work at $1.50.
     offer = Offer(1, "H100", 1, 80, 1.50, 0.0, 0.0, 0.0, 0.99, 500, 1000.0, 1000.0, "")
     found = estimate(offer, 0.5, 15.0, 30.0)
-    assert f"= {found.hours:.2f} hours, ${found.dollars:.2f}" in GUIDE
+    assert f"= {found.hours:.2f} hours, ${found.dollars:.3f}" in GUIDE

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from lorasmith.config import make_config
 from lorasmith.files.atomic import read_record, write_record
 from lorasmith.progress import Unwatched, silent
@@ -35,5 +37,5 @@ def test_the_budget_is_a_gate_on_all_that_was_paid_for(tmp_path: Path) -> None:
     # So are attempts that came to no end.
     write_record(run / "timing.json", priced.model_copy(update={"unfinished_seconds": 60.0}))
     lost = judged(run, 0.08)
-    assert lost and not lost.passed and lost.gates[0].measured == 1.5 * (168.7 + 60) / 3600
+    assert lost and not lost.passed and lost.gates[0].measured == pytest.approx(1.5 * (168.7 + 60) / 3600)
     assert judged(run, None) is None
