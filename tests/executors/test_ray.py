@@ -248,11 +248,18 @@ def test_executors_by_name() -> None:
 def test_joining_a_cluster_leaves_the_handler_of_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's own would end a command with exit code 1 where 143 is promised."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda **_: signal.signal(signal.SIGTERM, lambda *_: None))
+    asked: dict[str, Any] = {}
+
+    def init(**options: Any) -> None:
+        asked.update(options)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+
+    monkeypatch.setattr(ray, "init", init)
     own = lambda *_: None  # noqa: E731
     before = signal.signal(signal.SIGTERM, own)
     try:
         join(None)
         assert signal.getsignal(signal.SIGTERM) is own
+        assert asked["address"] == "local"  # not somebody else's cluster that happens to run here
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,63 @@
+"""An executor that makes the work from its recipe as a cluster's worker does, in this process."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from lorasmith import __version__
+from lorasmith.executors.base import Recipe
+from lorasmith.executors.chunks import Waiting
+from lorasmith.executors.local import kept
+from lorasmith.executors.log import ChunkLog
+from lorasmith.executors.worker import Worker, unpack_error
+from lorasmith.files.journal import Journal, Rows
+from lorasmith.records.conditions import Conditions
+
+
+class Nearby:
+    """A cluster without Ray."""
+
+    elsewhere = True
+
+    def __init__(self) -> None:
+        self.opened: list[str] = []
+
+    def __enter__(self) -> Nearby:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def places(self, recipe: Recipe) -> int:
+        return 2
+
+    def work_through(
+        self,
+        chunks: Iterable[Rows],
+        work: Any,
+        journal: Journal | None,
+        recipe: Recipe,
+        log: ChunkLog | None = None,
+    ) -> Iterator[tuple[Rows, Any]]:
+        log = log or ChunkLog()
+        waiting = Waiting(chunks, work, journal)
+        yield from kept(journal, work, log)
+        self.opened.append(recipe.function.partition(":")[2])
+        made = {"version": __version__, "function": recipe.function, "arguments": dict(recipe.arguments)}
+        worker = Worker()
+        conditions = Conditions.model_validate_json(answered(worker.open(pickle.dumps(made))))
+        while rows := waiting.take():
+            packed = answered(worker.run(rows, recipe.parcel(rows) if recipe.parcel else None))
+            if journal:
+                journal.add(rows, packed, waiting.limit, conditions.model_dump())
+            log.note(rows, conditions)
+            yield rows, work.unpack(rows, packed)
+        worker._stack.close()
+
+
+def answered(answer: tuple[str, bytes]) -> bytes:
+    status, packed = answer
+    if status == "failed":
+        raise unpack_error(packed)
+    return packed

@@ -1,0 +1,128 @@
+"""Comparison, task metrics and responses made elsewhere from their recipes: the bytes of one process."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorasmith
+from lorasmith.files.jsonl import write_rows
+from lorasmith.followup.respond import RespondOptions, respond
+from lorasmith.followup.respond_cluster import ClusterEngine
+from lorasmith.followup.respond_engines import TransformersEngine
+from lorasmith.records.conditions import ChunkRecord, Conditions
+from lorasmith.scoring.tasks import evaluate_tasks
+from tests.executors.nearby import Nearby
+from tests.scoring.test_tasks import drop, mmlu
+from tests.tiny import save_adapter, save_base, tiny_rows
+
+ROWS = 10
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    save_base(folder / "base")
+    save_adapter(folder / "adapter", folder / "base")
+    lorasmith.merge(folder / "base", folder / "adapter", folder / "merged")
+    write_rows(folder / "test.jsonl", tiny_rows(ROWS))
+    write_rows(folder / "tasks.jsonl", [*(mmlu(i) for i in range(5)), *(drop(i) for i in range(3))])
+    return folder
+
+
+def chunks(path: Path) -> list[ChunkRecord]:
+    return [ChunkRecord.model_validate_json(line) for line in path.read_text().splitlines()]
+
+
+def test_a_comparison_has_the_bytes_of_one_here(place: Path, tmp_path: Path) -> None:
+    models = (place / "base", place / "adapter", place / "merged", place / "test.jsonl")
+    options: dict[str, Any] = {"batch_size": 3, "device": "cpu", "arithmetic": "mkl", "generate": 6}
+    lorasmith.compare(*models, tmp_path / "here.json", **options)
+    lorasmith.compare(*models, tmp_path / "there.json", executor=Nearby(), **options)
+    assert (tmp_path / "there.json").read_bytes() == (tmp_path / "here.json").read_bytes()
+    lines = chunks(tmp_path / "there.chunks.jsonl")
+    for part in ("adapter", "merged", "adapter texts", "merged texts"):
+        assert sorted(row for line in lines if line.part == part for row in line.rows) == list(range(ROWS))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["here.json", "there.chunks.jsonl", "there.json"]
+
+
+def test_states_of_two_kinds_of_machines_label_a_comparison(place: Path, tmp_path: Path) -> None:
+    """The adapter was validated under one kind of conditions, the merged model under another."""
+
+    class Otherwise(Nearby):
+        def work_through(self, *arguments: Any) -> Any:
+            with pytest.MonkeyPatch.context() as patch:
+                kind = "lorasmith.models.work.conditions_of"
+                patch.setattr(kind, lambda device: real(device).model_copy(update={"processor": "another"}))
+                yield from super().work_through(*arguments)
+
+    from lorasmith.models.conditions import conditions_of as real
+
+    options: dict[str, Any] = {"device": "cpu", "arithmetic": "mkl", "states": tmp_path / "states"}
+    rows = place / "test.jsonl"
+    lorasmith.validate(place / "base", rows, tmp_path, adapter=place / "adapter", **options)
+    lorasmith.validate(place / "merged", rows, tmp_path, role="merged", executor=Otherwise(), **options)
+    models = (place / "base", place / "adapter", place / "merged", rows)
+    proof = lorasmith.compare(*models, tmp_path / "proof.json", **options)
+    (finding,) = [one for one in proof.findings if one.code == "mixed-hardware"]
+    assert "another" in finding.message
+    kinds = {(line.part, line.conditions.processor) for line in chunks(tmp_path / "proof.chunks.jsonl")}
+    assert {part for part, processor in kinds if processor == "another"} == {"merged"}
+
+
+def test_task_metrics_have_the_bytes_of_those_here(place: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"batch_size": 2, "device": "cpu", "arithmetic": "mkl"}
+    arguments = (place / "base", place / "tasks.jsonl")
+    evaluate_tasks(*arguments, tmp_path / "here", adapter=place / "adapter", **options)
+    evaluate_tasks(*arguments, tmp_path / "there", adapter=place / "adapter", executor=Nearby(), **options)
+    for file in ("adapter_tasks.json", "adapter_tasks.parquet"):
+        assert (tmp_path / "there" / file).read_bytes() == (tmp_path / "here" / file).read_bytes()
+    assert {line.part for line in chunks(tmp_path / "there/adapter_tasks.chunks.jsonl")} == {
+        "answers",
+        "choices",
+    }
+
+
+@pytest.mark.parametrize("removed", [None, "generation_config.json"])
+def test_a_cluster_knows_of_a_model_what_its_engine_knows(
+    place: Path, tmp_path: Path, removed: str | None
+) -> None:
+    """Without loading it: when an answer ends, how much room there is, in which type it computes."""
+    shutil.copytree(place / "base", tmp_path / "base")
+    if removed:
+        (tmp_path / "base" / removed).unlink()
+    here = TransformersEngine(tmp_path / "base", None, device="cpu", dtype="auto", batch_size=None)
+    there = ClusterEngine(Nearby(), tmp_path / "base", None, device="cpu")
+    for template in ("chat", "plain"):
+        assert there.stops(template) == here.stops(template)
+    assert (there.name, there.context, there.dtype, there.slots) == (
+        here.name,
+        here.context,
+        here.dtype,
+        here.slots,
+    )
+
+
+def test_responses_made_under_several_conditions_are_labelled(place: Path, tmp_path: Path) -> None:
+    class Alternating(Nearby):
+        def work_through(self, *arguments: Any) -> Any:
+            log = arguments[-1]
+            for count, (rows, answers) in enumerate(super().work_through(*arguments)):
+                log.note(rows, Conditions(device="cpu", processor=f"kind {count % 2}", threads=1))
+                yield rows, answers
+
+    record = respond(
+        place / "base",
+        place / "test.jsonl",
+        tmp_path / "r.jsonl",
+        options=RespondOptions(max_new_tokens=3, batch_size=1, device="cpu"),
+        executor=Alternating(),
+    )
+    (finding,) = [one for one in record.findings if one.code == "mixed-hardware"]
+    assert "kind 0" in finding.message and "kind 1" in finding.message
+    lines = chunks(tmp_path / "r.chunks.jsonl")
+    assert sorted(row for line in lines for row in line.rows) == list(range(ROWS))
