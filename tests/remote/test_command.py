@@ -260,7 +260,7 @@ def test_keys_and_offers_that_are_none_as_typed(rows: Path, tmp_path: Path) -> N
         assert wrong.returncode == 3 and "the key is not accepted" in wrong.stderr
         typo = lorasmith(*rented[:-6], "--train", "typo.jsonl", *rented[-4:], LORASMITH_VAST_URL=vast.url)
         assert typo.returncode == 2 and "it does not exist" in typo.stderr
-        unset = lorasmith(*rented[:5], "--env", "NOWHERE_SET", *rented[5:], LORASMITH_VAST_URL=vast.url)
+        unset = lorasmith(*rented[:6], "--env", "NOWHERE_SET", *rented[6:], LORASMITH_VAST_URL=vast.url)
         assert unset.returncode == 2 and "NOWHERE_SET is not set" in unset.stderr
         Path("test.jsonl").touch()
         taken = lorasmith(*rented, LORASMITH_VAST_URL=vast.url, VAST_API_KEY=KEY)
