@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from tests.tiny import save_adapter, save_base, tiny_rows
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("inputs")
     save_adapter(folder / "adapter", save_base(folder / "base"))
     write_rows(folder / "test.jsonl", tiny_rows(8))
@@ -28,7 +29,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_a_run_on_a_cluster_packs_the_same_bytes(
-    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lorasmith.run(**inputs, output=tmp_path / "here")
     executor = Nearby()
@@ -43,7 +44,7 @@ def test_a_run_on_a_cluster_packs_the_same_bytes(
     assert not list((tmp_path / "here").rglob("*.chunks.jsonl"))
 
 
-def test_the_executor_of_a_run_is_the_one_that_was_asked_for(inputs: dict[str, Path], tmp_path: Path) -> None:
+def test_the_executor_of_a_run_is_the_one_that_was_asked_for(inputs: dict[str, Any], tmp_path: Path) -> None:
     asked = make_config(
         {
             **inputs,
