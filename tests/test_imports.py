@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"gates"},
     {"config", "stages"},
     {"results"},
-    {"judge", "preflight", "roundings"},
+    {"compression", "judge", "preflight", "roundings"},
     {"steps"},
     {"pipeline"},
     {"demo"},
@@ -126,6 +126,7 @@ def test_the_public_names_are_pinned() -> None:
     names = [
         "__version__",
         "compare",
+        "compress",
         "merge",
         "prove",
         "respond",
@@ -144,6 +145,7 @@ def test_public_functions_stay_functions_after_every_module_is_imported() -> Non
         importlib.import_module(info.name)
     for name in (
         "compare",
+        "compress",
         "merge",
         "prove",
         "respond",

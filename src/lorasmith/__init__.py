@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorasmith.compression import compress as compress
     from lorasmith.followup.draft import train_draft as train_draft
     from lorasmith.followup.respond import respond as respond
     from lorasmith.followup.speculate import speculate as speculate
@@ -31,11 +32,13 @@ _PUBLIC = {
     "respond": "lorasmith.followup.respond",
     "speculate": "lorasmith.followup.speculate",
     "train_draft": "lorasmith.followup.draft",
+    "compress": "lorasmith.compression",
 }
 
 __all__ = [
     "__version__",
     "compare",
+    "compress",
     "merge",
     "prove",
     "respond",

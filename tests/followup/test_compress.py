@@ -17,18 +17,31 @@ from gguf import GGUFReader
 from safetensors.torch import load_file
 from transformers import LlamaTokenizer
 
-from lorasmith.errors import CheckpointError, DataError, DiskError, MachineError, UsageError
+import lorasmith
+from lorasmith.compression import compress_several
+from lorasmith.errors import (
+    BusyError,
+    CheckpointError,
+    DataError,
+    DiskError,
+    InputError,
+    MachineError,
+    UsageError,
+)
 from lorasmith.files.atomic import read_record
 from lorasmith.files.digests import digest_folder
 from lorasmith.files.jsonl import write_rows
+from lorasmith.files.lock import only_one
 from lorasmith.followup import compress_run
-from lorasmith.followup.compress import RECORD, compress
-from lorasmith.followup.compress_load import load_compressed
+from lorasmith.followup.compress import compress
+from lorasmith.followup.compress_quality import judge
+from lorasmith.followup.compress_record import RECORD
 from lorasmith.followup.compress_run import calibration_samples
 from lorasmith.followup.compress_settings import CompressSettings
 from lorasmith.followup.compress_table import write_page
+from lorasmith.models import load
 from lorasmith.proving.behaviour_pair import compare_pair
-from lorasmith.records.compression import CompressRecord
+from lorasmith.records.compression import CompressionsRecord, CompressRecord
 from tests.faults import in_child, was_killed
 from tests.tiny import load_model, save_base, tiny_model, tiny_rows, tiny_tokenizer
 
@@ -52,6 +65,11 @@ def record_of(folder: Path) -> CompressRecord:
     return read_record(folder / RECORD, CompressRecord)
 
 
+def unpacked(folder: Path) -> Any:
+    """The compressed model in float32, as every command loads it."""
+    return load.load_model(folder).model
+
+
 def test_what_is_written_is_what_was_planned(place: Path) -> None:
     record = record_of(place / "int4")
     tensors = load_file(place / "int4" / "model.safetensors")
@@ -63,7 +81,7 @@ def test_what_is_written_is_what_was_planned(place: Path) -> None:
 
 def test_every_weight_is_a_level_of_its_group(place: Path) -> None:
     """Round to nearest by hand in float64: no weight is further from the original than half a step."""
-    loaded = load_compressed(place / "int4").model
+    loaded = unpacked(place / "int4")
     original = load_model(place / "base")
     ours = loaded.model.layers[1].mlp.up_proj.weight.detach().double().reshape(-1, 64)
     theirs = original.model.layers[1].mlp.up_proj.weight.detach().double().reshape(-1, 64)
@@ -78,7 +96,7 @@ def test_the_quality_is_that_of_plain_forwards(place: Path) -> None:
     """KL and agreement against softmaxes of both models in float64, over the response tokens."""
     found = record_of(place / "int4").quality
     assert found is not None
-    a, b = load_model(place / "base").double(), load_compressed(place / "int4").model.double()
+    a, b = load_model(place / "base").double(), unpacked(place / "int4").double()
     tokenizer, kl, same = tiny_tokenizer(), [], []
     for row in tiny_rows(24):
         prompt = tokenizer.apply_chat_template(
@@ -126,7 +144,7 @@ def test_a_calibrated_gguf_file_loads_again_and_is_what_was_planned(place: Path,
     reader = GGUFReader(tmp_path / "q4" / "model-q4_0.gguf")
     assert sum(-(-tensor.n_bytes // 32) * 32 for tensor in reader.tensors) == record.planned_bytes
     assert record.calibration is not None and record.calibration.path == "rows.jsonl"
-    ours, theirs = load_compressed(tmp_path / "q4").model, load_model(base)
+    ours, theirs = unpacked(tmp_path / "q4"), load_model(base)
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
         a, b = ours(ids).logits, theirs(ids).logits
@@ -161,6 +179,155 @@ def test_a_failed_gate_is_an_answer(place: Path) -> None:
     assert [gate.verdict for gate in record.gates if gate.gate.metric == "compressed.mean_kl"] == ["fail"]
 
 
+def questions() -> list[dict[str, Any]]:
+    """Choices of two subjects; a model of random weights is right by luck alone."""
+    return [
+        {
+            "id": f"MMLU/{index}",
+            "prompt": f"the {'cat ' * (index % 7)}in rain\nA. one\nB. two\nC. in\nD. on\nAnswer:",
+            "response": "ABCD"[index % 4],
+            "metadata": {
+                "source": "MMLU",
+                "domain": ("anatomy", "law")[index % 3 == 0],
+                "choices": ["one", "two", "in", "on"],
+                "answer": "ABCD"[index % 4],
+            },
+        }
+        for index in range(24)
+    ]
+
+
+def right_letters(model: Any) -> list[float]:
+    """1 where the likeliest of the four letters is the answer: one plain forward a question, in float64."""
+    tokenizer = tiny_tokenizer()
+    letters = [tokenizer(letter, add_special_tokens=False)["input_ids"][0] for letter in "ABCD"]
+    found = []
+    for row in questions():
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        with torch.no_grad():
+            best = int(model.double()(torch.tensor([ids])).logits[0, -1, letters].argmax())
+        found.append(float("ABCD"[best] == row["metadata"]["answer"]))
+    return found
+
+
+def test_task_accuracy_by_group_is_that_of_plain_forwards(place: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [*questions(), *tiny_rows(3)])
+    shutil.copytree(place / "int4", tmp_path / "int4")
+    record = lorasmith.compress(
+        place / "base", tmp_path / "int4", test_set=tmp_path / "rows.jsonl",
+        limits={"perplexity_ratio": 100.0, "mean_kl": 100.0, "top1_agreement": 0.0, "accuracy_drop": 1.0},
+    )  # fmt: skip
+    a = right_letters(load_model(place / "base"))
+    b = right_letters(unpacked(place / "int4"))
+    assert record.tasks is not None and a != b
+    assert record.tasks.overall.value_a == pytest.approx(np.mean(a))
+    assert record.tasks.overall.value_b == pytest.approx(np.mean(b))
+    law = record.tasks.groups["domain"]["law"]
+    assert law.examples == 8
+    assert (law.value_a, law.value_b) == pytest.approx((np.mean(a[::3]), np.mean(b[::3])))
+    assert [effect.metric for effect in record.tasks.metrics] == ["accuracy"]
+    [gate] = [gate for gate in record.gates if gate.gate.metric == "compressed.accuracy_drop"]
+    assert gate.measured == pytest.approx(np.mean(a) - np.mean(b)) and gate.verdict == "pass"
+    assert gate.interval is not None and gate.interval.low <= gate.measured <= gate.interval.high
+    assert record.passed is True
+    # The same record with a stricter gate fails.
+    [strict] = judge(record, {"accuracy_drop": gate.measured - 0.01})
+    assert strict.verdict == "fail"
+
+
+def test_without_questions_it_says_so_and_an_asked_gate_does_not_pass(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "int4", tmp_path / "int4")
+    loose = {"perplexity_ratio": 100.0, "mean_kl": 100.0, "top1_agreement": 0.0}
+    options: dict[str, Any] = {"test_set": place / "rows.jsonl", "limit": 4}
+    record = lorasmith.compress(place / "base", tmp_path / "int4", limits=loose, **options)
+    assert [finding.code for finding in record.findings] == ["no-task"] and record.passed is True
+    asked = {**loose, "accuracy_drop": 0.1}
+    record = lorasmith.compress(place / "base", tmp_path / "int4", limits=asked, **options)
+    assert record.passed is False
+    assert [gate.verdict for gate in record.gates].count("not measured") == 1
+
+
+def test_other_commands_take_a_compressed_folder(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "int4", tmp_path / "int4")
+    options: dict[str, Any] = {"test_set": place / "rows.jsonl", "compare": compare_pair, "limit": 6}
+    quality = compress(place / "base", tmp_path / "int4", **options).quality
+    found = lorasmith.validate(place / "int4", place / "rows.jsonl", tmp_path / "found", limit=6)
+    assert quality is not None
+    # The same tokens by two ways of adding float32 losses up.
+    assert found.overall.perplexity == pytest.approx(quality.perplexity_b, rel=1e-5)
+    with pytest.raises(CheckpointError, match="is compressed"):
+        lorasmith.train_draft(place / "int4", place / "rows.jsonl", tmp_path / "draft", layers=[0])
+
+
+def test_a_size_is_a_gate(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = record_of(place / "int4")
+    assert [gate.verdict for gate in judge(record, {"bytes": record.bytes})] == ["pass"]
+    assert [gate.verdict for gate in judge(record, {"bytes": record.bytes - 1})] == ["fail"]
+    assert [gate.verdict for gate in judge(record, {"q99_kl": 1e-9})] == ["fail"]
+    monkeypatch.setattr(compress_run, "WORKER", ("-c", "raise SystemExit('too late')"))
+    with pytest.raises(UsageError, match=r"the limit is 1\.0 kB"):  # before any work
+        compress(place / "base", tmp_path / "out", limits={"bytes": 1000})
+    with pytest.raises(UsageError, match="no limit 'speed'"):
+        compress(place / "base", tmp_path / "out", limits={"speed": 1})
+    with pytest.raises(UsageError, match="mean_kl is nan"):
+        compress(place / "base", tmp_path / "out", limits={"mean_kl": float("nan")})
+
+
+def test_what_cannot_be_measured_is_told_before_the_work(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compress_run, "WORKER", ("-c", "raise SystemExit('too late')"))
+    with pytest.raises(InputError, match="does not exist"):
+        lorasmith.compress(place / "base", tmp_path / "out", test_set=tmp_path / "absent.jsonl")
+    with pytest.raises(DataError, match="24 of 24 calibration rows are in the test set"):
+        lorasmith.compress(
+            place / "base", tmp_path / "out", settings=CompressSettings(method="calibrated"),
+            calibration=place / "rows.jsonl", test_set=place / "rows.jsonl",
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_compressions_of_one_output_are_refused(place: Path, tmp_path: Path) -> None:
+    with only_one(tmp_path / "out", "compression"), pytest.raises(BusyError, match="another compression"):
+        compress(place / "base", tmp_path / "out")
+
+
+def copies(place: Path) -> tuple[str, str]:
+    """A worker that is done at once: it leaves what round to nearest gave."""
+    return (
+        "-c",
+        "import json, sys, shutil; job = json.load(open(sys.argv[1]));"
+        f"shutil.copytree({str(place / 'int4')!r}, job['output'] + '/m', "
+        f"ignore=shutil.ignore_patterns({RECORD!r}))",
+    )
+
+
+def test_several_ways_in_one_call(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compress_run, "WORKER", copies(place))
+    write_rows(tmp_path / "rows.jsonl", [*questions()[:6], *tiny_rows(3)])
+    write_rows(tmp_path / "train.jsonl", tiny_rows(30, seed=9))
+    ways = [
+        CompressSettings(),
+        CompressSettings(
+            method="calibrated", iterations=2, calibration_rows=2, calibration_length=16, group_size=32
+        ),
+    ]
+    options: dict[str, Any] = {"calibration": tmp_path / "train.jsonl", "test_set": tmp_path / "rows.jsonl"}
+    loose = {"perplexity_ratio": 100.0, "mean_kl": 100.0, "top1_agreement": 0.0, "accuracy_drop": 1.0}
+    record = compress_several(place / "base", tmp_path / "all", ways, limits=loose, **options)
+    assert record.folders == ["compressed-tensors-rtn", "compressed-tensors-calibrated"]
+    assert [one.method for one in record.compressed] == ["rtn", "calibrated"]
+    assert all(record_of(tmp_path / "all" / name).passed for name in record.folders)
+    assert record.recommended in record.folders
+    assert read_record(tmp_path / "all" / "compressions.json", CompressionsRecord) == record
+    strict = compress_several(place / "base", tmp_path / "all", ways, limits={"mean_kl": 0.0}, **options)
+    assert strict.recommended is None and "none passes" in strict.reason
+    with pytest.raises(UsageError, match="more than once"):
+        compress_several(place / "base", tmp_path / "all", [ways[0], ways[0]])
+
+
 def test_table_and_plot(place: Path, tmp_path: Path) -> None:
     write_page([place / "int4"], tmp_path / "t.md")
     record = record_of(place / "int4")
@@ -192,12 +359,7 @@ def test_a_worker_that_fails_leaves_nothing(
 def test_killed_at_any_point_the_output_is_whole_or_absent(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = (
-        "import json, sys, shutil; job = json.load(open(sys.argv[1]));"
-        f"shutil.copytree({str(place / 'int4')!r}, job['output'] + '/m', "
-        f"ignore=shutil.ignore_patterns({RECORD!r}))"
-    )
-    monkeypatch.setattr(compress_run, "WORKER", ("-c", script))
+    monkeypatch.setattr(compress_run, "WORKER", copies(place))
 
     def work() -> None:
         compress(place / "base", tmp_path / "out")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorasmith.files.atomic import write_record
-from lorasmith.records.base import FileDigest, Finding
-from lorasmith.records.compression import CompressRecord
+from lorasmith.records.base import FileDigest, Finding, Interval
+from lorasmith.records.compression import CompressRecord, TaskQuality
 from lorasmith.records.draft import ClassifierReport, DraftRecord, DraftStep, GeneratorReport
 from lorasmith.records.followup import (
     Acceptance,
@@ -20,6 +20,7 @@ from lorasmith.records.followup import (
     SpeculationTiming,
 )
 from lorasmith.records.release import Gate, GateResult
+from lorasmith.records.scoring import TaskEffect
 from tests.records_for_tests import comparison
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -108,6 +109,21 @@ def speculation() -> tuple[SpeculationRecord, SpeculationTiming]:
     return record, timing
 
 
+def asked() -> TaskQuality:
+    """Questions of one benchmark, in two domains."""
+
+    def effect(name: str, examples: int, a: float, b: float) -> TaskEffect:
+        return TaskEffect(
+            benchmark=name, metric="accuracy", examples=examples, value_a=a, value_b=b, delta=b - a,
+            interval=Interval(low=-0.125, high=0.025), p_value=0.5, verdict="no clear effect",
+        )  # fmt: skip
+
+    groups = {"domain": {"anatomy": effect("anatomy", 16, 0.5, 0.25), "law": effect("law", 24, 0.5, 0.5)}}
+    return TaskQuality(
+        overall=effect("all", 40, 0.5, 0.4), metrics=[effect("MMLU", 40, 0.5, 0.4)], groups=groups
+    )
+
+
 def compressed(form: str, size: int, kl: float | None) -> CompressRecord:
     gate = Gate(name="compressed mean kl", metric="compressed.mean_kl", comparison="<=", threshold=0.05)
     passed = None if kl is None else kl <= 0.05
@@ -116,7 +132,7 @@ def compressed(form: str, size: int, kl: float | None) -> CompressRecord:
         lorasmith_version="0.1.0", versions={}, model_sha256="1" * 64, file_format=form, method="rtn", bits=4,
         group_size=64, settings={}, calibration=None, parameters=130_000_000, original_bytes=269_000_000,
         bytes=size, planned_bytes=size, bits_per_weight=8 * size / 130e6, files=[],
-        quality=None if kl is None else comparison(kl=kl),
+        quality=None if kl is None else comparison(kl=kl), tasks=None if kl is None else asked(),
         gates=[] if kl is None else [GateResult(gate=gate, measured=kl, verdict=verdict)], passed=passed,
     )  # fmt: skip
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorasmith.cli.options import AsJson, Device, Limit
 
 if TYPE_CHECKING:
-    from lorasmith.records.compression import CompressRecord, SizePlan
+    from lorasmith.followup.compress_settings import CompressSettings
 
 _Rows = Annotated[
     Path | None,
@@ -28,18 +28,24 @@ def compress(
         bool, typer.Option("--plan", help="Only show the sizes that are possible; reads headers alone.")
     ] = False,
     target_size: Annotated[
-        str | None, typer.Option(help="Wanted size, such as 540MB or 4GB; refused where nothing reaches it.")
+        str | None,
+        typer.Option(help="Wanted size, such as 540MB or 4GB, a gate too; refused where nothing reaches it."),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="rtn (round to nearest), or calibrated (on rows of --calibration).")
-    ] = "rtn",
+        list[str] | None,
+        typer.Option(help="rtn (round to nearest, the default), or calibrated (on rows of --calibration)."),
+    ] = None,
     form: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
-            "--format", help="compressed-tensors, gguf:q4_0, gguf:q4_k_m, gguf:q5_k_m, gguf:q8_0, …"
+            "--format",
+            help="compressed-tensors (the default), gguf:q4_0, gguf:q4_k_m, gguf:q5_k_m, gguf:q8_0, … "
+            "Several formats or methods: every combination, each in a folder below --output.",
         ),
-    ] = "compressed-tensors",
-    bits: Annotated[int | None, typer.Option(help="Bits of a weight. [4, or the format's own]")] = None,
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="Bits of a weight in compressed-tensors: 4 or 8. [4]")
+    ] = None,
     group_size: Annotated[
         int | None, typer.Option(help="Weights that share a scale. [the largest of 128, 64, 32 that fits]")
     ] = None,
@@ -51,7 +57,18 @@ def compress(
     limit: Limit = None,
     max_perplexity_ratio: Annotated[float, typer.Option(help="Gate on the quality.")] = 1.05,
     max_mean_kl: Annotated[float, typer.Option(help="Gate on the quality, in nats.")] = 0.05,
+    max_q99_kl: Annotated[
+        float | None, typer.Option(help="Gate on the 99 % quantile of the KL, in nats.")
+    ] = None,
     min_top1: Annotated[float, typer.Option(help="Gate on the quality, 0..1.")] = 0.9,
+    tasks: Annotated[
+        bool,
+        typer.Option("--tasks/--no-tasks", help="Put the benchmarks' questions of the test set as well."),
+    ] = True,
+    max_accuracy_drop: Annotated[
+        float | None,
+        typer.Option(help="Gate on the accuracy lost over them, 0..1. [0.05 where there are questions]"),
+    ] = None,
     beside: Annotated[
         list[Path] | None,
         typer.Option("--beside", help="Another compressed folder for the table of --report.", metavar="DIR"),
@@ -67,118 +84,121 @@ def compress(
     """Quantize a model, and measure what it lost against the original.
 
     With --plan nothing is written: the sizes that each method gives are computed from the tensors' shapes,
-    and a target that nothing reaches ends with 1. Needs the extra `compress` (auto-round).
+    and a target that nothing reaches ends with 1. A missed gate ends with 1 as well; of several formats one
+    has to pass. Needs the extra `compress` (auto-round).
 
     Example: `lorasmith compress --model models/merged --plan --target-size 540MB`
     """
+    from lorasmith.cli.compress_views import show_plan
     from lorasmith.cli.console import bar, console, show_record
     from lorasmith.errors import UsageError
     from lorasmith.followup.sizes_plan import plan_compression
 
+    sizes = None
     if plan or target_size is not None:
         sizes = plan_compression(model, target_size=target_size)
         if plan and as_json:
             show_record(sizes)
         elif plan or sizes.reachable is False:
-            _show_plan(sizes)
+            show_plan(sizes, console())
         if sizes.reachable is False:
             raise typer.Exit(1)
         if plan:
             return
     if output is None:
         raise UsageError("there is no place to write to", remedy="give --output DIR, or --plan")
-    from lorasmith.followup.compress import compress as run
     from lorasmith.followup.compress_settings import CompressSettings
-    from lorasmith.followup.compress_table import write_page
-    from lorasmith.proving.behaviour_pair import compare_pair
 
-    settings = CompressSettings(
-        method=method,
-        format=form,
-        bits=bits or CompressSettings.own_bits(form),
-        group_size=group_size,
-        iterations=iterations,
-        calibration_rows=calibration_rows,
-        calibration_length=calibration_length,
-        seed=seed,
-    )
-    record = run(
-        model,
-        output,
-        settings=settings,
-        calibration=calibration,
-        test_set=test_set,
-        compare=compare_pair,
-        limit=limit,
-        limits={
-            "perplexity_ratio": max_perplexity_ratio,
-            "mean_kl": max_mean_kl,
-            "top1_agreement": min_top1,
-        },
-        device=device,
-        progress=bar,
-    )
+    limits = {
+        "perplexity_ratio": max_perplexity_ratio,
+        "mean_kl": max_mean_kl,
+        "top1_agreement": min_top1,
+        "accuracy_drop": max_accuracy_drop,
+        "q99_kl": max_q99_kl,
+        "bytes": None if sizes is None else sizes.target_bytes,
+    }
+    formats = form or ["compressed-tensors"]
+
+    def takes_choice(kind: str) -> bool:
+        """A GGUF type has bits and groups of its own: beside compressed-tensors the flags are for those."""
+        return kind == "compressed-tensors" or "compressed-tensors" not in formats
+
+    ways = [
+        CompressSettings(
+            method=one,
+            format=kind,
+            bits=bits if bits and takes_choice(kind) else CompressSettings.own_bits(kind),
+            group_size=group_size if takes_choice(kind) else None,
+            iterations=iterations,
+            calibration_rows=calibration_rows,
+            calibration_length=calibration_length,
+            seed=seed,
+        )
+        for kind in formats
+        for one in method or ["rtn"]
+    ]
+    options: dict[str, Any] = {
+        "calibration": calibration,
+        "test_set": test_set,
+        "tasks": tasks,
+        "limit": limit,
+        "limits": {name: value for name, value in limits.items() if value is not None},
+        "device": device,
+        "progress": bar,
+    }
+    if len(ways) > 1:
+        _several(model, output, ways, options, beside or [], report, as_json)
+    else:
+        _one(model, output, ways[0], options, beside or [], report, as_json)
+
+
+def _one(
+    model: Path,
+    output: Path,
+    way: CompressSettings,
+    options: dict[str, Any],
+    beside: list[Path],
+    report: Path | None,
+    as_json: bool,
+) -> None:
+    import lorasmith
+    from lorasmith.cli.compress_views import show_compressed
+    from lorasmith.cli.console import console, show_record
+    from lorasmith.followup.compress_table import write_page
+
+    record = lorasmith.compress(model, output, settings=way, **options)
     if report is not None:
-        write_page([*(beside or []), output], report)
+        write_page([*beside, output], report)
     if as_json:
         show_record(record)
     else:
-        _show(record)
+        show_compressed(record, console())
         console().print(f"Compressed model: {output}")
     if record.passed is False:
         raise typer.Exit(1)
 
 
-def _show_plan(sizes: SizePlan) -> None:
-    """The table of methods, and what they mean for the target."""
-    from lorasmith.cli.console import console, table
-    from lorasmith.files.machine import human_bytes
+def _several(
+    model: Path,
+    output: Path,
+    ways: list[CompressSettings],
+    options: dict[str, Any],
+    beside: list[Path],
+    report: Path | None,
+    as_json: bool,
+) -> None:
+    from lorasmith.cli.compress_views import show_table
+    from lorasmith.cli.console import console, show_record
+    from lorasmith.compression import compress_several
+    from lorasmith.followup.compress_table import write_page
 
-    screen = console()
-    tied = ", tied" if sizes.tied else ""
-    screen.print(
-        f"{sizes.architecture}: {sizes.parameters:,} parameters "
-        f"({sizes.embedding_parameters:,} in embeddings{tied}), {human_bytes(sizes.bytes)} in 16 bits",
-        soft_wrap=True,
-    )
-    rows = [
-        (
-            one.method,
-            human_bytes(one.bytes),
-            f"{one.bits_per_weight:.2f}",
-            one.embeddings,
-            one.format or "",
-            *(() if one.fits is None else ("yes" if one.fits else "no",)),
-        )
-        for one in sizes.methods
-    ]
-    columns = ["method", "size", "bits per weight", "embeddings", "--format"]
-    columns += [] if sizes.target_bytes is None else ["fits"]
-    screen.print(table("What each method makes of it", columns, rows))
-    for line in sizes.advice:
-        screen.print(line, soft_wrap=True)
-
-
-def _show(record: CompressRecord) -> None:
-    """Size, and what was lost."""
-    from lorasmith.cli.console import console
-    from lorasmith.files.machine import human_bytes
-
-    screen = console()
-    screen.print(
-        f"{record.file_format}, {record.method}: {human_bytes(record.original_bytes)} → "
-        f"{human_bytes(record.bytes)} ({record.bits_per_weight:.2f} bits per weight)",
-        soft_wrap=True,
-    )
-    if record.quality is None:
-        screen.print("Quality: not measured (give --test-set)")
-        return
-    found = record.quality
-    screen.print(f"  Perplexity:      {found.perplexity_a:.4f} → {found.perplexity_b:.4f}")
-    screen.print(f"  Ratio:           {found.perplexity_ratio:.4f}")
-    screen.print(f"  KL, mean / 99 %: {found.kl.mean:.4f} / {found.kl.q99:.4f} nats")
-    screen.print(f"  Top-1 agreement: {found.top1_agreement:.2%}  ({found.tokens:,} tokens)")
-    for gate in record.gates:
-        mark = "[green]✓ pass[/]" if gate.verdict == "pass" else "[red]✗ fail[/]"
-        bound = f"{gate.gate.comparison} {gate.gate.threshold:g}"
-        screen.print(f"  {mark} {gate.gate.name}: {gate.measured:.4f} ({bound})", soft_wrap=True)
+    record = compress_several(model, output, ways, **options)
+    if report is not None:
+        write_page([*beside, *(output / name for name in record.folders)], report)
+    if as_json:
+        show_record(record)
+    else:
+        show_table(record, console())
+        console().print(f"Compressed models: {output}")
+    if record.recommended is None and any(one.passed is False for one in record.compressed):
+        raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,12 @@ FORMATS = ("compressed-tensors", *(f"gguf:{name}" for name in GGUF_TYPES))
 LIMITS: Mapping[str, float] = {"perplexity_ratio": 1.05, "mean_kl": 0.05, "top1_agreement": 0.9}
 """What a compressed model may lose: 5 % of perplexity, 0.05 nats a token, one choice in ten. Chosen, not
 measured: how much is too much depends on the use, so each can be set."""
+
+ACCURACY_DROP = 0.05
+"""Where the benchmarks' questions were answered: accuracy lost over all of them at most. Chosen as well."""
+
+OPTIONAL = ("bytes", "q99_kl", "accuracy_drop")
+"""Further limits: the size of the weight files, the 99 % quantile of the KL in nats, accuracy lost (0..1)."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,13 @@ class CompressSettings:
     calibration_length: int = 512
     """Tokens of a row."""
     seed: int = 42
+
+    @property
+    def name(self) -> str:
+        """For a folder: `compressed-tensors-rtn`, `compressed-tensors-8bit-rtn`, `q4_0-calibrated`."""
+        kind = self.format.removeprefix("gguf:")
+        bits = f"-{self.bits}bit" if self.format == "compressed-tensors" and self.bits != 4 else ""
+        return f"{kind}{bits}-{self.method}"
 
     @staticmethod
     def own_bits(form: str) -> int:
@@ -57,8 +71,11 @@ class CompressSettings:
 
 
 def resolve_limits(given: Mapping[str, float] | None) -> dict[str, float]:
-    """The defaults with the caller's in place; raises `UsageError` for an unknown name."""
-    unknown = sorted(set(given or {}) - set(LIMITS))
-    if unknown:
-        raise UsageError(f"there is no limit {unknown[0]!r}", expected=" | ".join(LIMITS))
+    """The defaults with the caller's in place; raises `UsageError` for an unknown name or a wrong number."""
+    known = (*LIMITS, *OPTIONAL)
+    for name, value in (given or {}).items():
+        if name not in known:
+            raise UsageError(f"there is no limit {name!r}", expected=" | ".join(known))
+        if not 0 <= value < math.inf:
+            raise UsageError(f"the limit {name} is {value}", expected="a number, 0 or more")
     return {**LIMITS, **(given or {})}

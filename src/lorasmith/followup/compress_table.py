@@ -10,8 +10,9 @@ from lorasmith.errors import InputError
 from lorasmith.files.atomic import read_record, write_bytes
 from lorasmith.files.machine import human_bytes
 from lorasmith.files.paths import StrPath
-from lorasmith.followup.compress import RECORD
+from lorasmith.followup.compress_record import RECORD
 from lorasmith.records.compression import CompressRecord
+from lorasmith.records.scoring import TaskEffect
 
 COLUMNS = (
     "format",
@@ -23,6 +24,7 @@ COLUMNS = (
     "mean KL",
     "99 % KL",
     "top-1 agreement",
+    "accuracy",
     "gates",
 )
 
@@ -76,8 +78,15 @@ def cells(record: CompressRecord) -> tuple[str, ...]:
                 f"{found.top1_agreement:.2%}",
             )
         ),
+        ""
+        if record.tasks is None
+        else f"{record.tasks.overall.value_b:.2%} ({record.tasks.overall.delta:+.2%})",
         verdict,
     )
+
+
+def _accuracy(effect: TaskEffect) -> str:
+    return f"{effect.value_b:.2%} ({effect.delta:+.2%})"
 
 
 def markdown(records: Sequence[CompressRecord]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import lorasmith
-from lorasmith.errors import UsageError
+from lorasmith.errors import CheckpointError, UsageError
 from lorasmith.files.digests import describe, digest_folder
 from lorasmith.files.hub import local_model
 from lorasmith.files.lock import only_one
@@ -34,6 +34,7 @@ from lorasmith.followup.draft_settings import DraftSettings
 from lorasmith.followup.draft_train import Trainer
 from lorasmith.models.arithmetic import resolve_device
 from lorasmith.models.load import load_tokenizer, quiet_libraries
+from lorasmith.models.unpack import unpacking
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import Finding
 from lorasmith.records.draft import ClassifierReport, DraftRecord
@@ -67,6 +68,11 @@ def train_draft(
             remedy="give either --base DIR or --from-target --layers 0,2,4",
         )
     small = None if base is None else local_model(base, progress=progress)
+    for folder in (target, small):
+        if folder is not None and unpacking(folder):
+            raise CheckpointError(
+                "the model is compressed", where=folder, remedy="give the one that it was compressed from"
+            )
     tokenizer = load_tokenizer(target)
     if small is None:
         require_layers(target, layers or ())

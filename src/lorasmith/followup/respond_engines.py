@@ -17,6 +17,7 @@ from lorasmith.models.generate import stop_tokens
 from lorasmith.models.load import load_model
 from lorasmith.models.requests import Answer, Limits, Request
 from lorasmith.models.sampling import Sampling
+from lorasmith.models.unpack import gguf_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SLOTS_CPU, SLOTS_GPU = 16, 64
@@ -100,7 +101,7 @@ def resolve_dtype(model: Path, asked: str, device_type: str) -> str:
         return asked
     if device_type == "cpu":
         return "float32"
-    config = read_object(model / "config.json", CheckpointError)
+    config: dict[str, Any] = {} if gguf_file(model) else read_object(model / "config.json", CheckpointError)
     named = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     return named if named in DTYPES else "bfloat16"
 

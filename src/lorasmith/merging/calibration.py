@@ -14,7 +14,6 @@ from lorasmith.files.jsonl import read_examples
 from lorasmith.models.encode import encode_examples
 from lorasmith.models.load import has_tokenizer, load_tokenizer
 from lorasmith.records.base import FileDigest
-from lorasmith.records.dataset import Example
 from lorasmith.records.merging import CalibrationUse
 
 TOKENS = 32_768
@@ -49,10 +48,10 @@ def load_calibration(
     they are to be left out: what the merge was fitted to could not be measured on them.
     """
     examples = [example for file in files for example in read_examples(file)]
-    held_out = set() if test_set is None else {_content(example) for example in read_examples(test_set)}
-    own = [example for example in examples if _content(example) not in held_out]
+    held_out = set() if test_set is None else {example.content for example in read_examples(test_set)}
+    own = [example for example in examples if example.content not in held_out]
     if len(own) < len(examples) and not leave_out:
-        shared = next(example for example in examples if _content(example) in held_out)
+        shared = next(example for example in examples if example.content in held_out)
         raise DataError(
             f"{len(examples) - len(own)} of {len(examples)} calibration rows are in the test set, such as "
             f"{shared.id!r}",
@@ -86,8 +85,3 @@ def load_calibration(
         test_set_checked=test_set is not None,
     )
     return Calibration(chosen, use)
-
-
-def _content(example: Example) -> tuple[str, str]:
-    """Prompt and response without regard to case and white space: a copy is a copy."""
-    return " ".join(example.prompt.casefold().split()), " ".join(example.response.casefold().split())

@@ -6,10 +6,11 @@ are missing or fit nowhere; both are errors here. Code from a folder is never ru
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from lorasmith.errors import AdapterError, CheckpointError, MemoryLimitError, os_errors
 from lorasmith.models.attach import attach, first_line, require_resident, some_names
 from lorasmith.models.memory import is_out_of_memory
+from lorasmith.models.unpack import gguf_file, unpacking
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 
@@ -54,13 +56,15 @@ def load_model(
 ) -> LoadedModel:
     """Load the model in `folder`, and `adapter` unmerged on top of it: PEFT's own forward.
 
+    Weights in compressed-tensors or GGUF are unpacked to `dtype`.
     `device_map` spreads the layers over all devices, memory and disk (accelerate; `auto`, or which module
     goes where) instead of putting all of them on `device`. The tokenizer is that of `tokenizer_from`, else
     the adapter's where it has one, else the model's. Raises `CheckpointError` or `AdapterError` for a folder
     that does not load in full, and for a tokenizer of another vocabulary.
     """
     device = device or torch.device("cpu")
-    require_file(folder, "config.json", CheckpointError)
+    if gguf_file(folder) is None:
+        require_file(folder, "config.json", CheckpointError)
     if adapter is not None:
         require_file(adapter, "adapter_config.json", AdapterError)
     with quiet_libraries():
@@ -122,16 +126,23 @@ def require_file(folder: Path, name: str, kind: type[CheckpointError] | type[Ada
 def _load_base(folder: Path, device: torch.device, dtype: torch.dtype, device_map: DeviceMap) -> Any:
     from transformers import AutoModelForCausalLM
 
+    how = unpacking(folder)
+    # The GGUF reader draws a bar of its own.
+    quiet: AbstractContextManager[Any] = (
+        redirect_stderr(io.StringIO()) if "gguf_file" in how else nullcontext()
+    )
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            device_map=device_map,
-        )
+        with quiet:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                device_map=device_map,
+                **how,
+            )
         if device_map is None:
             model = model.to(device)
     except Exception as error:  # transformers lets errors of many libraries through
@@ -142,7 +153,8 @@ def _load_base(folder: Path, device: torch.device, dtype: torch.dtype, device_ma
                 remedy="use a machine with more memory, or another device",
             ) from error
         raise CheckpointError(f"the model does not load: {first_line(error)}", where=folder) from error
-    missing = sorted(report["missing_keys"])
+    # A packed format names its tensors otherwise: one that is left over is one that was not unpacked.
+    missing = sorted(report["missing_keys"]) + (sorted(report["unexpected_keys"]) if how else [])
     if missing:
         raise CheckpointError(
             f"{len(missing)} tensors of the model are not in the folder: {some_names(missing)}",

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from lorasmith.records.base import FileDigest, Finding, Part, Record
 from lorasmith.records.proof import TokenComparison
 from lorasmith.records.release import GateResult
-from lorasmith.records.scoring import ModelIdentity
+from lorasmith.records.scoring import TaskEffect
 
 
 class PlannedSize(Part):
@@ -54,6 +54,28 @@ class SizePlan(Record):
     advice: list[str] = []
 
 
+class TaskQuality(Part):
+    """The original (A) against the compressed model (B) on the benchmarks' own questions."""
+
+    overall: TaskEffect
+    """Each example by its benchmark's main metric."""
+    metrics: list[TaskEffect]
+    """Every metric of every benchmark."""
+    groups: dict[str, dict[str, TaskEffect]] = {}
+    """`source`, `domain`, `difficulty` and their crossings → group → its examples by their main metrics."""
+    unscored: int = 0
+    """Questions without a verdict on one side or both; they count for neither."""
+
+    @property
+    def named(self) -> list[tuple[str, TaskEffect]]:
+        """What a table shows: all questions, each benchmark's metrics, each domain and difficulty."""
+        found = [("all questions", self.overall)]
+        found += [(f"{effect.benchmark}, {effect.metric}", effect) for effect in self.metrics]
+        for kind in ("domain", "difficulty"):
+            found += [(f"{kind} {name}", effect) for name, effect in self.groups.get(kind, {}).items()]
+        return found
+
+
 class CompressRecord(Record):
     """`lorasmith_compress.json` in the folder of a compressed model: how it was made and what it lost."""
 
@@ -86,9 +108,24 @@ class CompressRecord(Record):
     quality: TokenComparison | None = None
     """The original (A) against the compressed model (B), token by token; None where it was not asked for."""
     quality_groups: dict[str, dict[str, TokenComparison]] = {}
+    tasks: TaskQuality | None = None
+    """The benchmarks' own questions, paired; None where they were not asked."""
     test_set: FileDigest | None = None
-    a: ModelIdentity | None = None
     gates: list[GateResult] = []
     passed: bool | None = None
     """Whether all gates passed; None where nothing was measured."""
     findings: list[Finding] = []
+
+
+class CompressionsRecord(Record):
+    """`compressions.json`: one model compressed in several ways, and which of them to take."""
+
+    FORMAT: ClassVar[str] = "lorasmith/compressions/1"
+
+    folders: list[str]
+    """Of each way, below the record's folder."""
+    compressed: list[CompressRecord]
+    """In the order of `folders`."""
+    recommended: str | None
+    """Folder of the smallest that passes every gate; None where none does, or nothing was measured."""
+    reason: str

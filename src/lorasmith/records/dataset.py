@@ -39,6 +39,11 @@ class Example(Part):
     response: str
     metadata: Metadata
 
+    @property
+    def content(self) -> tuple[str, str]:
+        """Prompt and response without regard to case and white space: equal for copies of a row."""
+        return " ".join(self.prompt.casefold().split()), " ".join(self.response.casefold().split())
+
 
 class DatasetStatistics(Record):
     """`statistics.json`: how many examples, by group and by crossing of groups."""

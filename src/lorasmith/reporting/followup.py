@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lorasmith.records.compression import CompressRecord
 from lorasmith.records.draft import ClassifierReport, GeneratorReport
 from lorasmith.records.followup import RespondRecord, SpeculationSetting, SpeculationSpeed
+from lorasmith.records.scoring import TaskEffect
 from lorasmith.reporting.figures import Axis, linear_axis, log_axis
 from lorasmith.reporting.followup_records import FollowupRecords
 
@@ -63,6 +64,8 @@ class FollowupView:
     places: int
     """Tokens of the longest draft."""
     sizes: SizePlot | None
+    asked: list[tuple[CompressRecord, str, TaskEffect]]
+    """Benchmarks' questions to compressed models: which, what kind of question, against the original."""
 
 
 def followup_view(records: FollowupRecords) -> FollowupView | None:
@@ -86,6 +89,12 @@ def followup_view(records: FollowupRecords) -> FollowupView | None:
         sources=sources if len(sources) > 1 else [],
         places=max((len(way.setting.overall.by_position) for way in ways), default=0),
         sizes=size_plot(records.compressed),
+        asked=[
+            (record, name, effect)
+            for record in records.compressed
+            if record.tasks
+            for name, effect in record.tasks.named
+        ],
     )
 
 

@@ -30,7 +30,7 @@ def paired_effects(
     examples, a sign-flip p-value, and the verdict: `helps`, `no clear effect` or `hurts`. Raises
     `DataError` unless both files hold the same examples with the same scored tokens.
     """
-    a, b = _read(a_parquet, _COLUMNS), _read(b_parquet, _COLUMNS)
+    a, b = read_columns(a_parquet, _COLUMNS), read_columns(b_parquet, _COLUMNS)
     if [row["id"] for row in a] != [row["id"] for row in b]:
         raise DataError(
             "the two validations hold different examples",
@@ -81,7 +81,8 @@ def paired_effect(loss_a: Array, loss_b: Array, tokens: Array, seed: int) -> Pai
     )
 
 
-def _read(path: Path, columns: list[str]) -> list[dict[str, Any]]:
+def read_columns(path: Path, columns: list[str]) -> list[dict[str, Any]]:
+    """Rows of a Parquet file of a validation; raises `DataError` for another file."""
     with os_errors(path, "read"):
         try:
             table = pq.read_table(path, columns=columns)
@@ -105,25 +106,27 @@ def paired_tasks(a_parquet: Path, b_parquet: Path, *, seed: int = 0) -> list[Tas
     for benchmark, metric in sorted(set(a) & set(b)):
         one, two = a[benchmark, metric], b[benchmark, metric]
         both = sorted(set(one) & set(two))
-        if not both:
-            continue
-        values_a, values_b = (np.array([side[name] for name in both]) for side in (one, two))
-        interval = mean_interval(values_b - values_a, np.ones(len(both)), seed)
-        p_value = sign_flip_p(values_b - values_a, seed)
-        effects.append(
-            TaskEffect(
-                benchmark=benchmark,
-                metric=metric,
-                examples=len(both),
-                value_a=float(values_a.mean()),
-                value_b=float(values_b.mean()),
-                delta=float((values_b - values_a).mean()),
-                interval=interval,
-                p_value=p_value,
-                verdict=_verdict(interval, p_value, better="higher"),
-            )
-        )
+        if both:
+            values_a, values_b = (np.array([side[name] for name in both]) for side in (one, two))
+            effects.append(task_effect(benchmark, metric, values_a, values_b, seed))
     return effects
+
+
+def task_effect(benchmark: str, metric: str, values_a: Array, values_b: Array, seed: int) -> TaskEffect:
+    """One comparison from the scores of the same examples on both sides."""
+    interval = mean_interval(values_b - values_a, np.ones(len(values_a)), seed)
+    p_value = sign_flip_p(values_b - values_a, seed)
+    return TaskEffect(
+        benchmark=benchmark,
+        metric=metric,
+        examples=len(values_a),
+        value_a=float(values_a.mean()),
+        value_b=float(values_b.mean()),
+        delta=float((values_b - values_a).mean()),
+        interval=interval,
+        p_value=p_value,
+        verdict=_verdict(interval, p_value, better="higher"),
+    )
 
 
 def _verdict(interval: Interval | None, p_value: float, *, better: str) -> str:
@@ -134,7 +137,7 @@ def _verdict(interval: Interval | None, p_value: float, *, better: str) -> str:
 
 def _read_scores(path: Path) -> dict[tuple[str, str], dict[str, float]]:
     found: dict[tuple[str, str], dict[str, float]] = {}
-    for row in _read(path, ["id", "benchmark", "metrics", "scores"]):
+    for row in read_columns(path, ["id", "benchmark", "metrics", "scores"]):
         for metric, score in zip(row["metrics"], row["scores"], strict=True):
             found.setdefault((row["benchmark"], metric), {})[row["id"]] = score
     return found

@@ -45,7 +45,7 @@ def packed_records(run: RunContext) -> dict[str, type[Record]]:
 def _respond(run: RunContext, asked: RespondAsked) -> Step:
     config = run.config
     data = response_data(config)
-    own = {"template": config.template, "device": config.device, "seed": config.seed}
+    own: dict[str, Any] = {"template": config.template, "device": config.device, "seed": config.seed}
     stage = Stage(
         name="respond",
         inputs={"model": run.merged, "data": data},
@@ -156,9 +156,6 @@ def _speculate(run: RunContext, asked: SpeculateAsked, *, drafted: bool) -> Step
 
 
 def _compress(run: RunContext, asked: CompressAsked) -> list[Step]:
-    from lorasmith.followup.compress import compress
-    from lorasmith.proving.behaviour_pair import compare_pair
-
     config = run.config
     calibration = config.train[0] if asked.method == "calibrated" else None
     steps = []
@@ -175,17 +172,18 @@ def _compress(run: RunContext, asked: CompressAsked) -> list[Step]:
                 **vars(settings),
                 "limit": asked.limit,
                 "limits": asked.limits,
+                "tasks": config.tasks,
                 "device": config.device,
             },
             outputs=[f"{COMPRESSED}/{folder}"],
             action=partial(
-                compress,
+                lorasmith.compress,
                 run.merged,
                 run.folder / COMPRESSED / folder,
                 settings=settings,
                 calibration=calibration,
                 test_set=run.test_set,
-                compare=compare_pair,
+                tasks=config.tasks,
                 limit=asked.limit,
                 limits=asked.limits,
                 device=config.device,
