@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -91,14 +92,37 @@ def tree_attention(
     queries, keys, values = (part[0].transpose(0, 1) for part in (query, key, value))
     found = queries.new_empty(*queries.shape[:2], value.shape[-1])
     for piece in held.pieces:
-        spans = [*piece.before, (piece.start, piece.stop)]
-        seen = [torch.cat([part[slice(*span)] for span in spans]) for part in (keys, values)]
-        attend(queries[piece.start : piece.stop], *seen, scale, found[piece.start : piece.stop])
+        spans = _merged([*piece.before, (piece.start, piece.stop)])
+        seen_keys, seen_values = _joined(keys, spans), _joined(values, spans)
+        own = slice(piece.start, piece.stop)
+        attend(queries[own], seen_keys, seen_values, scale, found[own])
     return found[None], None
+
+
+def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same stretches, those that adjoin as one."""
+    found = [spans[0]]
+    for start, stop in spans[1:]:
+        if found[-1][1] == start:
+            found[-1] = (found[-1][0], stop)
+        else:
+            found.append((start, stop))
+    return found
+
+
+def _joined(tokens: torch.Tensor, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
+    parts = [tokens[start:stop] for start, stop in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _computes_in_blocks(query: torch.Tensor) -> bool:
     return query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)
+
+
+@lru_cache(maxsize=2 * BLOCK)
+def _later(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """[count, count]: −∞ where a key stands behind the query, else 0."""
+    return torch.full((count, count), float("-inf"), dtype=dtype).triu(1)
 
 
 def _attend_in_blocks(
@@ -114,8 +138,7 @@ def _attend_in_blocks(
         rows, until = stop - start, m - n + stop
         asked = (queries[start:stop] * scale).view(rows, groups, shared, width).permute(1, 2, 0, 3)
         scores = torch.bmm(asked.reshape(groups, shared * rows, width), keys[..., :until])
-        later = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu(1)
-        scores.view(groups, shared, rows, until)[..., until - rows :].masked_fill_(later, float("-inf"))
+        scores.view(groups, shared, rows, until)[..., until - rows :].add_(_later(rows, scores.dtype))
         found = torch.bmm(torch.softmax(scores, -1), values[:, :until])
         out[start:stop].view(rows, groups, shared, -1).copy_(
             found.view(groups, shared, rows, -1).permute(2, 0, 1, 3)
