@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import importlib
 import random
@@ -13,6 +14,8 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import lorasmith
@@ -65,6 +68,8 @@ def load_libraries() -> None:
     """
     for name in LIBRARIES:
         importlib.import_module(name)
+    # What the libraries made stays: each stage collects garbage, and would look at all of it again.
+    gc.freeze()
 
 
 def prepare(folder: Path) -> None:
@@ -73,46 +78,61 @@ def prepare(folder: Path) -> None:
     write_rows(folder / "test.jsonl", tiny_rows(12))
 
 
-def campaign(kills: int, folder: Path) -> tuple[Counter[str], list[str]]:
-    """Kill at `kills` seeded writes; returns how often in which step, and what went wrong."""
+@dataclass(frozen=True)
+class Trial:
+    """One kill: at which write, of what, and what the run has to come to."""
+
+    folder: Path
+    inputs: dict[str, Path]
+    expected: dict[str, str]
+    writes: int
+    point: int
+
+    def __call__(self) -> tuple[str, str]:
+        """The step in which the run was killed, and what went wrong."""
+        run, step = self.folder / f"killed-{self.point}", self.folder / f"step-{self.point}"
+        step.write_text("before the first step")
+        status = in_child(
+            lambda: lorasmith.run(**self.inputs, output=run, watcher=LastStep(step)), die_at=self.point
+        )
+        title, wrong = step.read_text(), ""
+        if not was_killed(status):
+            wrong = "the child was not killed"
+        elif in_child(lambda: lorasmith.run(**self.inputs, output=run), die_at=None):
+            wrong = "the run did not continue"
+        elif contents(run) != self.expected:
+            wrong = "other bytes"
+        shutil.rmtree(run, ignore_errors=True)
+        return title, wrong and f"write {self.point} of {self.writes} ({title}): {wrong}"
+
+
+def campaign(kills: int, folder: Path, jobs: int = 1) -> tuple[Counter[str], list[str]]:
+    """Kill at `kills` seeded writes, `jobs` at a time; how often in which step, and what went wrong."""
     load_libraries()
     if in_child(lambda: prepare(folder), die_at=None):
         return Counter(), ["the inputs could not be made"]
     inputs = {"base": folder / "base", "adapter": folder / "adapter", "test_set": folder / "test.jsonl"}
-    whole, counter, step = folder / "whole", folder / "writes", folder / "step"
+    whole, counter = folder / "whole", folder / "writes"
     status = in_child(lambda: lorasmith.run(**inputs, output=whole), die_at=None, count_to=counter)
     if status:
         return Counter(), ["the undisturbed run failed"]
     expected = contents(whole)
     writes = int(counter.read_text())
     points = sorted(random.Random(SEED).sample(range(1, writes), min(kills, writes - 1)))
-    where: Counter[str] = Counter()
-    wrong: list[str] = []
-    for point in points:
-        run = folder / f"killed-{point}"
-        step.write_text("before the first step")
-
-        def work(run: Path = run) -> None:
-            lorasmith.run(**inputs, output=run, watcher=LastStep(step))
-
-        status = in_child(work, die_at=point)
-        where[step.read_text()] += 1
-        if not was_killed(status):
-            wrong.append(f"write {point} of {writes}: the child was not killed")
-        elif in_child(lambda run=run: lorasmith.run(**inputs, output=run), die_at=None):  # type: ignore[misc]
-            wrong.append(f"write {point} of {writes} ({step.read_text()}): the run did not continue")
-        elif contents(run) != expected:
-            wrong.append(f"write {point} of {writes} ({step.read_text()}): other bytes")
-        shutil.rmtree(run, ignore_errors=True)
-    return where, wrong
+    trials = [Trial(folder, inputs, expected, writes, point) for point in points]
+    # Every computation happens in a child: torch's thread pool does not survive a fork.
+    with get_context("fork").Pool(jobs) as pool:
+        found = pool.map(Trial.__call__, trials, chunksize=1)
+    return Counter(title for title, _ in found), [wrong for _, wrong in found if wrong]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        where, wrong = campaign(asked.kills, Path(folder))
+        where, wrong = campaign(asked.kills, Path(folder), asked.jobs)
     print("| killed in step | times |\n|---|---|")
     for title, times in where.items():
         print(f"| {title} | {times} |")

@@ -14,6 +14,7 @@ from lorasmith.errors import CheckpointError, UsageError, os_errors
 from lorasmith.files.atomic import aside, publish_folder, write_bytes
 from lorasmith.files.checksums import write_sums
 from lorasmith.files.machine import require_disk
+from lorasmith.packaging.beside import HashBeside
 from lorasmith.packaging.bom import BOM, bill_of_materials
 from lorasmith.packaging.compress import Compression
 from lorasmith.packaging.compress import compression as find_compression
@@ -129,9 +130,9 @@ def write_archive(
     path: Path, members: list[Member], method: Compression, part_size: int | None, advance: Advance
 ) -> WrittenArchive:
     """Write one archive in one piece or in parts, hashing members, tar stream and files on the way."""
-    stream = hashlib.sha256()
     with (
         os_errors(path, "write"),
+        HashBeside() as stream,
         ArchiveWriter(path, part_size) as target,
         method.writer(target) as pack_bytes,
     ):

@@ -40,8 +40,9 @@ class ArchiveWriter:
     def __init__(self, path: Path, part_size: int | None) -> None:
         self._path = path
         self._part_size = part_size
-        self._whole = hashlib.sha256()
         self._part = hashlib.sha256()
+        # One piece is the whole: its bytes are not hashed twice.
+        self._whole = self._part if part_size is None else hashlib.sha256()
         self._handle: IO[bytes] | None = None
         self._in_part = 0
         self.bytes = 0
@@ -50,7 +51,8 @@ class ArchiveWriter:
     def write(self, data: bytes, /) -> int:
         """Take all bytes, opening new parts as they fill."""
         view = memoryview(data)
-        self._whole.update(view)
+        if self._whole is not self._part:
+            self._whole.update(view)
         self.bytes += len(view)
         done = 0
         while done < len(view):
@@ -100,7 +102,8 @@ class ArchiveWriter:
         self.parts.append(
             FileDigest(path=self._current().name, bytes=self._in_part, sha256=self._part.hexdigest())
         )
-        self._part = hashlib.sha256()
+        if self._part_size is not None:
+            self._part = hashlib.sha256()
         self._in_part = 0
 
 
