@@ -11,6 +11,7 @@ from lorasmith.followup.asked import CompressAsked, DraftAsked, RespondAsked, sp
 from lorasmith.followup.respond_rows import read_prompts
 from lorasmith.followup.sizes import choose_group, shapes_of
 from lorasmith.followup.sizes_plan import written_bytes
+from lorasmith.preflight.answers import AnswerSize
 from lorasmith.preflight.estimate import (
     EFFICIENCY,
     FLOAT32,
@@ -18,6 +19,7 @@ from lorasmith.preflight.estimate import (
     PROCESS_BYTES,
     SCORE_BYTES,
     Rates,
+    answer_seconds,
 )
 from lorasmith.preflight.sizes import ModelSize, model_size
 from lorasmith.records.doctor import StageEstimate
@@ -27,6 +29,8 @@ CHARACTERS_PER_TOKEN = 3.5
 TRAINING = 32
 """Bytes a parameter of a draft in training: weights, best weights and two moments in float32, twice while a
 checkpoint replaces the last one; the draft itself is small beside that."""
+TOGETHER = 16
+"""Rows under way at once, as `respond` has them on a processor; a GPU has more."""
 PACKED = 16
 """Bytes of a stored token with one of its likeliest, before compression: ids and log-probabilities."""
 
@@ -43,19 +47,21 @@ def estimate_followup(
     asked = config.followup
     if asked is None:
         return []
-    found, tokens, rows = [], 0, 0
+    found, answers = [], AnswerSize(rows=0, tokens=0, written=0, together=1)
     if asked.respond is not None:
-        rows, tokens = _lengths(config, asked.respond)
-        found.append(_respond(asked.respond, model, rates, rows, tokens))
+        answers = _lengths(config, asked.respond)
+        found.append(_respond(asked.respond, model, rates, answers))
     if asked.draft is not None:
-        found.append(_draft(asked.draft, model, rates, tokens))
+        found.append(_draft(asked.draft, model, rates, answers.tokens + answers.written))
     if asked.speculate is not None:
         drafts = len(set(asked.speculate.draft_tokens)) * (2 if asked.draft else 1)
         texts = asked.speculate.limit * (1 + drafts)
+        written = texts * asked.speculate.max_new_tokens
+        one_by_one = AnswerSize(rows=texts, tokens=0, written=written, together=1)
         found.append(
             StageEstimate(
                 stage="speculate",
-                seconds=texts * asked.speculate.max_new_tokens * _forward(model) / (EFFICIENCY * rates.flops),
+                seconds=answer_seconds(model, one_by_one, rates),
                 memory_bytes=PROCESS_BYTES + 2 * FLOAT32 * model.parameters + SCORE_BYTES,
                 disk_bytes=0,
             )
@@ -78,24 +84,29 @@ def _forward(model: ModelSize) -> float:
     return 2.0 * (model.active + model.vocabulary * model.hidden)
 
 
-def _lengths(config: RunConfig, asked: RespondAsked) -> tuple[int, int]:
-    """Rows, and tokens of prompts and answers at most."""
+def _lengths(config: RunConfig, asked: RespondAsked) -> AnswerSize:
+    """Prompts, guessed from their characters, and answers as long as their limit."""
     data = asked.data or (config.train[0] if config.train else None)
     if data is None or not data.is_file():
-        return 0, 0
+        return AnswerSize(rows=0, tokens=0, written=0, together=1)
     rows = read_prompts(data, asked.limit)
     characters = sum(len(turn["content"]) for row in rows for turn in row.messages)
-    return len(rows), int(characters / CHARACTERS_PER_TOKEN) + len(rows) * asked.max_new_tokens
+    return AnswerSize(
+        rows=len(rows),
+        tokens=int(characters / CHARACTERS_PER_TOKEN),
+        written=len(rows) * asked.max_new_tokens,
+        together=asked.batch_size or TOGETHER,
+    )
 
 
-def _respond(asked: RespondAsked, model: ModelSize, rates: Rates, rows: int, tokens: int) -> StageEstimate:
-    text = int(CHARACTERS_PER_TOKEN * tokens)
+def _respond(asked: RespondAsked, model: ModelSize, rates: Rates, answers: AnswerSize) -> StageEstimate:
+    text = int(CHARACTERS_PER_TOKEN * (answers.tokens + answers.written))
     return StageEstimate(
         stage="respond",
-        seconds=tokens * _forward(model) / (EFFICIENCY * rates.flops) + model.base_bytes / LOAD_BYTES,
+        seconds=answer_seconds(model, answers, rates),
         memory_bytes=PROCESS_BYTES + FLOAT32 * model.parameters + SCORE_BYTES,
         # Rows and their journal, which is there until the output is.
-        disk_bytes=2 * (text + rows * asked.max_new_tokens * (1 + asked.top_logprobs) * PACKED // 2),
+        disk_bytes=2 * (text + answers.written * (1 + asked.top_logprobs) * PACKED // 2),
     )
 
 
