@@ -2,15 +2,14 @@
 
 The calibration rows go through the adapter model one layer at a time. While they pass, each linear layer's
 second moment of inputs is summed, once for layers that get the same tensor; then the layer's weights are
-rounded with error feedback (feedback.py) and the rows' hidden states kept for the next layer. Rounded weights
-and hidden states are on disk before the next layer begins, so that a killed merge goes on there and ends
-with the same bytes. Tensors that cannot be calibrated are dithered, and the reason is recorded.
+rounded with error feedback (layer_rounding.py) and the rows' hidden states kept for the next layer. Rounded
+weights and hidden states are on disk before the next layer begins, so that a killed merge goes on there and
+ends with the same bytes. Tensors that cannot be calibrated are dithered, and the reason is recorded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,19 +21,15 @@ from lorasmith.errors import CheckpointError, InputError, os_errors
 from lorasmith.files.atomic import read_record, write_bytes, write_record
 from lorasmith.merging.calibration import Calibration
 from lorasmith.merging.effective import Effective
-from lorasmith.merging.feedback import Feedback, SingularError, round_with_feedback
+from lorasmith.merging.feedback import Feedback
 from lorasmith.merging.fitted import Calibrated
+from lorasmith.merging.layer_rounding import Linear, round_layer
 from lorasmith.merging.moments import Moments
-from lorasmith.merging.plan import Output, Plan
-from lorasmith.merging.rounding import TARGETS
+from lorasmith.merging.plan import Plan
 from lorasmith.models.arithmetic import choose_route, resolve_device, use_route
 from lorasmith.models.layerwise import LayerwiseModel, watched
 from lorasmith.progress import Progress
 from lorasmith.records.base import Record
-
-LEAST_TOKENS = 0.25
-"""Tokens per input that a second moment needs. With fewer it says too little of unseen rows to be worth the
-departure from an unbiased rounding."""
 
 OUTSIDE = "not a linear layer of a decoder layer"
 
@@ -46,15 +41,6 @@ class LayerDone(Record):
 
     tensors: list[str]
     fallbacks: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """A linear layer whose weight the adapter changes."""
-
-    output: Output
-    transposed: bool
-    """GPT-2 stores [I, O]."""
 
 
 def run_calibration(
@@ -135,15 +121,8 @@ def _one_layer(
     with model.layer(number) as layer:
         linear, fallbacks = _linear_layers(layer, f"{model.path}.{number}", effective)
         hidden, moments = _run_rows(model, layer, list(linear), rows, given)
-    rounded: dict[str, torch.Tensor] = {}
-    for group in moments:
-        for path in group.paths:
-            output = linear[path].output
-            why = _round(output, linear[path].transposed, group, effective, settings, rounded)
-            if why:
-                fallbacks[output.name] = why
-    for path in set(linear) - {path for group in moments for path in group.paths}:
-        fallbacks[linear[path].output.name] = "got no tokens"
+    rounded, impossible = round_layer(linear, moments, effective, settings)
+    fallbacks.update(impossible)
     done = LayerDone(tensors=sorted(rounded), fallbacks=fallbacks)
     write_bytes(state / f"layer-{number}.safetensors", save(rounded))
     if number + 1 < model.count:
@@ -156,11 +135,11 @@ def _one_layer(
 
 def _linear_layers(
     layer: nn.Module, path: str, effective: Effective
-) -> tuple[dict[str, _Linear], dict[str, str]]:
+) -> tuple[dict[str, Linear], dict[str, str]]:
     """The layers to calibrate, and of all other changed tensors of the decoder layer why they are not."""
     from transformers.pytorch_utils import Conv1D
 
-    linear: dict[str, _Linear] = {}
+    linear: dict[str, Linear] = {}
     fallbacks: dict[str, str] = {}
     for name, _ in layer.named_parameters():
         output = effective.output(f"{path}.{name}")
@@ -173,7 +152,7 @@ def _linear_layers(
         elif output.dtype not in ("BF16", "F16"):
             fallbacks[output.name] = f"stored in {output.dtype}, where nearly nothing is lost"
         else:
-            linear[owner] = _Linear(output, isinstance(module, Conv1D))
+            linear[owner] = Linear(output, isinstance(module, Conv1D))
     return linear, fallbacks
 
 
@@ -217,26 +196,3 @@ def _run_rows(
     for group in groups.values():
         group.settle()
     return hidden, list(groups.values())
-
-
-def _round(
-    output: Output,
-    transposed: bool,
-    group: Moments,
-    effective: Effective,
-    settings: Feedback,
-    rounded: dict[str, torch.Tensor],
-) -> str:
-    """Round one tensor into `rounded`; why not, where it cannot be."""
-    inputs = len(group.total)
-    if group.tokens < LEAST_TOKENS * inputs:
-        return f"{group.tokens} tokens are too few for {inputs} inputs"
-    target = TARGETS[output.dtype]
-    exact = effective.values(output).to(torch.float64)
-    second_moment = group.total.cpu() / group.tokens
-    try:
-        result = round_with_feedback(exact.T if transposed else exact, second_moment, target, settings)
-    except SingularError as error:
-        return str(error)
-    rounded[output.name] = (result.T if transposed else result).contiguous().to(target.native)
-    return ""

@@ -72,6 +72,11 @@ class Effective:
                 recipe.piece(stored.reshape(-1).view(torch.uint8), 0, result.view(torch.uint8))
         return result.view(output.shape)
 
+    def before(self, output: Output) -> torch.Tensor:
+        """The float32 values that the adapters change."""
+        stored = read_tensor(self._files[output.name].path, output.source)
+        return stored.to(torch.float32).view(output.shape)
+
     def _stack(self, name: str) -> torch.Tensor:
         """Experts that are fused in memory and stored one by one: [E, O, I]."""
         owner, _, leaf = name.rpartition(".")

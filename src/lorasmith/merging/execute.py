@@ -42,7 +42,7 @@ from lorasmith.records.base import FileDigest
 from lorasmith.records.merging import MergeRecord
 
 RECORD = "lorasmith_merge.json"
-REVISION = 1
+REVISION = 2
 """Raised whenever the merged bytes of the same inputs change, so that no older partial folder is taken up."""
 
 

@@ -12,6 +12,11 @@ for them. Their grid is the target format's own, whose step differs from element
 *The refinement* goes over the columns again: with G = (Q − W)·H, the best value of column j given all others
 is Qⱼ − Gⱼ/Hⱼⱼ, and the grid point next to it never raises the loss.
 
+What is then left of the loss is not all noise. Where an update Δ is smaller than the grid's steps, a part of
+it stays lost in every row: Q − W leans towards −Δ, and what so many rows miss in common is seen in the
+output, however small each part is. So each round of the refinement first measures how much of a row's update
+is missing, a = −(q − w)·H·δᵀ / δ·H·δᵀ, and aims at w + a·δ in place of w, a being summed over the rounds.
+
 Both work on blocks of columns, so that most of the arithmetic is products of matrices. An element stays
 within a number of grid steps of the exact value's own rounding, which is what the proof can check.
 O outputs, I inputs.
@@ -25,8 +30,9 @@ import torch
 
 from lorasmith.merging.rounding import Target
 
-BLOCK = 64
-"""Columns of a block: its O × 64 numbers stay in the cache."""
+BLOCK = 32
+"""Columns of a block: short enough that going back over its columns is cheap, long enough that most of the
+arithmetic is in the products behind it."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,20 @@ class SingularError(ArithmeticError):
     """H + λI has no Cholesky factor: some inputs are not finite, or all are zero."""
 
 
-def round_with_feedback(
-    exact: torch.Tensor, second_moment: torch.Tensor, target: Target, settings: Feedback
-) -> torch.Tensor:
-    """`exact` [O, I] in float64 on the target's grid, for inputs of `second_moment` [I, I]; float32 values.
+@dataclass(frozen=True)
+class Curvature:
+    """What one second moment gives for every layer that it belongs to."""
+
+    order: torch.Tensor
+    """The columns by falling diagonal."""
+    moments: torch.Tensor
+    """H + λI in that order, float32."""
+    factor: torch.Tensor
+    """U in that order."""
+
+
+def prepare(second_moment: torch.Tensor, settings: Feedback) -> Curvature:
+    """Order, dampen and factorise a second moment [I, I] in float64.
 
     Raises `SingularError` where the second moment, damped, cannot be inverted.
     """
@@ -58,69 +74,96 @@ def round_with_feedback(
     order = torch.argsort(diagonal, descending=True, stable=True)
     damped = second_moment[order][:, order].to(torch.float64)
     damped.diagonal().add_(settings.damping * float(diagonal.mean()))
-    factor = inverse_factor(damped)
-    columns = exact[:, order].T.contiguous()
+    return Curvature(order, damped.to(torch.float32), inverse_factor(damped))
+
+
+def round_with_feedback(
+    exact: torch.Tensor,
+    update: torch.Tensor,
+    curvature: Curvature,
+    target: Target,
+    settings: Feedback,
+) -> torch.Tensor:
+    """`exact` [O, I] in float64 on the target's grid; float32 values. No row depends on another.
+
+    `update` is what of `exact` the adapter has brought.
+    """
+    columns = exact[:, curvature.order].T.contiguous()
     low, high = limits(columns, target, settings.most_steps)
-    weights = columns.to(torch.float32)
-    rounded = _pass(weights.clone(), factor, low, high, target)
-    moments = damped.to(torch.float32)
+    rounded = _pass(columns.to(torch.float32), curvature.factor, low, high, target)
+    change = update[:, curvature.order].T.to(torch.float32)
+    effect = curvature.moments @ change
+    energy = (effect * change).sum(0)
+    overshoot = torch.zeros_like(energy)
     for _ in range(settings.passes):
-        _refine(rounded, columns, moments, low, high, target)
+        # Computed anew from the exact values in each round, so that no error of summing stays.
+        gradient = curvature.moments @ (rounded.to(torch.float64) - columns).to(torch.float32)
+        missing = -(gradient * change).sum(0) / energy
+        overshoot += torch.where(energy > 0, missing, 0.0)
+        gradient.addcmul_(effect, overshoot, value=-1)
+        _refine(rounded, gradient, curvature.moments, low, high, target)
     result = torch.empty(exact.shape, dtype=torch.float32)
-    result[:, order] = rounded.T
+    result[:, curvature.order] = rounded.T
     return result
 
 
 def inverse_factor(damped: torch.Tensor) -> torch.Tensor:
-    """U with UᵀU = H⁻¹, upper, in float32, from H in float64."""
-    lower, failed = torch.linalg.cholesky_ex(damped)
+    """U with UᵀU = H⁻¹, upper, in float32, from H in float64.
+
+    With the columns in reverse H = R·Rᵀ for an upper R, as Cholesky's method gives it; then U = R⁻¹.
+    """
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
     if int(failed) or not bool(lower.isfinite().all()):
         raise SingularError("the second moment of the inputs cannot be inverted")
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).to(torch.float32)
+    one = torch.eye(len(damped), dtype=torch.float64)
+    return torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True).to(torch.float32)
 
 
 def _pass(
     weights: torch.Tensor, factor: torch.Tensor, low: torch.Tensor, high: torch.Tensor, target: Target
 ) -> torch.Tensor:
     """[I, O] rounded; `weights` is used up."""
-    count = len(weights)
     rounded = torch.empty_like(weights)
     errors = torch.empty(BLOCK, weights.shape[1])
-    for start in range(0, count, BLOCK):
-        stop = min(start + BLOCK, count)
-        own, here = factor[start:stop, start:stop], weights[start:stop]
+    shares = factor / factor.diagonal()[:, None]
+    for start in range(0, len(weights), BLOCK):
+        stop = min(start + BLOCK, len(weights))
+        own = shares[start:stop, start:stop].T.contiguous()
         for column in range(stop - start):
-            value = here[column]
-            near = to_grid(value.clamp(low[start + column], high[start + column]), target)
-            rounded[start + column] = near
-            torch.sub(value, near, out=errors[column]).div_(own[column, column])
-            here[column + 1 :].addr_(own[column, column + 1 :], errors[column], alpha=-1)
-        weights[stop:].addmm_(factor[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+            place = start + column
+            value = weights[place]
+            if column:  # what the block's columns before this one have lost
+                value = torch.addmv(value, errors[:column].T, own[column, :column], alpha=-1)
+            near = to_grid(value.clamp(low[place], high[place]), target)
+            torch.sub(value, near, out=errors[column])
+            rounded[place] = near
+        weights[stop:].addmm_(shares[start:stop, stop:].T, errors[: stop - start], alpha=-1)
     return rounded
 
 
 def _refine(
     rounded: torch.Tensor,
-    exact: torch.Tensor,
+    gradient: torch.Tensor,
     moments: torch.Tensor,
     low: torch.Tensor,
     high: torch.Tensor,
     target: Target,
 ) -> None:
-    """One round of coordinate descent on [I, O], in place."""
-    # Computed anew from the exact values in each round, so that no error of summing stays.
-    gradient = moments @ (rounded.to(torch.float64) - exact).to(torch.float32)
+    """One round of coordinate descent on [I, O], in place; `gradient` is used up."""
     steps = torch.empty(BLOCK, rounded.shape[1])
+    curvature = moments.diagonal().tolist()
     for start in range(0, len(rounded), BLOCK):
         stop = min(start + BLOCK, len(rounded))
-        own, here = moments[start:stop, start:stop], gradient[start:stop]
+        own = moments[start:stop, start:stop]
         for column in range(stop - start):
             place = start + column
-            best = torch.addcdiv(rounded[place], here[column], own[column, column], value=-1)
-            near = to_grid(best.clamp(low[place], high[place]), target)
-            torch.sub(near, rounded[place], out=steps[column])
-            here.addr_(own[:, column], steps[column])
-            rounded[place] = near
+            slope, before = gradient[place], rounded[place]
+            if column:  # how the block's columns before this one have moved
+                slope = torch.addmv(slope, steps[:column].T, own[column, :column])
+            best = torch.add(before, slope, alpha=-1 / curvature[place])
+            near = to_grid(best.clamp_(low[place], high[place]), target)
+            torch.sub(near, before, out=steps[column])
+            before.copy_(near)
         gradient[stop:].addmm_(moments[stop:, start:stop], steps[: stop - start])
 
 
