@@ -6,7 +6,8 @@
 
 `cost`: seconds and peak memory of a merge in each mode, on random Llama models, each in a process of its own.
 `quality`: every mode against the adapter on unseen rows; calibrated rounding over disjoint draws of the
-training rows, medians. `plot`: what rounding to nearest swallowed in each tensor, from merges' own records.
+training rows, medians, and each source on its own. `plot`: what rounding to nearest swallowed in each tensor,
+from merges' own records.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from merge import make_inputs  # beside this file
@@ -30,6 +33,7 @@ import lorasmith
 from lorasmith.files.atomic import read_record
 from lorasmith.files.jsonl import read_examples, write_examples
 from lorasmith.records.merging import MergeRecord
+from lorasmith.records.proof import BehaviourProof, TokenComparison
 
 MODES = ("nearest", "dithered", "calibrated")
 DRAWS = 5
@@ -92,38 +96,53 @@ def _random_rows(path: Path, tokens: int, length: int = 256) -> Path:
 
 
 def quality(base: Path, adapter: Path, train: Path, test_set: Path, draws: int, limit: int | None) -> None:
-    """One line per mode, and for calibrated rounding the medians over disjoint draws of rows."""
-    from lorasmith.roundings import compare_roundings
+    """One line per mode, and for calibrated rounding the medians over disjoint draws of rows.
 
+    Also the mean KL in each source of the test set, nearest beside calibrated on all rows.
+    """
     examples = read_examples(train)
     order = np.random.default_rng(0).permutation(len(examples)).tolist()
     each = len(examples) // draws
-    header = f"{'mode':>24} {'loss Δ':>9} {'mean KL':>9} {'99.9 %':>9} {'max':>9} {'same token':>10}"
-    print(header)
+    print(
+        f"{'mode':>24} {'loss Δ':>9} {'95 %':>20} {'mean KL':>9} {'99.9 %':>9} {'max':>9} {'same token':>10}"
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        record = compare_roundings(base, adapter, test_set, folder / "plain", limit=limit)
-        for mode in record.modes:
-            _line(mode.name, mode.loss_delta, mode.kl, mode.top1_agreement)
-        means, tails = [], []
+
+        def measure(title: str, **options: Any) -> BehaviourProof:
+            merged = folder / "merged"
+            lorasmith.merge(base, adapter, merged, test_set=test_set, **options)
+            proof = lorasmith.compare(base, adapter, merged, test_set, limit=limit, states=folder / "states")
+            _line(title, proof.overall)
+            shutil.rmtree(merged)
+            return proof
+
+        plain = measure("nearest")
+        measure("dithered", rounding="dithered")
+        measure("float16", precision="float16")
+        found = []
         for draw in range(draws):
             rows = folder / f"draw-{draw}.jsonl"
             write_examples(rows, [examples[place] for place in order[draw * each : (draw + 1) * each]])
-            merged = folder / "merged"
-            lorasmith.merge(base, adapter, merged, rounding="calibrated", calibration=rows, test_set=test_set)
-            found = lorasmith.compare(base, adapter, merged, test_set, limit=limit).overall
-            _line(f"calibrated, {each} rows, {draw}", found.loss_delta, found.kl, found.top1_agreement)
-            means.append(found.kl.mean)
-            tails.append(found.kl.q999)
-    plain = record.modes[0].kl
-    mean, tail = statistics.median(means), statistics.median(tails)
-    print(f"medians: mean KL {mean:.1e}, {plain.mean / mean:.1f} × below nearest;", end=" ")
-    print(f"99.9 % quantile {tail:.1e}, {plain.q999 / tail:.1f} × below")
+            found.append(measure(f"calibrated, {each} rows, {draw}", rounding="calibrated", calibration=rows))
+        every = measure(f"calibrated, {len(examples)} rows", rounding="calibrated", calibration=train)
+    kl = plain.overall.kl
+    mean, tail = (
+        statistics.median(getattr(one.overall.kl, part) for one in found) for part in ("mean", "q999")
+    )
+    print(f"medians: mean KL {mean:.1e}, {kl.mean / mean:.1f} × below nearest;", end=" ")
+    print(f"99.9 % quantile {tail:.1e}, {kl.q999 / tail:.1f} × below")
+    for source, group in plain.groups.get("source", {}).items():
+        print(
+            f"{source:>24} mean KL {group.kl.mean:.1e} nearest, {every.groups['source'][source].kl.mean:.1e}"
+        )
 
 
-def _line(name: str, delta: float, kl: object, same: float) -> None:
-    mean, q999, most = (getattr(kl, field) for field in ("mean", "q999", "max"))
-    print(f"{name:>24} {delta:>+9.1e} {mean:>9.1e} {q999:>9.1e} {most:>9.1e} {same:>10.2%}", flush=True)
+def _line(name: str, found: TokenComparison) -> None:
+    delta, kl, interval = found.loss_delta, found.kl, found.loss_delta_interval
+    ends = "" if interval is None else f"{interval.low:+.1e} … {interval.high:+.1e}"
+    numbers = f"{kl.mean:>9.1e} {kl.q999:>9.1e} {kl.max:>9.1e} {found.top1_agreement:>10.2%}"
+    print(f"{name:>24} {delta:>+9.1e} {ends:>20} {numbers}", flush=True)
 
 
 def plot(merges: Sequence[Path], output: Path) -> None:
