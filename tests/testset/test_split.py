@@ -211,7 +211,7 @@ def test_the_training_file_as_output_is_refused(train: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "LFS pointer"),
         (b"<html><body>404</body></html>", "web page"),
         (b'{"prompt": "a\x00"}\n', "NUL"),
-        (gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 500)[:60], "cut off"),
+        (gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 500, mtime=0)[:60], "cut off"),
         (b"", "the file has 0"),
     ],
 )
