@@ -1,6 +1,7 @@
 # make demo   fine-tune, validate, merge, prove and package a real small model, offline
 # make followup-demo   the same, then responses, draft model, speculative decoding and INT4 of its merged model
-# make test   lint, types and tests
+# make test   the tests
+# make check  lint, types, import direction, generated docs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
