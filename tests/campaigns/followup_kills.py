@@ -18,7 +18,7 @@ from typing import Any
 
 import lorasmith
 from lorasmith.files.jsonl import write_rows
-from tests.campaigns.kills import SEED, LastStep, contents, load_libraries, prepare
+from tests.campaigns.kills import SEED, LastStep, contents, load_libraries, prepare, show
 from tests.faults import in_child, was_killed
 from tests.tiny import tiny_rows
 
@@ -89,14 +89,7 @@ def main() -> int:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         where, wrong = campaign(asked.kills, Path(folder))
-    print("| killed in step | times |\n|---|---|")
-    for title, times in where.items():
-        print(f"| {title} | {times} |")
-    for line in wrong:
-        print(f"- {line}")
-    total = sum(where.values())
-    print(f"\n{total - len(wrong)} of {total} killed runs continued and ended with the same bytes.")
-    return 1 if wrong or not total else 0
+    return show(where, wrong)
 
 
 if __name__ == "__main__":

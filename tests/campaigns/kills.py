@@ -126,13 +126,8 @@ def campaign(kills: int, folder: Path, jobs: int = 1) -> tuple[Counter[str], lis
     return Counter(title for title, _ in found), [wrong for _, wrong in found if wrong]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    asked = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        where, wrong = campaign(asked.kills, Path(folder), asked.jobs)
+def show(where: Counter[str], wrong: list[str]) -> int:
+    """Print the table of a campaign; the exit code is 1 where a continued run differs, or none was killed."""
     print("| killed in step | times |\n|---|---|")
     for title, times in where.items():
         print(f"| {title} | {times} |")
@@ -141,6 +136,16 @@ def main() -> int:
     total = sum(where.values())
     print(f"\n{total - len(wrong)} of {total} killed runs continued and ended with the same bytes.")
     return 1 if wrong or not total else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        where, wrong = campaign(asked.kills, Path(folder), asked.jobs)
+    return show(where, wrong)
 
 
 if __name__ == "__main__":

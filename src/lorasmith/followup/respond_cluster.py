@@ -10,22 +10,27 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 from transformers import AutoConfig, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from lorasmith.errors import CheckpointError, UsageError
+from lorasmith.errors import CheckpointError
 from lorasmith.executors.base import Executor, Recipe
 from lorasmith.executors.chunks import Undivided
 from lorasmith.executors.log import ChunkLog
 from lorasmith.files.journal import Rows
-from lorasmith.followup.respond_engines import SLOTS_CPU, SLOTS_GPU, Engine, TransformersEngine, resolve_dtype
+from lorasmith.followup.respond_engines import (
+    Engine,
+    TransformersEngine,
+    check_batch_size,
+    default_slots,
+    resolve_dtype,
+)
 from lorasmith.models.arithmetic import resolve_device
 from lorasmith.models.conditions import conditions_of
-from lorasmith.models.generate import stop_tokens
-from lorasmith.models.load import LoadedModel, load_tokenizer, quiet_libraries, require_file
+from lorasmith.models.generate import ending_tokens
+from lorasmith.models.load import context_of, load_tokenizer, quiet_libraries, require_file
 from lorasmith.models.replica import files_digest, require_same_files
 from lorasmith.models.requests import Answer, Limits, Request
 from lorasmith.models.sampling import Sampling
@@ -57,8 +62,7 @@ class ClusterEngine(Engine):
         group_rows: int | None = None,
     ) -> None:
         """`group_rows` fixes the size of a group; else it follows from the rows, slots and workers."""
-        if batch_size is not None and batch_size < 1:
-            raise UsageError(f"--batch-size is {batch_size}", expected="1 or more")
+        check_batch_size(batch_size)
         require_file(model, "config.json", CheckpointError)
         place = resolve_device(device)
         self.executor, self.folder, self.group_rows = executor, model, group_rows
@@ -66,9 +70,8 @@ class ClusterEngine(Engine):
         self.tokenizer = load_tokenizer(model, adapter=adapter)
         with quiet_libraries():
             self.config = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
-        text = self.config.get_text_config()
-        self.context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-        self.slots = batch_size or (SLOTS_CPU if place.type == "cpu" else SLOTS_GPU)
+        self.context = context_of(self.config)
+        self.slots = batch_size or default_slots(place.type)
         folders = [model] if adapter is None else [model, adapter]
         self.arguments = {
             "model": str(model.absolute()),
@@ -88,8 +91,7 @@ class ClusterEngine(Engine):
                 named = GenerationConfig.from_pretrained(self.folder, local_files_only=True)
             else:
                 named = GenerationConfig.from_model_config(self.config)
-        loaded = SimpleNamespace(tokenizer=self.tokenizer, model=SimpleNamespace(generation_config=named))
-        return frozenset(stop_tokens(cast(LoadedModel, loaded), template))
+        return frozenset(ending_tokens(self.tokenizer, getattr(named, "eos_token_id", None), template))
 
     def answers(
         self,

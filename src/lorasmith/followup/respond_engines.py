@@ -67,7 +67,7 @@ class TransformersEngine(Engine):
         self.dtype = resolve_dtype(model, dtype, place.type)
         self.loaded = load_model(model, adapter=adapter, device=place, dtype=DTYPES[self.dtype])
         self.tokenizer, self.context = self.loaded.tokenizer, self.loaded.context
-        self.slots = batch_size or (SLOTS_CPU if place.type == "cpu" else SLOTS_GPU)
+        self.slots = batch_size or default_slots(place.type)
 
     def stops(self, template: str) -> frozenset[int]:
         return frozenset(stop_tokens(self.loaded, template))
@@ -91,6 +91,17 @@ def generation_route(dtype: str, device: torch.device) -> Route:
     It is also the route of plain `generate`, so that greedy texts are compared like with like.
     """
     return choose_route("bfloat16" if dtype == "bfloat16" and device.type == "cpu" else "mkl", device)
+
+
+def check_batch_size(batch_size: int | None) -> None:
+    """Raises `UsageError` for less than one row at a time."""
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"--batch-size is {batch_size}", expected="1 or more")
+
+
+def default_slots(device_type: str) -> int:
+    """Rows under way at once where nobody says how many."""
+    return SLOTS_CPU if device_type == "cpu" else SLOTS_GPU
 
 
 def resolve_dtype(model: Path, asked: str, device_type: str) -> str:
@@ -117,8 +128,7 @@ def open_engine(
     max_length: int | None = None,
 ) -> Engine:
     """Load the model into the engine of that name; raises `UsageError` for one that is not there."""
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"--batch-size is {batch_size}", expected="1 or more")
+    check_batch_size(batch_size)
     if name == "transformers":
         return TransformersEngine(model, adapter, device=device, dtype=dtype, batch_size=batch_size)
     if name == "vllm":

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from lorasmith.checkpoint.jsonfile import read_object
 from lorasmith.errors import CheckpointError, MachineError, UsageError
 from lorasmith.followup.respond_engines import SLOTS_GPU, Engine, resolve_dtype
-from lorasmith.models.generate import stop_tokens
-from lorasmith.models.load import LoadedModel, load_tokenizer
+from lorasmith.models.generate import ending_tokens
+from lorasmith.models.load import load_tokenizer
 from lorasmith.models.requests import Answer, Limits, Request
 from lorasmith.models.sampling import Sampling
 
@@ -69,9 +68,7 @@ class VllmEngine(Engine):
     def stops(self, template: str) -> frozenset[int]:
         file = self.folder / "generation_config.json"
         eos = read_object(file, CheckpointError).get("eos_token_id") if file.is_file() else None
-        named = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=eos))
-        loaded = SimpleNamespace(tokenizer=self.tokenizer, model=named)
-        return frozenset(stop_tokens(cast(LoadedModel, loaded), template))
+        return frozenset(ending_tokens(self.tokenizer, eos, template))
 
     def answers(
         self,

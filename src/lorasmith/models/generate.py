@@ -40,12 +40,18 @@ def from_arrays(rows: tuple[int, ...], arrays: Arrays) -> list[Generated]:
 
 def stop_tokens(loaded: LoadedModel, template: str) -> list[int]:
     """What ends an answer: the template's end token and whatever the model folder names as EOS."""
+    return ending_tokens(
+        loaded.tokenizer, getattr(loaded.model.generation_config, "eos_token_id", None), template
+    )
+
+
+def ending_tokens(tokenizer: Any, named: int | list[int] | None, template: str) -> list[int]:
+    """The same where no model is loaded; `named` is what its generation config calls EOS."""
     found: set[int] = set()
-    named = [loaded.tokenizer.eos_token_id, getattr(loaded.model.generation_config, "eos_token_id", None)]
-    for value in named:
+    for value in (tokenizer.eos_token_id, named):
         found.update(value if isinstance(value, list) else [] if value is None else [value])
     if found or template == "chat":
-        found.add(end_token(loaded.tokenizer, template))
+        found.add(end_token(tokenizer, template))
     return sorted(found)
 
 

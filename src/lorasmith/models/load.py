@@ -80,11 +80,14 @@ def load_model(
         device = _entrance(model)
     rows = model.get_input_embeddings().weight.shape[0]
     _check_vocabulary(tokenizer, rows, adapter or folder)
-    text_config = model.config.get_text_config()
-    context = getattr(text_config, "max_position_embeddings", None) or getattr(
-        text_config, "n_positions", None
-    )
+    context = context_of(model.config)
     return LoadedModel(model, tokenizer, architecture, parameters, rows, context, device)
+
+
+def context_of(config: Any) -> int | None:
+    """Longest sequence in tokens, where a transformers config names one."""
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
 
 
 def has_tokenizer(folder: Path) -> bool:
