@@ -48,7 +48,7 @@ FOLLOWUP = FollowupAsked(
         labels="confidence",
     ),
     speculate=SpeculateAsked(draft_tokens=(2, 4), max_new_tokens=64, limit=8),
-    compress=CompressAsked(formats=("gguf:q8_0", "compressed-tensors", "gguf:q4_k_m"), limit=16),
+    compress=CompressAsked(formats=("gguf:q8_0", "compressed-tensors", "gguf:q4_k_m", "gguf:q4_0"), limit=16),
 )
 """Small enough for some minutes on two cores; the figures are real, and too few rows to be good ones."""
 _NEEDED_BYTES = 3_000_000_000
