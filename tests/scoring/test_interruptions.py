@@ -16,8 +16,10 @@ from unittest.mock import patch
 import pyarrow.parquet as pq
 import pytest
 
+from lorasmith.cli import console, main
 from lorasmith.files.atomic import read_record
 from lorasmith.models import forward
+from lorasmith.proving import behaviour_generation
 from lorasmith.proving.behaviour import compare
 from lorasmith.records.proof import BehaviourProof
 from lorasmith.records.scoring import ValidationResult
@@ -157,7 +159,99 @@ def test_a_killed_comparison_goes_on_and_ends_with_the_same_bytes(place: Path, t
     assert same_files(tmp_path / "killed", tmp_path / "whole")
 
 
+def test_asking_interrupted_does_not_validate_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = [
+        {
+            "id": f"DROP/{index}",
+            "prompt": f"Passage: {'rain ' * index}\nQuestion: how many?\nAnswer:",
+            "response": "7",
+            "metadata": {"source": "DROP", "golds": [["7"]]},
+        }
+        for index in range(6)
+    ]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    scored: dict[str, int] = {}
+
+    def watched(stop_at: str) -> Any:
+        @contextmanager
+        def bar(label: str, *, total: int, unit: str) -> Iterator[Any]:
+            def advance(count: int) -> None:
+                if label == stop_at:
+                    raise KeyboardInterrupt
+
+            with patch.object(forward.TokenForward, "hidden", autospec=True, side_effect=HIDDEN) as hidden:
+                yield advance
+            scored[label] = hidden.call_count
+
+        return bar
+
+    def ask(output: str, stop_at: str = "") -> int:
+        scored.clear()
+        monkeypatch.setattr(console, "bar", watched(stop_at))
+        options = ["--test-set", tmp_path / "asked.jsonl", "--output", tmp_path / output, "--batch-size", "2"]
+        return main.run([str(word) for word in ["validate", "--model", place / "base", *options, "--tasks"]])
+
+    assert ask("stopped", "Write answers") == 130
+    assert scored["Validate base"] == 3
+    assert ask("stopped") == 0
+    assert scored["Validate base"] == 0
+    assert ask("whole") == 0
+    assert scored["Validate base"] == 3
+    assert same_files(tmp_path / "stopped", tmp_path / "whole")  # and no journal is left
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("stop_at", ["Generate (adapter)", "Generate (merged)", "Compare"])
+def test_texts_of_an_interrupted_comparison_are_not_written_again(
+    place: Path, tmp_path: Path, stop_at: str
+) -> None:
+    class Stop(Exception):
+        pass
+
+    @contextmanager
+    def stopping(label: str, *, total: int, unit: str) -> Iterator[Any]:
+        def advance(count: int) -> None:
+            if label == stop_at:
+                raise Stop
+
+        yield advance
+
+    options = {"generate": 3, "limit": 40}
+    with pytest.raises(Stop):
+        compare_here(place, tmp_path / "stopped" / "behaviour.json", progress=stopping, **options)
+    calls = {}
+    for name in ("stopped", "whole"):
+        generate = behaviour_generation.generate_greedy
+        with patch.object(behaviour_generation, "generate_greedy", side_effect=generate) as counted:
+            compare_here(place, tmp_path / name / "behaviour.json", **options)
+        calls[name] = counted.call_count
+    assert same_files(tmp_path / "stopped", tmp_path / "whole")
+    # Forty rows, sixteen at a time, and sixteen of them once more alone, by each model.
+    assert calls["whole"] == 2 * (3 + 16)
+    done = {"Generate (adapter)": 1, "Generate (merged)": 3 + 16 + 1, "Compare": 2 * (3 + 16)}
+    assert calls["stopped"] == calls["whole"] - done[stop_at]
+
+
+def test_texts_of_another_length_are_not_taken(place: Path, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    @contextmanager
+    def stopping(label: str, *, total: int, unit: str) -> Iterator[Any]:
+        if label == "Run merged":
+            raise Stop
+        yield lambda count: None
+
+    with pytest.raises(Stop):
+        compare_here(place, tmp_path / "stopped" / "b.json", progress=stopping, generate=2, limit=5)
+    for name in ("stopped", "whole"):
+        compare_here(place, tmp_path / name / "b.json", generate=6, limit=5)
+    assert same_files(tmp_path / "stopped", tmp_path / "whole")
+
+
 def test_a_comparison_without_output_leaves_nothing(place: Path) -> None:
     before = sorted(place.rglob("*"))
-    compare_here(place, None, limit=3)
+    compare_here(place, None, limit=3, generate=2)
     assert sorted(place.rglob("*")) == before

@@ -104,3 +104,11 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 def show_record(record: Record) -> None:
     """The record as JSON on standard output, for programs (`--json`)."""
     sys.stdout.write(record.to_json().decode())
+
+
+def show_records(**records: Record) -> None:
+    """Several records as one JSON object, each under its name."""
+    import json
+
+    found = {name: json.loads(record.to_json()) for name, record in records.items()}
+    sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")

@@ -78,21 +78,27 @@ def validate(
     asked = locals()
     import lorasmith
     from lorasmith.cli import views
-    from lorasmith.cli.console import bar, console, show_record
+    from lorasmith.cli.console import bar, console, show_record, show_records
 
     asked["executor"] = executor_of(asked)
-    result = lorasmith.validate(**taken_by(lorasmith.validate, asked), progress=bar)
-    if as_json:
-        show_record(result)
-    else:
+    if tasks:
+        from lorasmith.scoring.tasks import evaluate_tasks, foresee_questions
+        from lorasmith.scoring.validate import forget_journal
+
+        foresee_questions(**taken_by(foresee_questions, asked))
+    # Interrupted while it asks, the same command has nothing of the validation to compute again.
+    result = lorasmith.validate(**taken_by(lorasmith.validate, asked), keep_journal=tasks, progress=bar)
+    if not as_json:
         views.show_validation(result, console())
         console().print(f"Results: {output / (result.model.role + '.json')}")
     if not tasks:
+        if as_json:
+            show_record(result)
         return
-    from lorasmith.scoring.tasks import evaluate_tasks
-
     answered = evaluate_tasks(**taken_by(evaluate_tasks, asked), progress=bar)
+    forget_journal(output, result.model.role)
     if as_json:
-        show_record(answered)
+        show_records(validation=result, tasks=answered)
     else:
         views.show_tasks(answered, console())
+        console().print(f"Results: {output / (result.model.role + '_tasks.json')}")

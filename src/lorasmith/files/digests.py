@@ -96,7 +96,9 @@ def describe(files: Iterable[Path], relative_to: Path, *, rehash: bool = False) 
     for file in files:
         digest = sha256_file(file, rehash=rehash)
         path = file.relative_to(relative_to).as_posix()
-        found.append(FileDigest(path=path, bytes=file.stat().st_size, sha256=digest))
+        with os_errors(file, "read"):
+            size = file.stat().st_size
+        found.append(FileDigest(path=path, bytes=size, sha256=digest))
     return found
 
 

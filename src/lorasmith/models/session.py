@@ -15,17 +15,18 @@ import numpy as np
 import torch
 
 from lorasmith import __version__
-from lorasmith.errors import DataError, UsageError
-from lorasmith.files.digests import digest_folder, sha256_file
+from lorasmith.errors import UsageError
+from lorasmith.files.digests import digest_folder
 from lorasmith.files.journal import Journal
 from lorasmith.files.jsonl import read_examples
 from lorasmith.models.arithmetic import Route, choose_route, resolve_device
 from lorasmith.models.batches import BATCH_TOKENS, BATCH_TOKENS_GPU, Batch
 from lorasmith.models.encode import Encoded, EncodedSet, encode_examples, encoding_findings
+from lorasmith.models.inputs import Inputs
 from lorasmith.models.layout import LAYOUTS, choose_layout, lay_out, layout_findings, plan_rows
 from lorasmith.models.load import LoadedModel, load_model
 from lorasmith.models.loglik import check_ids
-from lorasmith.records.base import FileDigest, Finding
+from lorasmith.records.base import Finding
 from lorasmith.records.dataset import Example
 from lorasmith.records.scoring import ModelIdentity, ScoringSettings
 
@@ -130,8 +131,13 @@ def prepare(test_set: Path, loaded: LoadedModel, options: ScoringOptions, route:
         if value is not None and value < 1:
             flag = "--" + name.replace("_", "-")
             raise UsageError(f"{flag} {value} leaves nothing to score", expected=f"{flag} 1 or more")
+    if options.shuffle_seed is not None and options.limit is None:
+        raise UsageError(
+            "--shuffle-seed chooses among the rows, and without --limit all are taken",
+            expected="both, or neither",
+        )
     everything = read_examples(test_set)
-    examples = _take(everything, options)
+    examples = take_rows(everything, options)
     context = loaded.context or _NO_LIMIT
     if options.max_length is not None and options.max_length > context:
         raise UsageError(
@@ -169,7 +175,8 @@ def prepare(test_set: Path, loaded: LoadedModel, options: ScoringOptions, route:
     return Workload(examples, encoded, settings, len(examples) < len(everything), findings)
 
 
-def _take(examples: list[Example], options: ScoringOptions) -> list[Example]:
+def take_rows(examples: list[Example], options: ScoringOptions) -> list[Example]:
+    """Those that `limit` leaves: the first, or a choice by `shuffle_seed`; in the order of the file."""
     if options.limit is None or options.limit >= len(examples):
         return examples
     if options.shuffle_seed is None:
@@ -190,21 +197,21 @@ def identify(role: str, folder: Path, adapter: Path | None, loaded: LoadedModel)
 
 
 def open_journal(
-    path: Path | None, folders: Sequence[Path], test_set: FileDigest, options: ScoringOptions
+    path: Path | None, inputs: Inputs, options: ScoringOptions, **also: Any
 ) -> AbstractContextManager[Journal | None]:
     """The journal of one piece of work, nothing for no path.
 
-    Its results count only for the same models, test set, options, device and versions. The route of the
-    arithmetic is kept with them: probing again might choose another, and give other last digits.
+    Its results count only for the same inputs, options, device and versions, and what `also` names. The route
+    of the arithmetic is kept with them: probing again might choose another, and give other last digits.
     """
     if path is None:
         return nullcontext()
     device, route = options.place()
     versions = [__version__, *(version(name) for name in ("torch", "transformers", "peft"))]
     key = {
-        "folders": [digest_folder(folder) for folder in folders],
-        "test_set": test_set.sha256,
-        "options": {**asdict(options), "device": device.type},
+        "folders": inputs.digests,
+        "test_set": inputs.file.sha256,
+        "options": {**asdict(options), "device": device.type, **also},
         "layouts": LAYOUTS,
         "versions": versions,
     }
@@ -216,10 +223,3 @@ def route_of(options: ScoringOptions, journal: Journal | None) -> Route:
     """The route of interrupted work, else the one that the options choose."""
     device, route = options.place()
     return choose_route(str(journal.notes["route"]), device) if journal else route
-
-
-def describe_test_set(test_set: Path) -> FileDigest:
-    """Name, size and digest of the file, without its folder."""
-    if not test_set.is_file():
-        raise DataError("the test set is not a file", where=test_set, expected="a .jsonl file")
-    return FileDigest(path=test_set.name, bytes=test_set.stat().st_size, sha256=sha256_file(test_set))

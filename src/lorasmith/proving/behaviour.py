@@ -14,8 +14,10 @@ from lorasmith.executors.log import ChunkLog
 from lorasmith.files.atomic import write_record
 from lorasmith.files.hub import local_model
 from lorasmith.files.paths import StrPath
-from lorasmith.models.session import ScoringOptions, describe_test_set, open_journal, route_of
+from lorasmith.models.inputs import Inputs
+from lorasmith.models.session import ScoringOptions, open_journal, route_of
 from lorasmith.progress import Progress, silent
+from lorasmith.proving.behaviour_generation import open_text_journals
 from lorasmith.proving.behaviour_grade import grade, resolve_thresholds
 from lorasmith.proving.behaviour_measure import compare_sides
 from lorasmith.proving.behaviour_models import Comparison, generation_of, run_adapter, run_merged
@@ -78,18 +80,17 @@ def compare(
     base = local_model(base, [adapter], progress=progress)
     output = None if output is None else Path(output)
     limits = resolve_thresholds(thresholds)
-    digest = describe_test_set(Path(test_set))
+    inputs = Inputs.of([base, adapter, merged], Path(test_set))
     path = None if output is None else output.with_name(f".{output.name}.journal")
     where, log = executor or Local(), ChunkLog()
     with (
         where,
-        open_journal(path, [base, adapter, merged], digest, options) as journal,
+        open_journal(path, inputs, options) as journal,
+        open_text_journals(output, inputs, options, generate) as text_journals,
         _states_folder(None if states is None else Path(states), output) as folder,
     ):
         route = route_of(options, journal)
-        asked = Comparison(
-            base, adapter, merged, options, generate, progress, route, folder, Path(test_set), where, log
-        )
+        asked = Comparison(inputs, options, generate, progress, route, folder, text_journals, where, log)
         with ExitStack() as stack:
             a = run_adapter(asked, stack)
             b = run_merged(asked, a.work, stack)
@@ -103,7 +104,7 @@ def compare(
             thresholds=limits,
             a=a.identity,
             b=b.identity,
-            test_set=digest,
+            test_set=inputs.file,
             settings=work.settings,
             overall=overall,
             groups=by_group(work.examples, rows, seed),
@@ -121,8 +122,9 @@ def compare(
             chunks = output.with_name(output.name.removesuffix(".json") + ".chunks.jsonl")
             log.write(chunks, wanted=where.elsewhere)
             write_record(output, proof)
-        if journal:
-            journal.remove()
+        for kept in (journal, *text_journals.values()):
+            if kept:
+                kept.remove()
     return proof
 
 

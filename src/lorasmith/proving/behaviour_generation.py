@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lorasmith.executors.base import Executor, Recipe
+from lorasmith.executors.local import work_through
 from lorasmith.executors.log import ChunkLog
+from lorasmith.files.journal import Journal
 from lorasmith.models.arithmetic import Route, use_route
 from lorasmith.models.generate import (
     Generated,
@@ -18,10 +21,11 @@ from lorasmith.models.generate import (
     stop_tokens,
     to_arrays,
 )
+from lorasmith.models.inputs import Inputs
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.memory import keep_memory
 from lorasmith.models.replica import Replica
-from lorasmith.models.session import Workload
+from lorasmith.models.session import ScoringOptions, Workload, open_journal
 from lorasmith.models.work import RowWork
 from lorasmith.progress import Progress
 from lorasmith.records.proof import Divergence, GenerationComparison
@@ -34,6 +38,10 @@ OPEN_TEXTS = "lorasmith.proving.behaviour_generation:open_texts"
 
 _SHOWN = 12
 """Tokens of each text that are shown from the first difference on."""
+
+
+TextJournals = dict[str, Journal | None]
+"""`adapter`, `merged`: its texts in batches; `adapter alone`, `merged alone`: those written once more."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +58,51 @@ def write_texts(
     route: Route,
     max_new_tokens: int,
     label: str,
+    journals: tuple[Journal | None, Journal | None],
     progress: Progress,
     executor: Executor,
     replica: Replica,
     log: ChunkLog,
 ) -> Texts:
-    """Generate at most `max_new_tokens` after each prompt, greedily."""
+    """Generate at most `max_new_tokens` after each prompt, greedily.
+
+    One journal keeps the texts written in batches, the other those written alone.
+    """
     recipe = Recipe(OPEN_TEXTS, {"replica": replica, "max_new_tokens": max_new_tokens}, replica.gpu)
     prompts = [row.ids[: row.n_prompt] for row in work.rows]
     found: dict[int, Generated] = {}
     with open_writing(work, model, route, max_new_tokens) as writing:
         with progress(label, total=len(prompts), unit="row") as advance:
-            for rows, texts in executor.work_through(plan_generation(prompts), writing, None, recipe, log):
+            plan = plan_generation(prompts)
+            for rows, texts in executor.work_through(plan, writing, journals[0], recipe, log):
                 found.update(zip(rows, texts, strict=True))
                 advance(len(rows))
-        alone = [writing.run((row,))[0] for row in range(min(FLOOR_EXAMPLES, len(prompts)))]
-    return Texts([found[row] for row in range(len(prompts))], alone)
+        singles = [(row,) for row in range(min(FLOOR_EXAMPLES, len(prompts)))]
+        alone = dict(work_through(singles, writing, journals[1]))
+    return Texts([found[row] for row in range(len(prompts))], [alone[row][0] for row in singles])
+
+
+@contextmanager
+def open_text_journals(
+    output: Path | None, inputs: Inputs, options: ScoringOptions, max_new_tokens: int | None
+) -> Iterator[TextJournals]:
+    """Journals beside the record `output`; none where there is no record or nothing to write."""
+    names = [name + way for name in ("adapter", "merged") for way in ("", " alone")]
+    if output is None or max_new_tokens is None:
+        yield {}
+        return
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(
+                open_journal(
+                    output.with_name(f".{output.name}.{name.replace(' ', '-')}.journal"),
+                    inputs,
+                    options,
+                    max_new_tokens=max_new_tokens,
+                )
+            )
+            for name in names
+        }
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from lorasmith.executors.log import ChunkLog
 from lorasmith.files.journal import Journal
 from lorasmith.models.arithmetic import Route
 from lorasmith.models.encode import encode_examples
+from lorasmith.models.inputs import Inputs
 from lorasmith.models.load import LoadedModel, has_tokenizer, load_tokenizer, require_file
 from lorasmith.models.memory import release_memory
 from lorasmith.models.replica import OPEN_SCORING, Replica
@@ -24,7 +25,7 @@ from lorasmith.models.session import ScoringOptions, Workload, identify, prepare
 from lorasmith.models.states import open_states
 from lorasmith.models.template import resolve_template
 from lorasmith.progress import Progress
-from lorasmith.proving.behaviour_generation import Texts, compare_texts, write_texts
+from lorasmith.proving.behaviour_generation import TextJournals, Texts, compare_texts, write_texts
 from lorasmith.proving.behaviour_measure import Floor, Side, is_finite, noise_floor, run_side, serving_floor
 from lorasmith.records.base import Finding
 from lorasmith.records.proof import GenerationComparison
@@ -35,18 +36,37 @@ from lorasmith.records.scoring import ModelIdentity
 class Comparison:
     """What is to be compared, and how."""
 
-    base: Path
-    adapter: Path
-    merged: Path
+    inputs: Inputs
+    """Base, adapter and merged model, and the test set."""
     options: ScoringOptions
     generate: int | None
     progress: Progress
     route: Route
     states: Path
     """Folder of the hidden states."""
-    test_set: Path
+    texts: TextJournals
     executor: Executor
     log: ChunkLog
+
+    @property
+    def base(self) -> Path:
+        """Folder of the base."""
+        return self.inputs.folders[0]
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the adapter."""
+        return self.inputs.folders[1]
+
+    @property
+    def merged(self) -> Path:
+        """Folder of the merged model."""
+        return self.inputs.folders[2]
+
+    @property
+    def test_set(self) -> Path:
+        """Its rows go to both."""
+        return self.inputs.test_set
 
 
 @dataclass(frozen=True)
@@ -79,6 +99,8 @@ def run_adapter(asked: Comparison, stack: ExitStack) -> AdapterRun:
     loaded = asked.options.load(asked.base, adapter=asked.adapter)
     _check_vocabulary(loaded.vocabulary, _announced_vocabulary(asked.merged), asked.merged)
     work = prepare(asked.test_set, loaded, asked.options, asked.route)
+    asked.inputs.require_unchanged()
+    identity = identify("adapter", asked.base, asked.adapter, loaded)
     obstacles, findings = _compare_tokenizers(work, asked.merged)
     journal = stack.enter_context(
         open_states(asked.states / "adapter.journal", [asked.base, asked.adapter], loaded, work, asked.route)
@@ -87,7 +109,6 @@ def run_adapter(asked: Comparison, stack: ExitStack) -> AdapterRun:
     side = _side(asked, "adapter", work, loaded, journal, replica)
     floor = noise_floor(loaded, work, side, asked.route, asked.progress)
     texts = _texts(asked, "adapter", work, loaded, replica)
-    identity = identify("adapter", asked.base, asked.adapter, loaded)
     tokenizer = loaded.tokenizer
     del loaded
     release_memory()
@@ -99,13 +120,15 @@ def run_merged(asked: Comparison, work: Workload, stack: ExitStack) -> MergedRun
     """The same for the merged model, on the adapter's tokens."""
     own = asked.merged if has_tokenizer(asked.merged) else asked.base
     loaded = asked.options.load(asked.merged, tokenizer_from=own)
+    asked.inputs.require_unchanged()
+    identity = identify("merged", asked.merged, None, loaded)
     path = asked.states / "merged.journal"
     journal = stack.enter_context(open_states(path, [asked.merged], loaded, work, asked.route))
     encoder = asked.adapter if has_tokenizer(asked.adapter) else asked.base
     replica = Replica.of(work, asked.merged, None, asked.test_set, asked.options, asked.route, encoder)
     side = _side(asked, "merged", work, loaded, journal, replica)
     texts = _texts(asked, "merged", work, loaded, replica)
-    return MergedRun(side, identify("merged", asked.merged, None, loaded), texts)
+    return MergedRun(side, identity, texts)
 
 
 def generation_of(asked: Comparison, a: AdapterRun, b: MergedRun) -> GenerationComparison | None:
@@ -130,7 +153,16 @@ def _texts(
         return None
     label, log = f"Generate ({part})", asked.log.part(f"{part} texts")
     return write_texts(
-        work, loaded, asked.route, asked.generate, label, asked.progress, asked.executor, replica, log
+        work,
+        loaded,
+        asked.route,
+        asked.generate,
+        label,
+        (asked.texts.get(part), asked.texts.get(f"{part} alone")),
+        asked.progress,
+        asked.executor,
+        replica,
+        log,
     )
 
 

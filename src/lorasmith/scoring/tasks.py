@@ -3,70 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-import io
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from lorasmith.benchmarks.base import Benchmark, Unscored
-from lorasmith.benchmarks.choices import LETTERS, judge_likelihoods
-from lorasmith.benchmarks.registry import BENCHMARKS
 from lorasmith.errors import DataError
 from lorasmith.executors.base import Executor, Local
 from lorasmith.executors.log import ChunkLog
 from lorasmith.files.atomic import write_bytes, write_record
 from lorasmith.files.hub import local_model
+from lorasmith.files.jsonl import read_examples
 from lorasmith.files.paths import StrPath
-from lorasmith.models.load import LoadedModel
+from lorasmith.models.inputs import Inputs
 from lorasmith.models.replica import Replica
 from lorasmith.models.session import (
     ScoringOptions,
     Workload,
-    describe_test_set,
     identify,
     open_journal,
     prepare,
     route_of,
+    take_rows,
 )
-from lorasmith.models.statistics import mean_interval
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.dataset import Example
-from lorasmith.records.scoring import TaskMetric, TaskResult
-from lorasmith.scoring.answers import RULES, choice_likelihoods, cut, generated_answers
-
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("benchmark", pa.string()),
-        ("method", pa.string()),
-        ("answer", pa.string()),
-        ("finished", pa.bool_()),
-        ("metrics", pa.list_(pa.string())),
-        ("scores", pa.list_(pa.float64())),
-        ("unscored", pa.string()),
-    ]
-)
-"""Columns of `{role}_tasks.parquet`; `scores` belong to `metrics`, `unscored` says why there are none."""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One example with its answer and verdict."""
-
-    example: Example
-    method: str
-    answer: str
-    finished: bool
-    scores: dict[str, float]
-    unscored: str = ""
+from lorasmith.records.scoring import TaskResult
+from lorasmith.scoring.answers import RULES, choice_likelihoods, generated_answers
+from lorasmith.scoring.judged import BY_NAME, judge_choice, judge_text, judged_table, task_metrics
 
 
 def evaluate_tasks(
@@ -102,19 +67,20 @@ def evaluate_tasks(
     adapter = None if adapter is None else Path(adapter)
     model = local_model(model, [] if adapter is None else [adapter], progress=progress)
     role = role or ("base" if adapter is None else "adapter")
-    digest = describe_test_set(test_set)
-    folders = [model] if adapter is None else [model, adapter]
+    inputs = Inputs.of([model] if adapter is None else [model, adapter], test_set)
     where, log = executor or Local(), ChunkLog()
     with ExitStack() as stack:
         stack.enter_context(where)
         journals = [
-            stack.enter_context(open_journal(output / f".{role}_{kind}.journal", folders, digest, options))
+            stack.enter_context(open_journal(output / f".{role}_{kind}.journal", inputs, options))
             for kind in ("choices", "answers")
         ]
         route = route_of(options, journals[0])
         loaded = options.load(model, adapter=adapter, dtype=route.dtype)
         work = prepare(test_set, loaded, options, route)
-        known = _by_benchmark(work, test_set)
+        inputs.require_unchanged()
+        identity = identify(role, model, adapter, loaded)
+        known = require_questions(work.examples, test_set)
         choices = [row for row in known if _has_choices(work.examples[row])]
         written = [row for row in known if not _has_choices(work.examples[row])]
         replica = Replica.of(work, model, adapter, test_set, options, route)
@@ -125,17 +91,17 @@ def evaluate_tasks(
             loaded, work, written, route, journals[1], progress, where, replica, log.part("answers")
         )
         work.findings.extend(log.findings())
-        judged = [_judge_choice(work.examples[row], likelihoods[row]) for row in choices]
+        judged = [judge_choice(work.examples[row], likelihoods[row]) for row in choices]
         with progress("Judge answers", total=len(written), unit="row") as advance:
             for row in written:
-                judged.append(_judge_text(work, row, answers[row].tokens, answers[row].finished, loaded))
+                judged.append(judge_text(work, row, answers[row].tokens, answers[row].finished, loaded))
                 advance(1)
-        table = _table(judged)
+        table = judged_table(judged)
         result = TaskResult(
-            model=identify(role, model, adapter, loaded),
-            test_set=digest,
+            model=identity,
+            test_set=inputs.file,
             settings=work.settings,
-            metrics=_metrics(judged, seed),
+            metrics=task_metrics(judged, seed),
             per_example=FileDigest(
                 path=f"{role}_tasks.parquet", bytes=len(table), sha256=hashlib.sha256(table).hexdigest()
             ),
@@ -151,92 +117,35 @@ def evaluate_tasks(
     return result
 
 
-_BY_NAME: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in BENCHMARKS}
-
-
 def answerable(example: Example) -> bool:
     """Whether it is a question of a benchmark that `evaluate_tasks` knows how to put."""
     name = example.metadata.source
-    return name in _BY_NAME and (name in RULES or _has_choices(example))
+    return name in BY_NAME and (name in RULES or _has_choices(example))
 
 
 def _has_choices(example: Example) -> bool:
     return "choices" in example.metadata.extra() and example.metadata.source not in RULES
 
 
-def _by_benchmark(work: Workload, test_set: Path) -> list[int]:
-    """Rows of a benchmark that can be answered."""
-    known = [row for row, example in enumerate(work.examples) if answerable(example)]
+def foresee_questions(
+    test_set: StrPath, *, limit: int | None = None, shuffle_seed: int | None = None
+) -> None:
+    """Raise `DataError` where `evaluate_tasks` would find no row to ask; needs no model."""
+    options = ScoringOptions(limit=limit, shuffle_seed=shuffle_seed)
+    require_questions(take_rows(read_examples(Path(test_set)), options), Path(test_set))
+
+
+def require_questions(examples: Sequence[Example], test_set: Path) -> list[int]:
+    """Rows of a benchmark that can be answered; raises `DataError` where there are none."""
+    known = [row for row, example in enumerate(examples) if answerable(example)]
     if not known:
         raise DataError(
             "no row belongs to a benchmark that can be answered",
             where=test_set,
-            expected=f"metadata.source among {', '.join(_BY_NAME)}",
+            expected=f"metadata.source among {', '.join(BY_NAME)}",
             remedy="build the test set with `lorasmith testset build`, or validate without tasks",
         )
     return known
-
-
-def _judge_choice(example: Example, likelihoods: Sequence[float]) -> Judged:
-    best = LETTERS[int(np.argmax(likelihoods))]
-    return Judged(example, "likelihood", best, True, judge_likelihoods(example, likelihoods))
-
-
-def _judge_text(work: Workload, row: int, tokens: list[int], finished: bool, loaded: LoadedModel) -> Judged:
-    example = work.examples[row]
-    answer = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
-    if work.settings.template == "plain":
-        answer = cut(answer, RULES[example.metadata.source].stop_texts)
-    try:
-        scores = _BY_NAME[example.metadata.source].score(example, answer)
-    except Unscored as error:
-        return Judged(example, "generation", answer, finished, {}, str(error))
-    return Judged(example, "generation", answer, finished, scores)
-
-
-def _metrics(judged: Sequence[Judged], seed: int) -> list[TaskMetric]:
-    found = []
-    for name in sorted({one.example.metadata.source for one in judged}):
-        own = [one for one in judged if one.example.metadata.source == name]
-        reasons = Counter(one.unscored for one in own if one.unscored)
-        rules = RULES.get(name) if own[0].method == "generation" else None
-        for metric in sorted({metric for one in own for metric in one.scores}) or ["unscored"]:
-            scores = np.array([one.scores[metric] for one in own if metric in one.scores])
-            found.append(
-                TaskMetric(
-                    benchmark=name,
-                    metric=metric,
-                    method=own[0].method,
-                    examples=len(own),
-                    scored=len(scores),
-                    unscored=len(own) - len(scores),
-                    reasons=dict(sorted(reasons.items())),
-                    hit_limit=sum(not one.finished for one in own),
-                    max_new_tokens=rules.max_new_tokens if rules else None,
-                    value=float(scores.mean()) if len(scores) else None,
-                    interval=mean_interval(scores, np.ones(len(scores)), seed),
-                )
-            )
-    return found
-
-
-def _table(judged: Sequence[Judged]) -> bytes:
-    rows: list[dict[str, Any]] = [
-        {
-            "id": one.example.id,
-            "benchmark": one.example.metadata.source,
-            "method": one.method,
-            "answer": one.answer,
-            "finished": one.finished,
-            "metrics": list(one.scores),
-            "scores": list(one.scores.values()),
-            "unscored": one.unscored,
-        }
-        for one in judged
-    ]
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
-    return sink.getvalue()
 
 
 def _findings(work: Workload, known: int) -> list[Finding]:

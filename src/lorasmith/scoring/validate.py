@@ -6,7 +6,7 @@ import hashlib
 from contextlib import ExitStack
 from pathlib import Path
 
-from lorasmith.errors import UsageError
+from lorasmith.errors import UsageError, os_errors
 from lorasmith.executors.base import Executor, Local, Recipe
 from lorasmith.executors.log import ChunkLog
 from lorasmith.files.atomic import write_bytes, write_record
@@ -14,13 +14,13 @@ from lorasmith.files.hub import local_model
 from lorasmith.files.journal import Journal
 from lorasmith.files.paths import StrPath
 from lorasmith.models.arithmetic import Route
+from lorasmith.models.inputs import Inputs
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.loglik import Floats, open_forward
 from lorasmith.models.replica import OPEN_SCORING, Replica
 from lorasmith.models.session import (
     ScoringOptions,
     Workload,
-    describe_test_set,
     identify,
     open_journal,
     prepare,
@@ -29,7 +29,7 @@ from lorasmith.models.session import (
 from lorasmith.models.states import open_states, scoring_work
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest
-from lorasmith.records.scoring import ValidationResult
+from lorasmith.records.scoring import ModelIdentity, ValidationResult
 from lorasmith.scoring.aggregate import aggregate, example_table
 
 ROLES = ("base", "adapter", "merged")
@@ -56,6 +56,7 @@ def validate(
     strict: bool = False,
     seed: int = 0,
     states: StrPath | None = None,
+    keep_journal: bool = False,
     executor: Executor | None = None,
     progress: Progress = silent,
 ) -> ValidationResult:
@@ -82,7 +83,9 @@ def validate(
       what computed it, and a finding says where that differs.
 
     Finished batches are kept in a journal beside the output: killed at any point, the same call goes on after
-    the last of them and gives the same bytes.
+    the last of them and gives the same bytes. `keep_journal` leaves it there in the end, for a caller who has
+    more to do with the model: interrupted later, the same call takes everything from it. `forget_journal`
+    removes it.
 
     Raises `DataError` for rows that cannot be scored, `CheckpointError` and `AdapterError` for a model that
     cannot be used, `UsageError` for options that do not fit, `MemoryLimitError` when one row does not fit,
@@ -95,17 +98,19 @@ def validate(
     role = role or ("base" if adapter is None else "adapter")
     if role not in ROLES:
         raise UsageError(f"there is no role {role!r}", expected=" | ".join(ROLES))
-    digest = describe_test_set(test_set)
     folders = [model] if adapter is None else [model, adapter]
+    inputs = Inputs.of(folders, test_set)
     where, log = executor or Local(), ChunkLog()
     with ExitStack() as stack:
         stack.enter_context(where)
         own = None
         if states is None:
-            own = stack.enter_context(open_journal(output / f".{role}.journal", folders, digest, options))
+            own = stack.enter_context(open_journal(_journal(output, role), inputs, options))
         route = route_of(options, own)
         loaded = options.load(model, adapter=adapter, dtype=route.dtype)
         work = prepare(test_set, loaded, options, route)
+        inputs.require_unchanged()
+        identity = identify(role, model, adapter, loaded)
         journal = own
         if states is not None:
             kept = open_states(Path(states) / f"{role}.journal", folders, loaded, work, route)
@@ -114,20 +119,29 @@ def validate(
         recipe = Recipe(OPEN_SCORING, {"replica": replica, "keep": states is not None}, replica.gpu)
         logprobs = score(loaded, work, route, f"Validate {role}", journal, progress, where, recipe, log)
         work.findings.extend(log.findings())
-        result, table = _result(model, adapter, role, digest, loaded, work, logprobs)
+        result, table = _result(identity, inputs, loaded, work, logprobs)
         log.write(output / f"{role}.chunks.jsonl", wanted=where.elsewhere)
         write_bytes(output / f"{role}.parquet", table)
         write_record(output / f"{role}.json", result)
-        if own:
+        if own and not keep_journal:
             own.remove()
     return result
 
 
+def forget_journal(output: Path, role: str) -> None:
+    """Remove what `validate` left under `keep_journal`."""
+    journal = _journal(output, role)
+    with os_errors(journal, "remove"):
+        journal.unlink(missing_ok=True)
+
+
+def _journal(output: Path, role: str) -> Path:
+    return output / f".{role}.journal"
+
+
 def _result(
-    model: Path,
-    adapter: Path | None,
-    role: str,
-    test_set: FileDigest,
+    identity: ModelIdentity,
+    inputs: Inputs,
     loaded: LoadedModel,
     work: Workload,
     logprobs: list[Floats],
@@ -136,15 +150,15 @@ def _result(
     table = example_table(work.examples, work.rows, logprobs, loaded.tokenizer)
     overall, groups = aggregate(work.examples, logprobs, work.settings.seed)
     result = ValidationResult(
-        model=identify(role, model, adapter, loaded),
-        test_set=test_set,
+        model=identity,
+        test_set=inputs.file,
         settings=work.settings,
         overall=overall,
         groups=groups,
         truncated=work.encoded.truncated,
         straddling=work.encoded.straddling,
         per_example=FileDigest(
-            path=f"{role}.parquet", bytes=len(table), sha256=hashlib.sha256(table).hexdigest()
+            path=f"{identity.role}.parquet", bytes=len(table), sha256=hashlib.sha256(table).hexdigest()
         ),
         partial=work.partial,
         findings=work.findings,
