@@ -58,7 +58,7 @@ def bar(label: str, *, total: int, unit: str) -> Iterator[Advance]:
                 told = now
                 left = (now - began) * (total - done) / done
                 screen.print(
-                    f"  {label}: {done / total:.0%}, {_amount(done, unit)}, about {left:,.0f} s left"
+                    f"  {label}: {done / total:.0%}, {_amount(done, unit)}, about {_span(left)} left"
                 )
 
         yield count
@@ -85,11 +85,21 @@ def _amount(count: float, unit: str) -> str:
 
     if unit == "B":
         return human_bytes(count)
-    return f"{count:,.0f} {unit}" if count >= 10 else f"{count:.1f} {unit}"
+    return f"{count:,.0f} {unit}" if count >= 10 or isinstance(count, int) else f"{count:.1f} {unit}"
+
+
+def _span(seconds: float) -> str:
+    """`70 s`, `25 min`, `4.4 h`: as exact as a guess of what is left deserves."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A plain table: the first column to the left, all others to the right."""
+    """A plain table: the first column to the left, all others to the right.
+
+    Cells may hold rich's markup: what a person or a file has named goes through `plain` first.
+    """
     from rich import box
     from rich.table import Table
 
@@ -99,6 +109,13 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def plain(text: str) -> str:
+    """Text that is shown as it is, whatever brackets it holds."""
+    from rich.markup import escape
+
+    return escape(text)
 
 
 def show_record(record: Record) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorasmith.cli.console import table
-from lorasmith.cli.views import show_findings
+from lorasmith.cli.console import plain, table
+from lorasmith.cli.views import PARTIAL, show_findings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
         ComparisonRecord,
         PairedEffect,
         TensorProof,
+        TokenComparison,
         WeightProof,
     )
+    from lorasmith.records.scoring import TaskEffect
 
 
 def show_merge(record: MergeRecord, console: Console) -> None:
@@ -54,7 +56,13 @@ def show_weights(proof: WeightProof, console: Console) -> None:
         console.print(table("Wrong tensors", _WRONG_COLUMNS, [_wrong_row(tensor) for tensor in wrong[:20]]))
     if proof.differences and shown:
         rows = [
-            (found.tensor, str(found.index), str(found.found), str(found.expected), str(found.ulps))
+            (
+                plain(found.tensor),
+                plain(str(found.index)),
+                str(found.found),
+                str(found.expected),
+                str(found.ulps),
+            )
             for found in proof.differences[:10]
         ]
         columns = ("tensor", "index", "found", "expected", "ulps")
@@ -66,13 +74,20 @@ _WRONG_COLUMNS = ("tensor", "kind", "elements", "wrong", "largest distance in ul
 
 
 def _wrong_row(tensor: TensorProof) -> tuple[str, ...]:
-    return (tensor.name, tensor.kind, f"{tensor.elements:,}", f"{tensor.wrong:,}", f"{tensor.max_ulps:,}")
+    return (
+        plain(tensor.name),
+        tensor.kind,
+        f"{tensor.elements:,}",
+        f"{tensor.wrong:,}",
+        f"{tensor.max_ulps:,}",
+    )
 
 
 def show_behaviour(proof: BehaviourProof, console: Console) -> None:
     """The grade of the behaviour and the numbers that decided it, beside the noise floor."""
     colour = {"drifted": "red", "not measured": "yellow"}.get(proof.grade, "green")
-    console.print(f"Behaviour: [{colour}]{proof.grade}[/] on {proof.overall.tokens:,} tokens")
+    part = f" ({PARTIAL})" if proof.partial else ""
+    console.print(f"Behaviour: [{colour}]{proof.grade}[/] on {proof.overall.tokens:,} tokens{part}")
     for reason in proof.reasons:
         console.print(f"  {reason}", markup=False, soft_wrap=True)
     found, floor, serving = proof.overall, proof.floor, proof.serving
@@ -85,6 +100,8 @@ def show_behaviour(proof: BehaviourProof, console: Console) -> None:
     ]
     columns = ("adapter against merged", *(title for _, title in against))
     console.print(table("Token by token", columns, rows))
+    _show_sources(proof, console)
+    _show_flips(proof, console)
     if proof.generation:
         wrote = proof.generation
         console.print(
@@ -94,25 +111,93 @@ def show_behaviour(proof: BehaviourProof, console: Console) -> None:
     show_findings(proof.findings, console)
 
 
-_COMPARED: tuple[tuple[str, Callable[..., str]], ...] = (
+def _kl_mean(found: TokenComparison) -> str:
+    error = found.kl.standard_error
+    return f"{found.kl.mean:.2e}" + ("" if error is None else f" ± {error:.0e}")
+
+
+_COMPARED: tuple[tuple[str, Callable[[TokenComparison], str]], ...] = (
+    ("tokens", lambda found: f"{found.tokens:,}"),
     ("loss Δ", lambda found: f"{found.loss_delta:+.2e}"),
     ("perplexity Δ", lambda found: f"{found.perplexity_delta:+.2e}"),
-    ("mean KL", lambda found: f"{found.kl.mean:.2e} ± {found.kl.standard_error:.0e}"),
+    ("perplexity ratio", lambda found: f"{found.perplexity_ratio:.6f}"),
+    ("mean KL", _kl_mean),
+    ("median KL", lambda found: f"{found.kl.median:.2e}"),
+    ("90 % KL", lambda found: f"{found.kl.q90:.2e}"),
+    ("95 % KL", lambda found: f"{found.kl.q95:.2e}"),
+    ("99 % KL", lambda found: f"{found.kl.q99:.2e}"),
     ("99.9 % KL", lambda found: f"{found.kl.q999:.2e}"),
     ("largest KL", lambda found: f"{found.kl.max:.2e}"),
+    ("mean Δp", lambda found: f"{found.delta_p_mean:+.2e}"),
+    ("RMS Δp", lambda found: f"{found.delta_p_rms:.2e}"),
+    ("largest |Δ log p|", lambda found: f"{found.max_abs_delta:.2e}"),
     ("top-1 agreement", lambda found: f"{found.top1_agreement:.2%}"),
 )
 
 
+def _show_sources(proof: BehaviourProof, console: Console) -> None:
+    sources = proof.groups.get("source", {})
+    rows = [
+        (
+            plain(name),
+            f"{found.tokens:,}",
+            f"{found.loss_delta:+.2e}",
+            _kl_mean(found),
+            f"{found.kl.q999:.2e}",
+            f"{found.top1_agreement:.2%}",
+        )
+        for name, found in sources.items()
+    ]
+    if len(rows) > 1:
+        columns = ("source", "tokens", "loss Δ", "mean KL", "99.9 % KL", "top-1")
+        console.print(table("By source", columns, rows))
+
+
+SHOWN_FLIPS = 5
+"""Positions with another likeliest token that the terminal lists; the record has all of them."""
+
+
+def _show_flips(proof: BehaviourProof, console: Console) -> None:
+    if not proof.flips:
+        return
+    worst = sorted(proof.flips, key=lambda flip: -flip.margin)[:SHOWN_FLIPS]
+    rows = [
+        (plain(flip.example), str(flip.position), str(flip.token_a), str(flip.token_b), f"{flip.margin:.2e}")
+        for flip in worst
+    ]
+    title = f"Other likeliest token at {len(proof.flips):,} of {proof.overall.tokens:,} positions"
+    columns = ("row", "position", "adapter's", "merged's", "margin in nats")
+    console.print(table(title + (", by margin" if len(rows) > 1 else ""), columns, rows))
+
+
 def show_comparison(record: ComparisonRecord, console: Console) -> None:
-    """What the adapter does to the base, and what the merge does to the adapter."""
+    """What the adapter does to the base, by source and metric as well, and what the merge does to it."""
     effects = [("merged against adapter", record.merge_effect)]
     if record.adapter_effect:
         effects.insert(0, ("adapter against base", record.adapter_effect))
-    rows = [(name, f"{effect.loss_delta:+.6f}", _span(effect), effect.verdict) for name, effect in effects]
-    console.print(table("Effects on the loss", ("", "Δ", "95 % interval", "verdict"), rows))
+    rows = [_effect_row(name, effect) for name, effect in effects]
+    sources = record.adapter_effect_groups.get("source", {})
+    if len(sources) > 1:
+        rows[1:1] = [_effect_row(plain(f"  on {name}"), effect) for name, effect in sources.items()]
+    columns = ("", "Δ", "95 % interval", "p", "verdict")
+    console.print(table("Effects on the loss", columns, rows))
+    for kind, title in (("effect", "adapter against base"), ("merge", "merged against adapter")):
+        found = record.task_effects.get(kind, [])
+        if found:
+            metrics = [
+                (plain(f"{one.benchmark} {one.metric}"), f"{one.delta:+.2%}", *_judged(one, "{:+.2%}"))
+                for one in found
+            ]
+            console.print(table(f"Effects on the benchmarks' own metrics, {title}", columns, metrics))
 
 
-def _span(effect: PairedEffect) -> str:
+def _effect_row(name: str, effect: PairedEffect) -> tuple[str, ...]:
+    return (name, f"{effect.loss_delta:+.6f}", *_judged(effect, "{:+.6f}"))
+
+
+def _judged(effect: PairedEffect | TaskEffect, number: str) -> tuple[str, str, str]:
+    """Interval, p-value and verdict."""
     found = effect.interval
-    return f"{found.low:+.6f} to {found.high:+.6f}" if found else "not measured"
+    colour = {"helps": "green", "hurts": "red"}.get(effect.verdict)
+    span = f"{number.format(found.low)} to {number.format(found.high)}" if found else "not measured"
+    return span, f"{effect.p_value:.2g}", f"[{colour}]{effect.verdict}[/]" if colour else effect.verdict

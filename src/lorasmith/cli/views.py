@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorasmith.cli.console import table
+from lorasmith.cli.console import plain, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +22,8 @@ _MARK = {
     "fail": "[red]✗ fail[/]",
     "not measured": "[yellow]– not measured[/]",
 }
+PARTIAL = "a part of the test set"
+"""Stands wherever figures are those of a quick look (`--limit`)."""
 _ROLE = {"base": "Base Model", "adapter": "LoRA Model", "merged": "Merged Model"}
 
 
@@ -30,7 +32,7 @@ def show_findings(findings: Sequence[Finding], console: Console) -> None:
     colours = {"error": "red", "warning": "yellow", "note": "cyan"}
     for finding in findings:
         colour = colours.get(finding.severity, "white")
-        console.print(f"  [{colour}]{finding.severity}[/] {finding.message}", soft_wrap=True)
+        console.print(f"  [{colour}]{finding.severity}[/] {plain(finding.message)}", soft_wrap=True)
         for label, text in (("where", finding.where), ("to do", finding.remedy)):
             if text:
                 console.print(f"    {label}: {text}", markup=False, soft_wrap=True)
@@ -39,7 +41,7 @@ def show_findings(findings: Sequence[Finding], console: Console) -> None:
 def show_statistics(record: DatasetStatistics, console: Console) -> None:
     """Counts by source, domain and difficulty."""
     rows = [
-        (f"{kind} {name}", str(count))
+        (plain(f"{kind} {name}"), str(count))
         for kind, counts in (
             ("source", record.by_source),
             ("domain", record.by_domain),
@@ -54,11 +56,13 @@ def show_statistics(record: DatasetStatistics, console: Console) -> None:
 def show_contamination(record: ContaminationRecord, console: Console) -> None:
     """Whether the test set is independent of the training data, and the first rows that are not."""
     colour = {"independent": "green", "contaminated": "red"}.get(record.verdict, "yellow")
-    reason = f": {record.reason}" if record.reason else ""
+    reason = f": {plain(record.reason)}" if record.reason else ""
     console.print(
         f"Independence from the training data: [{colour}]{record.verdict}[/]{reason}", soft_wrap=True
     )
-    rows = [(hit.kind, hit.test_id, hit.train_id, f"{hit.score:.2f}") for hit in record.hits[:10]]
+    rows = [
+        (hit.kind, plain(hit.test_id), plain(hit.train_id), f"{hit.score:.2f}") for hit in record.hits[:10]
+    ]
     if rows:
         console.print(table("First overlaps", ("kind", "test row", "training row", "score"), rows))
 
@@ -71,19 +75,27 @@ def show_validation(result: ValidationResult, console: Console) -> None:
     console.print(f"  Perplexity: {whole.perplexity:.4f}")
     sources = result.groups.get("source", {})
     cut = f", {result.truncated} cut at {result.settings.max_length} tokens" if result.truncated else ""
-    part = " (a part of the test set)" if result.partial else ""
+    part = f" ({PARTIAL})" if result.partial else ""
     plural = "s" if len(sources) != 1 else ""
     console.print(
         f"  Examples: {whole.examples} ({len(sources)} source{plural}), {whole.tokens:,} tokens{cut}{part}"
     )
     rows = [
-        (f"{kind} {name}", str(found.examples), f"{found.loss:.4f}", f"{found.perplexity:.3f}")
+        (
+            plain(f"{kind} {name}"),
+            str(found.examples),
+            f"{found.tokens:,}",
+            f"{found.loss:.4f}",
+            f"{found.interval.low:.4f} to {found.interval.high:.4f}" if found.interval else "not measured",
+            f"{found.perplexity:.3f}",
+        )
         for kind in ("source", "domain", "difficulty")
         for name, found in result.groups.get(kind, {}).items()
         if len(result.groups[kind]) > 1
     ]
     if rows:
-        console.print(table("By group", ("group", "examples", "loss", "perplexity"), rows))
+        columns = ("group", "examples", "tokens", "loss", "95 % interval", "perplexity")
+        console.print(table("By group", columns, rows))
     show_findings(result.findings, console)
 
 
@@ -106,7 +118,9 @@ def show_tasks(result: TaskResult, console: Console) -> None:
         for metric in result.metrics
     ]
     columns = ("metric", "by", "value", "95 % interval", "scored", "cut off")
-    console.print(table("The benchmarks' own metrics", columns, rows))
+    part = f" ({PARTIAL})" if result.partial else ""
+    role = _ROLE.get(result.model.role, result.model.role)
+    console.print(table(f"{role}, the benchmarks' own metrics{part}", columns, rows))
     show_findings(result.findings, console)
 
 
@@ -132,7 +146,7 @@ def show_gates(record: GateRecord, console: Console) -> None:
 
     rows = [
         (
-            result.gate.name,
+            plain(result.gate.name),
             found(result),
             f"{result.gate.comparison} {show(result.gate.threshold)}",
             _MARK[result.verdict],

@@ -79,14 +79,15 @@ def mean_interval(sums: Array, counts: Array, seed: int) -> Interval | None:
     return bootstrap(lambda drawn: (drawn @ sums) / (drawn @ counts), len(sums), seed)
 
 
-def clustered_error(sums: Array, counts: Array) -> float:
+def clustered_error(sums: Array, counts: Array) -> float | None:
     """Standard error of Σ sums / Σ counts with examples as clusters of tokens (linearised ratio estimator).
 
-    sqrt(m/(m−1) · Σᵢ (sᵢ − r·nᵢ)²) / Σ nᵢ for m examples with sums sᵢ over nᵢ tokens and ratio r; 0 for one.
+    sqrt(m/(m−1) · Σᵢ (sᵢ − r·nᵢ)²) / Σ nᵢ for m examples with sums sᵢ over nᵢ tokens and ratio r. None for
+    one example: it does not tell.
     """
     m = len(sums)
     if m < 2:
-        return 0.0
+        return None
     residual = sums - sums.sum() / counts.sum() * counts
     return float(np.sqrt(m / (m - 1) * np.sum(residual**2)) / counts.sum())
 

@@ -9,22 +9,23 @@ from typing import Any
 
 import torch
 
-from lorasmith.checkpoint.jsonfile import read_object
-from lorasmith.checkpoint.model import text_config
-from lorasmith.errors import CheckpointError
 from lorasmith.executors.base import Executor, Recipe
 from lorasmith.executors.log import ChunkLog
 from lorasmith.files.journal import Journal
 from lorasmith.models.arithmetic import Route
-from lorasmith.models.encode import encode_examples
 from lorasmith.models.inputs import Inputs
-from lorasmith.models.load import LoadedModel, has_tokenizer, load_tokenizer, require_file
+from lorasmith.models.load import LoadedModel, has_tokenizer
 from lorasmith.models.memory import release_memory
 from lorasmith.models.replica import OPEN_SCORING, Replica
 from lorasmith.models.session import ScoringOptions, Workload, identify, prepare
 from lorasmith.models.states import open_states
-from lorasmith.models.template import resolve_template
 from lorasmith.progress import Progress
+from lorasmith.proving.behaviour_fit import (
+    announced_vocabulary,
+    check_vocabulary,
+    compare_tokenizers,
+    model_config,
+)
 from lorasmith.proving.behaviour_generation import TextJournals, Texts, compare_texts, write_texts
 from lorasmith.proving.behaviour_measure import Floor, Side, is_finite, noise_floor, run_side, serving_floor
 from lorasmith.records.base import Finding
@@ -97,11 +98,11 @@ class AdapterRun:
 def run_adapter(asked: Comparison, stack: ExitStack) -> AdapterRun:
     """Run the adapter on its base and measure its floors; the journal of its states stays open on `stack`."""
     loaded = asked.options.load(asked.base, adapter=asked.adapter)
-    _check_vocabulary(loaded.vocabulary, _announced_vocabulary(asked.merged), asked.merged)
+    check_vocabulary(loaded.vocabulary, announced_vocabulary(asked.merged), asked.merged)
     work = prepare(asked.test_set, loaded, asked.options, asked.route)
     asked.inputs.require_unchanged()
     identity = identify("adapter", asked.base, asked.adapter, loaded)
-    obstacles, findings = _compare_tokenizers(work, asked.merged)
+    obstacles, findings = compare_tokenizers(work, asked.merged)
     journal = stack.enter_context(
         open_states(asked.states / "adapter.journal", [asked.base, asked.adapter], loaded, work, asked.route)
     )
@@ -169,7 +170,7 @@ def _texts(
 def _serving(asked: Comparison, work: Workload, side: Side, findings: list[Finding]) -> Floor | None:
     """The adapter in the 16 bits that the merged model, else the base, is stored in; None for float32."""
     types = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-    stored = [_config(folder) for folder in (asked.merged, asked.base)]
+    stored = [model_config(folder) for folder in (asked.merged, asked.base)]
     named = [str(config.get("dtype") or config.get("torch_dtype")) for config in stored]
     dtype = next((types[name] for name in named if name in types), None)
     if dtype is None:
@@ -191,62 +192,3 @@ def _serving(asked: Comparison, work: Workload, side: Side, findings: list[Findi
         )
     )
     return None
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    require_file(folder, "config.json", CheckpointError)
-    return read_object(folder / "config.json", CheckpointError)
-
-
-def _announced_vocabulary(folder: Path) -> int | None:
-    """As its config says it: known before the model is loaded."""
-    announced = text_config(_config(folder)).get("vocab_size")
-    return announced if isinstance(announced, int) else None
-
-
-def _check_vocabulary(ours: int, merged: int | None, folder: Path) -> None:
-    if merged is not None and ours != merged:
-        raise CheckpointError(
-            f"the merged model has {merged:,} embedding rows, base and adapter {ours:,}",
-            where=folder,
-            expected="two models of one vocabulary",
-            remedy="merge this adapter into this base again",
-        )
-
-
-def _compare_tokenizers(work: Workload, folder: Path) -> tuple[list[str], list[Finding]]:
-    """Would the merged folder put the same tokens to its model? Obstacles to a grade, and findings."""
-    if not has_tokenizer(folder):
-        finding = Finding(
-            severity="warning",
-            code="no-tokenizer",
-            message="the merged folder has no tokenizer; the adapter's was used for both models",
-            where=folder.name,
-            remedy="copy the tokenizer files into it, or merge again",
-        )
-        return [], [finding]
-    tokenizer, template = load_tokenizer(folder), work.settings.template
-    if resolve_template(tokenizer, "auto") == "plain" and template == "chat":
-        different = len(work.rows)
-    else:
-        own = encode_examples(
-            work.examples,
-            tokenizer,
-            template=template,
-            end_of_turn=work.settings.end_of_turn,
-            max_length=work.settings.max_length,
-            loss_on=work.settings.loss_on,
-        )
-        different = sum(one.ids != two.ids for one, two in zip(work.rows, own.rows, strict=True))
-    if not different:
-        return [], []
-    message = f"the merged folder's own tokenizer or chat template gives other tokens on {different} rows"
-    finding = Finding(
-        severity="error",
-        code="tokenizer-differs",
-        message=message,
-        where=folder.name,
-        expected="the tokenizer and the chat template that the adapter is used with",
-        remedy="copy the tokenizer files and the chat template of the adapter into it, or merge again",
-    )
-    return [message], [finding]

@@ -70,7 +70,8 @@ class KLStatistics(Part):
     """Kullback–Leibler divergence per token, adapter ‖ other, over the full vocabulary, in nats."""
 
     mean: float
-    standard_error: float
+    standard_error: float | None
+    """Of the mean, with examples as clusters of tokens; None for a single example."""
     median: float
     q90: float
     q95: float
