@@ -21,6 +21,7 @@ from lorasmith.errors import BudgetError, InputError, os_errors
 from lorasmith.files.atomic import read_record, write_record
 from lorasmith.files.deadline import OutOfTime, stop_after
 from lorasmith.files.digests import describe, digest_path, folder_files
+from lorasmith.files.elsewhere import counted
 from lorasmith.files.machine import hardware, peak_memory, reset_peak_memory, return_memory
 from lorasmith.files.meter import this_machine
 from lorasmith.files.sealed import lock_file
@@ -181,15 +182,16 @@ def measure(name: str, action: Callable[[], object]) -> StageTiming:
     can_reset = reset_peak_memory()
     started = datetime.now(UTC).isoformat(timespec="seconds")
     wall, cpu = time.perf_counter(), _cpu_seconds()
-    with this_machine().running() as devices:
+    with counted() as others, this_machine().running() as devices:
         action()
     return StageTiming(
         stage=name,
         wall_seconds=round(time.perf_counter() - wall, 3),
-        cpu_seconds=round(_cpu_seconds() - cpu, 3),
+        cpu_seconds=round(_cpu_seconds() - cpu + others.cpu_seconds, 3),
         peak_rss_bytes=peak_memory() if can_reset else None,
+        worker_peak_rss_bytes=others.peak_rss_bytes,
         started=started,
-        **vars(devices),
+        **vars(others.with_these(devices)),
     )
 
 

@@ -11,7 +11,7 @@ from lorasmith.executors.base import Recipe
 from lorasmith.executors.chunks import Waiting
 from lorasmith.executors.local import kept
 from lorasmith.executors.log import ChunkLog
-from lorasmith.executors.worker import Worker, unpack_error
+from lorasmith.executors.worker import Answer, Worker, unpack_error
 from lorasmith.files.journal import Journal, Rows
 from lorasmith.records.conditions import Conditions
 
@@ -56,8 +56,7 @@ class Nearby:
         worker._stack.close()
 
 
-def answered(answer: tuple[str, bytes]) -> bytes:
-    status, packed = answer
-    if status == "failed":
-        raise unpack_error(packed)
-    return packed
+def answered(answer: Answer) -> bytes:
+    if answer.status == "failed":
+        raise unpack_error(answer.packed)
+    return answer.packed

@@ -26,15 +26,29 @@ class Squares:
         marks: str = "",
         awaited: str = "",
         waits: bool = True,
+        count: int = 0,
+        burns: float = 0.0,
+        ballast: int = 0,
+        power: str = "",
     ) -> None:
         self.pause, self.largest, self.kill_on, self.fail_on = pause, largest, kill_on, fail_on
-        self.marks, self.awaited, self.waits = marks, awaited, waits
+        self.marks, self.awaited, self.waits, self.count = marks, awaited, waits, count
+        self.burns, self.ballast, self.power = burns, ballast, power
         self.bonus = 0
 
     def run(self, rows: tuple[int, ...]) -> list[int]:
-        if self.marks:
+        if self.count:
+            meet_others(Path(self.marks), self.count)
+        elif self.marks:
             self.meet(Path(self.marks))
         time.sleep(self.pause)
+        held = bytearray(self.ballast)
+        until = time.process_time() + self.burns
+        while time.process_time() < until:
+            pass
+        if self.power:
+            add_joule(Path(self.power))
+        del held
         if self.kill_on in rows:
             os._exit(1)
         if self.fail_on in rows:
@@ -84,4 +98,37 @@ class Squares:
 
 @contextmanager
 def open_squares(**settings: Any) -> Iterator[Squares]:
+    if settings.get("power"):
+        give_counters(Path(settings["power"]))
     yield Squares(**settings)
+
+
+def node() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def meet_others(folder: Path, count: int) -> None:
+    """Each node notes that it works, and waits until so many do."""
+    until = time.monotonic() + 120
+    (folder / node()).touch()
+    while len(list(folder.iterdir())) < count and time.monotonic() < until:
+        time.sleep(0.02)
+
+
+def give_counters(folder: Path) -> None:
+    """Let each node of the tests' cluster be a machine of its own, with a package that counts its energy."""
+    from lorasmith.files import devices
+
+    zone = folder / node() / "intel-rapl:0"
+    if not zone.exists():
+        zone.mkdir(parents=True)
+        for file, text in (("name", "package-0"), ("energy_uj", "0"), ("max_energy_range_uj", "999999999")):
+            (zone / file).write_text(text)
+    devices.POWERCAP, devices.machine_name = zone.parent, node
+
+
+def add_joule(folder: Path) -> None:
+    counter = folder / node() / "intel-rapl:0" / "energy_uj"
+    counter.write_text(str(int(counter.read_text()) + 1_000_000))

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lorasmith
 from lorasmith.files.jsonl import write_rows
 from lorasmith.followup.respond import RespondOptions, respond
 from lorasmith.followup.respond_cluster import ClusterEngine
 from lorasmith.followup.respond_engines import TransformersEngine
+from lorasmith.followup.respond_watch import Unwatched
 from lorasmith.records.conditions import ChunkRecord, Conditions
+from lorasmith.records.followup import RespondRecord
 from lorasmith.scoring.tasks import evaluate_tasks
 from tests.executors.nearby import Nearby
 from tests.scoring.test_tasks import drop, mmlu
@@ -126,3 +129,86 @@ def test_responses_made_under_several_conditions_are_labelled(place: Path, tmp_p
     assert "kind 0" in finding.message and "kind 1" in finding.message
     lines = chunks(tmp_path / "r.chunks.jsonl")
     assert sorted(row for line in lines for row in line.rows) == list(range(ROWS))
+
+
+class Elsewhere(Nearby):
+    """A cluster of another processor."""
+
+    def __init__(self, processor: str) -> None:
+        super().__init__()
+        self.processor = processor
+
+    def work_through(self, *arguments: Any) -> Any:
+        log = arguments[-1]
+        for rows, answers in super().work_through(*arguments):
+            log.note(rows, Conditions(device="cpu", processor=self.processor, threads=1))
+            yield rows, answers
+
+
+class BreaksOff(Unwatched):
+    """The command ends after so many rows."""
+
+    def __init__(self, rows: int) -> None:
+        self.left = rows
+
+    def moved(self, rows: int, tokens: int) -> None:
+        self.left -= rows
+        if self.left <= 0:
+            raise KeyboardInterrupt
+
+
+def test_a_command_that_goes_on_elsewhere_keeps_what_computed_the_first_answers(
+    place: Path, tmp_path: Path
+) -> None:
+    """Begun on one cluster, gone on with in this process, ended on another cluster; then more rows come."""
+    data, output = tmp_path / "rows.jsonl", tmp_path / "r.jsonl"
+    lines = (place / "test.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join(lines[2:]))
+    options = RespondOptions(max_new_tokens=3, batch_size=1, device="cpu")
+
+    def go_on(executor: Nearby | None, break_after: int | None = None) -> RespondRecord:
+        watcher = BreaksOff(break_after) if break_after else None
+        return respond(place / "base", data, output, options=options, executor=executor, watcher=watcher)
+
+    for executor in (Elsewhere("one"), None):
+        with pytest.raises(KeyboardInterrupt):
+            go_on(executor, break_after=3)
+    record = go_on(Elsewhere("two"))
+    told = {line.conditions.processor: line.rows for line in chunks(tmp_path / "r.chunks.jsonl")}
+    here = next(name for name in told if name not in ("one", "two"))
+    counts = dict.fromkeys(("one", here, "two"), 0)
+    for line in chunks(tmp_path / "r.chunks.jsonl"):
+        counts[line.conditions.processor] += len(line.rows)
+    assert counts == {"one": 3, here: 3, "two": ROWS - 2 - 6}
+    (finding,) = [one for one in record.findings if one.code == "mixed-hardware"]
+    assert "one" in finding.message and "two" in finding.message
+    # Two rows more, above the others: the earlier ones keep what is known of them, at their new places.
+    before = {key: line.conditions for line in chunks(tmp_path / "r.chunks.jsonl") for key in line.keys or ()}
+    data.write_text("".join(lines))
+    go_on(Elsewhere("two"))
+    after = chunks(tmp_path / "r.chunks.jsonl")
+    assert sorted(row for line in after for row in line.rows) == list(range(ROWS))
+    found = {key: line.conditions for line in after for key in line.keys or ()}
+    assert {key: found[key] for key in before} == before and len(found) == ROWS
+
+
+def test_an_extraction_in_one_process_that_changes_is_labelled_too(place: Path, tmp_path: Path) -> None:
+    options = RespondOptions(max_new_tokens=3, batch_size=1, device="cpu")
+    threads = torch.get_num_threads()
+
+    def go_on(break_after: int | None = None) -> RespondRecord:
+        watcher = BreaksOff(break_after) if break_after else None
+        return respond(
+            place / "base", place / "test.jsonl", tmp_path / "r.jsonl", options=options, watcher=watcher
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        go_on(break_after=4)
+    torch.set_num_threads(threads + 1)
+    try:
+        record = go_on()
+    finally:
+        torch.set_num_threads(threads)
+    assert [one.code for one in record.findings].count("mixed-hardware") == 1
+    lines = chunks(tmp_path / "r.chunks.jsonl")
+    assert sorted(len(line.rows) for line in lines) == [4, ROWS - 4]

@@ -34,11 +34,13 @@ def test_a_run_without_price_and_counters(run: Path) -> None:
 def test_a_rented_run_with_a_gpu(run: Path) -> None:
     record = read_record(run / "timing.json", TimingRecord)
     busy = {"gpu_seconds": 40.0, "gpu_joules": 7200.0, "gpu_peak_bytes": 17 * 10**9}
+    busy["worker_peak_rss_bytes"] = 5 * 10**9
     stages = [stage.model_copy(update=busy) for stage in record.stages]
     write_record(run / "timing.json", record.model_copy(update={"stages": stages, "price_per_hour": 1.5}))
     write_record(run / "rentals.json", RentalRecord(rentals=[a_rental(max_cost=2.0)]))
     found = section(run)
     assert "GPU busy" in found and "2 Wh" in found and "GPU 17.0 GB" in found
+    assert "worker 5.0 GB" in found
     assert "renting, installing, copying" in found and "traffic $0.08" in found
     assert "Planned $2.75, actual $3.08." in found
     assert '<span class="badge bad">over budget</span> $3.08 of $2.00' in found

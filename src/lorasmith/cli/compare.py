@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorasmith.cli.cluster import with_executor
 from lorasmith.cli.options import (
     Adapter,
     Arithmetic,
@@ -17,26 +18,24 @@ from lorasmith.cli.options import (
     Device,
     DeviceMap,
     EndOfTurn,
-    ExecutorName,
     Limit,
     LossOn,
     MaxLength,
     Merged,
-    RayAddress,
     Seed,
     ShuffleSeed,
     States,
     Strict,
     Template,
     TestSet,
-    WorkerCount,
-    WorkerGpus,
-    WorkerThreads,
-    executor_of,
     taken_by,
 )
 
+if TYPE_CHECKING:
+    from lorasmith.executors.base import Executor
 
+
+@with_executor
 def compare(
     base: Base,
     adapter: Adapter,
@@ -59,11 +58,8 @@ def compare(
         int | None, typer.Option(help="Also let both models write so many tokens after each prompt.")
     ] = None,
     states: States = None,
-    executor: ExecutorName = "local",
-    ray_address: RayAddress = None,
-    workers: WorkerCount = None,
-    worker_threads: WorkerThreads = None,
-    worker_gpus: WorkerGpus = None,
+    *,
+    executor: Executor,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -78,7 +74,6 @@ def compare(
     from lorasmith.cli import proof_views
     from lorasmith.cli.console import bar, console, show_record
 
-    asked["executor"] = executor_of(asked)
     proof = lorasmith.compare(**taken_by(lorasmith.compare, asked), progress=bar)
     if as_json:
         show_record(proof)

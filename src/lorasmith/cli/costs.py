@@ -103,7 +103,8 @@ def _memory(phase: PhaseCost, human_bytes: Callable[[float], str]) -> str:
     if phase.cpu_seconds is None:  # no stage: time between them, or traffic
         return ""
     main = human_bytes(phase.peak_rss_bytes) if phase.peak_rss_bytes else "not measured"
-    return f"{main}, GPU {human_bytes(phase.gpu_peak_bytes)}" if phase.gpu_peak_bytes else main
+    others = (("worker", phase.worker_peak_rss_bytes), ("GPU", phase.gpu_peak_bytes))
+    return ", ".join([main, *(f"{name} {human_bytes(size)}" for name, size in others if size)])
 
 
 def _money(dollars: float | None) -> str:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorasmith.cli.cluster import with_executor
 from lorasmith.cli.options import (
     AsJson,
     Base,
     Device,
-    ExecutorName,
-    RayAddress,
     Seed,
     Template,
-    WorkerCount,
-    WorkerGpus,
-    WorkerThreads,
-    executor_of,
 )
 
+if TYPE_CHECKING:
+    from lorasmith.executors.base import Executor
 
+
+@with_executor
 def merge(
     base: Base,
     adapter: Annotated[
@@ -62,11 +61,8 @@ def merge(
             help="Measure every rounding on --test-set and recommend one; --output gets the record alone.",
         ),
     ] = False,
-    executor: ExecutorName = "local",
-    ray_address: RayAddress = None,
-    workers: WorkerCount = None,
-    worker_threads: WorkerThreads = None,
-    worker_gpus: WorkerGpus = None,
+    *,
+    executor: Executor,
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base: every element is W + s·B·A, rounded once.
@@ -76,15 +72,13 @@ def merge(
 
     Example: `lorasmith merge --base models/base --adapter models/adapter --output models/merged`
     """
-    asked = locals()
     import lorasmith
     from lorasmith.cli import proof_views
     from lorasmith.cli.console import bar, console, show_record
     from lorasmith.errors import UsageError
 
-    chosen = executor_of(asked)
     if compare_roundings:
-        if chosen.elsewhere:
+        if executor.elsewhere:
             raise UsageError("--compare-roundings measures in one process", expected="no --executor ray")
         options = {"calibration": calibration, "seed": seed, "template": template, "device": device}
         _compare(base, adapter, output, test_set, options, as_json=as_json)
@@ -102,7 +96,7 @@ def merge(
         test_set=test_set,
         template=template,
         device=device,
-        executor=chosen,
+        executor=executor,
         progress=bar,
     )
     if as_json:

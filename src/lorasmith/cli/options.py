@@ -5,12 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from lorasmith.executors.base import Executor
 
 Base = Annotated[
     Path,
@@ -82,19 +79,6 @@ WorkerGpus = Annotated[
 GateFormat = Annotated[
     str, typer.Option("--format", help="How gates are printed: text, junit, json, markdown or github.")
 ]
-
-
-def executor_of(arguments: Mapping[str, Any]) -> Executor:
-    """The executor that a command's arguments (its `locals()`) ask for; raises as `make_executor` does."""
-    from lorasmith.executors.base import make_executor
-
-    return make_executor(
-        arguments["executor"],
-        address=arguments["ray_address"],
-        workers=arguments["workers"],
-        threads=arguments["worker_threads"],
-        gpus=arguments["worker_gpus"],
-    )
 
 
 def taken_by(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

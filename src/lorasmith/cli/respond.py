@@ -7,26 +7,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorasmith.cli.cluster import with_executor
 from lorasmith.cli.options import (
     AsJson,
     Device,
-    ExecutorName,
-    RayAddress,
     Seed,
     Template,
-    WorkerCount,
-    WorkerGpus,
-    WorkerThreads,
-    executor_of,
 )
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lorasmith.executors.base import Executor
     from lorasmith.records.base import Finding
     from lorasmith.records.followup import RespondRecord
 
 
+@with_executor
 def respond(
     model: Annotated[Path, typer.Option(help="Folder of the model.", metavar="DIR")],
     data: Annotated[
@@ -61,11 +58,8 @@ def respond(
     price_per_hour: Annotated[
         float | None, typer.Option(help="Price of the machine, to show the cost so far.")
     ] = None,
-    executor: ExecutorName = "local",
-    ray_address: RayAddress = None,
-    workers: WorkerCount = None,
-    worker_threads: WorkerThreads = None,
-    worker_gpus: WorkerGpus = None,
+    *,
+    executor: Executor,
     as_json: AsJson = False,
 ) -> None:
     """Answer every row of a file: resumable, each row once, with continuous batching.
@@ -74,7 +68,6 @@ def respond(
 
     Example: `lorasmith respond --model merged --data train.jsonl --output responses.jsonl`
     """
-    asked = locals()
     from lorasmith.cli.console import console, show_record
     from lorasmith.errors import ExitCode
     from lorasmith.followup.respond import RespondOptions
@@ -97,9 +90,7 @@ def respond(
         price_per_hour=price_per_hour,
     )
     with TerminalRespond(price_per_hour) as watcher:
-        record = answer_all(
-            model, data, output, options=options, watcher=watcher, executor=executor_of(asked)
-        )
+        record = answer_all(model, data, output, options=options, watcher=watcher, executor=executor)
     if as_json:
         show_record(record)
     else:

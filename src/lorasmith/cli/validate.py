@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorasmith.cli.cluster import with_executor
 from lorasmith.cli.options import (
     Arithmetic,
     AsJson,
@@ -15,25 +16,23 @@ from lorasmith.cli.options import (
     Device,
     DeviceMap,
     EndOfTurn,
-    ExecutorName,
     Limit,
     LossOn,
     MaxLength,
-    RayAddress,
     Seed,
     ShuffleSeed,
     States,
     Strict,
     Template,
     TestSet,
-    WorkerCount,
-    WorkerGpus,
-    WorkerThreads,
-    executor_of,
     taken_by,
 )
 
+if TYPE_CHECKING:
+    from lorasmith.executors.base import Executor
 
+
+@with_executor
 def validate(
     model: Annotated[
         Path,
@@ -63,11 +62,8 @@ def validate(
         bool, typer.Option("--tasks", help="Also answer the benchmarks' questions and score the answers.")
     ] = False,
     states: States = None,
-    executor: ExecutorName = "local",
-    ray_address: RayAddress = None,
-    workers: WorkerCount = None,
-    worker_threads: WorkerThreads = None,
-    worker_gpus: WorkerGpus = None,
+    *,
+    executor: Executor,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -80,7 +76,6 @@ def validate(
     from lorasmith.cli import views
     from lorasmith.cli.console import bar, console, show_record, show_records
 
-    asked["executor"] = executor_of(asked)
     if tasks:
         from lorasmith.scoring.tasks import evaluate_tasks, foresee_questions
         from lorasmith.scoring.validate import forget_journal

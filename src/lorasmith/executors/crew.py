@@ -11,8 +11,10 @@ from lorasmith import __version__
 from lorasmith.errors import RemoteError
 from lorasmith.executors.base import Recipe
 from lorasmith.executors.chunks import Waiting
-from lorasmith.executors.worker import Worker, unpack_error
+from lorasmith.executors.worker import Answer, Worker, unpack_error
+from lorasmith.files.elsewhere import note_machine, note_process
 from lorasmith.files.journal import Rows
+from lorasmith.files.meter import this_machine
 from lorasmith.records.conditions import Conditions
 
 _TRIES = 3
@@ -86,6 +88,10 @@ class _Piece:
         self._idle: list[Any] = []
         self._tries: dict[Rows, int] = {}
         self._failed_starts = 0
+        self._known = this_machine().devices
+        """Devices that somebody counts already."""
+        self._meters: list[Any] = []
+        """Workers that count what their machine's devices take, one for each machine that has some."""
 
     def results(self, wanted: int) -> Iterator[Result]:
         """See `Crew.results`."""
@@ -103,6 +109,7 @@ class _Piece:
                 if finished is not None:
                     self._give()  # before the caller has its time with the result
                     yield finished
+        self._read_meters()
 
     def _answered(self) -> list[Any]:
         """What is done by now, after a while at least one: looking at all of them costs as much as at one."""
@@ -127,20 +134,37 @@ class _Piece:
     def _take(self, reference: Any, wanted: int) -> Result | None:
         worker, rows = self._pending.pop(reference)
         try:
-            status, packed = self._ray.get(reference)
+            answer: Answer = self._ray.get(reference)
         except self._ray.exceptions.RayActorError as error:
             self._lost(worker, rows, error, wanted)
             return None
-        if status == "failed":
-            raise unpack_error(packed)
+        note_process(answer.cpu_seconds, answer.peak_rss_bytes)
+        if answer.status == "failed":
+            raise unpack_error(answer.packed)
         self._idle.append(worker)
         if rows is None:
-            self._conditions[worker] = Conditions.model_validate_json(packed)
+            self._conditions[worker] = Conditions.model_validate_json(answer.packed)
+            self._meter(worker, answer.devices)
             return None
-        if status == "too large":
-            self._waiting.too_large(rows, packed.decode())
+        if answer.status == "too large":
+            self._waiting.too_large(rows, answer.packed.decode())
             return None
-        return rows, packed, self._conditions[worker]
+        return rows, answer.packed, self._conditions[worker]
+
+    def _meter(self, worker: Any, devices: frozenset[str]) -> None:
+        """Have the worker count the devices of its machine, unless another one does."""
+        if devices - self._known:
+            worker.meter.remote(self._known)
+            self._known |= devices
+            self._meters.append(worker)
+
+    def _read_meters(self) -> None:
+        """One that is gone has taken its counts along."""
+        for worker in self._meters:
+            try:
+                note_machine(self._ray.get(worker.read_meter.remote()))
+            except self._ray.exceptions.RayActorError:
+                note_machine(None)
 
     def _lost(self, worker: Any, rows: Rows | None, error: BaseException, wanted: int) -> None:
         """A worker is gone, with its machine or alone: its chunk waits again, another takes its place."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from lorasmith.errors import os_errors
@@ -24,6 +25,10 @@ class ChunkLog:
     def note(self, rows: Rows, conditions: Conditions) -> None:
         """A chunk was computed under these conditions."""
         self._by[self._part, rows] = conditions
+
+    def of(self, rows: Rows) -> Conditions:
+        """What a chunk was computed under."""
+        return self._by[self._part, rows]
 
     def note_kept(self, rows: Rows, journal: Journal) -> None:
         """A chunk came out of the journal."""
@@ -56,14 +61,22 @@ class ChunkLog:
         )
         return [finding]
 
-    def write(self, path: Path, *, wanted: bool) -> None:
-        """One line for each chunk, by their rows; no file where that is not wanted and nothing is mixed."""
+    def write(self, path: Path, *, wanted: bool, keys: Sequence[str] | None = None) -> None:
+        """One line for each chunk, by their rows; no file where that is not wanted and nothing is mixed.
+
+        `keys`: what names each row of the data, to be written as well.
+        """
         if not wanted and len(self.kinds()) < 2:
             with os_errors(path, "remove"):
                 path.unlink(missing_ok=True)
             return
         lines = (
-            ChunkRecord(part=part, rows=list(rows), conditions=conditions).model_dump(mode="json")
+            ChunkRecord(
+                part=part,
+                rows=list(rows),
+                keys=None if keys is None else [keys[row] for row in rows],
+                conditions=conditions,
+            ).model_dump(mode="json", exclude_none=True)
             for (part, rows), conditions in sorted(self._by.items(), key=lambda item: item[0])
         )
         write_bytes(path, b"".join(json.dumps(line).encode() + b"\n" for line in lines))

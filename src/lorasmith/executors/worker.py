@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pickle
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorasmith import __version__, errors
 from lorasmith.errors import LorasmithError, MachineError, RemoteError
+from lorasmith.files.devices import Gpus, Packages
 from lorasmith.files.journal import Rows
+from lorasmith.files.machine import peak_memory, reset_peak_memory, return_memory
+from lorasmith.files.meter import Meter, Usage, this_machine
 
-Answer = tuple[str, bytes]
-"""`done` and what was asked for, `too large` and why, or `failed` and the error."""
+
+class Answer(NamedTuple):
+    """`done` and what was asked for, `too large` and why, or `failed` and the error; and what it took."""
+
+    status: str
+    packed: bytes
+    cpu_seconds: float = 0.0
+    """Of this process since its last answer."""
+    peak_rss_bytes: int | None = None
+    """Since the present work was opened; None where the system does not tell."""
+    devices: frozenset[str] = frozenset()
+    """Of this machine, those that tell their energy or how busy they are."""
 
 
 class Worker:
@@ -21,12 +35,17 @@ class Worker:
     def __init__(self) -> None:
         self._stack = ExitStack()
         self._work: Any = None
+        self._can_reset = False
+        self._told_seconds = 0.0
+        self._metered: tuple[ExitStack, Usage] | None = None
 
     def open(self, packed: bytes) -> Answer:
         """Put the present work away and make another; answers with the conditions that it computes under."""
         self._work = None
         self._stack.close()
         self._stack = ExitStack()
+        return_memory()
+        self._can_reset = reset_peak_memory()
         recipe = pickle.loads(packed)
         try:
             _require_version(recipe["version"])
@@ -34,8 +53,25 @@ class Worker:
             make = getattr(importlib.import_module(module), name)
             self._work = self._stack.enter_context(make(**recipe["arguments"]))
         except LorasmithError as error:
-            return "failed", pack_error(error)
-        return "done", self._work.conditions().model_dump_json().encode()
+            return self._answer("failed", pack_error(error))
+        answer = self._answer("done", self._work.conditions().model_dump_json().encode())
+        return answer._replace(devices=this_machine().devices)
+
+    def meter(self, without: frozenset[str]) -> None:
+        """Count what the machine's devices take from now on, all but those named."""
+        self.read_meter()
+        stack = ExitStack()
+        usage = stack.enter_context(Meter(Gpus(without=without), Packages(without=without)).running())
+        self._metered = stack, usage
+
+    def read_meter(self) -> Usage | None:
+        """What they have taken, and the end of counting."""
+        if self._metered is None:
+            return None
+        stack, usage = self._metered
+        self._metered = None
+        stack.close()
+        return usage
 
     def run(self, rows: Rows, parcel: Any = None) -> Answer:
         """The packed result of one chunk."""
@@ -43,15 +79,21 @@ class Worker:
         try:
             if parcel is not None:
                 self._work.take(parcel)
-            return "done", self._work.pack(self._work.run(tuple(rows)))
+            return self._answer("done", self._work.pack(self._work.run(tuple(rows))))
         except LorasmithError as error:
-            return "failed", pack_error(error)
+            return self._answer("failed", pack_error(error))
         except Exception as error:
             if not self._work.out_of_memory(error):
                 raise
             message = (str(error).strip() or type(error).__name__).splitlines()[0]
         self._work.release()
-        return "too large", message.encode()
+        return self._answer("too large", message.encode())
+
+    def _answer(self, status: str, packed: bytes) -> Answer:
+        used = os.times()
+        seconds = used.user + used.system + used.children_user + used.children_system
+        took, self._told_seconds = seconds - self._told_seconds, seconds
+        return Answer(status, packed, took, peak_memory() if self._can_reset else None)
 
 
 def _require_version(wanted: str) -> None:

@@ -34,6 +34,11 @@ class Meter:
     def __init__(self, gpus: Gpus, packages: Packages, seconds: float = SAMPLE_SECONDS) -> None:
         self._gpus, self._packages, self._seconds = gpus, packages, seconds
 
+    @property
+    def devices(self) -> frozenset[str]:
+        """Names of the devices that tell something; the same wherever they are seen."""
+        return frozenset([*self._gpus.names, *self._packages.names])
+
     @contextmanager
     def running(self) -> Iterator[Usage]:
         """The figures of the block; they are complete once it has ended."""

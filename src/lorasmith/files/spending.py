@@ -141,6 +141,7 @@ def _stage(run: str, stage: StageTiming, rate: float | None) -> PhaseCost:
             "gpu_seconds": stage.gpu_seconds,
             "joules": stage.joules,
             "peak_rss_bytes": stage.peak_rss_bytes,
+            "worker_peak_rss_bytes": stage.worker_peak_rss_bytes,
             "gpu_peak_bytes": stage.gpu_peak_bytes,
         }
     )

@@ -81,7 +81,7 @@ def respond(
     `executor` is where rows are answered; this process by default. On a cluster, groups of rows are the
     chunks of work (`respond_cluster.group_size`): a lost worker costs its group. Greedy texts are those of
     one process, log-probabilities are with `whole_groups`. `NAME.chunks.jsonl` tells of each group what
-    computed it, and a finding says where that differs.
+    computed it, those of commands that were broken off included; a finding says where that differs.
     """
     model, data = Path(model), Path(data)
     places, options = Places(Path(output)), options or RespondOptions()
@@ -101,9 +101,6 @@ def respond(
         began = time.monotonic()
         work.run()
         seconds = time.monotonic() - began
-        if isinstance(engine, ClusterEngine):
-            work.findings.extend(engine.log.findings())
-            engine.log.write(places.chunks, wanted=True)
         record = work.publish(FileDigest(path=data.name, bytes=data.stat().st_size, sha256=sha256_file(data)))
         if work.new_rows:
             speed = speed_since_start(work.new_rows, work.new_tokens, seconds, options.price_per_hour)

@@ -22,6 +22,7 @@ from lorasmith.executors.log import ChunkLog
 from lorasmith.files.journal import Rows
 from lorasmith.followup.respond_engines import (
     Engine,
+    Made,
     TransformersEngine,
     check_batch_size,
     default_slots,
@@ -83,7 +84,12 @@ class ClusterEngine(Engine):
         }
         self.gpu = place.type == "cuda"
         self.log = ChunkLog()
-        """What computed each group."""
+        """What computed each group of this command."""
+        self._given: Rows = ()
+        """The group whose answers are being given."""
+
+    def made(self) -> Made:
+        return Made(self._given, self.log.of(self._given))
 
     def stops(self, template: str) -> frozenset[int]:
         with quiet_libraries():
@@ -115,6 +121,7 @@ class ClusterEngine(Engine):
                 on_tokens(sum(len(answer.tokens) + (answer.end is not None) for answer in answers))
                 for row in rows:
                     del every[row]
+                self._given = rows
                 yield from answers
 
 

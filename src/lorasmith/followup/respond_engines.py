@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,29 @@ import torch
 
 from lorasmith.checkpoint.jsonfile import read_object
 from lorasmith.errors import CheckpointError, UsageError
+from lorasmith.files.journal import Rows
 from lorasmith.models.arithmetic import Route, choose_route, resolve_device, use_route
+from lorasmith.models.conditions import conditions_of
 from lorasmith.models.continuous import generate_continuously
 from lorasmith.models.generate import stop_tokens
 from lorasmith.models.load import load_model
 from lorasmith.models.requests import Answer, Limits, Request
 from lorasmith.models.sampling import Sampling
 from lorasmith.models.unpack import gguf_file
+from lorasmith.records.conditions import Conditions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SLOTS_CPU, SLOTS_GPU = 16, 64
 """Rows under way at once. On a processor a step is already bound by arithmetic at 16; a GPU still gains."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """Where an answer comes from."""
+
+    rows: Rows
+    """The group that was handed out with it; none in this process."""
+    conditions: Conditions
 
 
 class Engine(ABC):
@@ -35,6 +48,10 @@ class Engine(ABC):
     """Longest sequence in tokens, where the model has a limit."""
     cuts: bool = False
     """Whether it cuts the requests into groups itself, and so wants all of them at once."""
+
+    def made(self) -> Made | None:
+        """Where the answer comes from that was given last; None where the engine does not tell."""
+        return None
 
     @abstractmethod
     def stops(self, template: str) -> frozenset[int]:
@@ -68,6 +85,9 @@ class TransformersEngine(Engine):
         self.loaded = load_model(model, adapter=adapter, device=place, dtype=DTYPES[self.dtype])
         self.tokenizer, self.context = self.loaded.tokenizer, self.loaded.context
         self.slots = batch_size or default_slots(place.type)
+
+    def made(self) -> Made:
+        return Made((), conditions_of(self.loaded.device))
 
     def stops(self, template: str) -> frozenset[int]:
         return frozenset(stop_tokens(self.loaded, template))

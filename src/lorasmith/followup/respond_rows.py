@@ -13,6 +13,7 @@ from typing import Any
 from lorasmith.errors import DataError
 from lorasmith.files.jsonl import read_rows
 from lorasmith.models.turns import Message
+from lorasmith.records.followup import RespondSettings
 
 _PROMPTS = ("prompt", "question", "instruction", "problem")
 _CONVERSATIONS = ("messages", "conversations")
@@ -44,6 +45,11 @@ class Row:
         metadata = self.value.get("metadata")
         named = metadata.get("source") if isinstance(metadata, dict) else None
         return str(named or self.value.get("source") or "all")
+
+    def key(self, settings: RespondSettings) -> str:
+        """What names its response: the row's content, template, model and sampling."""
+        body = json.dumps({"row": self.content, **settings.model_dump()}, sort_keys=True)
+        return hashlib.sha256(body.encode()).hexdigest()[:32]
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Row]:

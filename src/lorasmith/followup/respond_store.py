@@ -1,7 +1,8 @@
 """Where responses are kept while they are made: each one on disk as soon as its row ends.
 
 One file beside the output: a line of JSON with the settings, then for each row a line of JSON with its key,
-length and checksum, the row's log-probabilities, and a line end. A torn end, as a kill leaves it, is cut off.
+length and checksum, the row's log-probabilities, and a line end. Conditions that rows were made under have a
+line before the first of these rows. A torn end, as a kill leaves it, is cut off.
 """
 
 from __future__ import annotations
@@ -18,10 +19,20 @@ from typing import Any, BinaryIO
 from lorasmith.errors import BusyError, UsageError, os_errors
 from lorasmith.files.sealed import lock_file, read_sealed, sealed_line, sound
 from lorasmith.models.work import Arrays, pack_arrays, unpack_arrays
+from lorasmith.records.conditions import Conditions
 
 _FORMAT = "lorasmith/respond-journal/1"
 _SYNC_SECONDS = 1.0
 """A kill loses nothing that was written; only a power cut could lose what this last second gave."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where one answer comes from."""
+
+    group: str
+    """Names the rows that were answered with it; empty for those of a command in one process."""
+    conditions: Conditions
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,10 @@ class Store:
         """Raises `UsageError` for a file of other settings, `BusyError` for one that is in use."""
         self.path = path
         self.rows: dict[str, Stored] = {}
+        self.origins: dict[str, Origin] = {}
+        """Of those rows of which it is known."""
+        self._conditions: list[Conditions] = []
+        """Numbered as they are in the file."""
         self._synced = time.monotonic()
         with os_errors(path, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,15 +82,28 @@ class Store:
             if not self._handle.closed:
                 self._handle.close()
 
-    def add(self, row: Mapping[str, Any], arrays: Arrays, *, failed: bool = False) -> None:
+    def add(
+        self, row: Mapping[str, Any], arrays: Arrays, *, failed: bool = False, origin: Origin | None = None
+    ) -> None:
         """Keep a finished row; `row["key"]` names it."""
         packed = pack_arrays(arrays)
-        line = sealed_line({"row": dict(row), "failed": failed, "bytes": len(packed)}, packed)
+        body = {"row": dict(row), "failed": failed, "bytes": len(packed)}
         with os_errors(self.path, "write"):
+            if origin is not None:
+                body |= {"group": origin.group, "made_by": self._number(origin.conditions)}
+                self.origins[row["key"]] = origin
+            line = sealed_line(body, packed)
             start = self._append(line + packed + b"\n")
             if time.monotonic() - self._synced >= _SYNC_SECONDS:
                 self._sync()
         self.rows[row["key"]] = Stored(start, len(line), len(packed), failed)
+
+    def _number(self, conditions: Conditions) -> int:
+        """Of these conditions in the file, into which they are written the first time."""
+        if conditions not in self._conditions:
+            self._append(sealed_line({"conditions": conditions.model_dump(mode="json"), "bytes": 0}) + b"\n")
+            self._conditions.append(conditions)
+        return self._conditions.index(conditions)
 
     def row(self, key: str) -> dict[str, Any]:
         """A finished row as it was given to `add`."""
@@ -133,7 +161,13 @@ class Store:
             body, packed = entry
             end = self._handle.tell()
             line = end - start - len(packed) - 1
-            self.rows[body["row"]["key"]] = Stored(start, line, len(packed), bool(body["failed"]))
+            if "conditions" in body:
+                self._conditions.append(Conditions.model_validate(body["conditions"]))
+            else:
+                key = body["row"]["key"]
+                self.rows[key] = Stored(start, line, len(packed), bool(body["failed"]))
+                if "made_by" in body:
+                    self.origins[key] = Origin(body["group"], self._conditions[body["made_by"]])
             start = end
         self._handle.truncate(end)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from lorasmith.files.atomic import write_record
 from lorasmith.followup.respond_engines import Engine
 from lorasmith.followup.respond_figures import count_ends, not_in_data
 from lorasmith.followup.respond_limit import CHECK_ROWS, Length, is_loop, judge_limit
+from lorasmith.followup.respond_made import chunk_log, earlier_origins, origin_of
 from lorasmith.followup.respond_output import (
     Places,
     earlier_failures,
@@ -34,12 +34,6 @@ GROUP_ROWS = 128
 end of each group, where slots run empty, is an eighth."""
 
 
-def row_key(row: Row, settings: RespondSettings) -> str:
-    """What names a response: the row's content, template, model and sampling."""
-    body = json.dumps({"row": row.content, **settings.model_dump()}, sort_keys=True)
-    return hashlib.sha256(body.encode()).hexdigest()[:32]
-
-
 class Work:
     """One command's rows: which are done, which remain, in which order they go."""
 
@@ -56,7 +50,7 @@ class Work:
         self.rows, self.settings, self.places, self.store = rows, settings, places, store
         self.engine, self.around = engine, around
         self.watcher: RespondWatcher = Unwatched()
-        self.keys = [row_key(row, settings) for row in rows]
+        self.keys = [row.key(settings) for row in rows]
         self.earlier = earlier
         known = earlier_failures(places) if places.record.exists() else {}
         known.update({key: store.row(key) for key, kept in store.rows.items() if kept.failed})
@@ -157,7 +151,7 @@ class Work:
         prompt = self.prompts.pop(index)
         arrays = pack_arrays(prompt, answer) if self.settings.top_logprobs else []
         row = self._row(index, answer, len(prompt))
-        self.store.add(row, arrays)
+        self.store.add(row, arrays, origin=origin_of(self.engine.made(), self.keys))
         self.new_rows += 1
         self._note(index, row)
         self.watcher.moved(1, 0)
@@ -216,8 +210,11 @@ class Work:
             self.watcher.found(finding)
 
     def publish(self, data: FileDigest) -> RespondRecord:
-        """Write output, log-probabilities, failed rows and last the record."""
+        """Write output, log-probabilities, failed rows, what computed them, and last the record."""
         done = [key for key in self.keys if self.finished(key) is not None]
+        log = chunk_log(self.keys, done, {**earlier_origins(self.places), **self.store.origins})
+        self.findings += log.findings()
+        log.write(self.places.chunks, wanted=self.engine.cuts or self.places.chunks.exists(), keys=self.keys)
         listed = set(done)
         other = [key for key in [*self.earlier, *self.store.rows] if key not in listed]
         kept = [key for key in dict.fromkeys(other) if self.finished(key) is not None]

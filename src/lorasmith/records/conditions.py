@@ -35,4 +35,6 @@ class ChunkRecord(Part):
     """Which part of the work it belongs to, where there are several, such as `adapter` and `merged`."""
     rows: list[int]
     """Rows of the data file, from 0."""
+    keys: list[str] | None = None
+    """What names each of them in the result, where that outlives their places in the file."""
     conditions: Conditions

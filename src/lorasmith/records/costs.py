@@ -20,6 +20,7 @@ class PhaseCost(Part):
     joules: float | None = None
     """Energy of all devices that tell; None for not measured."""
     peak_rss_bytes: int | None = None
+    worker_peak_rss_bytes: int | None = None
     gpu_peak_bytes: int | None = None
     dollars: float | None
     """None where no price is known."""

@@ -63,15 +63,19 @@ class StageTiming(Part):
     stage: str
     wall_seconds: float
     cpu_seconds: float
+    """Of this process, its children, and a cluster's workers."""
     peak_rss_bytes: int | None
-    """Largest resident memory while the stage ran; None where the system does not tell."""
+    """Largest resident memory of this process while the stage ran; None where the system does not tell."""
+    worker_peak_rss_bytes: int | None = None
+    """Of a cluster's largest worker; None without one."""
     gpu_seconds: float | None = None
     """Busy time of all GPUs: their utilisation times time, sampled. None where none tells."""
     gpu_peak_bytes: int | None = None
     """Most memory in use on all GPUs, sampled."""
     gpu_joules: float | None = None
     cpu_joules: float | None = None
-    """Energy of the GPUs and of the processor packages, whoever used them. None: not measured."""
+    """Energy of the GPUs and of the processor packages, whoever used them, on all machines that worked and
+    tell it. None: not measured."""
     started: str
     """UTC, ISO 8601."""
     reused: bool = False
