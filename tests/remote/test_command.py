@@ -209,6 +209,9 @@ def test_a_command_elsewhere_gives_the_bytes_of_the_command_here(other: Machine,
     assert done.returncode == 0, done.stdout + done.stderr
     assert "done: results fetched and verified" in done.stdout
     assert Path("test.jsonl").read_bytes() == here
+    Path("test.jsonl").unlink()
+    again = lorasmith("remote", "attach")  # the whole log, then the results once more
+    assert again.returncode == 0 and Path("test.jsonl").read_bytes() == here, again.stdout + again.stderr
     status = lorasmith("remote", "status")
     assert "ended, exit code 0" in status.stdout and "verified" in status.stdout
 
@@ -257,7 +260,7 @@ def test_keys_and_offers_that_are_none_as_typed(rows: Path, tmp_path: Path) -> N
         vast = FakeVast(SimulatedClock())
         use(vast)
         wrong = lorasmith(*rented, LORASMITH_VAST_URL=vast.url, VAST_API_KEY="wrong")
-        assert wrong.returncode == 3 and "the key is not accepted" in wrong.stderr
+        assert wrong.returncode == 2 and "the key is not accepted" in wrong.stderr
         typo = lorasmith(*rented[:-6], "--train", "typo.jsonl", *rented[-4:], LORASMITH_VAST_URL=vast.url)
         assert typo.returncode == 2 and "it does not exist" in typo.stderr
         unset = lorasmith(*rented[:6], "--env", "NOWHERE_SET", *rented[6:], LORASMITH_VAST_URL=vast.url)

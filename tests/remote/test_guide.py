@@ -60,6 +60,7 @@ def test_the_messages_of_the_guide_are_those_of_the_program() -> None:
         for message in re.findall(r"`([^`]+)`", cell):
             for part in re.split(r" … |\$1", message):
                 assert part.strip() in source, message
+    assert len(re.findall(r"^\| `.*?` \| [123] \|", table, re.M)) >= 15
 
 
 def test_the_numbers_of_the_guide_are_those_of_the_program() -> None:

@@ -8,9 +8,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,9 +24,10 @@ from lorasmith.remote.ssh import SshTransport
 from lorasmith.remote.state import open_rentals, rental_at, rental_hosts, rentals
 from lorasmith.remote.vast import Vast
 from lorasmith.remote.welcome import open_transport
+from tests.remote.jobs import start
 from tests.remote.machines import SSHD, Machine, machine, make_key
 from tests.remote.rented_machine import vast_for
-from tests.remote.vast_server import KEY, FakeVast, serve
+from tests.remote.vast_server import KEY, FakeInstance, FakeVast, serve
 
 pytestmark = pytest.mark.skipif(not Path(SSHD).exists(), reason="needs Debian's openssh-server and rsync")
 
@@ -234,12 +237,10 @@ def test_every_ending_destroys_the_machine(
     """Ctrl-C, Ctrl-C again while it cleans up, SIGTERM, and a computer without power that comes back."""
     began: dict[str, subprocess.Popen[str]] = {}
     for name in ("interrupted", "terminated", "without power"):
-        began[name] = subprocess.Popen(
+        began[name] = start(
             a_run(shim, tmp_path / name, 300),
             env=variables(vast, name),
-            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
             start_new_session=True,
         )
     heard = {name: _until_it_began(process) for name, process in began.items()}
@@ -270,6 +271,43 @@ def test_every_ending_destroys_the_machine(
     assert not open_rentals()
     for state in (other.home / ".lorasmith" / "jobs").glob("*/state.json"):  # what a real end takes with it
         os.kill(json.loads(state.read_text())["pid"], signal.SIGTERM)
+
+
+@pytest.mark.parametrize("moment", ["the answer to the purchase is under way", "the machine starts"])
+def test_a_computer_that_dies_while_it_rents_leaves_what_reap_needs(
+    vast: FakeVast, shim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """SIGKILL: nothing can be cleaned up. What is on disk from before the request is enough."""
+    buying = moment.startswith("the answer")
+    killed = threading.Event()
+    buy = vast.buy
+
+    def slowly(offer: int, body: dict[str, Any]) -> FakeInstance:
+        bought = buy(offer, body)
+        killed.wait(60)
+        return bought
+
+    if buying:
+        monkeypatch.setattr(vast, "buy", slowly)
+    vast.faults = lambda kind: ""  # no machine comes up by itself
+    environment = variables(vast, "state")
+    process = start(a_run(shim, tmp_path, 300), env=environment, stderr=subprocess.STDOUT)
+    until = time.monotonic() + 60
+    while not vast.bought or not (buying or any(one.state == "rented" for one in rentals())):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    killed.set()
+    (rental,) = rentals()
+    assert (rental.state, rental.instance is None) == ("asked" if buying else "rented", buying)
+    assert len(vast.running()) == 1
+    reaped = subprocess.run(
+        [sys.executable, "-m", "lorasmith.cli.main", "remote", "reap"],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert f"{rental.label}: gone" in reaped.stdout, reaped.stdout + reaped.stderr
+    assert not vast.running() and len(vast.bought) == 1 and not open_rentals()
 
 
 def _until_it_began(process: subprocess.Popen[str]) -> str:

@@ -166,7 +166,7 @@ def _with_config(values: dict[str, Any], found: RemoteCommand) -> dict[str, Any]
     merged = dict(values)
     for key in _CONFIG_PATHS:
         if isinstance(named := body.pop(key, None), str) and values.get(key) is None:
-            merged[key] = file.parent / named
+            merged[key] = Path(named) if named.startswith("hub:") else file.parent / named
     if values.get("price_per_hour") is None:
         merged["price_per_hour"] = body.pop("price_per_hour", None)
     train = body.pop("train", None)

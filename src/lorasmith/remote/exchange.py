@@ -9,14 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorasmith.errors import DamageError, RemoteError, os_errors
+from lorasmith.errors import ConnectionLostError, DamageError, RemoteError, os_errors
 from lorasmith.files.atomic import publish_folder
 from lorasmith.files.machine import human_bytes, require_disk
 from lorasmith.progress import Progress
 from lorasmith.records.base import FileDigest
 from lorasmith.records.remote import Transfer
-from lorasmith.remote.job import Parcel, staging, wrong_files
-from lorasmith.remote.transport import Patience, Transport
+from lorasmith.remote.job import Parcel, delete, differing, staging
+from lorasmith.remote.transport import Patience, Transport, ask
 
 _ROUNDS = 3
 """How often files that arrive damaged are sent again."""
@@ -33,15 +33,16 @@ class Exchange:
     alive: Callable[[], None]
     """Called often; raises to end it."""
 
-    def send(self, parcel: Parcel, verify: Callable[[list[Any]], list[str]]) -> None:
-        """Send the parcel. `verify` has SHA-256 compared there and tells which files are wrong."""
-        files = [(file.path, file.bytes, file.sha256) for file in parcel.files]
-        missing = parcel.names
+    def send(self, parcel: Parcel, missing: list[str], verify: Callable[[list[Any]], list[str]]) -> None:
+        """Send what is missing of the parcel.
+
+        `verify` has SHA-256 compared there, of all of it, and tells which files are wrong.
+        """
         for _ in range(_ROUNDS):
-            self._move(
-                "Upload", parcel.bytes, partial(self.transport.send, parcel.folder, missing, self.folder)
-            )
-            missing = verify(files)
+            if missing:
+                send = partial(self.transport.send, parcel.folder, missing, self.folder)
+                self._move("Upload", parcel.bytes_of(missing), send, partial(self._arrived, missing))
+            missing = verify(parcel.listed)
             if not missing:
                 return
         raise _damaged(missing, self.transport.where, "the SHA-256 of the files here")
@@ -54,17 +55,22 @@ class Exchange:
         total = sum(file.bytes for file in files)
         place, local = staging(item), Path(item.local)
         inner = [file.model_copy(update={"path": _inner(file.path, item.remote)}) for file in files]
+        single = [file.path for file in files] == [item.remote]
+        done = f"{len(files)} files, {human_bytes(total)}: every SHA-256 is the other machine's → {local}"
+        if not differing(local.parent if single else local, inner):
+            return done
         require_disk(place.parent, total, "fetch the results")
         with os_errors(place, "make a folder for the results"):
             place.mkdir(parents=True, exist_ok=True)
-        single = [file.path for file in files] == [item.remote]
         source = f"{self.folder}/{Path(item.remote).parent if single else item.remote}"
         missing = [file.path for file in inner]
         for _ in range(_ROUNDS):
-            self._move("Download", total, partial(self.transport.receive, source, missing, place))
-            missing = wrong_files(item, inner)
+            receive = partial(self.transport.receive, source, missing, place)
+            self._move("Download", total, receive, partial(_sizes, place, missing))
+            missing = differing(place, inner)
             if not missing:
                 break
+            delete(place, missing)
         else:
             raise _damaged(missing, place, "the SHA-256 that the other machine tells")
         if single:
@@ -74,29 +80,56 @@ class Exchange:
                 shutil.rmtree(place, ignore_errors=True)
         else:
             publish_folder(place, local)
-        return f"{len(files)} files, {human_bytes(total)}: every SHA-256 is the other machine's → {local}"
+        return done
 
-    def _move(self, label: str, total: int, copy: Callable[[Callable[[int], None]], None]) -> None:
-        """Copy until it is through, with one bar for all attempts."""
+    def _arrived(self, files: list[str]) -> int:
+        """Bytes of these files that are there."""
+        request = {"do": "arrived", "job": self.folder, "files": files}
+        return int(ask(self.transport, self.patience, request)["bytes"])
+
+    def _move(
+        self,
+        label: str,
+        total: int,
+        copy: Callable[[Callable[[int], None]], None],
+        arrived: Callable[[], int],
+    ) -> None:
+        """Copy until it is through, with one bar for all attempts.
+
+        What has `arrived` tells whether a broken attempt got further: a line that is cut again and again is
+        borne with as long as it carries something each time, even less than rsync tells of.
+        """
         with self.progress(label, total=max(total, 1), unit="B") as advance:
             shown = 0
+            most = arrived()
+
+            def on_bytes(count: int) -> None:
+                nonlocal shown
+                self.alive()
+                step = min(before + count, total) - shown
+                if step > 0:
+                    advance(step)
+                    shown += step
 
             def attempt(moved: Callable[[], None]) -> None:
+                nonlocal before, most
                 before = shown
-
-                def on_bytes(count: int) -> None:
-                    nonlocal shown
-                    self.alive()
-                    if count > 0:
+                try:
+                    copy(on_bytes)
+                except ConnectionLostError:
+                    if (now := arrived()) > most:
+                        most = now
                         moved()
-                    step = min(before + count, total) - shown
-                    if step > 0:
-                        advance(step)
-                        shown += step
+                    raise
 
-                copy(on_bytes)
-
+            before = shown
             self.patience.over(attempt)
+
+
+def _sizes(folder: Path, files: list[str]) -> int:
+    """Bytes of these files that are here."""
+    places = [folder / name for name in files]
+    return sum(place.stat().st_size for place in places if place.is_file())
 
 
 def _damaged(missing: list[str], where: str | Path, expected: str) -> DamageError:

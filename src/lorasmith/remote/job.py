@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from lorasmith.errors import InputError, UsageError, os_errors
 from lorasmith.files.digests import describe, folder_files, hash_file
 from lorasmith.records.base import FileDigest
 from lorasmith.records.remote import HubModel, RemoteJob, Transfer
+from lorasmith.remote.state import own_name
 from lorasmith.remote.wheel import build_wheel, constraints
 
 _TOOL = "in/tool"
@@ -32,14 +33,19 @@ class Parcel:
     """Its path relative to the job's folder."""
 
     @property
-    def names(self) -> list[str]:
-        """Paths relative to the job's folder."""
-        return [file.path for file in self.files]
+    def listed(self) -> list[tuple[str, int, str]]:
+        """Path, size and SHA-256 of each file."""
+        return [(file.path, file.bytes, file.sha256) for file in self.files]
 
     @property
     def bytes(self) -> int:
         """Of all files."""
         return sum(file.bytes for file in self.files)
+
+    def bytes_of(self, names: Collection[str]) -> int:
+        """Of these files."""
+        wanted = set(names)
+        return sum(file.bytes for file in self.files if file.path in wanted)
 
 
 def make_job(
@@ -50,10 +56,12 @@ def make_job(
     outputs: Sequence[Transfer],
     **more: Any,
 ) -> RemoteJob:
-    """A job whose id depends on the machine, the command and the local paths, and on nothing else."""
-    where = [host, port, more.get("folder"), more.get("label")]
-    more.pop("label", None)
-    key = [where, list(command), [item.local for item in (*inputs, *outputs)]]
+    """A job whose id depends on both machines, the command and the local paths, and on nothing else.
+
+    Two computers that give the same command thus work in two folders there.
+    """
+    key = [own_name(), host, port, more.get("folder"), list(command)]
+    key.append([item.local for item in (*inputs, *outputs)])
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
     return RemoteJob(
         id=name,
@@ -108,6 +116,7 @@ def make_plan(job: RemoteJob, parcel: Parcel, job_folder: str) -> dict[str, Any]
     hub = [model.model_dump() for model in job.hub]
     content = {"command": job.command, "files": sent, "hub": hub, "extras": job.extras, "python": job.python}
     tool = [item for item in sent if item[0].startswith(_TOOL)]
+    folder = Path(job_folder).parent.parent
     environment = hashlib.sha256(json.dumps([tool, job.extras, job.python]).encode()).hexdigest()[:16]
     return {
         "sha256": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
@@ -115,7 +124,8 @@ def make_plan(job: RemoteJob, parcel: Parcel, job_folder: str) -> dict[str, Any]
         "hub": hub,
         "extras": job.extras,
         "python": job.python,
-        "env": f"{Path(job_folder).parent.parent}/envs/{environment}",
+        "env": f"{folder}/envs/{environment}",
+        "cache": f"{folder}/hub",
         "wheel": f"{job_folder}/{parcel.wheel}",
         "constraints": f"{job_folder}/{_TOOL}/constraints.txt",
         "pip": [],
@@ -160,14 +170,19 @@ def staging(item: Transfer) -> Path:
     return local.with_name(f".{local.name}.fetching")
 
 
-def wrong_files(item: Transfer, files: Sequence[FileDigest]) -> list[str]:
-    """The names of those files of an output that are not here as they should be; wrong ones are deleted."""
+def differing(folder: Path, files: Sequence[FileDigest]) -> list[str]:
+    """The names of those files that are not in the folder as they should be."""
     wrong = []
     for file in files:
-        path = staging(item) / file.path
+        path = folder / file.path
         with os_errors(path, "read"):
-            if path.is_file() and path.stat().st_size == file.bytes and hash_file(path) == file.sha256:
-                continue
-            path.unlink(missing_ok=True)
-        wrong.append(file.path)
+            if not path.is_file() or path.stat().st_size != file.bytes or hash_file(path) != file.sha256:
+                wrong.append(file.path)
     return wrong
+
+
+def delete(folder: Path, names: Sequence[str]) -> None:
+    """Remove files of a folder, so that they are fetched from their beginning."""
+    for name in names:
+        with os_errors(folder / name, "remove"):
+            (folder / name).unlink(missing_ok=True)

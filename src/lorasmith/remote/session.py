@@ -15,7 +15,7 @@ from lorasmith.records.base import FileDigest
 from lorasmith.records.remote import RemoteJob, RemoteMachine, RemoteStatus
 from lorasmith.remote.exchange import Exchange
 from lorasmith.remote.job import Parcel, input_bytes, make_plan, pack_parcel, require_free_outputs
-from lorasmith.remote.state import save_job
+from lorasmith.remote.state import only_one, save_job
 from lorasmith.remote.transport import Patience, Transport, ask, checked
 
 _ENVIRONMENT_BYTES = 9_000_000_000
@@ -87,7 +87,7 @@ class Session:
             f"{self.transport.where}: {gpus}; {machine.cores} cores, {human_bytes(machine.memory)} memory,"
             f" {human_bytes(machine.disk_free)} free, Python {machine.python}"
         )
-        with pack_parcel(self.job) as parcel:
+        with only_one(self.job.id, self.say), pack_parcel(self.job) as parcel:
             plan = make_plan(self.job, parcel, self.folder)
             if self._begin(plan, parcel, machine):
                 self.say(f"job {self.job.id} runs there by itself; closing this computer changes nothing")
@@ -124,8 +124,13 @@ class Session:
         return True
 
     def upload(self, parcel: Parcel, machine: RemoteMachine) -> None:
-        """Send the parcel and have every file's SHA-256 compared there."""
-        wanted = parcel.bytes * (1 + _OUTPUT_SHARE) + (0 if self.job.python else _ENVIRONMENT_BYTES)
+        """Send what is not there yet of the parcel, and have every file's SHA-256 compared there."""
+        folders = [str(Path(item.remote).parent) for item in self.job.outputs]
+        missing = self.ask("prepare", files=parcel.listed, folders=folders)["missing"]
+        to_send = parcel.bytes_of(missing)
+        if known := parcel.bytes - to_send:
+            self.say(f"{human_bytes(known)} of the inputs are there already; {human_bytes(to_send)} to send")
+        wanted = to_send + parcel.bytes * _OUTPUT_SHARE + (0 if self.job.python else _ENVIRONMENT_BYTES)
         if machine.disk_free < wanted:
             raise DiskError(
                 f"too little disk space on the other machine: {human_bytes(machine.disk_free)} are free",
@@ -134,9 +139,7 @@ class Session:
                 remedy="free some space there, or take --folder on a larger disk",
             )
         self._warn_of_memory(machine)
-        folders = [str(Path(item.remote).parent) for item in self.job.outputs]
-        self.ask("prepare", files=parcel.names, folders=folders)
-        self._exchange().send(parcel, lambda files: list(self.ask("verify", files=files)["wrong"]))
+        self._exchange().send(parcel, missing, lambda files: list(self.ask("verify", files=files)["wrong"]))
 
     def _warn_of_memory(self, machine: RemoteMachine) -> None:
         """A model larger than memory can still be merged, but not scored: said before hours have passed."""
@@ -197,10 +200,11 @@ class Session:
         answer = self.ask("manifest", outputs=[item.remote for item in self.job.outputs])
         files = [FileDigest(path=path, bytes=size, sha256=sha) for path, size, sha in answer["files"]]
         exchange = self._exchange()
-        for item in self.job.outputs:
-            self.say(exchange.fetch(item, files))
-        self.job = self.job.model_copy(update={"fetched": True})
-        save_job(self.job)
+        with only_one(self.job.id, self.say):
+            for item in self.job.outputs:
+                self.say(exchange.fetch(item, files))
+            self.job = self.job.model_copy(update={"fetched": True})
+            save_job(self.job)
 
     def stop(self) -> RemoteStatus:
         """Stop the command as Ctrl-C would; what is finished is kept there."""

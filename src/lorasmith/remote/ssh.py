@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from lorasmith.errors import (
     RemoteError,
     UsageError,
 )
-from lorasmith.remote import rsync, supervise, there
+from lorasmith.remote import kept, rsync, supervise, there
 from lorasmith.remote.hostkeys import Confirm, trust
 from lorasmith.remote.process import piped
 from lorasmith.remote.state import state_folder
@@ -31,6 +33,14 @@ _LAUNCH = """for p in python3 python3.14 python3.13 python3.12 python3.11 /venv/
 /opt/conda/bin/python; do
 case $($p -V 2>/dev/null) in "Python 3.1"[1-9]*|"Python 3."[2-9][0-9]*) exec $p -I -;; esac; done
 echo '@lorasmith {"ok": false, "no_python": true}'; cat >/dev/null"""
+
+# The parts become modules of their own names there, so that they import each other as they do here.
+_PROGRAM = """import json, sys, types
+for name, source in json.loads({parts!r}):
+    part = sys.modules[name] = types.ModuleType(name)
+    exec(compile(source, name, "exec"), part.__dict__)
+part.answer(json.loads({request!r}))
+"""
 
 _PATTERN = re.compile(r"^(?:(?P<user>[^@\s]+)@)?(?P<name>\[[^\]]+\]|[^:@\s]+)(?::(?P<port>\d+))?$")
 _REFUSED = ("Permission denied", "Too many authentication failures", "no such identity")
@@ -83,7 +93,6 @@ class SshTransport:
         self.silence = silence
         self.known_hosts = known_hosts or state_folder() / "known_hosts"
         self._other_hosts = [] if known_hosts else ["~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts"]
-        self._source = Path(there.__file__).read_text()
         self._folder = tempfile.TemporaryDirectory(prefix="lorasmith-ssh-")
         self._config = Path(self._folder.name) / "config"
         self._config.write_text(self._settings(identity))
@@ -137,7 +146,7 @@ class SshTransport:
         """A request with several answers, as they come; the last has `ok`."""
         if request["do"] == "start":
             request = {**request, "supervisor": Path(supervise.__file__).read_text()}
-        program = f"{self._source}\nanswer(json.loads({json.dumps(request)!r}))\n"
+        program = _PROGRAM.format(parts=json.dumps(_parts()), request=json.dumps(request))
         command = ["ssh", "-F", str(self._config), *self._port(), self.host.login, "--", _LAUNCH]
         with piped(command, program.encode()) as child:
             finished = False
@@ -211,6 +220,12 @@ class SshTransport:
     def _rsync_host(self) -> str:
         name = f"[{self.host.name}]" if ":" in self.host.name else self.host.name
         return f"{self.host.user}@{name}" if self.host.user else name
+
+
+@cache
+def _parts() -> list[tuple[str, str]]:
+    """Name and source of what runs there; one imports only from those before it."""
+    return [(part.__name__, inspect.getsource(part)) for part in (kept, there)]
 
 
 def _quoted(path: Path) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lorasmith.errors import InputError, UsageError, os_errors
-from lorasmith.files.atomic import read_record, write_record
+from lorasmith.files.atomic import read_record, write_bytes, write_record
 from lorasmith.records.remote import RemoteJob, Rental
 
 
@@ -21,6 +24,32 @@ def state_folder() -> Path:
         for name in ("jobs", "rentals"):
             (folder / name).mkdir(exist_ok=True, mode=0o700)
     return folder
+
+
+def own_name() -> str:
+    """What tells this computer's jobs from those of another: drawn once."""
+    path = state_folder() / "name"
+    if not path.is_file():
+        write_bytes(path, secrets.token_hex(8).encode())
+    with os_errors(path, "read"):
+        return path.read_text()
+
+
+@contextmanager
+def only_one(job: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Send and fetch the files of a job in one process at a time; another that comes meanwhile waits."""
+    path = state_folder() / "jobs" / f"{job}.lock"
+    with os_errors(path, "write"):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another command here copies the files of this job; waiting for it")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def save_job(job: RemoteJob) -> None:

@@ -62,7 +62,7 @@ def supervise(job: Path) -> None:
         launch, more = install(plan, run)
         if plan["hub"]:
             enter("fetching models")
-            fetch_models(plan["hub"], [*launch[:1], "-c"], run, more)
+            fetch_models(plan, [*launch[:1], "-c"], run, more)
         enter("running")
         code = run([*launch, *plan["command"]], **more)
         if code >= 128:
@@ -110,17 +110,24 @@ def install(plan: dict[str, Any], run: Any) -> tuple[list[str], dict[str, Any]]:
 
 _FETCH = """import sys
 from huggingface_hub import snapshot_download
-repository, revision, folder = sys.argv[1:]
-snapshot_download(repository, revision=revision or None, local_dir=folder)
+repository, revision, cache = sys.argv[1:]
+# No pickle is loaded, nor what other frameworks read.
+others = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "original/*"]
+print(snapshot_download(repository, revision=revision or None, cache_dir=cache, ignore_patterns=others))
 """
 
 
-def fetch_models(models: list[dict[str, Any]], python: list[str], run: Any, more: dict[str, Any]) -> None:
-    """Fetch each model from the hub to its place; goes on where an earlier attempt broke off."""
-    for model in models:
-        Path(model["remote"]).parent.mkdir(parents=True, exist_ok=True)
-        wanted = [model["repository"], model["revision"] or "", model["remote"]]
-        must(run([*python, _FETCH, *wanted], **more), f"fetching {model['repository']}")
+def fetch_models(plan: dict[str, Any], python: list[str], run: Any, more: dict[str, Any]) -> None:
+    """Fetch each model from the hub, once for all jobs, and link it to its place in this one's folder."""
+    for model in plan["hub"]:
+        place, told = Path(model["remote"]), Path("hub.path")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        wanted = [model["repository"], model["revision"] or "", plan["cache"]]
+        with told.open("wb") as out:
+            must(run([*python, _FETCH, *wanted], stdout=out, **more), f"fetching {model['repository']}")
+        if place.is_symlink():
+            place.unlink()
+        place.symlink_to(told.read_text().splitlines()[-1])
 
 
 def must(code: int, doing: str) -> None:

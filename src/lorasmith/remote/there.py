@@ -1,4 +1,4 @@
-"""What runs on the other machine: sent over the connection, needs Python 3.11 and nothing else.
+"""What runs on the other machine: sent there with `kept.py`, needs Python 3.11 and nothing else.
 
 Each request is one JSON object and gives lines `@lorasmith {...}`. The job itself runs detached from the
 connection, under `supervise.py`, which holds the job folder's lock and writes its state to `state.json`.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -19,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from lorasmith.remote.kept import arrived, manifest, prepare, verify  # sent along, under this name
 
 MARK = "@lorasmith "
 _BLOCK = 256 << 10
@@ -57,36 +58,6 @@ def gpus() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in found.stdout.splitlines() if line.strip()]
-
-
-def verify(request: dict[str, Any]) -> dict[str, Any]:
-    """Which of the files are not what they should be; those are deleted, so that they are sent anew."""
-    folder = Path(request["job"])
-    wrong = []
-    for name, size, sha256 in request["files"]:
-        path = folder / name
-        if path.is_file() and path.stat().st_size == size and hash_file(path) == sha256:
-            continue
-        path.unlink(missing_ok=True)
-        wrong.append(name)
-    return {"wrong": wrong}
-
-
-def hash_file(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def prepare(request: dict[str, Any]) -> dict[str, Any]:
-    """Make the folders of a job, and drop inputs of an earlier plan that are not wanted any more."""
-    job = Path(request["job"])
-    wanted = set(request["files"])
-    for name in ("in", "out", *request["folders"]):
-        (job / name).mkdir(parents=True, exist_ok=True)
-    for path in sorted((job / "in").rglob("*"), reverse=True):
-        if path.is_file() and path.relative_to(job).as_posix() not in wanted:
-            path.unlink()
-    return {}
 
 
 def lock(job: Path) -> int | None:
@@ -202,21 +173,6 @@ def stop(request: dict[str, Any]) -> dict[str, Any]:
     return status(request)
 
 
-def manifest(request: dict[str, Any]) -> dict[str, Any]:
-    """Size and SHA-256 of every file of the outputs, hidden ones left out."""
-    job = Path(request["job"])
-    files: list[tuple[str, int, str]] = []
-    for name in request["outputs"]:
-        place = job / name
-        found = sorted(place.rglob("*")) if place.is_dir() else [place]
-        for path in found:
-            inner = path.relative_to(place).parts
-            if path.is_file() and not any(part.startswith(".") for part in inner):
-                relative = path.relative_to(job).as_posix()
-                files.append((relative, path.stat().st_size, hash_file(path)))
-    return {"files": files}
-
-
 def beat(request: dict[str, Any]) -> dict[str, Any]:
     """Tell a rented machine's watchdog that somebody is there; answer what the machine has transferred."""
     folder = Path(request["folder"]).expanduser()
@@ -236,7 +192,7 @@ def traffic() -> tuple[int, int]:
     return sum(int(count[1]) for count in outer), sum(int(count[9]) for count in outer)
 
 
-_ALL = (check, verify, prepare, start, status, follow, stop, manifest, beat)
+_ALL = (check, prepare, arrived, verify, start, status, follow, stop, manifest, beat)
 REQUESTS = {function.__name__: function for function in _ALL}
 
 

@@ -1,6 +1,7 @@
 """Vast.ai over its REST API (docs.vast.ai/api-reference): a thin client that never asks twice for money.
 
-Of the documented calls, `stop` is left out on purpose: a stopped instance goes on billing its disk.
+Of the documented calls, two are left out on purpose: a stopped instance goes on billing its disk, and
+invoices are payments into the account; what an instance cost is in the charges.
 """
 
 from __future__ import annotations

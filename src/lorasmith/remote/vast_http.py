@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from lorasmith.errors import InputError, MachineError, ProviderError, os_errors
+from lorasmith.errors import ExitCode, InputError, MachineError, ProviderError, os_errors
 from lorasmith.remote.provider import Clock, RefusedError, UncertainError
 
 NAME = "vast.ai"
@@ -37,6 +37,12 @@ def read_key() -> str:
                 "others than its owner can read the file of the key", where=path, remedy=f"chmod 600 {path}"
             )
         return path.read_text().strip()
+
+
+class KeyRefusedError(RefusedError):
+    """The key is wrong or not enough: a person's mistake, not the network's."""
+
+    exit_code = ExitCode.BAD_INPUT
 
 
 class Connection:
@@ -120,7 +126,7 @@ class Connection:
         body = _json(answer)
         said = str(body.get("msg") or body.get("error") or "") if isinstance(body, dict) else ""
         if answer.status_code in (401, 403):
-            return RefusedError(
+            return KeyRefusedError(
                 f"the key is not accepted (status {answer.status_code}) {said}".strip(),
                 where=NAME,
                 remedy="check VAST_API_KEY, its permissions, and the account's credit",
