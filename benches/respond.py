@@ -1,28 +1,58 @@
-"""Responses beside the plain padded loop: `python benches/respond.py --model DIR --data FILE`.
+"""Responses beside the plain padded loop: `python benches/respond.py --model DIR [--data FILE]`.
 
 Both answer the same rows greedily in float32 with the same number of rows at once and the same limit: the
 loop takes batches in file order, pads on the left and calls `generate`; lorasmith sorts and lets a finished
 row make room at once. Each runs in a process of its own, by turns; seconds without loading, wall and
 processor. Texts are compared token by token. `--reference` adds transformers' own continuous batching
 (`generate_batch`).
+
+Without --data the rows are questions that a word answers and tasks that take a page, in a shuffled order, as
+in a training file of several domains, with prompts so short that they weigh little.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+WORDS = ("France", "Japan", "Egypt", "Peru", "Norway", "Kenya", "Canada", "India")
+"""Of which the capital is asked for."""
+THINGS = (
+    "a lighthouse",
+    "an old clock",
+    "a river",
+    "the first snow",
+    "a lost dog",
+    "a market",
+    "a train",
+    "bees",
+)
+"""Of which a story is told."""
+
+
+def mixed_rows(count: int) -> list[dict[str, str]]:
+    """Three short questions for each long task, shuffled by a fixed seed."""
+    short = [f"What is the capital of {word}? Answer with the name alone." for word in WORDS]
+    short += [f"Is {number} an even number? Say yes or no." for number in range(17, 33)]
+    long = [f"Write a story about {thing}, in many sentences." for thing in THINGS]
+    long += [f"Explain step by step how one would describe {thing} to a child." for thing in THINGS]
+    rows = [long[at // 4 % len(long)] if at % 4 == 3 else short[at % len(short)] for at in range(count)]
+    random.Random(1).shuffle(rows)
+    return [{"prompt": row} for row in rows]
 
 
 def main() -> None:
     """Run as one of the children, or as the parent that prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="JSONL with prompts")
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=256)
@@ -50,7 +80,10 @@ def child(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     loaded = load_model(arguments.model)
     around = frame(loaded.tokenizer, "auto", end_of_turn=False)
-    rows = read_prompts(arguments.data, arguments.rows)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in mixed_rows(arguments.rows)))
+        rows = read_prompts(arguments.data or file, arguments.rows)
     prompts = [conversation_tokens(loaded.tokenizer, row.messages, around) for row in rows]
     stop = stop_tokens(loaded, around.template)
     ways = {"loop": by_loop, "lorasmith": by_lorasmith, "generate_batch": by_generate_batch}

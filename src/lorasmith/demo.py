@@ -28,7 +28,7 @@ from lorasmith.progress import Progress, Unwatched, Watcher, silent
 from lorasmith.records.training import TrainRecord
 from lorasmith.results import RunResult
 from lorasmith.stages import Stage, open_run
-from lorasmith.training.train import TrainSettings
+from lorasmith.training.settings import TrainSettings
 
 ROWS, HELD_OUT = 164, 64
 """Rows in all and rows held out; the other 100 are trained on."""
@@ -48,7 +48,11 @@ FOLLOWUP = FollowupAsked(
         labels="confidence",
     ),
     speculate=SpeculateAsked(draft_tokens=(2, 4), max_new_tokens=64, limit=8),
-    compress=CompressAsked(formats=("gguf:q8_0", "compressed-tensors", "gguf:q4_k_m", "gguf:q4_0"), limit=16),
+    compress=CompressAsked(
+        formats=("gguf:q8_0", "gguf:q6_k", "gguf:q5_k_m", "gguf:q4_k_m", "gguf:q4_0", "compressed-tensors"),
+        bits=(4, 8),
+        limit=16,
+    ),
 )
 """Small enough for some minutes on two cores; the figures are real, and too few rows to be good ones."""
 _NEEDED_BYTES = 3_000_000_000

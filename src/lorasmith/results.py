@@ -127,7 +127,7 @@ def load_followup(run: Path) -> FollowupResult | None:
         draft=_read(run / DRAFT, DraftRecord),
         speculation=_read(run / SPECULATION, SpeculationRecord),
         speeds=_read(run / SPECULATION.replace(".json", ".timing.json"), SpeculationTiming),
-        compressed=tuple(sorted(compressed, key=lambda record: (-record.bytes, record.file_format))),
+        compressed=tuple(sorted(compressed, key=lambda record: (-record.bytes, record.kind, record.method))),
     )
     return found if any((found.responses, found.draft, found.speculation, found.compressed)) else None
 

@@ -23,6 +23,14 @@ def test_long_work_tells_now_and_then_how_far_it_is(
         "  Score: 90%, 90 rows, about 10 s left",
         "  Score: 100 rows in 100.0 s (1.0 rows/s)",
     ]
+    with bar("Long", total=1000, unit="row") as advance:
+        for seconds in (30, 3000):
+            now[0] += seconds
+            advance(1)
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "  Long: 0%, 1 row, about 8.3 h left",
+        "  Long: 0%, 2 row, about 420.0 h left",
+    ]
     with bar("Short", total=10, unit="rows") as advance:
         advance(10)
     assert capsys.readouterr().err.count("\n") == 1

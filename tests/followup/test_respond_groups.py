@@ -17,7 +17,7 @@ import torch
 from lorasmith.followup import respond_work
 from lorasmith.followup.respond import RespondOptions, respond
 from lorasmith.models.requests import Answer, Request
-from tests.followup.test_respond import COUNT, Scripted, read, write
+from tests.followup.responding import COUNT, Scripted, read, write
 from tests.tiny import save_base, tiny_rows
 
 GROUP = 6

@@ -68,6 +68,7 @@ def test_the_parameters_are_those_of_the_model_cards() -> None:
     ("method", "gigabytes"),
     [
         # By hand: 6.525 G weights at 4 + 16/128 bits and 1.090 G embeddings at 16 bits; and so on.
+        ("int8 g128", 8.808),
         ("int4 g128", 5.545),
         ("int4 g128, embeddings too", 3.927),
         ("int3 g128", 4.730),

@@ -19,8 +19,15 @@ from lorasmith.followup.speculate import (
     require_same_tokenizer,
     speculate,
 )
-from lorasmith.followup.speculate_account import predicted_speedup, recommend
-from lorasmith.followup.speculate_loop import Drafter, LookupDrafter, ModelDrafter, decode_speculatively
+from lorasmith.followup.speculate_account import predicted_speedup, recommend, speedup
+from lorasmith.followup.speculate_loop import (
+    Drafter,
+    Greedy,
+    LookupDrafter,
+    ModelDrafter,
+    Speculated,
+    decode_speculatively,
+)
 from lorasmith.models.arithmetic import choose_route, use_route
 from lorasmith.models.load import LoadedModel
 from lorasmith.records.followup import SpeculationRecord, SpeculationSpeed
@@ -110,6 +117,12 @@ def test_nothing_follows_a_stop_token_within_a_draft() -> None:
 def test_prompt_lookup_proposes_what_followed_before() -> None:
     assert LookupDrafter().propose([1, 2, 3, 4, 9, 1, 2, 3], 2) == [4, 9]
     assert LookupDrafter().propose([1, 2, 3], 2) == []
+
+
+def test_a_machine_that_is_held_up_once_does_not_move_the_speed_up() -> None:
+    references = [Greedy([1] * 10, seconds=seconds) for seconds in (10.0, 10.0, 500.0, 12.0, 10.0)]
+    texts = [Speculated([1] * 10, seconds=seconds) for seconds in (5.0, 5.0, 5.0, 6.0, 400.0)]
+    assert speedup(texts, references) == pytest.approx(2.0)
 
 
 def test_the_formula_is_the_published_one() -> None:

@@ -56,8 +56,8 @@ def test_each_step_by_hand(inputs: dict[str, Any]) -> None:
         "respond",
         "draft",
         "speculate",
-        "compress-compressed-tensors",
-        "compress-gguf-q8_0",
+        "compress-compressed-tensors-rtn",
+        "compress-q8_0-rtn",
     ]
     # 10 rows of 350 characters, 3.5 to a token, and 100 new tokens; two operations a parameter and token.
     tokens, forward = 10 * (100 + 100), 2 * (size.active + size.vocabulary * size.hidden)
@@ -79,8 +79,18 @@ def test_each_step_by_hand(inputs: dict[str, Any]) -> None:
 def test_compressed_sizes_are_those_of_the_plan(inputs: dict[str, Any]) -> None:
     _, found = estimated(inputs, {"compress": ASKED["compress"]})
     planned = {one.format: one.bytes for one in plan_compression(inputs["base"]).methods if one.format}
-    for form, name in (("compressed-tensors", "compressed-tensors"), ("gguf:q8_0", "gguf-q8_0")):
+    for form, name in (("compressed-tensors", "compressed-tensors-rtn"), ("gguf:q8_0", "q8_0-rtn")):
         assert found[f"compress-{name}"].disk_bytes == planned[form]
+
+
+def test_calibrated_steps_count_like_training(inputs: dict[str, Any]) -> None:
+    asked = {"formats": ("compressed-tensors",), "iterations": 10, "calibration_length": 64}
+    size, plain = estimated(inputs, {"compress": asked})
+    _, calibrated = estimated(inputs, {"compress": {**asked, "method": "calibrated"}})
+    # Eight samples a step, forward and backward, at 1 GFLOP/s; no output head.
+    expected = 10 * 8 * 64 * 3 * 2 * size.active / (EFFICIENCY * 1e9)
+    (one,), (two,) = plain.values(), calibrated.values()
+    assert two.seconds - one.seconds == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_doctor_lists_them_among_the_steps_of_the_run(inputs: dict[str, Any]) -> None:

@@ -46,7 +46,7 @@ def test_every_step_is_told_with_its_figures(run: Path) -> None:
         "before training 6.500", "after 2.250", "50.0 %", "classifier 70.0 % 0.650 0.110",
         "always “easy” 60.0 % 0.375", "does not pay", "23.5 tokens/s",
         "draft model, 4 tokens 7 1 0 45.0 % 1.50 20.0 0.845 1.10 0.900", "prompt lookup, 2 tokens",
-        "1. gguf:q8_0", human_bytes(113_000_000), "not measured",
+        "1. gguf q8_0", human_bytes(113_000_000), "not measured",
         "all questions 40 50.0 % 40.0 % −10.0", "points −12.5 … +2.50",
         "domain anatomy 16 50.0 % 25.0 % −25.0 points",
     ):  # fmt: skip

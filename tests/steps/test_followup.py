@@ -33,7 +33,7 @@ ASKED: dict[str, Any] = {
     "speculate": {"draft_tokens": (2,), "max_new_tokens": 8, "limit": 3},
     "compress": {"limit": 4, "max_perplexity_ratio": 100.0, "max_mean_kl": 100.0, "min_top1": 0.0},
 }
-STAGES = ["respond", "draft", "speculate", "compress-compressed-tensors"]
+STAGES = ["respond", "draft", "speculate", "compress-compressed-tensors-rtn"]
 
 
 class Log:
@@ -112,14 +112,14 @@ def test_the_package_holds_the_records_and_no_weights(finished: RunResult) -> No
         "followup/responses/responses.json",
         "followup/draft/lorasmith_draft.json",
         "followup/speculation.json",
-        "followup/compressed/compressed-tensors/lorasmith_compress.json",
+        "followup/compressed/compressed-tensors-rtn/lorasmith_compress.json",
     }
 
 
 @pytest.mark.parametrize(
     "name",
     ["responses/responses.jsonl", "draft/model.safetensors", "speculation.json",
-     "compressed/compressed-tensors/model.safetensors"],
+     "compressed/compressed-tensors-rtn/model.safetensors"],
 )  # fmt: skip
 def test_verify_finds_a_flipped_bit(finished: RunResult, tmp_path: Path, name: str) -> None:
     run = Path(shutil.copytree(finished.folder, tmp_path / "run"))
@@ -196,7 +196,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"respond": {}, "draft": {"kl_weight": -1.0}}, "weights of the loss"),
     ({"speculate": {"draft_tokens": (0,)}}, "--draft-tokens is 0"),
     ({"compress": {"formats": ("gguf:q9",)}}, "no format 'gguf:q9'"),
-    ({"compress": {"formats": ("gguf:q8_0", "gguf:q8_0")}}, "formats"),
+    ({"compress": {"formats": ("gguf:q8_0", "gguf:q8_0")}}, "more than once"),
+    ({"compress": {"target_size": "5 bananas"}}, "is not a size"),
+    ({"compress": {"target_size": "2kB"}}, "the limit is 2.0 kB"),
+    ({"compress": {"max_q99_kl": -1.0}}, "q99_kl is -1"),
+    ({"compress": {"group_size": 48}}, "no group of 48"),
     ({"respond": {"max_new_tokens": 0}}, "followup.respond.max"),
     ({"respond": {"max_tokens": 9}}, "there is no option 'followup.respond.max_tokens'"),
 ]

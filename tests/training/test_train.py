@@ -14,7 +14,8 @@ from lorasmith.errors import DataError, UsageError
 from lorasmith.files.digests import digest_folder
 from lorasmith.files.jsonl import read_examples, write_rows
 from lorasmith.models.encode import encode_examples
-from lorasmith.training.train import TrainSettings, batch_loss, make_batches, train
+from lorasmith.training.settings import TrainSettings
+from lorasmith.training.train import batch_loss, make_batches, train
 from tests.tiny import save_base, tiny_model, tiny_rows, tiny_tokenizer
 
 SETTINGS = TrainSettings(rank=4, alpha=8, learning_rate=2e-2, epochs=4, batch_size=4, max_length=128)

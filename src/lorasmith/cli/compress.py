@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorasmith.cli.options import AsJson, Device, Limit
 
 if TYPE_CHECKING:
-    from lorasmith.followup.compress_settings import CompressSettings
+    from lorasmith.followup.compress_settings import CompressOptions, CompressSettings
 
 _Rows = Annotated[
     Path | None,
@@ -39,12 +39,13 @@ def compress(
         list[str] | None,
         typer.Option(
             "--format",
-            help="compressed-tensors (the default), gguf:q4_0, gguf:q4_k_m, gguf:q5_k_m, gguf:q8_0, … "
-            "Several formats or methods: every combination, each in a folder below --output.",
+            help="compressed-tensors (the default), gguf:q4_0, gguf:q4_k_m, gguf:q5_k_m, gguf:q6_k or "
+            "gguf:q8_0. "
+            "Several formats, methods or bits: every combination, each in a folder below --output.",
         ),
     ] = None,
     bits: Annotated[
-        int | None, typer.Option(help="Bits of a weight in compressed-tensors: 4 or 8. [4]")
+        list[int] | None, typer.Option(help="Bits of a weight in compressed-tensors: 4, 8, or both. [4]")
     ] = None,
     group_size: Annotated[
         int | None, typer.Option(help="Weights that share a scale. [the largest of 128, 64, 32 that fits]")
@@ -90,7 +91,7 @@ def compress(
     Example: `lorasmith compress --model models/merged --plan --target-size 540MB`
     """
     from lorasmith.cli.compress_views import show_plan
-    from lorasmith.cli.console import bar, console, show_record
+    from lorasmith.cli.console import console, show_record
     from lorasmith.errors import UsageError
     from lorasmith.followup.sizes_plan import plan_compression
 
@@ -107,7 +108,7 @@ def compress(
             return
     if output is None:
         raise UsageError("there is no place to write to", remedy="give --output DIR, or --plan")
-    from lorasmith.followup.compress_settings import CompressSettings
+    from lorasmith.followup.compress_settings import CompressOptions, every_way
 
     limits = {
         "perplexity_ratio": max_perplexity_ratio,
@@ -117,35 +118,24 @@ def compress(
         "q99_kl": max_q99_kl,
         "bytes": None if sizes is None else sizes.target_bytes,
     }
-    formats = form or ["compressed-tensors"]
-
-    def takes_choice(kind: str) -> bool:
-        """A GGUF type has bits and groups of its own: beside compressed-tensors the flags are for those."""
-        return kind == "compressed-tensors" or "compressed-tensors" not in formats
-
-    ways = [
-        CompressSettings(
-            method=one,
-            format=kind,
-            bits=bits if bits and takes_choice(kind) else CompressSettings.own_bits(kind),
-            group_size=group_size if takes_choice(kind) else None,
-            iterations=iterations,
-            calibration_rows=calibration_rows,
-            calibration_length=calibration_length,
-            seed=seed,
-        )
-        for kind in formats
-        for one in method or ["rtn"]
-    ]
-    options: dict[str, Any] = {
-        "calibration": calibration,
-        "test_set": test_set,
-        "tasks": tasks,
-        "limit": limit,
-        "limits": {name: value for name, value in limits.items() if value is not None},
-        "device": device,
-        "progress": bar,
-    }
+    ways = every_way(
+        form or ["compressed-tensors"],
+        method or ["rtn"],
+        bits or [],
+        group_size,
+        iterations=iterations,
+        calibration_rows=calibration_rows,
+        calibration_length=calibration_length,
+        seed=seed,
+    )
+    options = CompressOptions(
+        calibration=calibration,
+        test_set=test_set,
+        tasks=tasks,
+        limit=limit,
+        limits={name: value for name, value in limits.items() if value is not None},
+        device=device,
+    )
     if len(ways) > 1:
         _several(model, output, ways, options, beside or [], report, as_json)
     else:
@@ -156,17 +146,17 @@ def _one(
     model: Path,
     output: Path,
     way: CompressSettings,
-    options: dict[str, Any],
+    options: CompressOptions,
     beside: list[Path],
     report: Path | None,
     as_json: bool,
 ) -> None:
     import lorasmith
     from lorasmith.cli.compress_views import show_compressed
-    from lorasmith.cli.console import console, show_record
+    from lorasmith.cli.console import bar, console, show_record
     from lorasmith.followup.compress_table import write_page
 
-    record = lorasmith.compress(model, output, settings=way, **options)
+    record = lorasmith.compress(model, output, settings=way, options=options, progress=bar)
     if report is not None:
         write_page([*beside, output], report)
     if as_json:
@@ -182,23 +172,23 @@ def _several(
     model: Path,
     output: Path,
     ways: list[CompressSettings],
-    options: dict[str, Any],
+    options: CompressOptions,
     beside: list[Path],
     report: Path | None,
     as_json: bool,
 ) -> None:
     from lorasmith.cli.compress_views import show_table
-    from lorasmith.cli.console import console, show_record
+    from lorasmith.cli.console import bar, console, show_record
     from lorasmith.compression import compress_several
     from lorasmith.followup.compress_table import write_page
 
-    record = compress_several(model, output, ways, **options)
+    record = compress_several(model, output, ways, options=options, progress=bar)
     if report is not None:
         write_page([*beside, *(output / name for name in record.folders)], report)
     if as_json:
         show_record(record)
     else:
-        show_table(record, console())
+        show_table(record.compressed, record.reason, console())
         console().print(f"Compressed models: {output}")
     if record.recommended is None and any(one.passed is False for one in record.compressed):
         raise typer.Exit(1)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lorasmith.cli.console import table
+from lorasmith.cli.views import show_findings
 from lorasmith.files.machine import human_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorasmith.records.compression import CompressionsRecord, CompressRecord, SizePlan
+    from lorasmith.records.compression import CompressRecord, SizePlan
     from lorasmith.records.scoring import TaskEffect
 
 
@@ -43,12 +45,13 @@ def show_plan(sizes: SizePlan, screen: Console) -> None:
 def show_compressed(record: CompressRecord, screen: Console) -> None:
     """Size, what was lost, and the gates."""
     screen.print(
-        f"{record.file_format}, {record.method}: {human_bytes(record.original_bytes)} → "
+        f"{record.kind}, {record.method}: {human_bytes(record.original_bytes)} → "
         f"{human_bytes(record.bytes)} ({record.bits_per_weight:.2f} bits per weight)",
         soft_wrap=True,
     )
     if record.quality is None:
         screen.print("Quality: not measured (give --test-set)")
+        show_findings(record.findings, screen)
         return
     found = record.quality
     screen.print(f"  Perplexity:      {found.perplexity_a:.4f} → {found.perplexity_b:.4f}")
@@ -66,17 +69,16 @@ def show_compressed(record: CompressRecord, screen: Console) -> None:
         if gate.gate.metric == "compressed.bytes":
             bound, value = f"<= {human_bytes(int(gate.gate.threshold))}", human_bytes(record.bytes)
         screen.print(f"  {mark} {gate.gate.name}: {value} ({bound})", soft_wrap=True)
-    for finding in record.findings:
-        screen.print(f"  {finding.message}", soft_wrap=True, markup=False)
+    show_findings(record.findings, screen)
 
 
-def show_table(record: CompressionsRecord, screen: Console) -> None:
-    """One line for each way, and which to take."""
+def show_table(found: Sequence[CompressRecord], reason: str, screen: Console) -> None:
+    """One line for each way, from the smallest to the largest, and which to take."""
     from lorasmith.followup.compress_table import COLUMNS, cells
 
-    rows = [cells(one) for one in sorted(record.compressed, key=lambda one: one.bytes)]
+    rows = [cells(one) for one in sorted(found, key=lambda one: one.bytes)]
     screen.print(table("Compressed models against the original", COLUMNS, rows))
-    screen.print(f"Recommended: {record.reason}", soft_wrap=True, markup=False)
+    screen.print(f"Recommended: {reason}", soft_wrap=True, markup=False)
 
 
 def _task_row(effect: TaskEffect, name: str) -> tuple[str, ...]:

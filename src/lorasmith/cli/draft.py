@@ -115,7 +115,7 @@ def show_draft(record: DraftRecord, screen: Console) -> None:
     for name, found in (("before training", record.before), ("after", record.generator)):
         kl = "" if found.kl is None else f"{found.kl:.4f}"
         agreement = "" if found.agreement is None else f"{found.agreement:.2%}"
-        rows.append((name, f"{found.loss:.4f}", f"{found.perplexity:.3f}", kl, agreement))
+        rows.append((name, f"{found.loss:.4f}", _perplexity(found.perplexity), kl, agreement))
     title = f"Generator on {record.generator.rows} held-out rows ({record.generator.tokens:,} tokens)"
     screen.print(table(title, ("", "loss", "perplexity", "KL", "agreement"), rows))
     if record.classifier is not None:
@@ -123,22 +123,30 @@ def show_draft(record: DraftRecord, screen: Console) -> None:
     show_findings(record.findings, screen)
 
 
+def _perplexity(value: float) -> str:
+    """Of layers just cut out it has eight digits, of which none but the first means anything."""
+    return f"{value:.3f}" if value < 1e4 else f"{value:.1e}"
+
+
 def _show_classifier(record: DraftRecord, screen: Console) -> None:
     from lorasmith.cli.console import table
 
     found = record.classifier
     assert found is not None  # the caller looks
-    screen.print(
-        f"Classifier ({', '.join(found.labels)}; labels from {found.labels_from}): accuracy "
-        f"{found.accuracy:.2%}, F1 {found.f1:.3f}, calibration error {found.calibration_error:.3f}",
-        soft_wrap=True,
-    )
-    screen.print(
-        f"  Always {found.majority_label!r}: accuracy {found.majority_accuracy:.2%}, "
-        f"F1 {found.majority_f1:.3f}"
-    )
+    rows: list[tuple[str, ...]] = [
+        ("classifier", f"{found.accuracy:.2%}", f"{found.f1:.3f}", f"{found.calibration_error:.3f}"),
+        (
+            f"always {found.majority_label!r}",
+            f"{found.majority_accuracy:.2%}",
+            f"{found.majority_f1:.3f}",
+            "–",
+        ),
+    ]
+    origin = "the rows' own labels" if found.labels_from == "data" else "labels by the target's confidence"
+    title = f"Classifier on {found.rows} held-out rows ({origin})"
+    screen.print(table(title, ("", "accuracy", "F1", "calibration error"), rows))
     rows = [
         (name, *(str(count) for count in counts))
         for name, counts in zip(found.labels, found.confusion, strict=True)
     ]
-    screen.print(table("True label by predicted", ("", *found.labels), rows))
+    screen.print(table("Confusion", ("true, by predicted", *found.labels), rows))

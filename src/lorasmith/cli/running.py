@@ -126,7 +126,7 @@ def _weights_claim(result: RunResult) -> str:
 
 
 def _show_followup(found: FollowupResult, screen: Console) -> None:
-    """One line for each step after the release."""
+    """One line for each step after the release, and a table of several compressed models."""
     screen.print("\nAfter the release:")
     if found.responses is not None:
         rows = found.responses
@@ -137,8 +137,14 @@ def _show_followup(found: FollowupResult, screen: Console) -> None:
         screen.print(f"  Draft model: {found.draft.parameters:,} parameters{same}", soft_wrap=True)
     if found.speeds is not None:
         screen.print(f"  Speculation: {found.speeds.recommendation}", soft_wrap=True)
-    for record in found.compressed:
-        screen.print(_compressed(record), soft_wrap=True)
+    if len(found.compressed) == 1:
+        screen.print(_compressed(found.compressed[0]), soft_wrap=True)
+    elif found.compressed:
+        from lorasmith.cli.compress_views import show_table
+        from lorasmith.followup.compress_table import recommend
+
+        names = [f"{record.kind} ({record.method})" for record in found.compressed]
+        show_table(found.compressed, recommend(names, found.compressed)[1], screen)
 
 
 def _compressed(record: CompressRecord) -> str:
@@ -151,7 +157,8 @@ def _compressed(record: CompressRecord) -> str:
     failed = [result.gate.name for result in record.gates if result.verdict != "pass"]
     verdict = {True: ", gates pass", False: f", [red]✗[/] {', '.join(failed)}", None: ""}[record.passed]
     return (
-        f"  {record.file_format}: {human_bytes(record.bytes)}, {record.bits_per_weight:.2f} bits a weight"
+        f"  {record.kind}, {record.method}: {human_bytes(record.bytes)}, {record.bits_per_weight:.2f} bits a "
+        f"weight"
         f"{lost}{verdict}"
     )
 

@@ -37,7 +37,7 @@ def train(
     import lorasmith
     from lorasmith.cli import views
     from lorasmith.cli.console import bar, console, show_record
-    from lorasmith.training.train import TrainSettings
+    from lorasmith.training.settings import TrainSettings
 
     settings = TrainSettings(
         rank=rank,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from lorasmith.errors import UsageError
 from lorasmith.files.hub import hub_name
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from lorasmith.followup.draft_settings import DraftSettings
     from lorasmith.followup.respond import RespondOptions
     from lorasmith.followup.speculate import SpeculateOptions
+
+
+def _several(value: Any) -> Any:
+    """One value stands for a list of one."""
+    return value if isinstance(value, list | tuple) else () if value is None else (value,)
+
 
 COMMANDS = ("respond", "draft", "speculate", "compress")
 """In the order in which a run does them."""
@@ -130,10 +136,10 @@ class CompressAsked(Part):
     """`[followup.compress]`: the merged model in fewer bits, each format measured on the test set."""
 
     formats: tuple[str, ...] = ("compressed-tensors",)
-    method: Literal["rtn", "calibrated"] = "rtn"
-    """`calibrated` takes the rows of the run's first training file."""
-    bits: int | None = None
-    """Of compressed-tensors; a GGUF type has its own."""
+    method: Annotated[tuple[Literal["rtn", "calibrated"], ...], BeforeValidator(_several)] = ("rtn",)
+    """One or both: every format in each. `calibrated` takes the rows of the run's first training file."""
+    bits: Annotated[tuple[int, ...], BeforeValidator(_several)] = ()
+    """Of compressed-tensors, one or several, 4 where it is left out; a GGUF type has its own."""
     group_size: int | None = None
     iterations: int = 200
     calibration_rows: int = 128
@@ -142,36 +148,34 @@ class CompressAsked(Part):
     """Rows of the test set that the quality is measured on."""
     max_perplexity_ratio: float = 1.05
     max_mean_kl: float = 0.05
+    max_q99_kl: float | None = None
     min_top1: float = 0.9
+    max_accuracy_drop: float | None = None
+    """0.05 where it is left out and there are questions."""
+    target_size: str | None = None
+    """Such as `540MB`: a gate, and refused before the run where a format does not reach it."""
 
     def settings(self, *, seed: int) -> list[CompressSettings]:
-        """For `compress`, one for each format; raises `UsageError` for values that do not go together."""
-        from lorasmith.followup.compress_settings import CompressSettings
+        """For `compress`, every combination; raises `UsageError` for values that do not go together."""
+        from lorasmith.followup.compress_settings import every_way
 
-        if len(set(self.formats)) != len(self.formats) or not self.formats:
-            raise UsageError(
-                f"followup.compress.formats is {list(self.formats)}", expected="each format once"
-            )
-        shared = self.model_dump(
-            include={"method", "group_size", "iterations", "calibration_rows", "calibration_length"}
-        )
-        found = []
-        for form in self.formats:
-            gguf = form.startswith("gguf:")
-            own = {**shared, "group_size": None} if gguf else shared
-            bits = CompressSettings.own_bits(form) if gguf or self.bits is None else self.bits
-            found.append(CompressSettings(**own, format=form, bits=bits, seed=seed))
-            found[-1].check()
-        return found
+        shared = self.model_dump(include={"iterations", "calibration_rows", "calibration_length"})
+        return every_way(self.formats, self.method, self.bits, self.group_size, seed=seed, **shared)
 
     @property
     def limits(self) -> dict[str, float]:
-        """The gates of `compress`."""
-        return {
+        """The gates of `compress`; raises `UsageError` for a target that is no size."""
+        from lorasmith.followup.sizes_plan import parse_size
+
+        asked = {
             "perplexity_ratio": self.max_perplexity_ratio,
             "mean_kl": self.max_mean_kl,
             "top1_agreement": self.min_top1,
+            "accuracy_drop": self.max_accuracy_drop,
+            "q99_kl": self.max_q99_kl,
+            "bytes": None if self.target_size is None else parse_size(self.target_size),
         }
+        return {name: value for name, value in asked.items() if value is not None}
 
 
 class FollowupAsked(Part):

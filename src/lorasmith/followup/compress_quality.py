@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import lorasmith
 from lorasmith.files.atomic import write_record
+from lorasmith.files.digests import sha256_file
 from lorasmith.followup.compress_record import RECORD
 from lorasmith.followup.compress_settings import ACCURACY_DROP
 from lorasmith.models.arithmetic import resolve_device
-from lorasmith.models.load import LoadedModel, load_model
 from lorasmith.progress import Progress
 from lorasmith.records.base import FileDigest, Finding, Interval
 from lorasmith.records.compression import CompressRecord, TaskQuality
 from lorasmith.records.proof import TokenComparison
 from lorasmith.records.release import Gate, GateResult
+
+NO_TASK = "no-task"
 
 _ADVICE = "give more bits (gguf:q5_k_m, gguf:q8_0), smaller groups, or --method calibrated"
 
@@ -26,15 +29,16 @@ class Compare(Protocol):
 
     def __call__(
         self,
-        load_a: Callable[[], LoadedModel],
-        load_b: Callable[[], LoadedModel],
+        a: Path,
+        b: Path,
         test_set: Path,
         *,
+        work: Path,
         device: str,
         limit: int | None,
         progress: Progress,
     ) -> tuple[TokenComparison, dict[str, dict[str, TokenComparison]], FileDigest]:
-        """A is the original, B the compressed model."""
+        """A is the original, B the compressed model; `work` keeps what is computed."""
 
 
 class Ask(Protocol):
@@ -46,11 +50,12 @@ class Ask(Protocol):
         compressed: Path,
         test_set: Path,
         *,
+        work: Path,
         device: str,
         limit: int | None,
         progress: Progress,
     ) -> TaskQuality | None:
-        """None where no question has a verdict for both."""
+        """None where no question has a verdict for both; `work` keeps the answers."""
 
 
 @dataclass(frozen=True)
@@ -63,40 +68,58 @@ class Measuring:
     limit: int | None
     limits: Mapping[str, float]
     device: str
+    work: Path
     progress: Progress
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the figures depend on, beside the two models."""
+        return {
+            "lorasmith": lorasmith.__version__,
+            "test_set": sha256_file(self.test_set),
+            "limit": self.limit,
+            "tasks": self.ask is not None,
+            "device": resolve_device(self.device).type,
+        }
 
 
 def measure(model: Path, output: Path, record: CompressRecord, how: Measuring) -> CompressRecord:
-    """The record with quality, task accuracy and gates, written to the folder as well."""
-    place = resolve_device(how.device)
-    overall, groups, digest = how.compare(
-        lambda: load_model(model, device=place),
-        lambda: load_model(output, device=place),
-        how.test_set,
-        device=how.device,
-        limit=how.limit,
-        progress=how.progress,
-    )
-    tasks = None
-    if how.ask is not None:
-        tasks = how.ask(
-            model, output, how.test_set, device=how.device, limit=how.limit, progress=how.progress
-        )
-    record = record.model_copy(
-        update={
-            "quality": overall,
-            "quality_groups": groups,
-            "tasks": tasks,
-            "test_set": digest,
-            "findings": [] if tasks or how.ask is None else [_no_tasks(how.test_set)],
-        }
-    )
-    default = {} if tasks is None else {"accuracy_drop": ACCURACY_DROP}
+    """The record with quality, task accuracy and gates, written to the folder as well.
+
+    What was measured in the same way before is kept, and judged by the limits of now.
+    """
+    if record.quality is None or record.measured_with != how.identity:
+        record = _measure(model, output, record, how)
+    default = {} if record.tasks is None else {"accuracy_drop": ACCURACY_DROP}
     gates = judge(record, {**default, **how.limits})
     passed = all(gate.verdict == "pass" for gate in gates)
     record = record.model_copy(update={"gates": gates, "passed": passed})
     write_record(output / RECORD, record)
     return record
+
+
+def _measure(model: Path, output: Path, record: CompressRecord, how: Measuring) -> CompressRecord:
+    shared: dict[str, Any] = {
+        "work": how.work,
+        "device": how.device,
+        "limit": how.limit,
+        "progress": how.progress,
+    }
+    overall, groups, digest = how.compare(model, output, how.test_set, **shared)
+    tasks = None if how.ask is None else how.ask(model, output, how.test_set, **shared)
+    findings = [finding for finding in record.findings if finding.code != NO_TASK]
+    if tasks is None and how.ask is not None:
+        findings.append(_no_tasks(how.test_set))
+    return record.model_copy(
+        update={
+            "quality": overall,
+            "quality_groups": groups,
+            "tasks": tasks,
+            "test_set": digest,
+            "measured_with": how.identity,
+            "findings": findings,
+        }
+    )
 
 
 def judge(record: CompressRecord, limits: Mapping[str, float]) -> list[GateResult]:
@@ -143,7 +166,7 @@ def _value(name: str, record: CompressRecord) -> tuple[float | None, Interval | 
 def _no_tasks(test_set: Path) -> Finding:
     return Finding(
         severity="note",
-        code="no-task",
+        code=NO_TASK,
         message="task accuracy was not measured: no question of a benchmark has a verdict for both models",
         where=test_set.name,
         remedy="build the test set with `lorasmith testset build`, or give --no-tasks",

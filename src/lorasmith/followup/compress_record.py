@@ -8,7 +8,7 @@ from pathlib import Path
 
 import lorasmith
 from lorasmith.checkpoint.model import Checkpoint
-from lorasmith.errors import InputError, UsageError
+from lorasmith.errors import InputError
 from lorasmith.files.atomic import read_record
 from lorasmith.files.digests import describe, digest_folder, folder_files
 from lorasmith.followup.compress_settings import CompressSettings
@@ -21,18 +21,6 @@ RECORD = "lorasmith_compress.json"
 
 _IDENTITY = ("versions", "model_sha256", "file_format", "method", "settings", "calibration")
 """Fields that decide the bytes of the folder."""
-
-
-def check_output(model: Path, output: Path) -> None:
-    """Raise `UsageError` rather than write over the model, or over a folder that is not a compressed one."""
-    if output.resolve() == model.resolve():
-        raise UsageError("the output is the model's own folder", where=output, remedy="choose another")
-    if output.is_dir() and any(output.iterdir()) and not (output / RECORD).is_file():
-        raise UsageError(
-            "the output holds something that `lorasmith compress` did not write",
-            where=output,
-            remedy="choose another folder, or remove this one",
-        )
 
 
 def planned_record(

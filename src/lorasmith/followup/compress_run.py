@@ -65,8 +65,10 @@ def calibration_samples(model: Path, file: Path, rows: int, length: int) -> list
     return samples
 
 
-def quantize(job: Mapping[str, Any], folder: Path, progress: Progress) -> Path:
+def quantize(job: Mapping[str, Any], folder: Path, blocks: int, progress: Progress) -> Path:
     """Do the job in a process of its own below `folder`; returns the folder that holds the model.
+
+    `blocks` is how many the model has, for the progress.
 
     Raises `MachineError` where auto-round is not installed or fails, with the last line that it wrote.
     """
@@ -78,7 +80,7 @@ def quantize(job: Mapping[str, Any], folder: Path, progress: Progress) -> Path:
     with log.open("wb") as sink:
         worker = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=dict(os.environ))
         try:
-            _watch(worker, log, progress)
+            _watch(worker, log, blocks, progress)
         finally:
             worker.kill()
             worker.wait()
@@ -87,22 +89,18 @@ def quantize(job: Mapping[str, Any], folder: Path, progress: Progress) -> Path:
     return _result(raw)
 
 
-def _watch(worker: subprocess.Popen[bytes], log: Path, progress: Progress) -> None:
-    """Follow the library's bar until the process ends."""
-    total = done = position = 0
-    while not total and worker.poll() is None:
-        time.sleep(0.2)
-        found, position = _blocks(log, position)
-        done, total = found or (0, 0)
-    with progress("Quantize", total=total or 1, unit="block") as advance:
-        advance(done)
+def _watch(worker: subprocess.Popen[bytes], log: Path, blocks: int, progress: Progress) -> None:
+    """Follow the library's bar, if it shows one, until the process ends."""
+    done = position = 0
+    with progress("Quantize", total=blocks, unit="block") as advance:
         while worker.poll() is None:
             time.sleep(0.2)
             found, position = _blocks(log, position)
-            if found and found[0] > done and found[1] == total:
-                advance(found[0] - done)
-                done = found[0]
-        advance((total or 1) - done)
+            reached = found[0] * blocks // max(1, found[1]) if found else 0
+            if reached > done:
+                advance(reached - done)
+                done = reached
+        advance(blocks - done)
 
 
 def _blocks(log: Path, position: int) -> tuple[tuple[int, int] | None, int]:

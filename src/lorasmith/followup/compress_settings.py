@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from lorasmith.errors import UsageError
+from lorasmith.files.paths import StrPath
 from lorasmith.followup.sizes import GGUF_TYPES
 
 METHODS = ("rtn", "calibrated")
@@ -68,6 +69,70 @@ class CompressSettings:
             raise UsageError(f"{self.format} has {own} bits, not {self.bits}", remedy=f"give --bits {own}")
         elif self.group_size is not None:
             raise UsageError(f"{self.format} has its own groups", remedy="leave out --group-size")
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """What a caller may choose beside the settings: files, and how the quality is measured and judged."""
+
+    calibration: StrPath | None = None
+    """JSONL with prompts and responses, local; needed by the calibrated method."""
+    test_set: StrPath | None = None
+    """JSONL on which the quality is measured; nothing is measured without."""
+    tasks: bool = True
+    """Whether the benchmarks' questions of the test set are put as well."""
+    limit: int | None = None
+    """Only the first rows of the test set."""
+    limits: Mapping[str, float] = field(default_factory=dict)
+    """Gates in place of some of `LIMITS` or beside them: `perplexity_ratio`, `mean_kl` and `q99_kl` (nats),
+    `top1_agreement`, `accuracy_drop` (0..1), `bytes`."""
+    device: str = "auto"
+    work: StrPath | None = None
+    """Folder in which measuring goes on after a kill, and which several ways share. None: a hidden one beside
+    the output, which is removed at the end."""
+
+    def check(self) -> None:
+        """Raise `UsageError` for a value that cannot be."""
+        resolve_limits(self.limits)
+        if self.limit is not None and self.limit < 1:
+            raise UsageError(f"--limit is {self.limit}", expected="1 or more")
+
+
+def every_way(
+    formats: Sequence[str],
+    methods: Sequence[str],
+    bits: Sequence[int],
+    group_size: int | None,
+    **shared: int,
+) -> list[CompressSettings]:
+    """Every combination, formats first; `bits` and `group_size` are those of compressed-tensors.
+
+    A GGUF type has bits and groups of its own, so that it stands once for all `bits`; where nothing else is
+    asked for, bits and groups are passed on to be refused. Raises `UsageError` for a value that cannot be and
+    for two ways that are the same.
+    """
+    found = []
+    for form in formats:
+        choice = form == "compressed-tensors" or "compressed-tensors" not in formats
+        for count in bits if choice and bits else [CompressSettings.own_bits(form)]:
+            for method in methods:
+                group = group_size if choice else None
+                way = CompressSettings(method=method, format=form, bits=count, group_size=group, **shared)
+                way.check()
+                found.append(way)
+    check_different(found)
+    return found
+
+
+def check_different(ways: Sequence[CompressSettings]) -> None:
+    """Raise `UsageError` where there is no way, or two of them would be written to one folder."""
+    names = [way.name for way in ways]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled or not ways:
+        raise UsageError(
+            f"{doubled[0]} is asked for more than once" if doubled else "no format is asked for",
+            expected="each format and method once",
+        )
 
 
 def resolve_limits(given: Mapping[str, float] | None) -> dict[str, float]:

@@ -18,13 +18,12 @@ COLUMNS = (
     "format",
     "method",
     "size",
-    "of the original",
-    "bits per weight",
-    "perplexity ratio",
+    "bits",
+    "ppl ratio",
     "mean KL",
     "99 % KL",
-    "top-1 agreement",
-    "accuracy",
+    "top-1",
+    "accuracy (Δ)",
     "gates",
 )
 
@@ -58,15 +57,31 @@ def _check_alike(records: Sequence[CompressRecord], folders: Sequence[StrPath]) 
                 )
 
 
+def recommend(names: Sequence[str], found: Sequence[CompressRecord]) -> tuple[str | None, str]:
+    """The smallest of these models that passes every gate, None where none does, and the reason."""
+    passed = [
+        (record.bytes, name, record) for name, record in zip(names, found, strict=True) if record.passed
+    ]
+    if not passed:
+        measured = any(record.passed is not None for record in found)
+        return None, "none passes every gate" if measured else "nothing was measured: no test set was given"
+    _, name, record = min(passed, key=lambda one: one[:2])
+    quality = record.quality
+    assert quality is not None  # gates were judged on it
+    return name, (
+        f"{name} is the smallest that passes every gate: {human_bytes(record.bytes)}, mean KL "
+        f"{quality.kl.mean:.4f}, the same next token at {quality.top1_agreement:.2%}"
+    )
+
+
 def cells(record: CompressRecord) -> tuple[str, ...]:
     """One row of the table."""
     found = record.quality
-    verdict = {None: "not measured", True: "pass", False: "fail"}[record.passed]
+    verdict = {None: "–", True: "✓ pass", False: "✗ fail"}[record.passed]
     return (
-        record.file_format,
+        record.kind,
         record.method,
         human_bytes(record.bytes),
-        f"{record.bytes / record.original_bytes:.1%}",
         f"{record.bits_per_weight:.2f}",
         *(
             ("", "", "", "")
@@ -78,15 +93,13 @@ def cells(record: CompressRecord) -> tuple[str, ...]:
                 f"{found.top1_agreement:.2%}",
             )
         ),
-        ""
-        if record.tasks is None
-        else f"{record.tasks.overall.value_b:.2%} ({record.tasks.overall.delta:+.2%})",
+        "" if record.tasks is None else _accuracy(record.tasks.overall),
         verdict,
     )
 
 
 def _accuracy(effect: TaskEffect) -> str:
-    return f"{effect.value_b:.2%} ({effect.delta:+.2%})"
+    return f"{effect.value_b:.1%} ({effect.delta:+.1%})"
 
 
 def markdown(records: Sequence[CompressRecord]) -> str:
@@ -123,7 +136,7 @@ def plot(records: Sequence[CompressRecord]) -> str:
     for size, kl, record in points:
         x = _LEFT + (right - _LEFT) * size / most_bytes
         y = _HEIGHT - _BOTTOM - (_HEIGHT - _BOTTOM - top) * kl / most_kl
-        name = escape(f"{record.file_format} {record.method}")
+        name = escape(f"{record.kind} {record.method}")
         drawn.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="#0b6fa4"><title>{name}: {human_bytes(size)}, '
             f'mean KL {kl:.4f}</title></circle><text x="{x - 8:.1f}" y="{y - 9:.1f}" '

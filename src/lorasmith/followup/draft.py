@@ -18,6 +18,7 @@ from lorasmith.files.hub import local_model
 from lorasmith.files.lock import only_one
 from lorasmith.files.machine import require_disk
 from lorasmith.files.paths import StrPath
+from lorasmith.files.place import require_own_place
 from lorasmith.followup.draft_base import (
     Draft,
     cut_from_target,
@@ -29,7 +30,7 @@ from lorasmith.followup.draft_identity import digest_logprobs, inputs_of, key_of
 from lorasmith.followup.draft_labels import Split, label_rows, split_rows
 from lorasmith.followup.draft_report import classify, report_classifier, report_generator
 from lorasmith.followup.draft_rows import DraftRow, logprobs_beside, read_responses, record_beside
-from lorasmith.followup.draft_save import round_to_saved, save_draft
+from lorasmith.followup.draft_save import RECORD, round_to_saved, save_draft
 from lorasmith.followup.draft_settings import DraftSettings
 from lorasmith.followup.draft_train import Trainer
 from lorasmith.models.arithmetic import resolve_device
@@ -55,9 +56,9 @@ def train_draft(
 
     The draft begins as `base` (a folder or a name on the hub) or as the target's own `layers`. A killed
     training continues from its last checkpoint, beside the output, and ends with the same weights. Raises
-    `UsageError` for settings that do not go together and layers that do not exist, `CheckpointError` for a
-    base with another tokenizer and a damaged checkpoint, `DataError` for responses that cannot be used,
-    `BusyError` while another training writes to `output`.
+    `UsageError` for settings that do not go together, layers that do not exist and an output that is not ours
+    to replace, `CheckpointError` for a base with another tokenizer and a damaged checkpoint, `DataError` for
+    responses that cannot be used, `BusyError` while another training writes to `output`.
     """
     target, responses, output = local_model(target, progress=progress), Path(responses), Path(output)
     chosen = settings or DraftSettings()
@@ -73,6 +74,7 @@ def train_draft(
             raise CheckpointError(
                 "the model is compressed", where=folder, remedy="give the one that it was compressed from"
             )
+    require_own_place(output, RECORD, [target, *([small] if small else [])])
     tokenizer = load_tokenizer(target)
     if small is None:
         require_layers(target, layers or ())

@@ -30,8 +30,11 @@ _UNITS |= {f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)}
 COMMON_SIZES = (0.1e9, 0.135e9, 0.36e9, 0.5e9, 1e9, 1.5e9, 3e9, 7e9, 8e9, 14e9, 32e9, 70e9)
 """Parameters of models that can be had: a size that fits is named among them."""
 
-_INTEGERS = ((4, 128), (3, 128), (2, 64))
-"""Bits and preferred group of the integer methods; only the first is written."""
+_INTEGERS = ((8, 128), (4, 128), (3, 128), (2, 64))
+"""Bits and preferred group of the integer methods."""
+
+_WRITTEN = {8: "compressed-tensors --bits 8", 4: "compressed-tensors"}
+"""Those that are written, and what asks for them."""
 
 
 def parse_size(text: str) -> int:
@@ -107,8 +110,7 @@ def _methods(shapes: Sequence[Shape], tied: bool) -> list[tuple[str, str | None,
         if group is None:
             continue
         name = f"int{bits} g{group}"
-        form = "compressed-tensors" if bits == 4 else None
-        found.append((name, form, "16 bits", integer_bytes(shapes, bits, group)))
+        found.append((name, _WRITTEN.get(bits), "16 bits", integer_bytes(shapes, bits, group)))
         everything = integer_bytes(shapes, bits, group, embeddings=True)
         found.append((f"{name}, embeddings too", None, f"int{bits}", everything))
     for name, rule in GGUF_TYPES.items():

@@ -147,14 +147,18 @@ def make_timing(
     plain = sum(len(reference.tokens) for reference in references) / sum(
         reference.seconds for reference in references
     )
-    speeds = [_speed(way, setting, plain, step) for way, setting in zip(ways, record.settings, strict=True)]
+    speeds = [
+        _speed(way, setting, references, step) for way, setting in zip(ways, record.settings, strict=True)
+    ]
     pays, said = recommend(speeds)
     return SpeculationTiming(
         greedy_tokens_per_second=plain, speeds=speeds, pays=pays, recommendation=said, hardware=hardware()
     )
 
 
-def _speed(way: Way, setting: SpeculationSetting, plain: float, step: float) -> SpeculationSpeed:
+def _speed(
+    way: Way, setting: SpeculationSetting, references: Sequence[Greedy], step: float
+) -> SpeculationSpeed:
     rate = sum(len(text.tokens) for text in way.texts) / sum(text.seconds for text in way.texts)
     cost = (median(way.drafter.seconds) if way.drafter.seconds else 0.0) / step
     if way.method == "lookup":
@@ -166,13 +170,24 @@ def _speed(way: Way, setting: SpeculationSetting, plain: float, step: float) -> 
         method=way.method,
         draft_tokens=way.count,
         tokens_per_second=rate,
-        speedup=rate / plain,
+        speedup=speedup(way.texts, references),
         draft_cost=cost,
         verify_cost=verify,
         predicted=None if alpha is None else predicted_speedup(alpha, way.count, cost),
         predicted_with_verify=(
             None if alpha is None or verify is None else predicted_speedup(alpha, way.count, cost, verify)
         ),
+    )
+
+
+def speedup(texts: Sequence[Speculated], references: Sequence[Greedy]) -> float:
+    """How many times as fast as greedy decoding: the median over prompts, which are decoded by turns.
+
+    A machine that is held up during one of them would move the ratio of the sums; texts may differ in length.
+    """
+    return median(
+        (len(text.tokens) / text.seconds) / (len(one.tokens) / one.seconds)
+        for text, one in zip(texts, references, strict=True)
     )
 
 

@@ -31,6 +31,8 @@ TRAINING = 32
 checkpoint replaces the last one; the draft itself is small beside that."""
 TOGETHER = 16
 """Rows under way at once, as `respond` has them on a processor; a GPU has more."""
+CALIBRATED = 8
+"""Samples of a step of calibrated compression, auto-round's own number."""
 PACKED = 16
 """Bytes of a stored token with one of its likeliest, before compression: ids and log-probabilities."""
 
@@ -41,8 +43,8 @@ def estimate_followup(
     """Each step that `[followup]` asks for; rows are read, nothing is loaded. Times are upper ends.
 
     Responses are taken as long as their limit, because nobody knows how long they get; a draft's training as
-    3 forward passes a token (a forward and a backward of twice its cost), over all epochs. auto-round's time
-    is not known before it runs: its stage counts loading and measuring only.
+    3 forward passes a token (a forward and a backward of twice its cost), over all epochs, and so are the
+    steps of calibrated compression; to round to nearest counts as loading and measuring only.
     """
     asked = config.followup
     if asked is None:
@@ -67,7 +69,7 @@ def estimate_followup(
             )
         )
     if asked.compress is not None:
-        found += _compress(asked.compress, config, base, model)
+        found += _compress(asked.compress, config, base, model, rates)
     return found
 
 
@@ -133,17 +135,20 @@ def _draft(asked: DraftAsked, model: ModelSize, rates: Rates, tokens: int) -> St
 
 
 def _compress(
-    asked: CompressAsked, config: RunConfig, base: Checkpoint, model: ModelSize
+    asked: CompressAsked, config: RunConfig, base: Checkpoint, model: ModelSize, rates: Rates
 ) -> Sequence[StageEstimate]:
     shapes = shapes_of(base)
     found = []
     for settings in asked.settings(seed=config.seed):
         group = settings.group_size or choose_group(shapes) or 32
+        calibrated = settings.method == "calibrated"
+        tokens = settings.iterations * CALIBRATED * settings.calibration_length if calibrated else 0
         size = written_bytes(shapes, base.tied, settings.format, settings.bits, group)
         found.append(
             StageEstimate(
-                stage="compress-" + settings.format.replace(":", "-"),
-                seconds=3 * model.base_bytes / LOAD_BYTES,
+                stage=f"compress-{settings.name}",
+                seconds=3 * model.base_bytes / LOAD_BYTES
+                + tokens * 3 * 2.0 * model.active / (EFFICIENCY * rates.flops),
                 memory_bytes=PROCESS_BYTES + 2 * FLOAT32 * model.parameters,
                 disk_bytes=size,
             )

@@ -16,7 +16,8 @@ class PlannedSize(Part):
     method: str
     """`int4 g128`, `gguf q4_k_m`, …"""
     format: str | None
-    """The value of `--format` that writes it; None for a method that is listed for its size only."""
+    """The value of `--format` that writes it, with `--bits` where that has to be given; None for a method that
+    is listed for its size only."""
     embeddings: str
     """`16 bits` where they stay as they are, else the type that they are quantized to."""
     bytes: int
@@ -95,6 +96,8 @@ class CompressRecord(Record):
     settings: dict[str, Any]
     calibration: FileDigest | None
     """The file whose rows calibrated it; None for round-to-nearest."""
+    calibration_samples: int | None = None
+    """Samples that the file gave; None for round-to-nearest."""
     parameters: int
     original_bytes: int
     """Of the weight files before."""
@@ -111,10 +114,19 @@ class CompressRecord(Record):
     tasks: TaskQuality | None = None
     """The benchmarks' own questions, paired; None where they were not asked."""
     test_set: FileDigest | None = None
+    measured_with: dict[str, Any] = {}
+    """What the quality depends on beside models and test set: what was measured in the same way is kept."""
     gates: list[GateResult] = []
     passed: bool | None = None
     """Whether all gates passed; None where nothing was measured."""
     findings: list[Finding] = []
+
+    @property
+    def kind(self) -> str:
+        """For a table: `gguf q4_k_m`, `compressed-tensors int4 g64`."""
+        if self.file_format.startswith("gguf:"):
+            return self.file_format.replace(":", " ")
+        return f"{self.file_format} int{self.bits} g{self.group_size}"
 
 
 class CompressionsRecord(Record):

@@ -164,7 +164,7 @@ class SpeculationSpeed(Part):
     draft_tokens: int
     tokens_per_second: float
     speedup: float
-    """Over greedy decoding of the target alone, prompts included."""
+    """Over greedy decoding of the target alone, prompts included; median over the prompts."""
     draft_cost: float
     """c: a step of the draft over a step of the target, medians."""
     verify_cost: float | None

@@ -42,7 +42,7 @@ class FollowupRecords:
             "responses": self.responses,
             "draft model": self.draft,
             "speculative decoding": self.speculation,
-            **{f"{record.file_format}": record for record in self.compressed},
+            **{f"{record.kind}, {record.method}": record for record in self.compressed},
         }
         return {name: record.findings for name, record in named.items() if record is not None}
 
@@ -59,7 +59,7 @@ def load_followup(run: Path, *, timings: bool) -> FollowupRecords:
         draft=_read(folder / "draft" / "lorasmith_draft.json", DraftRecord),
         speculation=_read(folder / "speculation.json", SpeculationRecord),
         speculation_speed=_read(folder / "speculation.timing.json", SpeculationTiming) if timings else None,
-        compressed=tuple(sorted(compressed, key=lambda record: (-record.bytes, record.file_format))),
+        compressed=tuple(sorted(compressed, key=lambda record: (-record.bytes, record.kind, record.method))),
     )
 
 

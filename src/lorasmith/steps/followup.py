@@ -19,7 +19,7 @@ from lorasmith.records.followup import RespondRecord, SpeculationRecord
 from lorasmith.results import COMPRESS_RECORD, COMPRESSED, DRAFT, FOLLOWUP, RESPONSES, SPECULATION
 from lorasmith.stages import Stage
 from lorasmith.steps.base import RunContext, Step
-from lorasmith.steps.followup_places import compressed_folder, layer_count, response_data, work_folder
+from lorasmith.steps.followup_places import compress_options, layer_count, response_data, work_folder
 
 
 def follow_up(run: RunContext) -> list[Step]:
@@ -157,17 +157,16 @@ def _speculate(run: RunContext, asked: SpeculateAsked, *, drafted: bool) -> Step
 
 def _compress(run: RunContext, asked: CompressAsked) -> list[Step]:
     config = run.config
-    calibration = config.train[0] if asked.method == "calibrated" else None
+    options = compress_options(asked, config, run.test_set)
     steps = []
     for settings in asked.settings(seed=config.seed):
-        folder = compressed_folder(settings.format)
+        inputs = {"model": run.merged, "test_set": run.test_set}
+        if settings.method == "calibrated":
+            inputs["calibration"] = config.train[0]
+        place = f"{COMPRESSED}/{settings.name}"
         stage = Stage(
-            name=f"compress-{folder}",
-            inputs={
-                "model": run.merged,
-                "test_set": run.test_set,
-                **({"calibration": calibration} if calibration else {}),
-            },
+            name=f"compress-{settings.name}",
+            inputs=inputs,
             parameters={
                 **vars(settings),
                 "limit": asked.limit,
@@ -175,21 +174,16 @@ def _compress(run: RunContext, asked: CompressAsked) -> list[Step]:
                 "tasks": config.tasks,
                 "device": config.device,
             },
-            outputs=[f"{COMPRESSED}/{folder}"],
+            outputs=[place],
             action=partial(
                 lorasmith.compress,
                 run.merged,
-                run.folder / COMPRESSED / folder,
+                run.folder / place,
                 settings=settings,
-                calibration=calibration,
-                test_set=run.test_set,
-                tasks=config.tasks,
-                limit=asked.limit,
-                limits=asked.limits,
-                device=config.device,
+                options=options,
                 progress=run.progress,
             ),
         )
-        shows = {f"{COMPRESSED}/{folder}/{COMPRESS_RECORD}": CompressRecord}
-        steps.append(Step(f"Compress to {settings.format}", stage, shows))
+        shows = {f"{place}/{COMPRESS_RECORD}": CompressRecord}
+        steps.append(Step(f"Compress to {settings.format} ({settings.method})", stage, shows))
     return steps

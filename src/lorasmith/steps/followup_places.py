@@ -7,16 +7,20 @@ import json
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorasmith.checkpoint.model import open_checkpoint, text_config
 from lorasmith.config import RunConfig
 from lorasmith.errors import InputError, UsageError, os_errors
 from lorasmith.files.digests import digest_path
 from lorasmith.files.hub import local_model
-from lorasmith.followup.asked import DraftAsked, FollowupAsked
+from lorasmith.followup.asked import CompressAsked, DraftAsked, FollowupAsked
 from lorasmith.progress import Progress
 from lorasmith.results import COMPRESSED, DRAFT, FOLLOWUP, RESPONSES, SPECULATION
 from lorasmith.stages import Stage
+
+if TYPE_CHECKING:
+    from lorasmith.followup.compress_settings import CompressOptions
 
 WORK = ".followup"
 """Below the run folder: what a killed step goes on from, in a folder for each set of inputs and settings."""
@@ -35,11 +39,6 @@ def work_folder(run: Path, stage: Stage) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (run / FOLLOWUP).mkdir(exist_ok=True)
     return folder
-
-
-def compressed_folder(form: str) -> str:
-    """`gguf:q4_0` → `gguf-q4_0`."""
-    return form.replace(":", "-")
 
 
 def response_data(config: RunConfig) -> Path:
@@ -65,7 +64,7 @@ def forget_unasked(config: RunConfig) -> None:
         place = run / record if name == "speculate" else (run / record).parent
         for path in (place, *(run / FOLLOWUP / other for other in others), run / "stages" / f"{name}.json"):
             _remove(path)
-    wanted = {compressed_folder(form) for form in asked.compress.formats} if asked.compress else set()
+    wanted = {way.name for way in asked.compress.settings(seed=config.seed)} if asked.compress else set()
     for path in (*(run / COMPRESSED).glob("*"), *(run / "stages").glob("compress-*.json")):
         if path.name.removeprefix("compress-").removesuffix(".json") not in wanted:
             _remove(path)
@@ -113,14 +112,38 @@ def check_followup(config: RunConfig) -> None:
     if asked.speculate is not None:
         asked.speculate.options(template=config.template, device=config.device)
     if asked.compress is not None:
-        asked.compress.settings(seed=config.seed)
-        if asked.compress.method == "calibrated" and not config.train:
-            raise UsageError("calibrated compression needs rows", remedy="give --train FILE.jsonl")
+        _check_compress(asked.compress, config)
         if find_spec("auto_round") is None:
             raise InputError(
                 "compression needs auto-round, which is not installed",
                 remedy="pip install 'lorasmith[compress]'",
             )
+
+
+def _check_compress(asked: CompressAsked, config: RunConfig) -> None:
+    """The base has the shapes of the merged model, so what its files refuse the merged model's would."""
+    from lorasmith.followup.compress import prepare
+
+    if "calibrated" in asked.method and not config.train:
+        raise UsageError("calibrated compression needs rows", remedy="give --train FILE.jsonl")
+    options = compress_options(asked, config, config.test_set)
+    for way in asked.settings(seed=config.seed):
+        prepare(Path(config.base), way, options)
+
+
+def compress_options(asked: CompressAsked, config: RunConfig, test_set: Path) -> CompressOptions:
+    """What every format of a run has in common; they share what the original model gave."""
+    from lorasmith.followup.compress_settings import CompressOptions
+
+    return CompressOptions(
+        calibration=config.train[0] if "calibrated" in asked.method else None,
+        test_set=test_set,
+        tasks=config.tasks,
+        limit=asked.limit,
+        limits=asked.limits,
+        device=config.device,
+        work=config.output / WORK / "measuring",
+    )
 
 
 def layer_count(folder: Path) -> int:

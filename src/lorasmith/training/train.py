@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +21,16 @@ from lorasmith.files.atomic import aside, publish_folder, write_bytes, write_rec
 from lorasmith.files.digests import describe, digest_folder
 from lorasmith.files.jsonl import read_examples
 from lorasmith.files.paths import StrPath
+from lorasmith.files.place import require_own_place
 from lorasmith.models.arithmetic import resolve_device
 from lorasmith.models.encode import Encoded, encode_examples
 from lorasmith.models.load import load_model, quiet_libraries
 from lorasmith.models.parts import split_batch
 from lorasmith.progress import Progress, silent
 from lorasmith.records.training import TrainRecord
+from lorasmith.training.settings import TrainSettings
 
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """What decides the adapter, apart from base and data."""
-
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    target_modules: str = "all-linear"
-    learning_rate: float = 2e-4
-    warmup: float = 0.1
-    """Fraction of all steps over which the rate rises; it then falls as a cosine to a tenth."""
-    epochs: float = 1.0
-    batch_size: int = 4
-    max_length: int = 1024
-    clip_norm: float = 1.0
-    weight_decay: float = 0.0
-    template: str = "auto"
-    seed: int = 42
-
-    def check(self) -> None:
-        """Raise `UsageError` for a value that cannot be."""
-        for name in ("rank", "alpha", "batch_size", "max_length", "learning_rate", "epochs"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}", expected="above 0")
+RECORD = "lorasmith_train.json"
 
 
 def train(
@@ -68,11 +46,13 @@ def train(
 
     The arithmetic is bfloat16 by autocast over the base's own weights; the adapter is float32. The same
     inputs, settings, versions and device class give the same adapter. Raises `InputError` for a wrong base
-    or file, and when every row is cut before its response.
+    or file, and when every row is cut before its response, `UsageError` for an output that is not ours to
+    replace.
     """
     base, train_file, output = Path(base), Path(train_file), Path(output)
     chosen = settings or TrainSettings()
     chosen.check()
+    require_own_place(output, RECORD, [base])
     examples = read_examples(train_file)
     loaded = load_model(base, device=resolve_device(device), dtype=torch.bfloat16)
     encoded = encode_examples(
@@ -238,7 +218,7 @@ def _save(model: PeftModel, tokenizer: object, record: TrainRecord, output: Path
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)  # type: ignore[attr-defined]
     _sort_config(temporary / "adapter_config.json")
-    write_record(temporary / "lorasmith_train.json", record)
+    write_record(temporary / RECORD, record)
     publish_folder(temporary, output)
 
 

@@ -1,0 +1,93 @@
+"""What the tests of responses share: a scripted engine, and transformers' own generate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lorasmith.followup.respond import RespondOptions, respond
+from lorasmith.followup.respond_engines import Engine
+from lorasmith.models.requests import Answer, Limits, Request
+from lorasmith.models.sampling import Sampling
+from lorasmith.records.followup import RespondRecord
+from tests.tiny import load_model, tiny_tokenizer
+
+COUNT = 14
+
+
+SHORT = RespondOptions(max_new_tokens=12, batch_size=4)
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+class Scripted(Engine):
+    """No model: answers of a given length, failures and interruptions where they are asked for."""
+
+    name, dtype, context = "scripted", "float32", 4096
+
+    def __init__(self, length: Callable[[int], int] = lambda index: 3, **where: Any) -> None:
+        self.tokenizer, self.length, self.where = tiny_tokenizer(), length, where
+        self.asked: list[int] = []
+
+    def stops(self, template: str) -> frozenset[int]:
+        return frozenset([4])
+
+    def answers(
+        self,
+        requests: Iterable[Request],
+        limits: Limits,
+        sampling: Sampling,
+        on_tokens: Callable[[int], None],
+    ) -> Iterator[Answer]:
+        for request in requests:
+            self.asked.append(request.index)
+            if len(self.asked) > self.where.get("break_after", 1 << 30):
+                raise RuntimeError("broken off")
+            if request.index in self.where.get("fails", ()):
+                yield Answer(request.index, [], "failed", error="the device gave up")
+                continue
+            wanted = self.length(request.index)
+            kept = [
+                40 + (place * 7 + request.index) % 60 for place in range(min(wanted, limits.max_new_tokens))
+            ]
+            on_tokens(len(kept))
+            cut = wanted > limits.max_new_tokens
+            yield Answer(request.index, kept, "length" if cut else "stop", None if cut else 4)
+
+
+def plain(place: Path, prompt: str, most: int = 12, adapter: bool = False) -> str:
+    """transformers' own generate under the chat template."""
+    model: Any = load_model(place / "base")
+    if adapter:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(place / "adapter"))
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    made = model.generate(**ids, max_new_tokens=most, do_sample=False, eos_token_id=[2, 4], pad_token_id=0)
+    return str(tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def scripted(place: Path, tmp_path: Path, engine: Scripted, **options: Any) -> RespondRecord:
+    return respond(
+        place / "base",
+        options.pop("data", place / "data.jsonl"),
+        tmp_path / "r.jsonl",
+        options=RespondOptions(**{"max_new_tokens": 12, **options}),
+        watcher=options.pop("watcher", None),
+        engine=engine,
+    )

@@ -1,0 +1,60 @@
+"""A token limit that cuts rows off is told early, with one that would not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lorasmith.followup.respond import RespondOptions, respond
+from lorasmith.followup.respond_limit import Length, is_loop, judge_limit, suggest_limit
+from lorasmith.records.base import Finding
+from tests.followup.responding import Scripted, write
+
+
+def test_a_limit_that_cuts_most_rows_is_told_after_the_first_hundred(answering: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "d.jsonl", [{"prompt": f"question {number}"} for number in range(300)])
+    found: list[tuple[int, Finding]] = []
+    engine = Scripted(lambda index: 10 if index % 5 == 0 else 30)
+    watcher = SimpleNamespace(
+        began=lambda rows, before: None,
+        moved=lambda rows, tokens: None,
+        found=lambda finding: found.append((len(engine.asked), finding)),
+    )
+    record = respond(
+        answering / "base",
+        data,
+        tmp_path / "r.jsonl",
+        options=RespondOptions(max_new_tokens=12),
+        watcher=watcher,
+        engine=engine,
+    )
+    [(asked, finding)] = found
+    assert asked == 100  # 200 rows before it would have been too late
+    assert "cut off at 12 tokens" in finding.message
+    assert "--max-new-tokens" in (finding.remedy or "")
+    assert record.cut_off == pytest.approx(0.8)
+    assert record.findings == [finding]
+
+
+def test_the_suggested_limit_leaves_few_rows_cut() -> None:
+    """Lengths with a constant hazard, the case the estimate is exact for: 1 % must be left within 1 point."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = (torch.rand(20_000, generator=generator).log() * -200).tolist()
+    lengths = [Length(min(int(one), 100), one > 100, False) for one in drawn]
+    suggested = suggest_limit(lengths, 100)
+    assert sum(one > suggested for one in drawn) / len(drawn) < 0.02
+    assert suggested < 1100
+    assert judge_limit([Length(5, False, False)] * 99 + [Length(9, True, False)], 9, None) is None
+
+
+def test_loops_are_not_answered_with_a_larger_limit() -> None:
+    assert is_loop([1, 2, 3, 9, 8, 9, 8, 9, 8, 9, 8])
+    assert not is_loop([1, 2, 3, 4, 5, 6, 7, 8])
+    looping = [Length(20, False, False)] * 50 + [Length(64, True, True)] * 50
+    finding = judge_limit(looping, 64, 4096)
+    assert finding is not None
+    assert "repeat themselves" in finding.message
+    assert suggest_limit(looping, 64) == 64
