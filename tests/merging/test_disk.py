@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from safetensors.torch import load_file, save_file
 from lorasmith.errors import CheckpointError
 from lorasmith.files.digests import digest_folder
 from lorasmith.merging import disk
-from lorasmith.merging.disk import Lanes, Reader, Writer
+from lorasmith.merging.disk import Lanes, Reader
 from lorasmith.merging.execute import merge
+from lorasmith.merging.running import Running
+from lorasmith.merging.workers import Workers
+from lorasmith.merging.writer import Writer
 from tests.tiny import save_adapter, save_base
 
 SIZES = [0, 1, 511, 4095, 4096, 4097, 3 * 4096, 8192 * 3 + 7, 8192 * 9 - 1]
@@ -42,7 +46,7 @@ def test_a_file_copied_through_the_buffers_is_the_same(
     (tmp_path / "in").write_bytes(content)
     with (
         Reader(tmp_path / "in", size, lanes, digest=True) as reader,
-        Writer(tmp_path / "out", size, lanes) as writer,
+        Writer(tmp_path / "out", size, lanes, Running()) as writer,
     ):
         for chunk in reader.chunks():
             writer.append(chunk)
@@ -137,3 +141,63 @@ def test_a_base_with_one_more_tensor_type(tmp_path: Path) -> None:
     merge(base, adapter, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in extra.items())
+
+
+@pytest.mark.parametrize("precision", ["base", "float32"])
+def test_pieces_that_threads_are_slow_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """No buffer is read into, hashed, written or used again before the pieces in it are made."""
+    base = save_base(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", base)
+    merge(base, adapter, tmp_path / "expected", precision=precision)
+    monkeypatch.setattr(disk, "BUFFER_BYTES", 4096)
+    begin, delay = Workers.begin, random.Random(0)
+
+    def slow(self: Workers, work: Any, parts: Any) -> Any:
+        def late(part: Any) -> Any:
+            time.sleep(delay.random() * 2e-3)
+            return work(part)
+
+        return begin(self, late, parts)
+
+    monkeypatch.setattr(Workers, "begin", slow)
+    merge(base, adapter, tmp_path / "out", precision=precision)
+    assert digest_folder(tmp_path / "out") == digest_folder(tmp_path / "expected")
+
+
+def test_a_piece_that_fails_ends_the_merge_when_no_thread_is_at_work_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_base(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", base)
+    monkeypatch.setattr(disk, "BUFFER_BYTES", 4096)
+    begin, made, at_work = Workers.begin, iter(range(10_000)), set()
+
+    def failing(self: Workers, work: Any, parts: Any) -> Any:
+        def fails(part: Any) -> Any:
+            number = next(made)
+            at_work.add(number)
+            time.sleep(2e-3)
+            try:
+                if number == 20:
+                    raise MemoryError("piece 20")
+                return work(part)
+            finally:
+                at_work.discard(number)
+
+        return begin(self, fails, parts)
+
+    stray: list[set[int]] = []
+    close = Reader.close
+
+    def closed(self: Reader) -> None:
+        stray.append(set(at_work))
+        close(self)
+
+    monkeypatch.setattr(Workers, "begin", failing)
+    monkeypatch.setattr(Reader, "close", closed)
+    with pytest.raises(MemoryError, match="piece 20"):
+        merge(base, adapter, tmp_path / "out")
+    assert stray == [set()]
+    assert not (tmp_path / "out").exists()

@@ -100,9 +100,9 @@ def test_the_low_part_breaks_a_tie(dtype: str) -> None:
 def fast_path(candidate: Array, relative: float, absolute: Array, dtype: str) -> tuple[torch.Tensor, Indices]:
     values = torch.from_numpy(candidate)
     out = torch.empty(values.shape, dtype=TARGETS[dtype].native)
-    scratch = Scratch().of(values.numel())
-    bound = Bound(relative, torch.from_numpy(absolute), float(absolute.max()))
-    return out, open_elements(values, bound, TARGETS[dtype], scratch, out)
+    arrays = Scratch().of(*values.shape)
+    bound = Bound(relative, absolute, float(absolute.max()))
+    return out, open_elements(values, bound, TARGETS[dtype], arrays, out)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)

@@ -30,7 +30,7 @@ from lorasmith.merging.rounding import (
     settle,
     to_stored,
 )
-from lorasmith.merging.workers import Scratch
+from lorasmith.merging.workers import Arrays, Scratch
 
 LoadFactor = Callable[[Factor], torch.Tensor]
 """Reads a factor and gives it as a float64 matrix; raises for NaN and infinities."""
@@ -62,14 +62,19 @@ class Products:
         return float(((self.left.T @ self.left) * (self.right @ self.right.T)).sum())
 
     @cached_property
-    def absolute(self) -> torch.Tensor:
+    def absolute(self) -> Array:
         """a of the error bound, [O, 1]."""
-        return self.bound * (2 * self.factor)
+        return (self.bound * (2 * self.factor)).numpy()
 
     @cached_property
     def largest(self) -> float:
         """The largest a."""
-        return float(self.absolute.max()) if self.absolute.numel() else 0.0
+        return float(self.absolute.max()) if self.absolute.size else 0.0
+
+    def columns(self, start: int, width: int) -> torch.Tensor:
+        """R of some columns, [K, width]."""
+        whole = width == self.right.shape[1]
+        return self.right if whole else self.right[:, start : start + width]
 
     def exact_terms(self, rows: Indices, columns: Indices) -> list[ExactTerm]:
         """The stored numbers that make the elements (rows[i], columns[i])."""
@@ -141,24 +146,19 @@ def sum_block(
     The elements that come back as open have no value yet.
     """
     height, width = stored.shape
-    elements = height * width
     target = target_of(out)
-    own = scratch.of(elements)
-    values = own.double[:elements].view(height, width)
-    values.copy_(stored)
-    flat = values.view(-1)
+    own = scratch.of(height, width)
+    values = own.double.copy_(stored)
     # Not numpy's dot: its library has threads of its own, which wait for each other by spinning.
-    counts = Counts(base_square=float(torch.dot(flat, flat)))
-    values.addmm_(products.left[row : row + height], products.right[:, column : column + width])
+    counts = Counts(updated=height * width, base_square=torch.dot(own.flat, own.flat).item())
+    values.addmm_(products.left[row : row + height], products.columns(column, width))
     bound = Bound(products.factor, products.absolute[row : row + height], products.largest)
     places = open_places(values, bound, thresholds, target, own, out)
     counts.changed = different(out, stored, target, own)
-    if products.updated is None:
-        counts.updated = elements
-    else:
+    if products.updated is not None:
         here = products.updated[row : row + height, column : column + width]
         counts.updated = int(torch.count_nonzero(here))
-    return counts, opened_at(places, flat.numpy(), thresholds)
+    return counts, opened_at(places, own.flat, thresholds)
 
 
 def open_places(
@@ -166,20 +166,20 @@ def open_places(
     bound: Bound,
     thresholds: Thresholds | None,
     target: Target,
-    scratch: Scratch,
+    own: Arrays,
     out: torch.Tensor,
 ) -> Indices:
     """Round candidates into `out`, to nearest or dithered; what the bound leaves open."""
     if thresholds is None:
-        return open_elements(candidate, bound, target, scratch, out)
-    return open_dithered(candidate, bound, thresholds, target, scratch, out)
+        return open_elements(candidate, bound, target, own, out)
+    return open_dithered(candidate, bound, thresholds, target, own, out)
 
 
-def opened_at(places: Indices, candidate: Array, thresholds: Thresholds | None) -> Open | None:
-    """The open elements of a block; None where there are none."""
+def opened_at(places: Indices, candidate: torch.Tensor, thresholds: Thresholds | None) -> Open | None:
+    """The open elements of a block whose candidates are given flat; None where there are none."""
     if not len(places):
         return None
-    return Open(places, candidate[places], None if thresholds is None else thresholds[places])
+    return Open(places, candidate.numpy()[places], None if thresholds is None else thresholds[places])
 
 
 _BY_TYPE = {target.native: target for target in TARGETS.values()}

@@ -11,7 +11,7 @@ import torch
 from lorasmith.adapters.base import Change
 from lorasmith.merging.plan import Output
 from lorasmith.merging.rounding import Array, Indices, Target, cast
-from lorasmith.merging.workers import Scratch
+from lorasmith.merging.workers import Arrays
 from lorasmith.records.merging import MergedTensor
 
 
@@ -35,16 +35,15 @@ class Counts:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
-def different(merged: torch.Tensor, stored: torch.Tensor, target: Target, scratch: Scratch) -> int:
+def different(merged: torch.Tensor, stored: torch.Tensor, target: Target, own: Arrays) -> int:
     """Elements that are not the base's values in the merged type.
 
     Zeros of both signs are equal; only open elements can differ in this, and they are counted by value.
     """
     if stored.dtype != merged.dtype:
         return int(torch.count_nonzero(merged != cast(stored, target)))
-    flags = scratch.flags[: merged.numel()]
     bits = target.bits
-    np.not_equal(merged.reshape(-1).view(bits).numpy(), stored.reshape(-1).view(bits).numpy(), out=flags)
+    flags = np.not_equal(merged.view(bits).numpy(), stored.view(bits).numpy(), out=own.flags)
     return int(np.count_nonzero(flags))
 
 

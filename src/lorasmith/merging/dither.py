@@ -29,7 +29,7 @@ import numpy.typing as npt
 import torch
 
 from lorasmith.merging.rounding import Array, Bound, Indices, Target
-from lorasmith.merging.workers import Scratch
+from lorasmith.merging.workers import Arrays
 
 Thresholds = npt.NDArray[np.int64]
 """2n + 1 of each element, in units of 2⁻²⁵ of a step."""
@@ -64,7 +64,7 @@ def open_dithered(
     bound: Bound,
     thresholds: Thresholds,
     target: Target,
-    scratch: Scratch,
+    own: Arrays,
     out: torch.Tensor,
 ) -> Indices:
     """Round float64 candidates [m, n] into `out`; the flat positions that the error bound leaves open.
@@ -77,10 +77,9 @@ def open_dithered(
     tail_bits = 53 - target.precision
     mask = (1 << tail_bits) - 1
     reach = 4 * (int(bound.relative * 2.0**53) + 2**15 + 1)
-    count = candidate.numel()
-    bits = candidate.reshape(-1).numpy().view(np.int64)
-    tails, flags = scratch.longs(count)[:count], scratch.flags[:count]
-    shifted = thresholds << (tail_bits - BITS)
+    bits = candidate.numpy().view(np.int64)
+    tails, flags = own.longs, own.flags
+    shifted = thresholds.reshape(bits.shape) << (tail_bits - BITS)
     np.subtract(bits, shifted, out=tails)
     tails += reach
     tails &= mask
@@ -89,12 +88,12 @@ def open_dithered(
     np.subtract(mask, shifted, out=shifted)
     shifted += bits
     shifted &= ~mask
-    out.copy_(torch.from_numpy(shifted.view(np.float64)).view(candidate.shape))
+    out.copy_(torch.from_numpy(shifted.view(np.float64)))
     size = np.abs(candidate.numpy())
-    limit = (bound.absolute * (2.0**38 * (1 + 2.0**-20))).clamp_(min=target.smallest_normal)
+    limit = np.maximum(bound.absolute * (2.0**38 * (1 + 2.0**-20)), target.smallest_normal)
     # A number next to the smallest normal one could have been below it; NaN is not inside.
-    inside = (size >= (limit * (1 + 2.0**-20)).numpy()) & (size < target.largest)
-    np.logical_or(flags, ~inside.reshape(-1), out=flags)
+    inside = (size >= limit * (1 + 2.0**-20)) & (size < target.largest)
+    np.logical_or(flags, ~inside, out=flags)
     return np.flatnonzero(flags)
 
 

@@ -69,7 +69,7 @@ class Effective:
         if output.elements:
             with Workers() as workers:
                 recipe = make_recipe(replace(output, dtype="F32"), self._factors, shard, workers)
-                recipe.piece(stored.reshape(-1).view(torch.uint8), 0, result.view(torch.uint8))
+                recipe.piece(stored.reshape(-1).view(torch.uint8), 0, result.view(torch.uint8))()
         return result.view(output.shape)
 
     def before(self, output: Output) -> torch.Tensor:

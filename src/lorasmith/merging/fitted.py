@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from lorasmith.merging.lowrank import LowRank
 from lorasmith.merging.plan import Output
 from lorasmith.merging.rounding import TARGETS, cast
+from lorasmith.merging.running import Finish
 from lorasmith.merging.tensors import TORCH_TYPES
 from lorasmith.records.merging import MergedTensor
 
@@ -32,14 +33,15 @@ class Fitted:
         self._values = load_file(file)[output.name].reshape(-1)
         self._changed = 0
 
-    def piece(self, raw: torch.Tensor, first: int, out: torch.Tensor) -> None:
+    def piece(self, raw: torch.Tensor, first: int, out: torch.Tensor) -> Finish:
         """The fitted values; the plain merge runs beside it for what it counts and refuses."""
         output, target = self._output, TARGETS[self._output.dtype]
-        self._plain.piece(raw, first, torch.empty_like(out))
+        plain = self._plain.piece(raw, first, torch.empty_like(out))
         stored = raw.view(TORCH_TYPES[output.source.dtype])
         here = self._values[first : first + len(stored)]
         self._changed += int(torch.count_nonzero(here != cast(stored, target)))
         out.copy_(here.view(torch.uint8))
+        return plain
 
     def result(self) -> MergedTensor:
         """The plain merge's counts with what this rounding moved; an element may move without an update."""

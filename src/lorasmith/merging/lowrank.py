@@ -25,6 +25,7 @@ from lorasmith.merging.dither import Stream, Thresholds
 from lorasmith.merging.magnitude import Scaling, decide_scaled, prepare_scaling, scaled_block
 from lorasmith.merging.plan import Output
 from lorasmith.merging.rounding import TARGETS
+from lorasmith.merging.running import Finish
 from lorasmith.merging.tensors import TORCH_TYPES, Factors, Stored
 from lorasmith.merging.workers import Workers
 from lorasmith.records.merging import MergedTensor
@@ -73,25 +74,34 @@ class LowRank:
         self._width = output.shape[-1] if len(output.shape) > 1 else 1
         self._height = math.prod(output.shape) // self._width if self._width else 0
 
-    def piece(self, raw: torch.Tensor, first: int, out: torch.Tensor) -> None:
-        """The merged values: blocks in threads, then all that is still open at once."""
+    def piece(self, raw: torch.Tensor, first: int, out: torch.Tensor) -> Finish:
+        """The merged values: blocks in threads; at the end, all that is still open at once."""
         stored = raw.view(TORCH_TYPES[self._output.source.dtype])
         merged = out.view(TORCH_TYPES[self._output.dtype])
         blocks = list(self._blocks(first, len(stored)))
         self._prepare({block.rows.start: block.rows for block in blocks})
+        products = self._products
 
         def work(block: Block) -> tuple[Counts, Open | None]:
             here = slice(block.offset, block.offset + block.height * block.width)
+            own = products.get(block.rows.start)
             shape = (block.height, block.width)
-            return self._make(block, first + block.offset, stored[here].view(shape), merged[here].view(shape))
+            return self._make(
+                block, own, first + block.offset, stored[here].view(shape), merged[here].view(shape)
+            )
 
-        opened: dict[int, list[tuple[Block, Open]]] = {}
-        for block, (counts, found) in zip(blocks, self._workers.map(work, blocks), strict=True):
-            self._counts.add(counts)
-            if found is not None:
-                opened.setdefault(block.rows.start, []).append((block, found))
-        for start, parts in opened.items():
-            self._settle(start, parts, stored, merged)
+        made = self._workers.begin(work, blocks)
+
+        def finish() -> None:
+            opened: dict[int, list[tuple[Block, Open]]] = {}
+            for block, (counts, found) in zip(blocks, made(), strict=True):
+                self._counts.add(counts)
+                if found is not None:
+                    opened.setdefault(block.rows.start, []).append((block, found))
+            for start, parts in opened.items():
+                self._settle(products[start], parts, stored, merged)
+
+        return finish
 
     def _blocks(self, first: int, count: int) -> Iterator[Block]:
         for offset, row, column, height, width in rectangles(first, count, self._width):
@@ -122,14 +132,18 @@ class LowRank:
             )
 
     def _make(
-        self, block: Block, first: int, stored: torch.Tensor, merged: torch.Tensor
+        self,
+        block: Block,
+        products: Products | None,
+        first: int,
+        stored: torch.Tensor,
+        merged: torch.Tensor,
     ) -> tuple[Counts, Open | None]:
         """Counts and open elements of one block; `first` is its first element's number in the tensor."""
-        if not block.rows.terms:
+        if products is None:
             values, small = cast_piece(stored, self._output.dtype, self._output.name)
             merged.copy_(values)
             return Counts(underflowed=small), None
-        products = self._products[block.rows.start]
         row = block.row - products.start
         scratch = self._workers.scratch()
         thresholds = None if self._stream is None else self._stream.take(first, stored.numel())
@@ -138,13 +152,18 @@ class LowRank:
         return scaled_block(stored, products, self._scaling, row, block.column, merged, scratch, thresholds)
 
     def _settle(
-        self, start: int, parts: list[tuple[Block, Open]], stored: torch.Tensor, merged: torch.Tensor
+        self,
+        products: Products,
+        parts: list[tuple[Block, Open]],
+        stored: torch.Tensor,
+        merged: torch.Tensor,
     ) -> None:
         target = TARGETS[self._output.dtype]
-        products = self._products[start]
         places = np.concatenate([block.offset + found.places for block, found in parts])
         opened = Undecided(
-            np.concatenate([block.row - start + found.places // block.width for block, found in parts]),
+            np.concatenate(
+                [block.row - products.start + found.places // block.width for block, found in parts]
+            ),
             np.concatenate([block.column + found.places % block.width for block, found in parts]),
             np.concatenate([found.candidate for _, found in parts]),
             stored[torch.from_numpy(places)].to(torch.float64).numpy(),

@@ -152,10 +152,9 @@ def scaled_block(
     """Write m·V/‖V‖ of the block of W that begins at (`row`, `column`); open elements as `sum_block` does."""
     target = target_of(out)
     height, width = stored.shape
-    own = scratch.of(height * width)
+    own = scratch.of(height, width)
     weights = stored.to(torch.float64)
-    right = products.right[:, column : column + width]
-    candidate = torch.addmm(weights, products.left[row : row + height], right)
+    candidate = torch.addmm(weights, products.left[row : row + height], products.columns(column, width))
     candidate *= _along(scaling.magnitude / scaling.norm, scaling.axis, row, column, height, width)
     absolute = _bounds(products, scaling, row, column, height, width)
     bound = Bound(scaling.relative, absolute, float(absolute.max()))
@@ -167,16 +166,15 @@ def scaled_block(
         base_square=float(torch.dot(weights.view(-1), weights.view(-1))),
         update_square=float(torch.dot(difference.view(-1), difference.view(-1))),
     )
-    return counts, opened_at(places, candidate.numpy().reshape(-1), thresholds)
+    return counts, opened_at(places, candidate.view(-1), thresholds)
 
 
-def _bounds(
-    products: Products, scaling: Scaling, row: int, column: int, height: int, width: int
-) -> torch.Tensor:
+def _bounds(products: Products, scaling: Scaling, row: int, column: int, height: int, width: int) -> Array:
     """a of the bound; infinite where the norm is not good."""
-    share = _along(scaling.absolute, scaling.axis, row, column, height, width)
-    bound = products.absolute[row : row + height] * share
-    return torch.where(bound.isnan(), torch.inf, bound)
+    share = _along(scaling.absolute, scaling.axis, row, column, height, width).numpy()
+    with np.errstate(invalid="ignore"):
+        bound = products.absolute[row : row + height] * share
+    return np.where(np.isnan(bound), np.inf, bound)
 
 
 def decide_scaled(
@@ -185,7 +183,7 @@ def decide_scaled(
     """RN of open elements, and how many of them are ties."""
     share = scaling.absolute.numpy()[opened.rows if scaling.axis == 0 else opened.columns]
     with np.errstate(invalid="ignore"):
-        absolute = products.absolute.numpy()[opened.rows, 0] * share
+        absolute = products.absolute[opened.rows, 0] * share
     absolute = np.where(np.isnan(absolute), np.inf, absolute)
     bound = (absolute + scaling.relative * np.abs(opened.candidate)) * ROUNDED_UP
     values, certain = settled(opened, bound, target)

@@ -17,6 +17,7 @@ from lorasmith.merging.lowrank import LowRank
 from lorasmith.merging.plan import Output
 from lorasmith.merging.refusals import overflow
 from lorasmith.merging.rounding import TARGETS, cast
+from lorasmith.merging.running import Finish, nothing_left
 from lorasmith.merging.tensors import TORCH_TYPES, Factors, Stored
 from lorasmith.merging.workers import Workers
 from lorasmith.records.merging import MergedTensor
@@ -25,8 +26,11 @@ from lorasmith.records.merging import MergedTensor
 class Recipe(Protocol):
     """Turns stored bytes into bytes of the merged tensor, one whole number of elements after the other."""
 
-    def piece(self, raw: torch.Tensor, first: int, out: torch.Tensor) -> None:
-        """Write the elements from `first` on into `out`, made from their stored bytes; both are uint8."""
+    def piece(self, raw: torch.Tensor, first: int, out: torch.Tensor) -> Finish:
+        """Write the elements from `first` on into `out`, made from their stored bytes; both are uint8.
+
+        Threads may still be at work on them when this returns: calling what comes back completes the piece.
+        """
 
     def result(self) -> MergedTensor | None:
         """What became of the tensor, once all pieces are made; None where no adapter changed it."""
@@ -38,14 +42,15 @@ class Plain:
     def __init__(self, output: Output) -> None:
         self._output = output
 
-    def piece(self, raw: torch.Tensor, first: int, out: torch.Tensor) -> None:
+    def piece(self, raw: torch.Tensor, first: int, out: torch.Tensor) -> Finish:
         """The same bytes, or the rounded values."""
         if self._output.dtype == self._output.source.dtype:
             out.copy_(raw)
-            return
+            return nothing_left
         stored = raw.view(TORCH_TYPES[self._output.source.dtype])
         result, _ = cast_piece(stored, self._output.dtype, self._output.name)
         out.copy_(result.view(torch.uint8))
+        return nothing_left
 
     def result(self) -> None:
         """No adapter changed it."""
@@ -62,7 +67,7 @@ class Replaced:
         self._counts = Counts()
         self._rows = factors(change.row_values) if change.row_values else None
 
-    def piece(self, raw: torch.Tensor, first: int, out: torch.Tensor) -> None:
+    def piece(self, raw: torch.Tensor, first: int, out: torch.Tensor) -> Finish:
         """The adapter's values in the merged type."""
         output = self._output
         stored = raw.view(TORCH_TYPES[output.source.dtype])
@@ -77,6 +82,7 @@ class Replaced:
             result = self._with_rows(result.clone(), first)
         self._count(result, first, small)
         out.copy_(result.view(torch.uint8))
+        return nothing_left
 
     def _with_rows(self, result: torch.Tensor, first: int) -> torch.Tensor:
         assert self._rows is not None

@@ -35,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lorasmith.merging.workers import Scratch
+from lorasmith.merging.workers import Arrays
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.signedinteger[Any]]
@@ -127,14 +127,14 @@ class Bound:
 
     relative: float
     """ρ."""
-    absolute: torch.Tensor
+    absolute: Array
     """a [m, 1], [1, n] or [m, n], for the block in hand; infinite where nothing is known."""
     largest: float
     """No smaller than any a of the tensor: what most blocks are tested with, as it costs nothing."""
 
 
 def open_elements(
-    candidate: torch.Tensor, bound: Bound, target: Target, scratch: Scratch, out: torch.Tensor
+    candidate: torch.Tensor, bound: Bound, target: Target, own: Arrays, out: torch.Tensor
 ) -> Indices:
     """Round float64 candidates [m, n] into `out`; the flat positions that the error bound leaves open.
 
@@ -144,23 +144,18 @@ def open_elements(
         out.copy_(candidate)
         return np.arange(candidate.numel())
     if target.dtype == "F32":
-        return _open_singles(candidate, bound, scratch, out)
-    count = candidate.numel()
-    single = scratch.single[:count].view(candidate.shape)
-    single.copy_(candidate)
-    out.copy_(single)
-    tail = scratch.ints[:count]
+        return _open_singles(candidate, bound, own, out)
+    out.copy_(own.single.copy_(candidate))
     shift, unit, last = _tail_test(target)
-    torch.add(shift, single.view(-1).view(torch.int32), alpha=unit, out=tail)
-    flags = scratch.flags[:count]
-    np.less_equal(tail.numpy(), last, out=flags)
-    if not _all_between(out, bound, target, scratch):
-        limit = (bound.absolute * (2.0**26 * (1 + 2.0**-20))).clamp_(min=target.smallest_normal)
-        size = single.abs()
+    torch.add(shift, own.single_bits, alpha=unit, out=own.ints)
+    np.less_equal(own.int_array, last, out=own.flags)
+    if not _all_between(out, bound, target, own):
+        limit = np.maximum(bound.absolute * (2.0**26 * (1 + 2.0**-20)), target.smallest_normal)
+        size = np.abs(own.single.numpy())
         # NaN is neither between nor outside: it must count as outside.
-        inside = (size >= limit).logical_and_(size < target.largest)
-        np.logical_or(flags, ~inside.reshape(-1).numpy(), out=flags)
-    return np.flatnonzero(flags)
+        inside = (size >= limit) & (size < target.largest)
+        np.logical_or(own.flags, ~inside, out=own.flags)
+    return np.flatnonzero(own.flags)
 
 
 @cache
@@ -183,32 +178,29 @@ def _bits_of(number: float, target: Target) -> int:
     return int(torch.tensor(number, dtype=torch.float64).to(target.native).view(torch.int16).item())
 
 
-def _all_between(out: torch.Tensor, bound: Bound, target: Target, scratch: Scratch) -> bool:
+def _all_between(out: torch.Tensor, bound: Bound, target: Target, own: Arrays) -> bool:
     """Whether every size is certainly above the limit and below the largest number, from the rounded bits."""
     limit = max(bound.largest * (2.0**26 * (1 + 2.0**-20)), target.smallest_normal)
     if not limit < target.largest:
         return False
-    bits = out.view(-1).view(torch.int16).numpy()
-    size = np.bitwise_and(bits, 0x7FFF, out=scratch.shorts[: len(bits)])
+    size = np.bitwise_and(out.view(torch.int16).numpy(), 0x7FFF, out=own.shorts)
     # Rounding keeps the order: a number up to the limit has at most its bits, a NaN has more than any.
     return bool(size.min() > _bits_of(limit, target) and size.max() < _bits_of(target.largest, target))
 
 
-def _open_singles(candidate: torch.Tensor, bound: Bound, scratch: Scratch, out: torch.Tensor) -> Indices:
+def _open_singles(candidate: torch.Tensor, bound: Bound, own: Arrays, out: torch.Tensor) -> Indices:
     target = TARGETS["F32"]
     out.copy_(candidate)
-    count = candidate.numel()
     reach = int(bound.relative * 2.0**53) + 2**16 + 1
-    flat = candidate.reshape(-1).numpy()
-    tail, flags = scratch.longs(count)[:count], scratch.flags[:count]
-    np.bitwise_and(flat.view(np.int64), (1 << 29) - 1, out=tail)
+    tail, flags = own.longs, own.flags
+    np.bitwise_and(candidate.numpy().view(np.int64), (1 << 29) - 1, out=tail)
     np.subtract(tail, 1 << 28, out=tail)
     np.abs(tail, out=tail)
     np.less_equal(tail, reach, out=flags)
     size = np.abs(candidate.numpy())
-    limit = (bound.absolute * (2.0**37 * (1 + 2.0**-20))).clamp_(min=target.smallest_normal)
-    inside = (size >= limit.numpy()) & (size < target.largest)
-    np.logical_or(flags, ~inside.reshape(-1), out=flags)
+    limit = np.maximum(bound.absolute * (2.0**37 * (1 + 2.0**-20)), target.smallest_normal)
+    inside = (size >= limit) & (size < target.largest)
+    np.logical_or(flags, ~inside, out=flags)
     return np.flatnonzero(flags)
 
 

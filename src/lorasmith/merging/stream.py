@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from lorasmith.checkpoint.header import ITEM_BITS, TensorFile, build_header
 from lorasmith.errors import CheckpointError
-from lorasmith.merging.disk import Lanes, Reader, Writer
+from lorasmith.merging.disk import Lanes, Reader
 from lorasmith.merging.plan import Output
 from lorasmith.merging.recipes import Recipe
+from lorasmith.merging.running import Running
 from lorasmith.merging.tensors import Stored
+from lorasmith.merging.writer import Writer
 from lorasmith.progress import Advance
 from lorasmith.records.base import FileDigest
 from lorasmith.records.merging import MergedTensor
@@ -60,12 +63,13 @@ def write_shard(
     places = [*source.tensors.values(), *[None] * (len(outputs) - len(source.tensors))]
     with (
         Reader(source.path, source.size, lanes, digest=hash_source) as reader,
-        Writer(path, size, lanes) as writer,
+        Running() as running,
+        Writer(path, size, lanes, running) as writer,
     ):
-        stream = Stream(reader)
+        stream = Stream(reader, running)
         stream.skip(source.data_start)
         writer.append(header)
-        tensors = []
+        tensors: list[MergedTensor] = []
         for output, place in zip(outputs, places, strict=True):
             recipe = make(output)
             if place is output.source:
@@ -75,10 +79,8 @@ def write_shard(
                 file = source.path if output.adapter is None else adapters[output.adapter]
                 pieces = _elsewhere(Stored(file, output.source))
             for first, raw in pieces:
-                _make(recipe, output, raw, first, writer, advance)
-            result = recipe.result()
-            if result is not None:
-                tensors.append(result)
+                _make(recipe, output, raw, first, writer, advance, running)
+            running.add(partial(_note, recipe, tensors))
         if not stream.at_end():
             raise CheckpointError("the shard changed while it was read", where=source.path)
         sha256 = writer.finish()
@@ -86,7 +88,13 @@ def write_shard(
 
 
 def _make(
-    recipe: Recipe, output: Output, raw: torch.Tensor, first: int, writer: Writer, advance: Advance
+    recipe: Recipe,
+    output: Output,
+    raw: torch.Tensor,
+    first: int,
+    writer: Writer,
+    advance: Advance,
+    running: Running,
 ) -> None:
     """Let a recipe write its result straight into the output's buffers, cut where these end."""
     stored_bits, bits = ITEM_BITS[output.source.dtype], ITEM_BITS[output.dtype]
@@ -97,18 +105,26 @@ def _make(
         fitting = min(count - done, len(space) * 8 // bits)
         start = done * stored_bits // 8
         straddling = fitting == 0
-        part = 1 if straddling else fitting
-        piece = raw[start : start + (part * stored_bits + 7) // 8]
-        length = (part * bits + 7) // 8
-        target = torch.empty(length, dtype=torch.uint8)
+        elements = 1 if straddling else fitting
+        piece = raw[start : start + (elements * stored_bits + 7) // 8]
+        length = (elements * bits + 7) // 8
         direct = None if straddling else _view(space[:length], bits)
-        recipe.piece(piece, first + done, direct if direct is not None else target)
         if direct is None:
+            target = torch.empty(length, dtype=torch.uint8)
+            recipe.piece(piece, first + done, target)()
             writer.append(target.numpy().data)
         else:
+            running.add(recipe.piece(piece, first + done, direct))
             writer.filled(length)
         advance(length)
-        done += part
+        done += elements
+
+
+def _note(recipe: Recipe, tensors: list[MergedTensor]) -> None:
+    """Keep the record of a tensor whose pieces are all made."""
+    result = recipe.result()
+    if result is not None:
+        tensors.append(result)
 
 
 def _view(space: memoryview, bits: int) -> torch.Tensor | None:
@@ -120,14 +136,23 @@ def _view(space: memoryview, bits: int) -> torch.Tensor | None:
 class Stream:
     """A reader's chunks as one run of bytes, given out in whole numbers of a tensor."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, running: Running) -> None:
         self._chunks = reader.chunks()
         self._path = reader.path
         self._rest = memoryview(b"")
+        self._running = running
+        self._begun = 0
+        """How many pieces were when the chunk in hand was asked for."""
+
+    def _next(self) -> memoryview | None:
+        """Another chunk: the one before that in hand is given up, so what is made of it must be complete."""
+        self._running.finish(self._begun)
+        self._begun = self._running.begun
+        return next(self._chunks, None)
 
     def _more(self) -> None:
         while not len(self._rest):
-            chunk = next(self._chunks, None)
+            chunk = self._next()
             if chunk is None:
                 raise CheckpointError("the file ended while it was read", where=self._path)
             self._rest = chunk
@@ -169,7 +194,7 @@ class Stream:
 
     def at_end(self) -> bool:
         """Whether every byte has been given out."""
-        return not len(self._rest) and next(self._chunks, None) is None
+        return not len(self._rest) and self._next() is None
 
 
 def _elsewhere(stored: Stored) -> Iterator[tuple[int, torch.Tensor]]:
