@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,8 +20,10 @@ from lorasmith.proving.weights_tally import Tally
 
 _HANDED_OVER = 1 << 14
 """Elements from which a tensor is checked on another thread."""
-_READERS = 2
-"""Threads that read and hash ahead of the arithmetic: more do not make a disk faster."""
+_READERS = 3
+"""Threads that read and hash ahead of the arithmetic: while two of them hash, the disk has one more to serve."""
+_SWITCH_SECONDS = 2e-5
+"""How long a thread waits for Python's lock, which all of them need for a moment between long operations."""
 _WAITING = 8
 """Tasks that may be under way, being read or waiting for a thread."""
 
@@ -68,12 +71,14 @@ def check(
 @contextmanager
 def _one_thread_per_operation() -> Iterator[None]:
     # Blocks run side by side on our own threads; torch's would only get in their way.
-    before = torch.get_num_threads()
+    before, switch = torch.get_num_threads(), sys.getswitchinterval()
     torch.set_num_threads(1)
+    sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        sys.setswitchinterval(switch)
 
 
 def _start(readers: ThreadPoolExecutor, pool: ThreadPoolExecutor, task: Task) -> Future[Tally]:
