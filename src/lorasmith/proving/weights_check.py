@@ -21,7 +21,7 @@ from lorasmith.proving.weights_tally import Tally
 _HANDED_OVER = 1 << 14
 """Elements from which a tensor is checked on another thread."""
 _READERS = 3
-"""Threads that read and hash ahead of the arithmetic: while two of them hash, the disk has one more to serve."""
+"""Threads that read and hash ahead of the arithmetic: while two hash, the disk has one more to serve."""
 _SWITCH_SECONDS = 2e-5
 """How long a thread waits for Python's lock, which all of them need for a moment between long operations."""
 _WAITING = 8
