@@ -34,3 +34,6 @@ def test_long_work_tells_now_and_then_how_far_it_is(
     with bar("Short", total=10, unit="rows") as advance:
         advance(10)
     assert capsys.readouterr().err.count("\n") == 1
+    with bar("Nothing", total=0, unit="row"):
+        pass
+    assert capsys.readouterr().err == ""

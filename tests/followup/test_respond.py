@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from lorasmith.cli.main import run
 from lorasmith.errors import DataError
 from lorasmith.files.jsonl import read_examples
 from lorasmith.followup.respond import RespondOptions, respond
@@ -140,3 +141,12 @@ def test_the_command_as_typed(answering: Path, tmp_path: Path) -> None:
     assert "rows/s" in done.stderr and "cost" in done.stderr
     assert "cut off at 5 tokens" in done.stderr
     assert json.loads((tmp_path / "r.timing.json").read_text())["cost"] > 0
+
+
+def test_failed_rows_are_named_by_their_file(
+    answering: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "data.jsonl", [*tiny_rows(2), {"nothing": 1}])
+    command = ["respond", "--model", str(answering / "base"), "--data", str(tmp_path / "data.jsonl")]
+    assert run([*command, "--output", str(tmp_path / "r.jsonl"), "--max-new-tokens", "3"]) == 1
+    assert f"they lie in {tmp_path / 'r.failed.jsonl'}" in capfd.readouterr().out

@@ -36,6 +36,10 @@ def bar(label: str, *, total: int, unit: str) -> Iterator[Advance]:
     """
     import time
 
+    if not total:  # nothing to do, nothing to tell
+        yield lambda amount: None
+        return
+
     from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
     from rich.text import Text
 

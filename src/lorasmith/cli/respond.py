@@ -174,6 +174,7 @@ class TerminalRespond:
 def show_responses(record: RespondRecord, output: Path | None, console: Console) -> None:
     """How the rows ended, how long they are, what to know; where they lie, if it is given."""
     from lorasmith.cli.views import show_findings
+    from lorasmith.followup.respond_output import Places
 
     ended = ", ".join(f"{count} {name}" for name, count in record.finish.items())
     console.print(f"Responses: {record.rows} ({ended or 'none'})")
@@ -189,9 +190,9 @@ def show_responses(record: RespondRecord, output: Path | None, console: Console)
             f"median {sizes.median}, 90 % up to {sizes.p90}"
         )
     if record.failed:
-        console.print(
-            f"[red]Failed: {record.failed}[/], see NAME.failed.jsonl; --retry-failed tries them again"
-        )
+        aside = "responses.failed.jsonl of the run" if output is None else Places(output).failed
+        console.print(f"[red]Failed: {record.failed}[/]; --retry-failed tries them again")
+        console.print(f"  they lie in {aside}", markup=False, soft_wrap=True)
     show_findings(record.findings, console)
     if output is not None:
         console.print(f"Output:    {output}", soft_wrap=True)
