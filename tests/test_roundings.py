@@ -5,13 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorasmith.errors import UsageError
+import lorasmith
+from lorasmith.errors import DataError, UsageError
 from lorasmith.files.atomic import read_record
+from lorasmith.models.layerwise import UnsupportedLayers
+from lorasmith.records.merging import MergeRecord
 from lorasmith.records.roundings import RoundingsRecord
 from lorasmith.roundings import compare_roundings, float16_range
 from tests.merging.test_calibrate import write_rows
@@ -49,6 +53,47 @@ def test_without_rows_calibration_is_left_out_and_named(
     record = compare_roundings(base, adapter, test_set, tmp_path / "out")
     assert "calibrated" not in {one.name for one in record.modes}
     assert "not-calibrated" in {finding.code for finding in record.findings}
+
+
+def test_rows_of_the_test_set_are_refused_before_anything_is_measured(
+    folders: tuple[Path, Path, Path, Path], tmp_path: Path
+) -> None:
+    base, adapter, _, test_set = folders
+    with pytest.raises(DataError, match="6 of 6 calibration rows are in the test set"):
+        compare_roundings(base, adapter, test_set, tmp_path / "out", calibration=test_set)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_model_that_cannot_be_calibrated_is_measured_in_the_other_modes(
+    folders: tuple[Path, Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise UnsupportedLayers("it has no decoder layers", remedy="give another")
+
+    monkeypatch.setattr("lorasmith.merging.calibrate.LayerwiseModel", refuse)
+    base, adapter, train, test_set = folders
+    record = compare_roundings(base, adapter, test_set, tmp_path / "out", calibration=train)
+    assert [one.name for one in record.modes] == ["nearest", "dithered", "float16"]
+    told = next(finding for finding in record.findings if finding.code == "not-calibrated")
+    assert told.message.endswith("was not measured: it has no decoder layers")
+
+
+def test_it_calibrates_on_as_many_tokens_as_asked(
+    folders: tuple[Path, Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter, train, test_set = folders
+    used: list[int] = []
+    merge = lorasmith.merge
+
+    def noting(*arguments: Any, **options: Any) -> MergeRecord:
+        record = merge(*arguments, **options)
+        used.extend([record.calibration.tokens] if record.calibration else [])
+        return record
+
+    monkeypatch.setattr(lorasmith, "merge", noting)
+    options: dict[str, Any] = {"calibration": train, "calibration_tokens": 200}
+    compare_roundings(base, adapter, test_set, tmp_path / "out", **options)
+    assert len(used) == 1 and 100 < used[0] <= 200
 
 
 def test_a_weight_beyond_float16_is_a_finding(folders: tuple[Path, Path, Path, Path], tmp_path: Path) -> None:

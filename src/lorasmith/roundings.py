@@ -14,6 +14,8 @@ import lorasmith
 from lorasmith.errors import CheckpointError, UsageError, os_errors
 from lorasmith.files.atomic import write_record
 from lorasmith.files.paths import StrPath
+from lorasmith.merging.calibration import TOKENS
+from lorasmith.models.layerwise import UnsupportedLayers
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.merging import MergeRecord
@@ -48,6 +50,7 @@ def compare_roundings(
     output: StrPath,
     *,
     calibration: StrPath | Sequence[StrPath] | None = None,
+    calibration_tokens: int = TOKENS,
     seed: int = 0,
     template: str = "auto",
     device: str = "auto",
@@ -57,8 +60,9 @@ def compare_roundings(
     """Merge in every mode, compare each result with the adapter on `test_set`, and recommend one.
 
     The folder `output` gets `roundings.json`; a merged model lies in it only while it is measured. Calibrated
-    rounding is measured where rows are given. Raises what `merge` and `compare` raise, but for a float16 that
-    the model does not fit into, which is a finding.
+    rounding is measured where rows are given, on `calibration_tokens` of them. Raises what `merge` and
+    `compare` raise; a float16 that the model does not fit into, and a model that cannot be run layer by
+    layer, are findings.
     """
     place = Path(output)
     with os_errors(place, "write"):
@@ -68,16 +72,22 @@ def compare_roundings(
     found: list[RoundingFound] = []
     findings: list[Finding] = []
     proof: BehaviourProof | None = None
-    for name, precision, rounding in _PLAIN:
+    # Calibrated rounding is the one that refuses rows: what is wrong with them is told at once.
+    for name, precision, rounding in sorted(_PLAIN, key=lambda mode: mode[2] != "calibrated"):
         if rounding == "calibrated" and calibration is None:
             continue
-        rows: dict[str, Any] = {"calibration": calibration, "test_set": test_set} if calibration else {}
-        options = {"seed": seed, "template": template, "device": device, **rows}
+        options: dict[str, Any] = {"seed": seed, "template": template, "device": device}
+        if rounding == "calibrated":
+            options |= {"calibration": calibration, "calibration_tokens": calibration_tokens}
+            options |= {"test_set": test_set}
         merged = place / "merged"
         try:
             record = lorasmith.merge(
                 base, adapter, merged, precision=precision, rounding=rounding, progress=progress, **options
             )
+        except UnsupportedLayers as error:
+            findings.append(_not_calibrated(error.found, error.remedy or ""))
+            continue
         except CheckpointError as error:
             if precision != "float16":
                 raise
@@ -100,7 +110,12 @@ def compare_roundings(
             shutil.rmtree(merged)
     assert proof is not None
     shutil.rmtree(place / "states", ignore_errors=True)
-    result = _judge(found, findings, proof.test_set, rows_given=calibration is not None)
+    if calibration is None:
+        remedy = "give the training file: --calibration"
+        findings.append(_not_calibrated("no rows were given", remedy))
+    order = [name for name, *_ in _PLAIN]
+    found.sort(key=lambda one: order.index(one.name))
+    result = _judge(found, findings, proof.test_set)
     write_record(place / RECORD, result)
     return result
 
@@ -147,9 +162,16 @@ def _does_not_fit(error: CheckpointError) -> Finding:
     )
 
 
-def _judge(
-    found: Sequence[RoundingFound], findings: list[Finding], test_set: FileDigest, *, rows_given: bool
-) -> RoundingsRecord:
+def _not_calibrated(why: str, remedy: str) -> Finding:
+    return Finding(
+        severity="note",
+        code="not-calibrated",
+        message=f"calibrated rounding was not measured: {why}",
+        remedy=remedy,
+    )
+
+
+def _judge(found: Sequence[RoundingFound], findings: list[Finding], test_set: FileDigest) -> RoundingsRecord:
     """The simplest of the modes that are about as near as the nearest; float16 only where nothing else is."""
     own = [one for one in found if one.float16 is None]
     best = min(one.kl.mean for one in own)
@@ -166,16 +188,6 @@ def _judge(
         findings = [*findings, _ACTIVATIONS]
         if half.kl.mean < chosen.kl.mean:
             reason += f". float16 is nearer still ({half.kl.mean:.1e}) if it is served in a way that is safe"
-    if not rows_given:
-        findings = [
-            *findings,
-            Finding(
-                severity="note",
-                code="not-calibrated",
-                message="calibrated rounding was not measured: no rows were given",
-                remedy="give the training file: --calibration",
-            ),
-        ]
     return RoundingsRecord(
         test_set=test_set, modes=list(found), recommended=chosen.name, reason=reason, findings=findings
     )

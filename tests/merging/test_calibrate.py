@@ -205,6 +205,22 @@ def test_too_few_tokens_fall_back(inputs: tuple[Path, Path, Path], tmp_path: Pat
     assert prove(base, adapter, tmp_path / "out").grade == "bounded"
 
 
+def test_a_second_moment_that_cannot_be_inverted_falls_back(
+    inputs: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """A norm of zeros silences the second half of a layer: what its linear layers get is 0."""
+    base = shutil.copytree(inputs[0], tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.post_attention_layernorm.weight"] *= 0
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    record = calibrated((base, *inputs[1:]), tmp_path / "out")
+    silent = {tensor.name for tensor in record.tensors if tensor.rounding == "dithered"}
+    assert silent and all(name.startswith("model.layers.1.mlp.") for name in silent)
+    reasons = {tensor.fallback for tensor in record.tensors if tensor.name in silent}
+    assert reasons == {"the second moment of the inputs cannot be inverted"}
+    assert prove(base, inputs[1], tmp_path / "out").grade == "bounded"
+
+
 def test_float32_has_nothing_to_calibrate(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     record = calibrated(inputs, tmp_path / "out", precision="float32")
     assert {tensor.fallback for tensor in record.tensors} == {"stored in F32, where nearly nothing is lost"}
