@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lorasmith.files.atomic import read_record
 from lorasmith.files.jsonl import write_rows
 from lorasmith.followup import compress_run
 from lorasmith.followup.compress_settings import CompressOptions, CompressSettings, every_way
-from lorasmith.followup.compress_table import write_page
+from lorasmith.followup.compress_table import plot, write_page
 from lorasmith.records.compression import CompressionsRecord
 from tests.followup.compressing import LOOSE, copies, questions, record_of
 from tests.tiny import tiny_rows
@@ -106,3 +107,10 @@ def test_table_and_plot(compressed: Path, tmp_path: Path) -> None:
     write_page([compressed / "int4"], tmp_path / "t.html")
     text = (tmp_path / "t.html").read_text()
     assert "<svg" in text and "<circle" in text and "http" not in text
+
+
+def test_labels_of_the_plot_do_not_cover_each_other(compressed: Path) -> None:
+    record = record_of(compressed / "int4")
+    near = [record, record.model_copy(update={"bytes": record.bytes + 10, "method": "calibrated"})]
+    heights = re.findall(r'<text x="[^"]+" y="([^"]+)" text-anchor="end">compressed', plot(near))
+    assert len(heights) == 2 and abs(float(heights[0]) - float(heights[1])) >= 12

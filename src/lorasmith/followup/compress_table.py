@@ -27,6 +27,8 @@ COLUMNS = (
     "gates",
 )
 
+_LETTER, _LINE = 6.5, 13
+"""Of the plot's labels: the mean width of a letter, and what a line takes."""
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _MARGIN = 640, 320, 70, 46, 24
 
 
@@ -132,14 +134,20 @@ def plot(records: Sequence[CompressRecord]) -> str:
     most_bytes = 1.15 * max(size for size, _, _ in points)
     most_kl = 1.15 * max(kl for _, kl, _ in points) or 1.0
     right, top = _WIDTH - _MARGIN, _MARGIN
-    drawn = []
+    drawn: list[str] = []
+    labels: list[tuple[float, float, float]] = []
     for size, kl, record in points:
         x = _LEFT + (right - _LEFT) * size / most_bytes
         y = _HEIGHT - _BOTTOM - (_HEIGHT - _BOTTOM - top) * kl / most_kl
         name = escape(f"{record.kind} {record.method}")
+        height = y - 9
+        begins = x - _LETTER * len(name)
+        while any(begins < right and left < x and abs(height - up) < _LINE for left, right, up in labels):
+            height -= _LINE  # above the label that is there
+        labels.append((begins, x, height))
         drawn.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="#0b6fa4"><title>{name}: {human_bytes(size)}, '
-            f'mean KL {kl:.4f}</title></circle><text x="{x - 8:.1f}" y="{y - 9:.1f}" '
+            f'mean KL {kl:.4f}</title></circle><text x="{x - 8:.1f}" y="{height:.1f}" '
             f'text-anchor="end">{name}</text>'
         )
     floor = _HEIGHT - _BOTTOM
