@@ -8,24 +8,17 @@ from typing import Any
 
 import pytest
 
+from tests.executors.nodes import STORE, add_node, patiently
+
 
 @pytest.fixture(scope="package")
 def cluster() -> Iterator[Any]:
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster as Nodes
 
-    store = 80 << 20
-    head = {"num_cpus": 1, "object_store_memory": store, "include_dashboard": False}
-    nodes = None
-    for last in (False, False, True):  # Ray gives a node 30 s to come up, which a busy machine may exceed
-        try:
-            nodes = Nodes(initialize_head=True, head_node_args=head)
-            break
-        except Exception:
-            if last:
-                raise
-    assert nodes is not None
-    nodes.add_node(num_cpus=1, object_store_memory=store)
+    head = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
+    nodes = patiently(lambda: Nodes(initialize_head=True, head_node_args=head))
+    add_node(nodes)
     root = Path(__file__).parents[2]
     environment = {"PYTHONPATH": f"{root}:{root / 'src'}"}
     ray.init(

@@ -25,6 +25,7 @@ from lorasmith.files.journal import Journal
 from lorasmith.models.replica import Replica
 from lorasmith.models.session import ScoringOptions, prepare
 from lorasmith.records.conditions import ChunkRecord
+from tests.executors.nodes import add_node
 from tests.executors.squares import Squares
 from tests.tiny import save_adapter, save_base, tiny_rows
 
@@ -82,7 +83,7 @@ def test_workers_stay_within_a_block(cluster: Any) -> None:
 def test_a_node_that_dies_costs_its_chunk_in_flight_only(cluster: Any, tmp_path: Path) -> None:
     again = 0
     for number in range(NODE_KILLS):
-        extra = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+        extra = add_node(cluster)
         executor = Cluster(threads=1)
         marks = tmp_path / f"marks{number}"
         marks.mkdir()
@@ -186,7 +187,7 @@ def test_a_worker_that_sees_other_files_says_so(scored: tuple[Path, ...], tmp_pa
 
 
 def test_workers_of_several_kinds_are_labelled(cluster: Any, tmp_path: Path) -> None:
-    extra = cluster.add_node(num_cpus=1, object_store_memory=80 << 20, env_vars={"TEST_PROCESSOR": "other"})
+    extra = add_node(cluster, env_vars={"TEST_PROCESSOR": "other"})
     marks = tmp_path / "marks"
     marks.mkdir()
     settings = {"marks": str(marks), "awaited": extra.node_id, "waits": False}

@@ -82,17 +82,24 @@ def test_a_gpu_that_falls_silent_makes_the_sum_unknown(driver: Path, tmp_path: P
     assert usage.gpu_joules is not None  # a counter since the driver was loaded: the gap is in it
 
 
+def count(counter: Path, microjoules: int) -> None:
+    """Go on to this value: at no moment is there no number, as in a kernel."""
+    following = counter.with_name("following")
+    following.write_text(f"{microjoules}\n")
+    following.replace(counter)
+
+
 def test_packages_are_summed_and_may_run_over(tmp_path: Path) -> None:
     one = a_package(tmp_path, "package-0", "intel-rapl:0", 1_000_000)
     two = a_package(tmp_path, "package-1", "intel-rapl:1", 9_500_000, limit=9_999_999)
     a_package(tmp_path, "core", "intel-rapl:0:0", 5)  # a part of package 0
     board = a_package(tmp_path, "psys", "intel-rapl:2", 5)  # all of it once more
     with Meter(Gpus("no-such-library.so"), Packages(tmp_path), seconds=0.02).running() as usage:
-        one.write_text("3000000\n")
+        count(one, 3_000_000)
         time.sleep(0.1)
-        one.write_text("4000000\n")
-        two.write_text("500000\n")  # from 9.5 J over the end at 10 J
-        board.write_text("999999\n")
+        count(one, 4_000_000)
+        count(two, 500_000)  # from 9.5 J over the end at 10 J
+        count(board, 999_999)
     assert usage.cpu_joules == pytest.approx(3.0 + 1.0)
     assert usage.gpu_seconds is None and usage.gpu_joules is None and usage.gpu_peak_bytes is None
 
