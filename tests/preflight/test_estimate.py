@@ -118,7 +118,7 @@ def test_calibration_is_sized_by_the_shapes_of_the_merge(tmp_path: Path) -> None
     assert size.tokens == pytest.approx(used.tokens, rel=0.5)
     wide = {output.name: output.shape for output in plan.outputs if output.change and len(output.shape) == 2}
     assert size.elements == sum(rows * columns for rows, columns in wide.values())
-    assert size.feedback == sum(7 * rows * columns**2 for rows, columns in wide.values())
+    assert size.feedback == sum(9 * rows * columns**2 for rows, columns in wide.values())
     assert calibration_size(plan, [tmp_path / "train.jsonl"], base, 50).tokens == 50
 
 

@@ -49,8 +49,9 @@ def calibration_size(plan: Plan, train: Sequence[Path], base: Path, budget: int)
         moments=sum(2.0 * tokens * width**2 for _, width in inputs),
         # Cholesky's factor (I³/3) and the inverse of a triangle (I³).
         factors=sum(4 / 3 * width**3 for _, width in inputs),
-        # The pass (O·I²), and twice the refinement (2·O·I² for the gradient, O·I² for keeping it).
-        feedback=sum(7.0 * rows * width**2 for rows, width in shapes.values()),
+        # The pass (O·I²), what the update does to the outputs (2·O·I²), and twice the refinement (2·O·I² for
+        # the gradient, O·I² for keeping it).
+        feedback=sum(9.0 * rows * width**2 for rows, width in shapes.values()),
         elements=sum(rows * width for rows, width in shapes.values()),
     )
 
