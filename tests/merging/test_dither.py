@@ -22,8 +22,8 @@ from lorasmith.merging.execute import merge
 from lorasmith.merging.rationals import dither_rational
 from lorasmith.merging.rounding import TARGETS
 from tests.merging.philox import philox, threshold
+from tests.merging.planted import NAMES, PREFIX, plant, tensors_of
 from tests.merging.reference import merged_value, nearest
-from tests.merging.test_execute import NAMES, PREFIX, plant, tensors_of
 from tests.merging.test_rounding import FORMATS, edges
 from tests.tiny import save_adapter, save_base
 

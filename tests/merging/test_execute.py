@@ -1,8 +1,7 @@
-"""A merge is right to the last bit, the same everywhere, whole, and refuses what it would do wrong."""
+"""A merge is right to the last bit, and the same everywhere."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,15 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from lorasmith.errors import AdapterError, BusyError, CheckpointError, DiskError, LorasmithError, UsageError
 from lorasmith.files.digests import digest_folder
-from lorasmith.files.lock import only_one
 from lorasmith.merging import disk, lowrank
 from lorasmith.merging.execute import merge
+from tests.merging.planted import NAMES, PREFIX, logits, plant, tensors_of
 from tests.merging.reference import merged_value, nearest
 from tests.tiny import save_adapter, save_base
-
-PREFIX = "base_model.model."
-NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +28,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     return save_adapter(tmp_path_factory.mktemp("adapter") / "adapter", base)
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def logits(model: Any) -> torch.Tensor:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        return model(torch.randint(5, 290, (2, 24))).logits.double()
 
 
 @pytest.mark.parametrize(
@@ -73,34 +57,6 @@ def test_the_merged_model_computes_what_the_adapter_does(
     assert (unmerged - alone).std() > 0.01 * alone.std(), "an adapter that does nothing tests nothing"
     # Two float32 forwards of one function differ by some ulps that the layers amplify.
     assert (merged - unmerged).abs().max() < 1e-4 * unmerged.std()
-
-
-def plant(folder: Path, dtype: torch.dtype, *, low_bits: bool) -> tuple[Path, Path]:
-    """Base and adapter whose one target holds ties, subnormals and zeros."""
-    save_base(folder / "base", dtype=dtype)
-    save_adapter(folder / "adapter", folder / "base", target_modules=["q_proj"], r=4, lora_alpha=8)
-    generator = torch.Generator().manual_seed(3)
-    weights = load_file(folder / "base" / "model.safetensors")
-    factors = load_file(folder / "adapter" / "adapter_model.safetensors")
-    for layer in range(2):
-        target = f"model.layers.{layer}.self_attn.q_proj.weight"
-        values = torch.randn(32, 32, generator=generator)
-        values[0] = 0
-        values[1] *= 1e-6
-        values[2, ::2] = -0.0
-        values[3] = 2.0 ** torch.randint(-14, 3, (32,), generator=generator)
-        weights[target] = values.to(dtype)
-        down = factors[PREFIX + target.replace(".weight", ".lora_A.weight")]
-        up = factors[PREFIX + target.replace(".weight", ".lora_B.weight")]
-        if low_bits:
-            down.copy_(torch.randint(-2, 3, down.shape, generator=generator).float())
-            up.copy_(2.0 ** -torch.randint(4, 14, up.shape, generator=generator))
-            up[4] = 0
-            down[:, 5] = 0
-        up[5] *= 1e-5
-    save_file(weights, folder / "base" / "model.safetensors", metadata={"format": "pt"})
-    save_file(factors, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
-    return folder / "base", folder / "adapter"
 
 
 @pytest.mark.parametrize("low_bits", [False, True], ids=["random", "ties"])
@@ -186,252 +142,6 @@ def test_neither_threads_nor_block_sizes_change_a_byte(
     finally:
         torch.set_num_threads(before)
     assert len(digests) == 1
-
-
-def test_the_folder_stands_alone(tmp_path: Path, base: Path, adapter: Path) -> None:
-    record = merge(base, adapter, tmp_path / "out", precision="float16")
-    out = tmp_path / "out"
-    names = {file.name for file in base.glob("*.safetensors")}
-    assert {file.name for file in out.glob("*.safetensors")} == names
-    assert len(names) > 1
-    config = json.loads((out / "config.json").read_text())
-    assert config["dtype"] == "float16"
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_of(out).values())
-    for tensor, shard in index["weight_map"].items():
-        with safe_open(out / shard, "pt") as file:
-            assert tensor in file.keys()  # noqa: SIM118
-            assert file.metadata() == {"format": "pt"}
-    assert AutoTokenizer.from_pretrained(out).chat_template
-    model = AutoModelForCausalLM.from_pretrained(out)
-    assert model.dtype == torch.float16
-    for file in out.iterdir():
-        assert file.stat().st_mode & 0o444 == 0o444, f"{file.name} cannot be read by others"
-    listed = {file.path for file in record.files} | {"lorasmith_merge.json"}
-    assert listed == {file.name for file in out.iterdir()}
-    assert str(tmp_path) not in (out / "lorasmith_merge.json").read_text()
-    assert [file.name for file in tmp_path.iterdir()] == ["out"], "nothing is left beside the output"
-
-
-def test_untouched_tensors_are_copied_byte_for_byte(tmp_path: Path, base: Path, adapter: Path) -> None:
-    record = merge(base, adapter, tmp_path / "out")
-    before, after = tensors_of(base), tensors_of(tmp_path / "out")
-    changed = {tensor.name for tensor in record.tensors}
-    assert record.copied == len(before) - len(changed) > 0
-    for name, tensor in before.items():
-        same = torch.equal(tensor.view(torch.int16), after[name].view(torch.int16))
-        assert same == (name not in changed), name
-
-
-def test_integer_buffers_are_never_cast(tmp_path: Path, base: Path, adapter: Path) -> None:
-    copy = shutil.copytree(base, tmp_path / "base")
-    shard = next(iter(sorted(copy.glob("*.safetensors"))))
-    extra = torch.arange(7)
-    save_file({**load_file(shard), "model.counter": extra}, shard, metadata={"format": "pt"})
-    merge(copy, adapter, tmp_path / "out", precision="float16")
-    assert torch.equal(tensors_of(tmp_path / "out")["model.counter"], extra)
-
-
-def test_the_adapters_tokenizer_goes_first(tmp_path: Path, base: Path, adapter: Path) -> None:
-    own = shutil.copytree(adapter, tmp_path / "adapter")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.chat_template = "{{ 'adapter' }}"
-    tokenizer.save_pretrained(own)
-    merge(base, own, tmp_path / "out")
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "{{ 'adapter' }}"
-
-
-def test_a_merge_close_to_a_no_op_says_so(tmp_path: Path, base: Path) -> None:
-    weak = save_adapter(tmp_path / "adapter", base, std=1e-4)
-    record = merge(base, weak, tmp_path / "out")
-    assert record.swallowed_fraction > 0.5
-    assert [finding.code for finding in record.findings] == ["close-to-no-op"]
-    assert (
-        record.elements_swallowed + sum(tensor.changed for tensor in record.tensors)
-        == record.elements_updated
-    )
-
-
-def test_an_existing_merge_is_replaced(tmp_path: Path, base: Path, adapter: Path) -> None:
-    merge(base, adapter, tmp_path / "out", precision="float32")
-    (tmp_path / "out" / "stale.txt").write_text("old")
-    merge(base, adapter, tmp_path / "out")
-    assert not (tmp_path / "out" / "stale.txt").exists()
-    assert tensors_of(tmp_path / "out")["lm_head.weight"].dtype == torch.bfloat16
-
-
-def test_a_partial_folder_of_another_merge_is_not_taken_up(tmp_path: Path, base: Path, adapter: Path) -> None:
-    merge(base, adapter, tmp_path / "expected")
-    stale = tmp_path / ".out.partial"
-    stale.mkdir()
-    shutil.copytree(tmp_path / "expected", stale, dirs_exist_ok=True)
-    first = next(iter(sorted(stale.glob("*.safetensors"))))
-    first.write_bytes(first.read_bytes()[::-1])
-    merge(base, adapter, tmp_path / "out")
-    assert digest_folder(tmp_path / "out") == digest_folder(tmp_path / "expected")
-
-
-def test_symlinked_cache_folders_work(tmp_path: Path, base: Path, adapter: Path) -> None:
-    links = tmp_path / "snapshot"
-    links.mkdir()
-    for file in base.iterdir():
-        (links / file.name).symlink_to(file)
-    merge(links, adapter, tmp_path / "out")
-    assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
-
-
-@pytest.mark.parametrize("place", ["base", "base/inside", "adapter", "adapter/deep/inside", "."])
-def test_an_output_within_an_input_is_refused(tmp_path: Path, base: Path, adapter: Path, place: str) -> None:
-    shutil.copytree(base, tmp_path / "base")
-    shutil.copytree(adapter, tmp_path / "adapter")
-    before = digest_folder(tmp_path)
-    with pytest.raises(UsageError, match="input"):
-        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / place)
-    assert digest_folder(tmp_path) == before
-
-
-def test_a_folder_that_is_no_model_is_not_replaced(tmp_path: Path, base: Path, adapter: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UsageError, match="does not hold a model"):
-        merge(base, adapter, tmp_path / "out")
-    assert (tmp_path / "out" / "thesis.txt").exists()
-
-
-def test_two_merges_into_one_output_at_once(tmp_path: Path, base: Path, adapter: Path) -> None:
-    with only_one(tmp_path / "out", "merge"), pytest.raises(BusyError, match="another merge"):
-        merge(base, adapter, tmp_path / "out")
-    merge(base, adapter, tmp_path / "out")
-
-
-def test_a_full_disk_is_found_before_anything_is_written(
-    tmp_path: Path, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Full:
-        f_bavail, f_frsize = 10, 4096
-
-    monkeypatch.setattr("os.statvfs", lambda _: Full)
-    with pytest.raises(DiskError, match="too little disk space"):
-        merge(base, adapter, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_float16_overflow_is_an_error_that_offers_bfloat16(tmp_path: Path) -> None:
-    base, adapter = plant(tmp_path, torch.float32, low_bits=False)
-    weights = load_file(base / "model.safetensors")
-    name = "model.layers.1.self_attn.q_proj.weight"
-    factors = load_file(adapter / "adapter_model.safetensors")
-    factors[PREFIX + name.replace(".weight", ".lora_B.weight")][7] = 0
-    save_file(factors, adapter / "adapter_model.safetensors")
-    for value, fits in ((65519.99, True), (65520.0, False)):
-        weights[name][7, 7] = value
-        save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-        if fits:
-            merge(base, adapter, tmp_path / "out", precision="float16")
-            assert tensors_of(tmp_path / "out")[name][7, 7].item() == 65504
-        else:
-            with pytest.raises(CheckpointError, match=name) as caught:
-                merge(base, adapter, tmp_path / "out", precision="float16")
-            assert "bfloat16" in str(caught.value)
-
-
-def test_an_untouched_tensor_that_overflows_float16_is_an_error(tmp_path: Path) -> None:
-    base, adapter = plant(tmp_path, torch.bfloat16, low_bits=False)
-    weights = load_file(base / "model.safetensors")
-    weights["model.norm.weight"][3] = 1e5
-    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
-        merge(base, adapter, tmp_path / "out", precision="float16")
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("where", ["lora_A", "lora_B", "base"])
-def test_numbers_that_are_not_finite_name_their_tensor(
-    tmp_path: Path, base: Path, adapter: Path, value: float, where: str
-) -> None:
-    own_base = shutil.copytree(base, tmp_path / "base")
-    own_adapter = shutil.copytree(adapter, tmp_path / "adapter")
-    module = "model.layers.1.self_attn.k_proj"
-    if where == "base":
-        file = next(file for file in own_base.glob("*.safetensors") if f"{module}.weight" in load_file(file))
-        name = f"{module}.weight"
-    else:
-        file, name = own_adapter / "adapter_model.safetensors", f"{PREFIX}{module}.{where}.weight"
-    tensors = load_file(file)
-    tensors[name][1, 2] = value
-    save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(LorasmithError, match="NaN or infinite") as caught:
-        merge(own_base, own_adapter, tmp_path / "out")
-    assert name in caught.value.found
-    assert not (tmp_path / "out").exists()
-
-
-def rewrite(adapter: Path, change: Any) -> None:
-    tensors = change(load_file(adapter / "adapter_model.safetensors"))
-    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def without(fragment: str) -> Any:
-    return lambda tensors: {name: tensor for name, tensor in tensors.items() if fragment not in name}
-
-
-def renamed(old: str, new: str) -> Any:
-    return lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()}
-
-
-Q = "layers.1.self_attn.q_proj"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (without(f"{Q}.lora_A"), "has no use without its partner"),
-        (without(f"{Q}.lora_B"), "has no use without its partner"),
-        (without(f"{Q}."), "targets model.layers.1.self_attn.q_proj, the adapter has no tensors"),
-        (renamed("layers.1.", "layers.7."), "no module 'model.layers.7"),
-        (renamed("q_proj", "query"), "no module"),
-        (renamed("lora_A.weight", "lora_A.default.weight"), "still carries the adapter's name"),
-        (renamed("lora_A.weight", "lora_C.weight"), "is of no known kind"),
-        (renamed("base_model.model.", "transformer."), "does not begin with"),
-        (renamed("q_proj", "../../q_proj"), "no module"),
-        (
-            lambda t: {n: v[:, :-1].contiguous() if "q_proj.lora_A" in n else v for n, v in t.items()},
-            "has the shape",
-        ),
-        (
-            lambda t: {n: v[:2].contiguous() if "q_proj.lora_A" in n else v for n, v in t.items()},
-            "has the shape",
-        ),
-        (lambda t: {n: v.to(torch.int8) for n, v in t.items()}, "has the type I8"),
-        (lambda t: {}, "holds no tensors"),
-    ],
-)
-def test_an_adapter_that_does_not_fit_is_refused(
-    tmp_path: Path, base: Path, adapter: Path, change: Any, message: str
-) -> None:
-    own = shutil.copytree(adapter, tmp_path / "adapter")
-    config = json.loads((own / "adapter_config.json").read_text())
-    config["target_modules"] = sorted({name.split(".")[-1] for name in config["target_modules"]})
-    (own / "adapter_config.json").write_text(json.dumps(config))
-    rewrite(own, change)
-    with pytest.raises(AdapterError, match=message):
-        merge(base, own, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"precision": "int8"},
-        {"rounding": "up"},
-        {"weights": [1.0, 2.0]},
-        {"weights": [0.0]},
-        {"weights": [float("nan")]},
-    ],
-)
-def test_impossible_arguments(tmp_path: Path, base: Path, adapter: Path, arguments: dict[str, Any]) -> None:
-    with pytest.raises(UsageError):
-        merge(base, adapter, tmp_path / "out", **arguments)
 
 
 def test_the_same_inputs_elsewhere_give_the_same_bytes(tmp_path: Path, base: Path, adapter: Path) -> None:

@@ -1,25 +1,19 @@
-"""The proof as a person meets it: precisions, several adapters, records, audits, bad input."""
+"""The proof as a person meets it: precisions, several adapters, what a record claims."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from lorasmith.errors import AdapterError, CheckpointError, InputError, UsageError
-from lorasmith.files import atomic, digests
+from lorasmith.files import digests
 from lorasmith.proving.weights import prove
-from lorasmith.records.merging import MergedTensor, MergeRecord
-from lorasmith.records.proof import WeightProof
+from tests.proving.claims import claim, codes, entries, folders
 from tests.proving.small import (
-    SHAPES,
     Tensors,
     adapter_tensors,
     base_tensors,
@@ -28,42 +22,6 @@ from tests.proving.small import (
     write_adapter,
     write_model,
 )
-from tests.tiny import save_adapter, save_base, tiny_tokenizer
-
-
-def folders(place: Path, **config: Any) -> tuple[Path, Path]:
-    """Base and adapter."""
-    base = write_model(place / "base", base_tensors())
-    return base, write_adapter(place / "adapter", adapter_tensors(), **config)
-
-
-def claim(base: Path, adapters: list[Path], merged: Path, **claims: Any) -> None:
-    """Write the record that lorasmith's merge leaves in its output."""
-    (merged / "lorasmith_merge.json").unlink(missing_ok=True)
-    record = MergeRecord(
-        **{
-            "lorasmith_version": "0",
-            "base_sha256": digests.digest_folder(base),
-            "adapter_sha256": [digests.digest_folder(adapter) for adapter in adapters],
-            "adapter_weights": [1.0] * len(adapters),
-            "precision": "base",
-            "rounding": "nearest",
-            "tensors": [],
-            "copied": 0,
-            "cast": 0,
-            "elements_updated": 0,
-            "elements_swallowed": 0,
-            "swallowed_fraction": 0.0,
-            "files": digests.describe(digests.folder_files(merged), merged),
-            **claims,
-        }
-    )
-    atomic.write_record(merged / "lorasmith_merge.json", record)
-
-
-def codes(proof: WeightProof) -> set[str]:
-    """Codes of the findings, without mere notes."""
-    return {finding.code for finding in proof.findings if finding.severity != "note"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -180,27 +138,6 @@ def test_an_unknown_rounding_is_never_a_pass(tmp_path: Path) -> None:
         prove(base, adapter, merged)
 
 
-def entries(**roundings: str) -> list[MergedTensor]:
-    """What a calibrated merge says of each tensor: calibrated but for those named by keyword."""
-    others = {name: rounding for rounding, name in roundings.items()}
-    return [
-        MergedTensor(
-            name=f"{module(layer, name)}.weight",
-            formula="W + s·B·A",
-            adapter_tensors=[],
-            shape=list(shape),
-            dtype_base="BF16",
-            dtype_merged="BF16",
-            elements=shape[0] * shape[1],
-            changed=0,
-            swallowed=0,
-            rounding=others.get(name, "calibrated"),
-        )
-        for layer in range(2)
-        for name, shape in SHAPES.items()
-    ]
-
-
 def test_calibrated_is_bounded_and_only_where_the_adapter_acts(tmp_path: Path) -> None:
     base, adapter = folders(tmp_path)
     tensors = right_merge(base_tensors(), [(adapter_tensors(), 2.0)])
@@ -289,145 +226,3 @@ def test_factors_too_small_for_float64_are_refused(tmp_path: Path) -> None:
     merged = write_model(tmp_path / "merged", right_merge(base_tensors(), [(adapter_tensors(), 2.0)]))
     with pytest.raises(AdapterError, match="holds numbers below"):
         prove(base, adapter, merged)
-
-
-def test_findings_that_do_not_change_the_grade(tmp_path: Path) -> None:
-    base, _ = folders(tmp_path)
-    (base / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.2}')
-    tensors = adapter_tensors()
-    lost = f"base_model.model.{module(1, 'k_proj')}.lora_"
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(lost)}
-    adapter = write_adapter(tmp_path / "part", tensors)
-    merged = write_model(tmp_path / "merged", right_merge(base_tensors(), [(tensors, 2.0)]))
-    (merged / "consolidated.safetensors").write_bytes(b"old")
-    (merged / "tokenizer.json").unlink()
-    proof = prove(base, adapter, merged)
-    assert proof.grade == "exact"
-    expected = {"untouched-targets", "stray-weights", "missing-tokenizer", "missing-generation-config"}
-    assert codes(proof) == expected
-    assert "base-not-verified" in {finding.code for finding in proof.findings}
-    generation = merged / "generation_config.json"
-    generation.write_text('{"temperature": 0.2, "do_sample": true, "transformers_version": "5.23.0"}')
-    assert "generation" not in str(codes(prove(base, adapter, merged)))
-    generation.write_text('{"temperature": 0.7, "do_sample": true}')
-    assert "generation-config-differs" in codes(prove(base, adapter, merged))
-
-
-def test_the_record_is_written_and_read_back(tmp_path: Path) -> None:
-    base, adapter = folders(tmp_path)
-    merged = write_model(tmp_path / "merged", right_merge(base_tensors(), [(adapter_tensors(), 2.0)]))
-    proof = prove(base, adapter, merged, output=tmp_path / "proof" / "weights.json")
-    assert atomic.read_record(tmp_path / "proof" / "weights.json", WeightProof) == proof
-
-
-def test_an_audit_tells_dropped_from_rounded_otherwise(tmp_path: Path) -> None:
-    base = save_base(tmp_path / "base")
-    adapter = save_adapter(tmp_path / "adapter", base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
-    merged.save_pretrained(tmp_path / "merged")
-    tiny_tokenizer().save_pretrained(tmp_path / "merged")
-    proof = prove(base, adapter, tmp_path / "merged")
-    assert proof.grade == "different"
-    assert "rounded-otherwise" in codes(proof)
-    shard = tmp_path / "merged" / "model.safetensors"
-    tensors = load_file(shard)
-    name = "model.layers.1.mlp.up_proj.weight"
-    tensors[name] = load_file(base / "model.safetensors")[name]
-    write_model(tmp_path / "merged", tensors)
-    proof = prove(base, adapter, tmp_path / "merged")
-    notes = {tensor.name: tensor.note for tensor in proof.tensors}
-    assert "dropped" in notes[name]
-    assert not notes["model.norm.weight"]
-    dropped = next(finding for finding in proof.findings if finding.code == "update-dropped")
-    assert name in dropped.message
-
-
-def test_an_audit_estimates_a_wrong_scale(tmp_path: Path) -> None:
-    base, adapter = folders(tmp_path)
-    merged = write_model(tmp_path / "merged", right_merge(base_tensors(), [(adapter_tensors(), 6.0)]))
-    proof = prove(base, adapter, merged)
-    notes = {tensor.note for tensor in proof.tensors if tensor.wrong and "q_proj" not in tensor.name}
-    assert notes == {"wrong values: the update looks applied 3 times"}
-
-
-def _config(adapter: Path, **changes: Any) -> None:
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"peft_type": "LOHA"}, "LOHA"),
-        ({"r": 0}, "r is 0"),
-        ({"r": 4}, "r = 4"),
-        ({"rank_pattern": {"q_proj": 2}}, "r = 2"),
-        ({"lora_alpha": None}, "lora_alpha is None"),
-        ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
-        ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"some_new_setting": 3}, "some_new_setting"),
-        ({"use_dora": True}, "lora_magnitude_vector"),
-        ({"lora_bias": True}, "lora_B.bias"),
-        ({"alpha_pattern": {"(": 3}}, "alpha_pattern"),
-    ],
-)
-def test_settings_that_cannot_be_followed_are_refused(
-    changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    base, adapter = folders(tmp_path)
-    merged = write_model(tmp_path / "merged", right_merge(base_tensors(), [(adapter_tensors(), 2.0)]))
-    _config(adapter, **changes)
-    with pytest.raises(AdapterError) as error:
-        prove(base, adapter, merged)
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.pop(f"base_model.model.{module(0, 'q_proj')}.lora_B.weight"), "no lora_B"),
-        (lambda t: t.update({"base_model.model.x.lora_C.weight": torch.ones(1)}), "has no"),
-        (lambda t: t.update({"stray": torch.ones(1)}), "stray"),
-        (
-            lambda t: t.update(
-                {
-                    "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(3, 12),
-                    "base_model.model.model.layers.9.mlp.up_proj.lora_B.weight": torch.ones(16, 3),
-                }
-            ),
-            "layers.9",
-        ),
-        (
-            lambda t: t.update(
-                {f"base_model.model.{module(0, 'q_proj')}.lora_A.default.weight": torch.ones(1)}
-            ),
-            "adapter's name",
-        ),
-        (lambda t: t[f"base_model.model.{module(0, 'q_proj')}.lora_A.weight"].fill_(math.nan), "not finite"),
-        (lambda t: t[f"base_model.model.{module(0, 'q_proj')}.lora_B.weight"].fill_(math.inf), "not finite"),
-    ],
-)
-def test_adapter_tensors_without_a_place_are_refused(change: Any, message: str, tmp_path: Path) -> None:
-    base, _ = folders(tmp_path)
-    merged = write_model(tmp_path / "merged", right_merge(base_tensors(), [(adapter_tensors(), 2.0)]))
-    tensors = adapter_tensors()
-    change(tensors)
-    adapter = write_adapter(tmp_path / "changed", tensors)
-    with pytest.raises(AdapterError) as error:
-        prove(base, adapter, merged)
-    assert message in str(error.value)
-
-
-def test_bases_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
-    _, adapter = folders(tmp_path)
-    merged = write_model(tmp_path / "merged", right_merge(base_tensors(), [(adapter_tensors(), 2.0)]))
-    with pytest.raises(InputError):
-        prove(tmp_path / "nowhere", adapter, merged)
-    quantized = write_model(tmp_path / "quantized", base_tensors(), quantization_config={"bits": 4})
-    with pytest.raises(CheckpointError, match="quantized"):
-        prove(quantized, adapter, merged)
-    tensors = base_tensors()
-    tensors[f"{module(0, 'q_proj')}.weight"][0, 0] = math.nan
-    with pytest.raises(CheckpointError, match="not finite"):
-        prove(write_model(tmp_path / "nan", tensors), adapter, merged)

@@ -19,6 +19,7 @@ from lorasmith.proving.weights import prove
 from lorasmith.proving.weights_dither import make_dither, philox
 from tests.merging.philox import philox as philox_of_the_paper
 from tests.merging.philox import threshold
+from tests.proving.claims import claim, entries
 from tests.proving.small import (
     FORMATS,
     Tensors,
@@ -33,7 +34,6 @@ from tests.proving.small import (
     write_adapter,
     write_model,
 )
-from tests.proving.test_weights import claim, entries
 from tests.tiny import save_adapter, save_base
 
 SEED = 3

@@ -1,15 +1,13 @@
-"""Building a test set: exact sizes, the same rows everywhere, and wrong content that never passes."""
+"""Building a test set: exact sizes, the same rows everywhere, each question once."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,83 +15,16 @@ from lorasmith.benchmarks.base import Unscored
 from lorasmith.benchmarks.registry import by_name
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.jsonl import read_examples
-from lorasmith.records.dataset import DatasetFindings, DatasetStatistics
+from lorasmith.records.dataset import DatasetStatistics
 from lorasmith.testset.build import build
-
-GSM8K = {"question": "Ann has 3 pens and buys 4. How many has she?", "answer": "3 + 4 = 7\n#### 7"}
-
-
-def math_row(number: int, **changes: Any) -> dict[str, Any]:
-    subject = ("Algebra", "Geometry", "Prealgebra")[number % 3]
-    row = {
-        "problem": f"Let $x = {number}$ in the invented problem number {number}. Compute $x + {number % 7}$.",
-        "level": f"Level {number % 5 + 1}",
-        "type": subject,
-        "solution": f"Adding gives $\\boxed{{{number + number % 7}}}$.",
-    }
-    return row | changes
-
-
-def mmlu_row(number: int, subject: str = "anatomy") -> dict[str, Any]:
-    choices = [f"{number} {name}" for name in ("alphas", "betas", "gammas", "deltas")]
-    return {"question": f"Which is {number}?", "subject": subject, "choices": choices, "answer": number % 4}
-
-
-def code_row(number: int) -> dict[str, Any]:
-    return {
-        "task_id": f"HumanEval/{number}",
-        "prompt": f"def f{number}(x):\n",
-        "entry_point": f"f{number}",
-        "canonical_solution": f"    return x + {number}\n",
-        "test": f"def check(f):\n    assert f(1) == {number + 1}\n",
-    }
-
-
-def gpqa_row(number: int) -> dict[str, Any]:
-    wrong = {f"Incorrect Answer {k}": f"wrong {k} for {number}" for k in (1, 2, 3)}
-    return {
-        "Question": f"What is the invented constant number {number} of nature?",
-        "Correct Answer": f"right for {number}",
-        **wrong,
-        "High-level domain": ("Physics", "Biology")[number % 2],
-        "Writer's Difficulty Estimate": "",
-        "Record ID": f"rec{number}",
-    }
-
-
-def drop_row(number: int) -> dict[str, Any]:
-    return {
-        "section_id": f"nfl_{number}",
-        "query_id": f"q{number}",
-        "passage": f"Team {number} scored {number} points in the invented game.",
-        "question": f"How many points did team {number} score?",
-        "answers_spans": {"spans": [str(number)], "types": ["number"]},
-    }
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def five(tmp_path: Path) -> Path:
-    """All five benchmarks, 40 rows each."""
-    folder = tmp_path / "benchmarks"
-    makers = {"math": math_row, "mmlu": mmlu_row, "humaneval": code_row, "gpqa": gpqa_row, "drop": drop_row}
-    for name, make in makers.items():
-        write(folder / f"{name}.jsonl", [make(number) for number in range(40)])
-    return folder
-
-
-def findings(output: Path) -> DatasetFindings:
-    path = output.parent / "findings.json"
-    return DatasetFindings.from_json(path.read_bytes(), path)
-
-
-def codes(output: Path) -> set[str]:
-    return {finding.code for finding in findings(output).findings}
+from tests.testset.invented import (
+    codes,
+    findings,
+    gpqa_row,
+    math_row,
+    mmlu_row,
+    write,
+)
 
 
 def test_exactly_n_rows_of_each_with_statistics_beside_them(five: Path, tmp_path: Path) -> None:
@@ -226,134 +157,6 @@ def test_sizes_below_one_are_refused(five: Path, tmp_path: Path, size: int) -> N
         build(five, tmp_path / "t.jsonl", samples_per_benchmark=size)
 
 
-def refused(folder: Path, tmp_path: Path, only: list[str], code: str) -> DatasetFindings:
-    """Strict stops, the findings are written, and no test set is."""
-    output = tmp_path / "refused" / "test.jsonl"
-    with pytest.raises(DataError, match=r"findings\.json"):
-        build(folder, output, samples_per_benchmark=5, only=only)
-    assert not output.exists()
-    assert code in codes(output), codes(output)
-    return findings(output)
-
-
-@pytest.mark.parametrize("name", ["gpqa", "math"])
-def test_gsm8k_under_another_name_is_found(five: Path, tmp_path: Path, name: str) -> None:
-    write(five / f"{name}.jsonl", [GSM8K] * 3)
-    found = refused(five, tmp_path, [name], "wrong-content")
-    [wrong] = [finding for finding in found.findings if finding.code == "wrong-content"]
-    assert "GSM8K" in wrong.message and wrong.where == f"{name}.jsonl"
-    assert wrong.expected == f"rows of {name.upper()}" and wrong.remedy
-
-
-def test_one_benchmark_under_the_name_of_another_is_found(five: Path, tmp_path: Path) -> None:
-    (five / "math.jsonl").write_bytes((five / "mmlu.jsonl").read_bytes())
-    found = refused(five, tmp_path, ["MATH", "MMLU"], "wrong-content")
-    assert any("name says MATH, the rows are MMLU" in finding.message for finding in found.findings)
-
-
-def test_empty_levels_everywhere_are_found_and_can_be_accepted(tmp_path: Path) -> None:
-    write(tmp_path / "in" / "math.jsonl", [math_row(number, level="") for number in range(20)])
-    refused(tmp_path / "in", tmp_path, ["MATH"], "no-difficulty")
-    output = tmp_path / "test.jsonl"
-    statistics = build(tmp_path / "in", output, samples_per_benchmark=5, only=["MATH"], strict=False)
-    assert statistics.by_difficulty == {"hard": 5}
-
-
-def test_a_set_of_empty_rows_is_found(tmp_path: Path) -> None:
-    empty = dict.fromkeys(math_row(0), "")
-    write(tmp_path / "in" / "math.jsonl", [empty] * 4)
-    found = refused(tmp_path / "in", tmp_path, ["MATH"], "rejected-rows")
-    assert [row.row for row in found.rejected] == [1, 2, 3, 4]
-    assert found.rejected[0].reason == "the field 'problem' is empty"
-    with pytest.raises(DataError):
-        build(tmp_path / "in", tmp_path / "t.jsonl", only=["MATH"], strict=False)
-
-
-def test_a_rejected_row_stops_and_is_left_out_when_told_so(tmp_path: Path) -> None:
-    rows = [math_row(number) for number in range(10)] + [math_row(10, solution="no box")]
-    write(tmp_path / "in" / "math.jsonl", rows)
-    found = refused(tmp_path / "in", tmp_path, ["MATH"], "rejected-rows")
-    assert found.rejected[0].row == 11
-    output = tmp_path / "test.jsonl"
-    statistics = build(tmp_path / "in", output, samples_per_benchmark=11, only=["MATH"], strict=False)
-    assert statistics.examples == 10
-    assert {finding.code for finding in statistics.findings} == {"rejected-rows", "fewer-than-asked"}
-
-
-BAD_FILES: dict[str, tuple[bytes, str]] = {
-    "lfs-pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
-    "html-page": (b"<!DOCTYPE html>\n<html><body>Log in</body></html>", "download"),
-    "utf-16": ('{"problem": 1}\n'.encode("utf-16"), "UTF-8"),
-    "nul-bytes": (b'{"a": 1}\n' + bytes(100), "damaged"),
-    "empty-file": (b"", "get it again"),
-}
-
-
-@pytest.mark.parametrize("code", BAD_FILES)
-def test_files_that_are_no_data_are_found(tmp_path: Path, code: str) -> None:
-    content, remedy = BAD_FILES[code]
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "math.jsonl").write_bytes(content)
-    found = refused(tmp_path / "in", tmp_path, ["MATH"], code)
-    [wrong] = [finding for finding in found.findings if finding.code == code]
-    assert wrong.where == "math.jsonl" and remedy in str(wrong.remedy)
-
-
-def test_truncated_downloads_are_found(tmp_path: Path) -> None:
-    folder = tmp_path / "in"
-    rows = [math_row(number) for number in range(200)]
-    whole = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    folder.mkdir()
-    packed = gzip.compress(whole)
-    for name, content in (
-        ("math.jsonl.gz", packed[: len(packed) // 2]),
-        ("math.jsonl", whole[:-30]),
-        ("math.json", json.dumps(rows).encode()[:-30]),
-        ("math.parquet", b"PAR1" + bytes(50)),
-        ("math.csv", b'problem,level,type,solution\n"broken,Level 1,Algebra,x\n'),
-    ):
-        for old in folder.iterdir():
-            old.unlink()
-        (folder / name).write_bytes(content)
-        refused(folder, tmp_path, ["MATH"], "unreadable")
-
-
-def test_json_of_another_shape_is_found(tmp_path: Path) -> None:
-    for document in (
-        [1, 2, 3],
-        {"columns": ["problem"], "rows": [[1]]},
-        "text",
-        [["problem", "level"]],
-        None,
-    ):
-        (tmp_path / "in").mkdir(exist_ok=True)
-        (tmp_path / "in" / "math.json").write_text(json.dumps(document))
-        refused(tmp_path / "in", tmp_path, ["MATH"], "wrong-content")
-
-
-def test_the_same_question_under_two_benchmarks_is_found(five: Path, tmp_path: Path) -> None:
-    row = math_row(3)
-    short = {"question": row["problem"], "answer": "6"}
-    write(
-        five / "gpqa.jsonl", [short, *({"question": f"Another one, {n}?", "answer": "x"} for n in range(5))]
-    )
-    found = refused(five, tmp_path, ["GPQA", "MATH"], "same-question")
-    [shared] = [finding for finding in found.findings if finding.code == "same-question"]
-    assert shared.message == "1 questions stand under both GPQA and MATH"
-    assert row["problem"] not in findings_text(tmp_path / "refused" / "test.jsonl")
-
-
-def findings_text(output: Path) -> str:
-    return (output.parent / "findings.json").read_text()
-
-
-def test_two_questions_under_one_id_are_found(tmp_path: Path) -> None:
-    rows = [code_row(number) for number in range(6)]
-    rows.append({**code_row(9), "task_id": "HumanEval/3"})
-    write(tmp_path / "in" / "HumanEval.jsonl", rows)
-    refused(tmp_path / "in", tmp_path, ["HumanEval"], "duplicate-id")
-
-
 def test_repeated_and_nearly_repeated_questions_are_dropped_before_sampling(tmp_path: Path) -> None:
     long = " ".join(f"word{number}" for number in range(60))
     rows = [math_row(0), math_row(0, solution="Other words, $\\boxed{0}$.")]
@@ -399,24 +202,6 @@ def test_its_own_output_in_the_folder_is_passed_over(five: Path) -> None:
     first = output.read_bytes()
     build(five, output, samples_per_benchmark=5)
     assert output.read_bytes() == first
-
-
-def test_a_missing_benchmark_is_an_error_that_names_only(five: Path, tmp_path: Path) -> None:
-    (five / "gpqa.jsonl").unlink()
-    found = refused(five, tmp_path, ["GPQA", "DROP"], "missing-benchmark")
-    assert "--only" in str(found.findings[0].remedy)
-
-
-@pytest.mark.parametrize("kind", ["missing", "empty", "file"])
-def test_a_place_without_benchmarks_is_one_message(tmp_path: Path, kind: str) -> None:
-    place = tmp_path / "place"
-    if kind == "empty":
-        place.mkdir()
-    if kind == "file":
-        place.write_text("hello")
-    with pytest.raises((DataError, Exception)) as caught:
-        build(place, tmp_path / "t.jsonl")
-    assert type(caught.value).__module__ == "lorasmith.errors"
 
 
 def test_gpqa_text_appears_in_no_finding_or_statistic(five: Path, tmp_path: Path) -> None:
