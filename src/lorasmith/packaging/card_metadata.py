@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasmith.benchmarks.fetch import SOURCES
+from lorasmith.benchmarks.sources import SOURCES
 from lorasmith.files.digests import CARD
 from lorasmith.files.hub import origin_of
 from lorasmith.records.scoring import GroupMetrics, TaskResult, ValidationResult
