@@ -103,7 +103,7 @@ def test_table_and_plot(compressed: Path, tmp_path: Path) -> None:
     record = record_of(compressed / "int4")
     assert record.quality is not None
     lines = (tmp_path / "t.md").read_text().splitlines()
-    assert "compressed-tensors int4 g64 | rtn" in lines[2] and f"{record.quality.kl.mean:.4f}" in lines[2]
+    assert "| int4 g64 | rtn" in lines[2] and f"{record.quality.kl.mean:.4f}" in lines[2]
     write_page([compressed / "int4"], tmp_path / "t.html")
     text = (tmp_path / "t.html").read_text()
     assert "<svg" in text and "<circle" in text and "http" not in text

@@ -81,7 +81,7 @@ def cells(record: CompressRecord) -> tuple[str, ...]:
     found = record.quality
     verdict = {None: "–", True: "✓ pass", False: "✗ fail"}[record.passed]
     return (
-        record.kind,
+        record.kind.removeprefix("compressed-tensors "),  # named as in the plan, short enough for a terminal
         record.method,
         human_bytes(record.bytes),
         f"{record.bits_per_weight:.2f}",

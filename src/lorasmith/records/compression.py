@@ -16,8 +16,8 @@ class PlannedSize(Part):
     method: str
     """`int4 g128`, `gguf q4_k_m`, …"""
     format: str | None
-    """The value of `--format` that writes it, with `--bits` where that has to be given; None for a method that
-    is listed for its size only."""
+    """The value of `--format` that writes it, with `--bits` where that is needed; None for a method that is
+    listed for its size only."""
     embeddings: str
     """`16 bits` where they stay as they are, else the type that they are quantized to."""
     bytes: int
