@@ -146,7 +146,7 @@ def os_errors(where: Where, doing: str) -> Iterator[None]:
         raise InputError(
             f"cannot {doing}: it does not exist", where=error.filename or where, remedy="check the path"
         ) from error
-    except NotADirectoryError as error:
+    except (NotADirectoryError, FileExistsError) as error:
         raise InputError(
             f"cannot {doing}: a part of the path is a file",
             where=error.filename or where,

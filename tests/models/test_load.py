@@ -62,8 +62,10 @@ def test_adapter_tensors_that_do_not_fit_are_an_error(
 
 def test_an_adapter_of_a_wider_model_is_an_error(base: Path, tmp_path: Path) -> None:
     wide = save_base(tmp_path / "wide", hidden_size=64)
-    with pytest.raises(AdapterError, match="does not load onto this base"):
+    with pytest.raises(AdapterError, match="does not load onto this base") as caught:
         load_model(base, adapter=save_adapter(tmp_path / "adapter", wide))
+    assert "lora_A" in caught.value.found  # the tensor, not only that there is one
+    assert "64" in caught.value.found
 
 
 def test_an_adapter_with_added_tokens_brings_its_longer_embedding(base: Path, tmp_path: Path) -> None:
@@ -118,3 +120,22 @@ def test_a_damaged_folder_is_named(base: Path, tmp_path: Path, damage: str) -> N
     with pytest.raises(CheckpointError) as caught:
         load_model(folder)
     assert str(folder) in caught.value.message()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_the_absent_file_of_an_adapter_is_named(base: Path, adapter: Path, name: str) -> None:
+    (adapter / name).unlink()
+    with pytest.raises(AdapterError) as caught:
+        load_model(base, adapter=adapter)
+    assert name in caught.value.message()
+    assert "Error" not in caught.value.message()
+
+
+def test_the_absent_shard_of_a_model_is_named(tmp_path: Path) -> None:
+    folder = save_base(tmp_path / "model", max_shard_size="30KB")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(CheckpointError) as caught:
+        load_model(folder)
+    assert caught.value.where == str(shard)
+    assert "Error" not in caught.value.message()

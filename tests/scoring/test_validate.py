@@ -144,6 +144,8 @@ def test_a_limit_marks_the_result_as_partial(place: Path, tmp_path: Path) -> Non
     assert not whole.partial
     with pytest.raises(UsageError):
         validate(place / "base", place / "test.jsonl", tmp_path, limit=0)
+    with pytest.raises(UsageError, match="without --limit"):
+        validate(place / "base", place / "test.jsonl", tmp_path, shuffle_seed=1)
 
 
 def test_rows_longer_than_the_context_are_counted_or_refused(place: Path, tmp_path: Path) -> None:
@@ -152,7 +154,16 @@ def test_rows_longer_than_the_context_are_counted_or_refused(place: Path, tmp_pa
     test_set = write(tmp_path / "long.jsonl", rows)
     result = validate(place / "base", test_set, tmp_path)
     assert result.truncated == 1
-    assert [(f.code, "'row-1'" in f.message) for f in result.findings] == [("truncated", True)]
+    [finding] = result.findings
+    assert finding.code == "truncated"
+    assert "'row-1'; their prompts lost the beginning" in finding.message
+    assert finding.remedy is not None
+    assert "made for no more" in finding.remedy
+    short = validate(place / "base", test_set, tmp_path, max_length=40)
+    assert "raise --max-length" in str(short.findings[0].remedy)
+    rows[2]["response"] = "the cat " * 200
+    cut = validate(place / "base", write(tmp_path / "cut.jsonl", rows), tmp_path)
+    assert "1 of them lost the end of the response" in cut.findings[0].message
     with pytest.raises(DataError, match="row-1"):
         validate(place / "base", test_set, tmp_path, strict=True)
     with pytest.raises(UsageError, match="256 tokens"):

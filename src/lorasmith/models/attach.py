@@ -11,6 +11,7 @@ from typing import Any
 from lorasmith.checkpoint.jsonfile import read_object
 from lorasmith.checkpoint.patterns import require_quick
 from lorasmith.errors import AdapterError, MemoryLimitError
+from lorasmith.models.absent import absent_adapter_file
 
 
 def require_resident(model: Any, adapter: Path) -> None:
@@ -40,6 +41,14 @@ def attach(model: Any, adapter: Path, folder: Path, device: str | None) -> Any:
             str(adapter), "default", autocast_adapter_dtype=False, torch_device=device
         )
     except Exception as error:  # PEFT raises KeyError, RuntimeError, ValueError, … by the kind of damage
+        absent = absent_adapter_file(adapter)
+        if absent is not None:
+            raise AdapterError(
+                "a file of the adapter is not there",
+                where=absent,
+                expected="a whole adapter folder that stays as it is while it is read",
+                remedy="copy the file again, then give the same command",
+            ) from error
         raise AdapterError(
             f"the adapter does not load onto this base: {first_line(error)}",
             where=adapter,
@@ -75,9 +84,10 @@ def _grow_embeddings(model: Any, adapter: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Type and first line of what a library says."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"
+    """Type and first line of what a library says; the second where the first only announces it."""
+    text = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    told = text[1] if text[0].endswith(":") and len(text) > 1 else text[0]
+    return f"{type(error).__name__}: {told}"
 
 
 def some_names(names: list[str], count: int = 3) -> str:

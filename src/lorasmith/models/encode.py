@@ -33,6 +33,8 @@ class Encoded:
     """Whether one text of both would be cut into tokens across the boundary."""
     scored_from: int = 0
     """Index of the first token that is scored: `n_prompt`, or 1 when the loss is taken on all tokens."""
+    lost_response: int = 0
+    """How many of the tokens that were cut belong to the response."""
 
     @property
     def scored(self) -> int:
@@ -92,6 +94,7 @@ def encode_example(
         truncated=len(prompt) + len(response) - len(kept_prompt) - len(kept_response),
         straddling=straddling,
         scored_from=1 if loss_on == "all" else len(kept_prompt),
+        lost_response=len(response) - len(kept_response),
     )
 
 
@@ -147,18 +150,23 @@ def encode_examples(
     return EncodedSet(rows, around.template, max_length)
 
 
-def encoding_findings(encoded: EncodedSet, names: Sequence[str]) -> list[Finding]:
-    """Rows that were cut, and rows of which one text of both parts would be cut into tokens otherwise."""
+def encoding_findings(encoded: EncodedSet, names: Sequence[str], context: int | None = None) -> list[Finding]:
+    """Rows that were cut, and rows of which one text of both parts would be cut into tokens otherwise.
+
+    `context` is the longest row that the model was made for.
+    """
     findings = []
     if encoded.truncated:
         first = next(name for name, row in zip(names, encoded.rows, strict=True) if row.truncated)
+        longer = context is None or encoded.max_length < context
         findings.append(
             Finding(
                 severity="warning",
                 code="truncated",
                 message=f"{encoded.truncated} of {len(names)} rows were cut to {encoded.max_length:,} "
-                f"tokens, the first of them {first!r}",
-                remedy="raise --max-length where the model allows it, or give --strict to refuse such rows",
+                f"tokens, the first of them {first!r}; {_lost_responses(encoded.rows)}",
+                remedy=("raise --max-length" if longer else "shorten them, the model was made for no more")
+                + ", or give --strict to refuse such rows",
             )
         )
     if encoded.straddling:
@@ -171,3 +179,9 @@ def encoding_findings(encoded: EncodedSet, names: Sequence[str]) -> list[Finding
             )
         )
     return findings
+
+
+def _lost_responses(rows: Sequence[Encoded]) -> str:
+    """Which part the cut took."""
+    lost = sum(row.lost_response > 0 for row in rows)
+    return f"{lost} of them lost the end of the response" if lost else "their prompts lost the beginning"

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lorasmith.errors import AdapterError, CheckpointError, MemoryLimitError, os_errors
+from lorasmith.models.absent import absent_file
 from lorasmith.models.attach import attach, first_line, require_resident, some_names
 from lorasmith.models.memory import is_out_of_memory
 from lorasmith.models.unpack import gguf_file, unpacking
@@ -110,6 +111,13 @@ def load_tokenizer(folder: Path, *, adapter: Path | None = None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        if not has_tokenizer(place):
+            raise CheckpointError(
+                "the tokenizer is gone",
+                where=place,
+                expected="a whole model folder that stays as it is while it is read",
+                remedy="copy the files again, then give the same command",
+            ) from error
         raise CheckpointError(
             f"the tokenizer does not load: {first_line(error)}",
             where=place,
@@ -154,6 +162,14 @@ def _load_base(folder: Path, device: torch.device, dtype: torch.dtype, device_ma
                 f"too little memory to load the model in {str(dtype).removeprefix('torch.')}",
                 where=folder,
                 remedy="use a machine with more memory, or another device",
+            ) from error
+        absent = None if "gguf_file" in how else absent_file(folder)
+        if absent is not None:
+            raise CheckpointError(
+                "a file of the model is not there",
+                where=absent,
+                expected="a whole model folder that stays as it is while it is read",
+                remedy="copy the file again, then give the same command",
             ) from error
         raise CheckpointError(f"the model does not load: {first_line(error)}", where=folder) from error
     # A packed format names its tensors otherwise: one that is left over is one that was not unpacked.

@@ -171,7 +171,8 @@ def prepare(test_set: Path, loaded: LoadedModel, options: ScoringOptions, route:
         shuffle_seed=options.shuffle_seed,
         seed=options.seed,
     )
-    findings = [*layout_findings(reason), *encoding_findings(encoded, [example.id for example in examples])]
+    names = [example.id for example in examples]
+    findings = [*layout_findings(reason), *encoding_findings(encoded, names, loaded.context)]
     return Workload(examples, encoded, settings, len(examples) < len(everything), findings)
 
 
