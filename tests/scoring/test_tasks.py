@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasmith.benchmarks.base import Unscored
 from lorasmith.benchmarks.drop import Drop
-from lorasmith.errors import DataError
+from lorasmith.cli import main
+from lorasmith.errors import CheckpointError, DataError
 from lorasmith.files.atomic import read_record
 from lorasmith.records.scoring import TaskMetric, TaskResult
 from lorasmith.scoring import answers
@@ -163,6 +164,53 @@ def test_two_models_are_paired_by_example(place: Path, tmp_path: Path) -> None:
     assert (effect.value_a, effect.value_b, effect.examples) == (base, adapter, 12)
     same = paired_tasks(tmp_path / "base_tasks.parquet", tmp_path / "base_tasks.parquet")
     assert all((one.delta, one.verdict) == (0.0, "no clear effect") for one in same)
+
+
+@pytest.mark.parametrize(("question", "words"), [(mmlu, "down_proj"), (drop, "after 0 tokens")])
+def test_logits_that_are_not_finite_are_no_answer(
+    place: Path, tmp_path: Path, question: Any, words: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(place / "base").save_pretrained(tmp_path / "model")
+    (tmp_path / "one.jsonl").write_text(json.dumps(question(1)) + "\n")
+    with pytest.raises(CheckpointError, match="not finite") as caught:
+        evaluate_tasks(tmp_path / "model", tmp_path / "one.jsonl", tmp_path)
+    assert words in caught.value.message()
+    assert question(1)["id"] in caught.value.message()
+
+
+def test_a_command_without_questions_ends_before_the_validation(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(3)))
+    words = ["validate", "--model", place / "base", "--test-set", tmp_path / "plain.jsonl", "--tasks"]
+    assert main.run([str(word) for word in [*words, "--output", tmp_path / "out"]]) == 2
+    assert "no row belongs to a benchmark" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_both_records_are_one_json_object(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(mmlu(i)) + "\n" for i in range(3)))
+    words = [
+        "validate",
+        "--model",
+        place / "base",
+        "--test-set",
+        tmp_path / "asked.jsonl",
+        "--tasks",
+        "--json",
+    ]
+    assert main.run([str(word) for word in [*words, "--output", tmp_path / "out"]]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == {
+        "validation": json.loads((tmp_path / "out" / "base.json").read_text()),
+        "tasks": json.loads((tmp_path / "out" / "base_tasks.json").read_text()),
+    }
 
 
 def test_a_test_set_without_benchmarks_is_refused(place: Path, tmp_path: Path) -> None:

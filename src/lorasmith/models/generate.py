@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lorasmith.errors import CheckpointError
 from lorasmith.models.decoding import last_positions_only, left_padded, positions
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.template import end_token
@@ -68,12 +69,14 @@ def generate_greedy(
     max_new_tokens: int,
     stop: Sequence[int],
     stop_texts: Sequence[str] = (),
+    names: Sequence[str] = (),
 ) -> list[Generated]:
     """The likeliest token at every step, until a stop token, one of `stop_texts`, or the limit.
 
     A loop of its own: `generate` of transformers mixes in what the model's folder says of sampling and
     penalties, and two models can only be compared by what they find likeliest. The tokens of a stop text are
-    kept; the caller cuts the text.
+    kept; the caller cuts the text. Raises `CheckpointError` for logits that are not finite, with the row of
+    `names`.
     """
     ids, mask = left_padded(prompts, loaded.device)
     rows: list[list[int]] = [[] for _ in prompts]
@@ -89,11 +92,19 @@ def generate_greedy(
                 **positions(loaded.model, mask, ids.shape[1]),
             )
             cache = output.past_key_values
-            ids = output.logits[:, -1:].argmax(-1).to(mask.device)
+            most, ids = (found.to(mask.device) for found in output.logits[:, -1:].max(-1))
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+            sound = most[:, 0].isfinite().tolist()  # a maximum takes up what is not a number
             for place, token in enumerate(ids[:, 0].tolist()):
                 if finished[place]:
                     continue
+                if not sound[place]:
+                    raise CheckpointError(
+                        f"the model's logits are not finite after {len(rows[place])} tokens that it wrote",
+                        where=f"example {names[place]!r}" if names else None,
+                        expected="finite numbers",
+                        remedy="check the model's weights, or compute in float32",
+                    )
                 finished[place] = token in stop
                 if not finished[place]:
                     rows[place].append(token)

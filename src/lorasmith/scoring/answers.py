@@ -28,7 +28,7 @@ from lorasmith.models.generate import (
 )
 from lorasmith.models.layout import lay_out
 from lorasmith.models.load import LoadedModel
-from lorasmith.models.loglik import open_forward
+from lorasmith.models.loglik import open_forward, raise_non_finite
 from lorasmith.models.memory import keep_memory
 from lorasmith.models.replica import Replica
 from lorasmith.models.session import Workload
@@ -113,9 +113,11 @@ def open_weighing(
         def weigh(batch: tuple[int, ...]) -> npt.NDArray[np.float32]:
             laid_out = lay_out(batch, asked, work.settings.layout).to(loaded.device)
             logits = torch.cat(list(forward.logits(laid_out)))
-            return np.asarray(
-                (logits[:, columns.to(logits.device)] - logits.logsumexp(-1, keepdim=True)).cpu()
-            )
+            values = logits[:, columns.to(logits.device)] - logits.logsumexp(-1, keepdim=True)
+            sound = values.isfinite().all(-1).tolist()
+            if not all(sound):
+                raise_non_finite(forward, laid_out, work.names[batch[sound.index(False)]])
+            return np.asarray(values.cpu())
 
         yield RowWork(
             asked,
@@ -184,6 +186,7 @@ def open_writing(loaded: LoadedModel, work: Workload, route: Route) -> Iterator[
             max_new_tokens=rules.max_new_tokens,
             stop=stop,
             stop_texts=rules.stop_texts if template == "plain" else (),
+            names=[work.names[row] for row in batch],
         )
 
     with keep_memory(), use_route(route):
