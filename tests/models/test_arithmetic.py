@@ -52,6 +52,14 @@ def test_the_chosen_route_is_float32_accurate() -> None:
     assert error < 4e-6  # float32 over a sum of 768 products; bfloat16 has 3e-3
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_a_matrix_unit_is_not_taken_for_float32_even_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arithmetic, "probe", lambda: Probe(1.0, 0.1, 4e-7, 3e-3))
+    with pytest.raises(UsageError, match="computes in bfloat16"):
+        choose_route("onednn", CPU)
+    assert choose_route("auto", CPU).name == "mkl"
+
+
 def test_the_first_decision_of_a_machine_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORASMITH_CACHE", str(tmp_path))
     answers = [Probe(1.0, 0.5, 4e-7, 1e-6), Probe(1.0, 0.9, 4e-7, 1e-6)]

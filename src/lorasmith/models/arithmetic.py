@@ -73,6 +73,12 @@ def choose_route(asked: str, device: torch.device) -> Route:
         raise UsageError(
             f"the oneDNN route does not exist on {device}", remedy="leave the arithmetic at auto"
         )
+    if asked == "onednn" and not _accurate(probe()):
+        raise UsageError(
+            "on this processor the oneDNN route computes in bfloat16",
+            expected="a route as accurate as float32",
+            remedy="leave the arithmetic at auto, or give --arithmetic bfloat16, which is not exact",
+        )
     if asked != "auto":
         return _ROUTES[asked]
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
@@ -85,14 +91,18 @@ def other_route(route: Route, device: torch.device) -> Route:
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return route
     other = _ROUTES["mkl" if route.name == "onednn" else "onednn"]
-    measured = probe()
-    return other if measured.onednn_error <= _WORSE * measured.mkl_error else route
+    return other if _accurate(probe()) else route
 
 
 def prefers_onednn(measured: Probe) -> bool:
     """Clearly faster, and as accurate as float32 is."""
     faster = measured.mkl_seconds >= _FASTER * measured.onednn_seconds
-    return faster and measured.onednn_error <= _WORSE * measured.mkl_error
+    return faster and _accurate(measured)
+
+
+def _accurate(measured: Probe) -> bool:
+    """Whether the oneDNN route is a float32 route on this processor."""
+    return measured.onednn_error <= _WORSE * measured.mkl_error
 
 
 @cache
