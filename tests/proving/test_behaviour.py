@@ -249,6 +249,12 @@ def test_generation_is_compared_token_by_token(place: Path) -> None:
     assert other.same < other.examples == 6
     assert len(other.divergences) == 6 - other.same
     assert other.tokens_before_divergence < 10
+    assert sorted(other.groups["source"]) == ["alpha", "beta", "gamma"]
+    for groups in other.groups.values():
+        assert sum(group.examples for group in groups.values()) == 6
+        assert sum(group.same for group in groups.values()) == other.same
+        agreed = sum(group.tokens_before_divergence * group.examples for group in groups.values())
+        assert agreed / 6 == pytest.approx(other.tokens_before_divergence)
     assert run(place, "float32", limit=3).generation is None
     with pytest.raises(UsageError):
         run(place, "float32", generate=0)

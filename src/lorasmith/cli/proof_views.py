@@ -137,6 +137,7 @@ _COMPARED: tuple[tuple[str, Callable[[TokenComparison], str]], ...] = (
 
 def _show_sources(proof: BehaviourProof, console: Console) -> None:
     sources = proof.groups.get("source", {})
+    wrote = proof.generation.groups.get("source", {}) if proof.generation else {}
     rows = [
         (
             plain(name),
@@ -145,11 +146,14 @@ def _show_sources(proof: BehaviourProof, console: Console) -> None:
             _kl_mean(found),
             f"{found.kl.q999:.2e}",
             f"{found.top1_agreement:.2%}",
+            *([f"{wrote[name].same} of {wrote[name].examples}"] if name in wrote else []),
         )
         for name, found in sources.items()
     ]
     if len(rows) > 1:
-        columns = ("source", "tokens", "loss Δ", "mean KL", "99.9 % KL", "top-1")
+        columns: tuple[str, ...] = ("source", "tokens", "loss Δ", "mean KL", "99.9 % KL", "top-1")
+        if wrote:
+            columns += ("same answers",)
         console.print(table("By source", columns, rows))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +26,11 @@ from lorasmith.models.load import LoadedModel
 from lorasmith.models.memory import keep_memory
 from lorasmith.models.replica import Replica
 from lorasmith.models.session import ScoringOptions, Workload, open_journal
+from lorasmith.models.statistics import group_fields, group_rows
 from lorasmith.models.work import RowWork
 from lorasmith.progress import Progress
-from lorasmith.records.proof import Divergence, GenerationComparison
+from lorasmith.records.dataset import Example
+from lorasmith.records.proof import Divergence, GenerationComparison, GenerationGroup
 
 FLOOR_EXAMPLES = 16
 """Examples that the adapter answers once more alone: a text can turn on a tie that rounding breaks."""
@@ -122,14 +124,15 @@ def open_writing(
 
     def write(rows: tuple[int, ...]) -> list[Generated]:
         prompts = [work.rows[row].ids[: work.rows[row].n_prompt] for row in rows]
-        return generate_greedy(model, prompts, max_new_tokens=max_new_tokens, stop=stop)
+        names = [work.names[row] for row in rows]
+        return generate_greedy(model, prompts, max_new_tokens=max_new_tokens, stop=stop, names=names)
 
     with keep_memory(), use_route(route):
         yield RowWork(work.rows, model.device, write, to_arrays=to_arrays, from_arrays=from_arrays)
 
 
 def compare_texts(
-    names: list[str], a: Texts, b: Texts, tokenizer: Any, max_new_tokens: int
+    examples: Sequence[Example], a: Texts, b: Texts, tokenizer: Any, max_new_tokens: int
 ) -> GenerationComparison:
     """The texts of both models token by token, and A's against its own."""
     texts_a, texts_b, again = a.batched, b.batched, a.alone
@@ -137,20 +140,31 @@ def compare_texts(
     same = [one == two for one, two in zip(texts_a, texts_b, strict=True)]
     return GenerationComparison(
         max_new_tokens=max_new_tokens,
-        examples=len(names),
+        examples=len(examples),
         same=sum(same),
-        same_fraction=sum(same) / len(names),
+        same_fraction=sum(same) / len(examples),
         unfinished_a=sum(not text.finished for text in texts_a),
         unfinished_b=sum(not text.finished for text in texts_b),
-        tokens_before_divergence=sum(agreed) / len(names),
+        tokens_before_divergence=sum(agreed) / len(examples),
+        groups={
+            dimension: {
+                name: GenerationGroup(
+                    examples=len(rows),
+                    same=sum(same[row] for row in rows),
+                    tokens_before_divergence=sum(agreed[row] for row in rows) / len(rows),
+                )
+                for name, rows in found.items()
+            }
+            for dimension, found in group_rows([group_fields(example) for example in examples]).items()
+        },
         divergences=[
             Divergence(
-                id=name,
+                id=example.id,
                 position=place,
                 text_a=tokenizer.decode(one.tokens[place : place + _SHOWN]),
                 text_b=tokenizer.decode(two.tokens[place : place + _SHOWN]),
             )
-            for name, place, one, two, equal in zip(names, agreed, texts_a, texts_b, same, strict=True)
+            for example, place, one, two, equal in zip(examples, agreed, texts_a, texts_b, same, strict=True)
             if not equal
         ],
         floor_same=sum(one == two for one, two in zip(texts_a, again, strict=False)),

@@ -136,7 +136,7 @@ def generation_of(asked: Comparison, a: AdapterRun, b: MergedRun) -> GenerationC
     """Their texts compared, where some were asked for."""
     if asked.generate is None or a.texts is None or b.texts is None:
         return None
-    return compare_texts(a.work.names, a.texts, b.texts, a.tokenizer, asked.generate)
+    return compare_texts(a.work.examples, a.texts, b.texts, a.tokenizer, asked.generate)
 
 
 def _side(

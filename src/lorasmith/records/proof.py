@@ -140,6 +140,16 @@ class Divergence(Part):
     text_b: str
 
 
+class GenerationGroup(Part):
+    """How alike both models write after the prompts of a group."""
+
+    examples: int
+    same: int
+    """Examples after which both write exactly the same tokens."""
+    tokens_before_divergence: float
+    """Mean number of tokens that agree from the start."""
+
+
 class GenerationComparison(Part):
     """Greedy generation by both models after every prompt, compared token by token."""
 
@@ -153,6 +163,8 @@ class GenerationComparison(Part):
     unfinished_b: int
     tokens_before_divergence: float
     """Mean number of tokens that agree from the start, over all examples."""
+    groups: dict[str, dict[str, GenerationGroup]] = {}
+    """`source`, `domain`, `difficulty` and crossings → group → the same for its examples."""
     divergences: list[Divergence]
     floor_same: int | None = None
     """Examples after which A writes the same tokens alone as in a batch, of `floor_examples`."""
