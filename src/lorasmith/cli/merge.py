@@ -80,7 +80,7 @@ def merge(
     if compare_roundings:
         if executor.elsewhere:
             raise UsageError("--compare-roundings measures in one process", expected="no --executor ray")
-        options = {"calibration": calibration, "calibration_tokens": calibration_tokens}
+        options: dict[str, Any] = {"calibration": calibration, "calibration_tokens": calibration_tokens}
         options |= {"seed": seed, "template": template, "device": device}
         _compare(base, adapter, output, test_set, options, as_json=as_json)
         return
