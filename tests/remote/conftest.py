@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,3 +37,13 @@ def fake_lorasmith(other: Machine) -> str:
     )
     shim.chmod(0o755)
     return str(shim)
+
+
+@pytest.fixture(autouse=True)
+def _small_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sessions of this process send as lorasmith: small, and the same whoever edits the source."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("lorasmith/__init__.py"), "")
+    wheel = ("lorasmith-0-py3-none-any.whl", packed.getvalue())
+    monkeypatch.setattr("lorasmith.remote.job.build_wheel", lambda: wheel)

@@ -12,13 +12,16 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
-from lorasmith.cli.remote_command import read_command
+from lorasmith.cli.remote_command import _CONFIG_PATHS, _FOLLOWUP_PATHS, read_command
 from lorasmith.cli.remote_offer import needs
+from lorasmith.config import RunConfig
 from lorasmith.errors import UsageError
 from lorasmith.files.atomic import write_record
+from lorasmith.followup.asked import FollowupAsked
 from lorasmith.records.release import StageTiming, TimingRecord
 from lorasmith.remote.provider import Offer
 from lorasmith.remote.rented import estimate
@@ -142,6 +145,26 @@ def test_paths_of_what_follows_the_release_are_seen_from_the_config_file() -> No
     ):
         assert os.path.normpath(Path(places[config]).parent / named) == places[str(local)]
     assert asked["draft"]["epochs"] == 1.0
+
+
+def test_every_path_that_a_config_can_name_is_sent() -> None:
+    """A new key with a path in it, of the run or of what follows, must be known to this command, too."""
+
+    def paths(kind: Any) -> set[str]:
+        fields = kind.model_fields.items()
+        return {name for name, field in fields if re.search(r"\bPath\b", str(field.annotation))}
+
+    assert paths(RunConfig) == {*_CONFIG_PATHS, "train"}
+    tables = {name: get_args(field.annotation)[0] for name, field in FollowupAsked.model_fields.items()}
+    named = {(table, key) for table, kind in tables.items() for key in paths(kind)}
+    assert named == set(_FOLLOWUP_PATHS)
+
+
+def test_a_config_may_name_a_base_of_the_hub() -> None:
+    Path("run.toml").write_text('base = "hub:Qwen/Qwen3-8B@v1"\nadapter = "a"\ntest_set = "t"\n')
+    found = read_command(["run", "--config", "run.toml", "--output", "o"])
+    assert [(model.repository, model.revision) for model in found.hub] == [("Qwen/Qwen3-8B", "v1")]
+    assert not any("Qwen" in item.local for item in found.inputs)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ class Exchange:
         borne with as long as it carries something each time, even less than rsync tells of.
         """
         with self.progress(label, total=max(total, 1), unit="B") as advance:
-            shown = 0
+            before = shown = 0
             most = arrived()
 
             def on_bytes(count: int) -> None:
@@ -122,7 +122,6 @@ class Exchange:
                         moved()
                     raise
 
-            before = shown
             self.patience.over(attempt)
 
 
