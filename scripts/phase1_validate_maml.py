@@ -15,6 +15,7 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from lorasmith.errors import ExitCode, LorasmithError, os_errors
 
@@ -51,7 +52,7 @@ def validate_models(asked: argparse.Namespace) -> int:
     adapter, output = asked.model_path, asked.output_dir
     named = asked.base_path or base_of(adapter, flag="--base_path")
     base = local_model(named, [adapter], progress=bar)
-    options = {"device": asked.device, "batch_size": asked.batch_size, "progress": bar}
+    options: dict[str, Any] = {"device": asked.device, "batch_size": asked.batch_size, "progress": bar}
     if not asked.skip_merged:
         options["states"] = output / STATES
     lora = lorasmith.validate(base, asked.test_file, output, adapter=adapter, **options)
@@ -66,7 +67,7 @@ def validate_models(asked: argparse.Namespace) -> int:
     return compare_models(asked, base, merged, options)
 
 
-def compare_models(asked: argparse.Namespace, base: Path, merged: Path, options: dict[str, object]) -> int:
+def compare_models(asked: argparse.Namespace, base: Path, merged: Path, options: dict[str, Any]) -> int:
     """Prove the weights, compare the behaviour, write and print the comparison."""
     import lorasmith
     from lorasmith.files.atomic import write_record
