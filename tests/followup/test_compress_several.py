@@ -112,5 +112,5 @@ def test_table_and_plot(compressed: Path, tmp_path: Path) -> None:
 def test_labels_of_the_plot_do_not_cover_each_other(compressed: Path) -> None:
     record = record_of(compressed / "int4")
     near = [record, record.model_copy(update={"bytes": record.bytes + 10, "method": "calibrated"})]
-    heights = re.findall(r'<text x="[^"]+" y="([^"]+)" text-anchor="end">compressed', plot(near))
+    heights = re.findall(r'<text x="[^"]+" y="([^"]+)" text-anchor="end">int4', plot(near))
     assert len(heights) == 2 and abs(float(heights[0]) - float(heights[1])) >= 12

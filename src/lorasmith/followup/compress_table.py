@@ -27,7 +27,7 @@ COLUMNS = (
     "gates",
 )
 
-_LETTER, _LINE = 6.5, 13
+_LETTER, _LINE = 6.0, 13
 """Of the plot's labels: the mean width of a letter, and what a line takes."""
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _MARGIN = 640, 320, 70, 46, 24
 
@@ -81,7 +81,7 @@ def cells(record: CompressRecord) -> tuple[str, ...]:
     found = record.quality
     verdict = {None: "–", True: "✓ pass", False: "✗ fail"}[record.passed]
     return (
-        record.kind.removeprefix("compressed-tensors "),  # named as in the plan, short enough for a terminal
+        _name(record),
         record.method,
         human_bytes(record.bytes),
         f"{record.bits_per_weight:.2f}",
@@ -98,6 +98,11 @@ def cells(record: CompressRecord) -> tuple[str, ...]:
         "" if record.tasks is None else _accuracy(record.tasks.overall),
         verdict,
     )
+
+
+def _name(record: CompressRecord) -> str:
+    """As in the plan, short enough for a terminal and a plot: `int4 g64`, `gguf q4_0`."""
+    return record.kind.removeprefix("compressed-tensors ")
 
 
 def _accuracy(effect: TaskEffect) -> str:
@@ -139,7 +144,7 @@ def plot(records: Sequence[CompressRecord]) -> str:
     for size, kl, record in points:
         x = _LEFT + (right - _LEFT) * size / most_bytes
         y = _HEIGHT - _BOTTOM - (_HEIGHT - _BOTTOM - top) * kl / most_kl
-        name = escape(f"{record.kind} {record.method}")
+        name = escape(f"{_name(record)} {record.method}")
         height = y - 9
         begins = x - _LETTER * len(name)
         while any(begins < right and left < x and abs(height - up) < _LINE for left, right, up in labels):
