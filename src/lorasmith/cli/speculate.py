@@ -85,7 +85,7 @@ def show_speculation(record: SpeculationRecord, timing: SpeculationTiming | None
                 shown(speed.predicted_with_verify, ".2f"),
             )
         rows.append(row)
-    head: tuple[str, ...] = ("way", "equal/tie/different", "α", "tokens a pass", "α by place")
+    head: tuple[str, ...] = ("way", "equal/tie/≠", "α", "tokens/pass", "α by place")
     if timing is not None:
         head += ("tok/s", "speed-up", "predicted", "with pass")
     console.print(table("Speculative decoding", head, rows))
