@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,15 @@ import pytest
 import torch
 
 from lorasmith.errors import MemoryLimitError, UsageError
-from lorasmith.models.arithmetic import choose_route
+from lorasmith.followup.respond import RespondOptions, respond
+from lorasmith.models.arithmetic import choose_route, use_route
 from lorasmith.models.batches import make_batch
+from lorasmith.models.continuous import generate_continuously
 from lorasmith.models.encode import Encoded
 from lorasmith.models.generate import generate_greedy
 from lorasmith.models.load import DeviceMap, load_model
 from lorasmith.models.loglik import open_forward, score_batch
+from lorasmith.models.requests import Answer, Limits, Request
 from lorasmith.proving.behaviour import compare
 from lorasmith.scoring.validate import validate
 from tests.tiny import save_adapter, save_base, tiny_rows
@@ -56,6 +60,38 @@ def test_layers_on_disk_change_no_number(place: Path) -> None:
     for one, two in zip(whole, parts, strict=True):
         np.testing.assert_array_equal(one, two)
     assert text == other
+
+
+def answers(place: Path, device_map: DeviceMap) -> list[Answer]:
+    loaded = load_model(place / "base", device_map=device_map)
+    requests = [Request(index, [5 + index, 9, 17, 40][: 2 + index % 3]) for index in range(5)]
+    limits = Limits(max_new_tokens=8, stop=frozenset([2]), top_logprobs=2)
+    with use_route(choose_route("mkl", CPU)):
+        found = generate_continuously(loaded, requests, limits, slots=2)
+        return sorted(found, key=lambda answer: answer.index)
+
+
+def test_layers_on_disk_change_no_answer(place: Path) -> None:
+    whole, spread = answers(place, None), answers(place, SPREAD)
+    assert [answer.tokens for answer in spread] == [answer.tokens for answer in whole]
+    assert sum(len(answer.tokens) for answer in whole) > 20
+    for one, two in zip(whole, spread, strict=True):
+        # Where a weight lies in memory may change the last digit of a product.
+        np.testing.assert_allclose(one.logprobs, two.logprobs, atol=1e-5)
+
+
+def test_respond_spreads_a_model(place: Path, tmp_path: Path) -> None:
+    options = RespondOptions(template="plain", max_new_tokens=6)
+    one = respond(place / "base", place / "test.jsonl", tmp_path / "a.jsonl", options=options)
+    spread = replace(options, device_map="auto")
+    two = respond(place / "base", place / "test.jsonl", tmp_path / "b.jsonl", options=spread)
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    assert one.settings == two.settings
+    for wrong in ({"device_map": "sideways"}, {"device_map": "auto", "engine": "vllm"}):
+        with pytest.raises(UsageError, match="device map"):
+            respond(
+                place / "base", place / "test.jsonl", tmp_path / "c.jsonl", options=replace(options, **wrong)
+            )
 
 
 def test_an_adapter_on_a_model_that_is_not_all_there_is_one_message(place: Path) -> None:

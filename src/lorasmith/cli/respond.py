@@ -8,12 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorasmith.cli.cluster import with_executor
-from lorasmith.cli.options import (
-    AsJson,
-    Device,
-    Seed,
-    Template,
-)
+from lorasmith.cli.options import AsJson, Device, DeviceMap, Seed, Template
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,6 +43,7 @@ def respond(
         int | None, typer.Option(help="Rows under way at once. [16 on a CPU, 64 on a GPU]")
     ] = None,
     device: Device = "auto",
+    device_map: DeviceMap = None,
     dtype: Annotated[
         str, typer.Option(help="auto (float32 on a CPU, else the model's own), float32, bfloat16, float16.")
     ] = "auto",
@@ -84,6 +80,7 @@ def respond(
         top_logprobs=top_logprobs,
         batch_size=batch_size,
         device=device,
+        device_map=device_map,
         dtype=dtype,
         limit=limit,
         retry_failed=retry_failed,

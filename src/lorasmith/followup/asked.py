@@ -48,7 +48,9 @@ class RespondAsked(Part):
     """8, not 0 as for the command: a draft learns from them."""
     batch_size: int | None = Field(default=None, gt=0)
 
-    def options(self, *, template: str, device: str, seed: int, price: float | None) -> RespondOptions:
+    def options(
+        self, *, template: str, device: str, device_map: str | None, seed: int, price: float | None
+    ) -> RespondOptions:
         """For `respond`."""
         from lorasmith.followup.respond import RespondOptions
         from lorasmith.models.sampling import Sampling
@@ -62,6 +64,7 @@ class RespondAsked(Part):
             top_logprobs=self.top_logprobs,
             batch_size=self.batch_size,
             device=device,
+            device_map=device_map,
             limit=self.limit,
             whole_groups=True,
             price_per_hour=price,

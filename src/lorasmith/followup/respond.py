@@ -20,6 +20,7 @@ from lorasmith.followup.respond_rows import read_prompts
 from lorasmith.followup.respond_store import Store
 from lorasmith.followup.respond_watch import RespondWatcher, Unwatched
 from lorasmith.followup.respond_work import GROUP_ROWS, Work
+from lorasmith.models.load import check_device_map
 from lorasmith.models.sampling import Sampling
 from lorasmith.models.template import Frame, frame
 from lorasmith.records.base import FileDigest
@@ -39,6 +40,8 @@ class RespondOptions:
     top_logprobs: int = 0
     batch_size: int | None = None
     device: str = "auto"
+    device_map: str | None = None
+    """`auto` spreads a model that is too large for one GPU over all of them, memory and disk."""
     dtype: str = "auto"
     limit: int | None = None
     """Only the first rows of the file."""
@@ -51,6 +54,7 @@ class RespondOptions:
     def check(self) -> None:
         """Raise `UsageError` for a value that cannot be."""
         self.sampling.check()
+        check_device_map(self.device_map)
         for name, value, least in (
             ("max_new_tokens", self.max_new_tokens, 1),
             ("top_logprobs", self.top_logprobs, 0),
@@ -115,6 +119,7 @@ def choose_engine(
     """The engine that is asked for, or one that hands the rows to a cluster's workers."""
     chosen: dict[str, Any] = {
         "device": options.device,
+        "device_map": options.device_map,
         "dtype": options.dtype,
         "batch_size": options.batch_size,
     }

@@ -60,6 +60,7 @@ class ClusterEngine(Engine):
         device: str = "auto",
         dtype: str = "auto",
         batch_size: int | None = None,
+        device_map: str | None = None,
         group_rows: int | None = None,
     ) -> None:
         """`group_rows` fixes the size of a group; else it follows from the rows, slots and workers."""
@@ -81,6 +82,7 @@ class ClusterEngine(Engine):
             "device": place.type,  # no worker takes another than the one that `auto` is here
             "dtype": self.dtype,
             "batch_size": self.slots,
+            "device_map": device_map,
         }
         self.gpu = place.type == "cuda"
         self.log = ChunkLog()

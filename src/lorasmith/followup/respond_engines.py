@@ -77,12 +77,21 @@ class TransformersEngine(Engine):
     name = "transformers"
 
     def __init__(
-        self, model: Path, adapter: Path | None, *, device: str, dtype: str, batch_size: int | None
+        self,
+        model: Path,
+        adapter: Path | None,
+        *,
+        device: str,
+        dtype: str,
+        batch_size: int | None,
+        device_map: str | None = None,
     ) -> None:
         place = resolve_device(device)
         self.route = generation_route(dtype, place)
         self.dtype = resolve_dtype(model, dtype, place.type)
-        self.loaded = load_model(model, adapter=adapter, device=place, dtype=DTYPES[self.dtype])
+        self.loaded = load_model(
+            model, adapter=adapter, device=place, dtype=DTYPES[self.dtype], device_map=device_map
+        )
         self.tokenizer, self.context = self.loaded.tokenizer, self.loaded.context
         self.slots = batch_size or default_slots(place.type)
 
@@ -145,13 +154,21 @@ def open_engine(
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int | None = None,
+    device_map: str | None = None,
     max_length: int | None = None,
 ) -> Engine:
     """Load the model into the engine of that name; raises `UsageError` for one that is not there."""
     check_batch_size(batch_size)
     if name == "transformers":
-        return TransformersEngine(model, adapter, device=device, dtype=dtype, batch_size=batch_size)
+        return TransformersEngine(
+            model, adapter, device=device, dtype=dtype, batch_size=batch_size, device_map=device_map
+        )
     if name == "vllm":
+        if device_map is not None:
+            raise UsageError(
+                "the vllm engine takes no device map",
+                remedy="leave it out: vLLM holds the whole model on its GPU, or give --engine transformers",
+            )
         from lorasmith.followup.respond_vllm import VllmEngine
 
         return VllmEngine(

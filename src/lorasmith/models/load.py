@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lorasmith.errors import AdapterError, CheckpointError, MemoryLimitError, os_errors
+from lorasmith.errors import AdapterError, CheckpointError, MemoryLimitError, UsageError, os_errors
 from lorasmith.models.absent import absent_file
 from lorasmith.models.attach import attach, first_line, require_resident, some_names
 from lorasmith.models.memory import is_out_of_memory
@@ -44,6 +44,12 @@ class LoadedModel:
     """Longest sequence the model was made for, in tokens, where its config says so."""
     device: torch.device
     """Where it takes its tokens; of a spread model, that of its embedding."""
+
+
+def check_device_map(asked: str | None) -> None:
+    """Raises `UsageError` for anything but `auto` or none."""
+    if asked not in (None, "auto"):
+        raise UsageError(f"there is no device map {asked!r}", expected="auto, or none")
 
 
 def load_model(

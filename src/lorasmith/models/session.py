@@ -24,7 +24,7 @@ from lorasmith.models.batches import BATCH_TOKENS, BATCH_TOKENS_GPU, Batch
 from lorasmith.models.encode import Encoded, EncodedSet, encode_examples, encoding_findings
 from lorasmith.models.inputs import Inputs
 from lorasmith.models.layout import LAYOUTS, choose_layout, lay_out, layout_findings, plan_rows
-from lorasmith.models.load import LoadedModel, load_model
+from lorasmith.models.load import LoadedModel, check_device_map, load_model
 from lorasmith.models.loglik import check_ids
 from lorasmith.records.base import Finding
 from lorasmith.records.dataset import Example
@@ -60,8 +60,7 @@ class ScoringOptions:
 
     def place(self) -> tuple[torch.device, Route]:
         """Device and arithmetic, resolved; raises `UsageError` for what there is not."""
-        if self.device_map not in (None, "auto"):
-            raise UsageError(f"there is no device map {self.device_map!r}", expected="auto, or none")
+        check_device_map(self.device_map)
         device = resolve_device(self.device)
         return device, choose_route(self.arithmetic, device)
 

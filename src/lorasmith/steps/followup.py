@@ -45,7 +45,9 @@ def packed_records(run: RunContext) -> dict[str, type[Record]]:
 def _respond(run: RunContext, asked: RespondAsked) -> Step:
     config = run.config
     data = response_data(config)
-    own: dict[str, Any] = {"template": config.template, "device": config.device, "seed": config.seed}
+    own: dict[str, Any] = {
+        name: getattr(config, name) for name in ("template", "device", "device_map", "seed")
+    }
     stage = Stage(
         name="respond",
         inputs={"model": run.merged, "data": data},
