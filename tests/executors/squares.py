@@ -29,14 +29,17 @@ class Squares:
         burns: float = 0.0,
         ballast: int = 0,
         power: str = "",
+        nodes: int = 0,
     ) -> None:
         self.pause, self.largest, self.kill_on, self.fail_on = pause, largest, kill_on, fail_on
         self.marks, self.awaited, self.waits = marks, awaited, waits
-        self.burns, self.ballast, self.power = burns, ballast, power
+        self.burns, self.ballast, self.power, self.nodes = burns, ballast, power, nodes
         self.bonus = 0
 
     def run(self, rows: tuple[int, ...]) -> list[int]:
-        if self.marks:
+        if self.nodes:
+            self.gather(Path(self.marks), first=0 in rows)
+        elif self.marks:
             self.meet(Path(self.marks))
         time.sleep(self.pause)
         held = bytearray(self.ballast)
@@ -64,6 +67,13 @@ class Squares:
             mark.touch()
             mark = folder / "never" if self.waits else mark
         while not mark.exists() and time.monotonic() < until:
+            time.sleep(0.02)
+
+    def gather(self, folder: Path, *, first: bool) -> None:
+        """Note this node, and wait until so many have come: only the first chunk ends before that."""
+        (folder / node()).touch()
+        until = time.monotonic() + 120
+        while not first and len(list(folder.iterdir())) < self.nodes and time.monotonic() < until:
             time.sleep(0.02)
 
     def split(self, rows: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -103,6 +103,20 @@ def test_a_node_that_dies_costs_its_chunk_in_flight_only(cluster: Any, tmp_path:
     print(f"{NODE_KILLS} nodes killed at work, {again} chunks given to others, no row lost or twice")
 
 
+def test_a_cluster_that_grows_is_used(cluster: Any, tmp_path: Path) -> None:
+    """More workers than there is room for wait, which is what an autoscaler answers, and work when it comes."""
+    settings = {"marks": str(tmp_path), "nodes": 3}
+    recipe = Recipe("tests.executors.squares:open_squares", settings)
+    found: dict[int, int] = {}
+    extra = None
+    for rows, values in Cluster(threads=1, workers=3).work_through(CHUNKS, Squares(), None, recipe):
+        found.update(zip(rows, values, strict=True))
+        extra = extra or add_node(cluster)
+    cluster.remove_node(extra)
+    assert found == WANTED
+    assert extra is not None and extra.node_id in {mark.name for mark in tmp_path.iterdir()}
+
+
 def test_a_chunk_that_kills_its_workers_is_held_responsible(cluster: Any) -> None:
     with pytest.raises(RemoteError, match="died over one chunk"):
         through(Cluster(threads=1), kill_on=7)
