@@ -104,7 +104,7 @@ def test_a_node_that_dies_costs_its_chunk_in_flight_only(cluster: Any, tmp_path:
 
 
 def test_a_cluster_that_grows_is_used(cluster: Any, tmp_path: Path) -> None:
-    """More workers than there is room for wait, which is what an autoscaler answers, and work when it comes."""
+    """More workers than there is room for wait, which an autoscaler answers, and work when room comes."""
     settings = {"marks": str(tmp_path), "nodes": 3}
     recipe = Recipe("tests.executors.squares:open_squares", settings)
     found: dict[int, int] = {}
