@@ -33,10 +33,6 @@ class Running:
         while self.begun - len(self._jobs) < count:
             self._jobs.popleft()()
 
-    def finish_all(self) -> None:
-        """Complete everything that was begun."""
-        self.finish(self.begun)
-
     def __enter__(self) -> Running:
         return self
 
