@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,16 @@ def test_processor_time_and_memory_of_the_workers_are_the_stages(cluster: Any) -
 
 def test_energy_of_every_node_is_counted_once(cluster: Any, tmp_path: Path) -> None:
     """A joule for each chunk, on two nodes; what is spent between two stages is neither's."""
+    power = tmp_path / "power"
     with Cluster(threads=1) as executor:
-        assert measure("x", lambda: work(executor, power=str(tmp_path))).cpu_joules == 12.0
-        assert len(list(tmp_path.iterdir())) == 2
-        for counter in tmp_path.glob("*/*/energy_uj"):
-            counter.write_text("500000000")
-        assert measure("x", lambda: work(executor, power=str(tmp_path))).cpu_joules == 12.0
+        for stage in ("one", "two"):
+            marks = tmp_path / stage  # no node can do all of it before the other one has come
+            marks.mkdir()
+            taken = measure("x", partial(work, executor, power=str(power), marks=str(marks), nodes=2))
+            assert taken.cpu_joules == 12.0
+            assert len(list(power.iterdir())) == len(list(marks.iterdir())) == 2
+            for counter in power.glob("*/*/energy_uj"):
+                counter.write_text("500000000")
 
 
 def test_energy_is_not_measured_where_a_worker_took_its_count_along(cluster: Any, tmp_path: Path) -> None:
