@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from lorasmith.errors import InputError, UsageError, os_errors
 from lorasmith.files.atomic import aside, publish_folder, read_record, write_bytes, write_record
+from lorasmith.files.place import holds_another, require_outside
 from lorasmith.records.base import FileDigest, Record
 from lorasmith.records.merging import MergedTensor
 
@@ -30,25 +31,8 @@ class ShardDone(Record):
 
 def check_place(output: Path, inputs: Sequence[Path]) -> None:
     """`UsageError` where the output is an input, lies in one, holds one, or would replace something else."""
-    place = output.resolve()
-    for folder in inputs:
-        given = folder.resolve()
-        if place == given or given in place.parents:
-            raise UsageError(
-                "the output lies in an input",
-                where=output,
-                expected=f"a place outside {folder}",
-                remedy="choose another output folder; inputs are never written to",
-            )
-        if place in given.parents:
-            raise UsageError(
-                f"the output folder holds the input {folder} and would replace it",
-                where=output,
-                remedy="choose another output folder",
-            )
-    if output.is_file():
-        raise UsageError("the output is a file", where=output, expected="a folder, or nothing yet")
-    if output.is_dir() and any(output.iterdir()) and not (output / "config.json").exists():
+    require_outside(output, inputs)
+    if holds_another(output, "config.json"):
         raise UsageError(
             "the output folder exists and does not hold a model",
             where=output,
