@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lorasmith.errors import InputError
+
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -29,6 +31,16 @@ def absent_adapter_file(folder: Path) -> Path | None:
     if any((folder / name).is_file() for name in _ADAPTER_WEIGHTS):
         return None
     return folder / _ADAPTER_WEIGHTS[0]
+
+
+def absent(kind: type[InputError], what: str, file: Path) -> InputError:
+    """The error for such a file of a `model` or an `adapter`, to be raised from what the library said."""
+    return kind(
+        f"a file of the {what} is not there",
+        where=file,
+        expected=f"a whole {what} folder that stays as it is while it is read",
+        remedy="copy the file again, then give the same command",
+    )
 
 
 def _shards(index: Path) -> list[Path]:

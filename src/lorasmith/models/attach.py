@@ -11,7 +11,7 @@ from typing import Any
 from lorasmith.checkpoint.jsonfile import read_object
 from lorasmith.checkpoint.patterns import require_quick
 from lorasmith.errors import AdapterError, MemoryLimitError
-from lorasmith.models.absent import absent_adapter_file
+from lorasmith.models.absent import absent, absent_adapter_file
 
 
 def require_resident(model: Any, adapter: Path) -> None:
@@ -41,14 +41,9 @@ def attach(model: Any, adapter: Path, folder: Path, device: str | None) -> Any:
             str(adapter), "default", autocast_adapter_dtype=False, torch_device=device
         )
     except Exception as error:  # PEFT raises KeyError, RuntimeError, ValueError, … by the kind of damage
-        absent = absent_adapter_file(adapter)
-        if absent is not None:
-            raise AdapterError(
-                "a file of the adapter is not there",
-                where=absent,
-                expected="a whole adapter folder that stays as it is while it is read",
-                remedy="copy the file again, then give the same command",
-            ) from error
+        gone = absent_adapter_file(adapter)
+        if gone is not None:
+            raise absent(AdapterError, "adapter", gone) from error
         raise AdapterError(
             f"the adapter does not load onto this base: {first_line(error)}",
             where=adapter,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lorasmith.errors import AdapterError, CheckpointError, MemoryLimitError, UsageError, os_errors
-from lorasmith.models.absent import absent_file
+from lorasmith.models.absent import absent, absent_file
 from lorasmith.models.attach import attach, first_line, require_resident, some_names
 from lorasmith.models.memory import is_out_of_memory
 from lorasmith.models.unpack import gguf_file, unpacking
@@ -169,14 +169,9 @@ def _load_base(folder: Path, device: torch.device, dtype: torch.dtype, device_ma
                 where=folder,
                 remedy="use a machine with more memory, or another device",
             ) from error
-        absent = None if "gguf_file" in how else absent_file(folder)
-        if absent is not None:
-            raise CheckpointError(
-                "a file of the model is not there",
-                where=absent,
-                expected="a whole model folder that stays as it is while it is read",
-                remedy="copy the file again, then give the same command",
-            ) from error
+        gone = None if "gguf_file" in how else absent_file(folder)
+        if gone is not None:
+            raise absent(CheckpointError, "model", gone) from error
         raise CheckpointError(f"the model does not load: {first_line(error)}", where=folder) from error
     # A packed format names its tensors otherwise: one that is left over is one that was not unpacked.
     missing = sorted(report["missing_keys"]) + (sorted(report["unexpected_keys"]) if how else [])
