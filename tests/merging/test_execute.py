@@ -17,17 +17,7 @@ from lorasmith.merging import disk, lowrank
 from lorasmith.merging.execute import merge
 from tests.merging.planted import NAMES, PREFIX, logits, plant, tensors_of
 from tests.merging.reference import merged_value, nearest
-from tests.tiny import save_adapter, save_base
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base") / "model", max_shard_size="30KB")
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    return save_adapter(tmp_path_factory.mktemp("adapter") / "adapter", base)
+from tests.tiny import save_adapter
 
 
 @pytest.mark.parametrize(

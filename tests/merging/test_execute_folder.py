@@ -17,17 +17,7 @@ from lorasmith.files.digests import digest_folder
 from lorasmith.files.lock import only_one
 from lorasmith.merging.execute import merge
 from tests.merging.planted import tensors_of
-from tests.tiny import save_adapter, save_base
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base") / "model", max_shard_size="30KB")
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    return save_adapter(tmp_path_factory.mktemp("adapter") / "adapter", base)
+from tests.tiny import save_adapter
 
 
 def test_the_folder_stands_alone(tmp_path: Path, base: Path, adapter: Path) -> None:

@@ -14,17 +14,6 @@ from safetensors.torch import load_file, save_file
 from lorasmith.errors import AdapterError, CheckpointError, DiskError, LorasmithError, UsageError
 from lorasmith.merging.execute import merge
 from tests.merging.planted import PREFIX, plant, tensors_of
-from tests.tiny import save_adapter, save_base
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base") / "model", max_shard_size="30KB")
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    return save_adapter(tmp_path_factory.mktemp("adapter") / "adapter", base)
 
 
 def test_a_full_disk_is_found_before_anything_is_written(
