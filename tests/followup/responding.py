@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lorasmith.followup.respond import RespondOptions, respond
 from lorasmith.followup.respond_engines import Engine
+from lorasmith.followup.respond_work import GROUP_ROWS
 from lorasmith.models.requests import Answer, Limits, Request
 from lorasmith.models.sampling import Sampling
 from lorasmith.records.followup import RespondRecord
@@ -18,6 +23,41 @@ COUNT = 14
 
 
 SHORT = RespondOptions(max_new_tokens=12, batch_size=4)
+
+
+_KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from lorasmith.followup import respond_store, respond_work
+from lorasmith.followup.respond import RespondOptions, respond
+place, output, number = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+respond_work.GROUP_ROWS = int(sys.argv[4])
+add, seen = respond_store.Store.add, []
+def dying(self, *args, **more):
+    add(self, *args, **more)
+    seen.append(1)
+    if len(seen) == number:
+        os.kill(os.getpid(), signal.SIGKILL)
+respond_store.Store.add = dying
+options = RespondOptions(**json.loads(sys.argv[5]))
+respond(place / "base", place / "data.jsonl", output, options=options)
+"""
+
+
+def kill_after(place: Path, output: Path, rows: int, group_rows: int = GROUP_ROWS, **options: Any) -> None:
+    """Answer `data.jsonl` of a place by its `base` in another process, which dies after so many rows."""
+    asked = [str(place), str(output), str(rows), str(group_rows), json.dumps(options)]
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, *asked],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,12 @@ from tests.faults import in_child, was_killed
 from tests.followup.drafting import SETTINGS
 
 
-def test_a_killed_training_goes_on_to_the_same_bytes(drafted: Path, tmp_path: Path) -> None:
-    def work() -> None:
-        train_draft(
-            drafted / "target",
-            drafted / "responses.jsonl",
-            tmp_path / "draft",
-            layers=[0, 3],
-            settings=SETTINGS,
-        )
+def train(drafted: Path, output: Path) -> None:
+    train_draft(drafted / "target", drafted / "responses.jsonl", output, layers=[0, 3], settings=SETTINGS)
 
+
+def test_a_killed_training_goes_on_to_the_same_bytes(drafted: Path, tmp_path: Path) -> None:
+    work = partial(train, drafted, tmp_path / "draft")
     counted = tmp_path / "count"
     assert in_child(work, die_at=None, count_to=counted) == 0
     whole = digest_folder(tmp_path / "draft")
@@ -93,15 +90,7 @@ def test_a_disk_that_fills_up_in_a_checkpoint_loses_nothing(
             raise OSError(28, "No space left on device")
         real(*arguments)
 
-    def work() -> None:
-        train_draft(
-            drafted / "target",
-            drafted / "responses.jsonl",
-            tmp_path / "draft",
-            layers=[0, 3],
-            settings=SETTINGS,
-        )
-
+    work = partial(train, drafted, tmp_path / "draft")
     with monkeypatch.context() as patched:
         patched.setattr(draft_train, "save_file", save)
         with pytest.raises(DiskError, match="the disk is full"):

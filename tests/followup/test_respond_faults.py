@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pyarrow.parquet as pq
@@ -19,34 +17,14 @@ from lorasmith.followup.respond import RespondOptions, respond
 from lorasmith.followup.respond_store import Store
 from lorasmith.models.sampling import Sampling
 from lorasmith.records.followup import RespondRecord
-from tests.followup.responding import COUNT, Scripted, read, scripted
+from tests.followup.responding import COUNT, Scripted, kill_after, read, scripted
 from tests.tiny import tiny_rows
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from lorasmith.followup.respond import RespondOptions, respond
-from lorasmith.followup import respond_store
-answering, output, number = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-add, seen = respond_store.Store.add, []
-def dying(self, *args, **more):
-    add(self, *args, **more)
-    seen.append(1)
-    if len(seen) == number:
-        os.kill(os.getpid(), signal.SIGKILL)
-respond_store.Store.add = dying
-respond(answering / "base", answering / "data.jsonl", output,
-    options=RespondOptions(max_new_tokens=12, batch_size=4, top_logprobs=2))
-"""
 
 
 def test_a_killed_extraction_goes_on_and_ends_with_the_same_bytes(answering: Path, tmp_path: Path) -> None:
-    options = RespondOptions(max_new_tokens=12, batch_size=4, top_logprobs=2)
-    command = [sys.executable, "-c", KILLED, str(answering), str(tmp_path / "r.jsonl"), "5"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    chosen: dict[str, Any] = {"max_new_tokens": 12, "batch_size": 4, "top_logprobs": 2}
+    options = RespondOptions(**chosen)
+    kill_after(answering, tmp_path / "r.jsonl", 5, **chosen)
     assert [path.name for path in tmp_path.iterdir()] == [".r.jsonl.journal"]
     with (tmp_path / ".r.jsonl.journal").open("ab") as journal:
         journal.write(b'{"row": {"key": "torn')  # as a power cut leaves it

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +13,12 @@ import torch
 from lorasmith.followup import respond_work
 from lorasmith.followup.respond import RespondOptions, respond
 from lorasmith.models.requests import Answer, Request
-from tests.followup.responding import COUNT, Scripted, read, write
+from tests.followup.responding import COUNT, Scripted, kill_after, read, write
 from tests.tiny import save_base, tiny_rows
 
 GROUP = 6
-OPTIONS = RespondOptions(max_new_tokens=12, batch_size=4, top_logprobs=3, whole_groups=True)
+CHOSEN: dict[str, Any] = {"max_new_tokens": 12, "batch_size": 4, "top_logprobs": 3, "whole_groups": True}
+OPTIONS = RespondOptions(**CHOSEN)
 
 
 @pytest.fixture(scope="module")
@@ -30,27 +27,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_base(folder / "base", dtype=torch.float32)
     write(folder / "data.jsonl", tiny_rows(COUNT))
     return folder
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from lorasmith.followup import respond_store, respond_work
-from lorasmith.followup.respond import RespondOptions, respond
-place, output, number = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-respond_work.GROUP_ROWS = int(sys.argv[4])
-add, seen = respond_store.Store.add, []
-def dying(self, *args, **more):
-    add(self, *args, **more)
-    seen.append(1)
-    if len(seen) == number:
-        os.kill(os.getpid(), signal.SIGKILL)
-respond_store.Store.add = dying
-options = RespondOptions(max_new_tokens=12, batch_size=4, top_logprobs=3, whole_groups=True)
-respond(place / "base", place / "data.jsonl", output, options=options)
-"""
 
 
 def test_killed_in_the_second_group_every_file_has_the_same_bytes(
@@ -62,12 +38,7 @@ def test_killed_in_the_second_group_every_file_has_the_same_bytes(
     try:
         respond(place / "base", place / "data.jsonl", tmp_path / "whole" / "r.jsonl", options=OPTIONS)
         killed = tmp_path / "killed" / "r.jsonl"
-        command = [sys.executable, "-c", KILLED, str(place), str(killed), str(GROUP + 3), str(GROUP)]
-        done = subprocess.run(
-            command, check=False, capture_output=True, text=True, cwd=Path(__file__).parents[2],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert done.returncode == -signal.SIGKILL, done.stderr
+        kill_after(place, killed, GROUP + 3, GROUP, **CHOSEN)
         respond(place / "base", place / "data.jsonl", killed, options=OPTIONS)
     finally:
         torch.set_num_threads(threads)
