@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 
 from lorasmith.errors import CheckpointError
+from lorasmith.files.allocator import keep_memory
 from lorasmith.models.arithmetic import Route, use_route
 from lorasmith.models.batches import Batch, make_batch
 from lorasmith.models.encode import Encoded
 from lorasmith.models.forward import CHUNK, TokenForward, first_non_finite
 from lorasmith.models.load import LoadedModel
-from lorasmith.models.memory import keep_memory
 
 Floats = npt.NDArray[np.float32]
 

@@ -11,6 +11,7 @@ from typing import Any
 from lorasmith.executors.base import Executor, Recipe
 from lorasmith.executors.local import work_through
 from lorasmith.executors.log import ChunkLog
+from lorasmith.files.allocator import keep_memory
 from lorasmith.files.journal import Journal
 from lorasmith.models.arithmetic import Route, use_route
 from lorasmith.models.generate import (
@@ -23,7 +24,6 @@ from lorasmith.models.generate import (
 )
 from lorasmith.models.inputs import Inputs
 from lorasmith.models.load import LoadedModel
-from lorasmith.models.memory import keep_memory
 from lorasmith.models.replica import Replica
 from lorasmith.models.session import ScoringOptions, Workload, open_journal
 from lorasmith.models.statistics import group_fields, group_rows

@@ -15,6 +15,7 @@ import torch
 from lorasmith.executors.base import Executor, Local, Recipe
 from lorasmith.executors.local import work_through
 from lorasmith.executors.log import ChunkLog
+from lorasmith.files.allocator import keep_memory
 from lorasmith.files.journal import Journal, Rows
 from lorasmith.models.arithmetic import Route, other_route, use_route
 from lorasmith.models.batches import make_batch, plan_batches
@@ -22,7 +23,6 @@ from lorasmith.models.divergence import TokenPairs, compare_logits
 from lorasmith.models.forward import TokenForward
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.loglik import examine
-from lorasmith.models.memory import keep_memory
 from lorasmith.models.session import Workload
 from lorasmith.models.states import KeptStates, scoring_work
 from lorasmith.models.work import RowWork

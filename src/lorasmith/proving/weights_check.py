@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lorasmith.files.allocator import keep_memory
 from lorasmith.progress import Advance
 from lorasmith.proving.weights_formula import Expected
 from lorasmith.proving.weights_parts import Task, fetch, run, tasks, whole
@@ -48,6 +49,7 @@ def check(
     # A file may have been written anew since the last proof in this process.
     whole.cache_clear()
     with (
+        keep_memory(),
         _one_thread_per_operation(),
         ThreadPoolExecutor(_READERS) as readers,
         ThreadPoolExecutor(workers) as pool,

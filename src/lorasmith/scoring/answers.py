@@ -14,6 +14,7 @@ import torch
 from lorasmith.benchmarks.choices import LETTERS
 from lorasmith.executors.base import Executor, Recipe
 from lorasmith.executors.log import ChunkLog
+from lorasmith.files.allocator import keep_memory
 from lorasmith.files.journal import Journal
 from lorasmith.models.arithmetic import Route, use_route
 from lorasmith.models.encode import Encoded
@@ -29,7 +30,6 @@ from lorasmith.models.generate import (
 from lorasmith.models.layout import lay_out
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.loglik import open_forward, raise_non_finite
-from lorasmith.models.memory import keep_memory
 from lorasmith.models.replica import Replica
 from lorasmith.models.session import Workload
 from lorasmith.models.template import frame, response_tokens

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasmith.models import memory
-from lorasmith.models.memory import keep_memory
+from lorasmith.files import allocator
+from lorasmith.files.allocator import keep_memory
 
 ON_GLIBC = platform.libc_ver()[0] == "glibc"
 
@@ -19,7 +19,7 @@ FAULTS = """
 import resource, sys, torch
 from contextlib import nullcontext
 from lorasmith.files.machine import peak_memory, reset_peak_memory
-from lorasmith.models.memory import keep_memory
+from lorasmith.files.allocator import keep_memory
 
 def faults(times):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -57,6 +57,6 @@ def test_memory_is_found_again_and_given_back_in_the_end() -> None:
 
 
 def test_another_c_library_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_allocator", lambda: None)
+    monkeypatch.setattr(allocator, "_allocator", lambda: None)
     with keep_memory():
         assert float(torch.ones(3).sum()) == 3.0
