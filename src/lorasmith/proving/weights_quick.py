@@ -17,6 +17,8 @@ from lorasmith.proving.weights_terms import Block, prepare
 
 _STEP_BYTES = 1 << 20
 """Size of each array of a step: a few of them stay in the cache that cores share."""
+_LEAST_SHARE = 2.0**-10
+"""Of the row's bound, that is kept for every column: what may underflow is told by rows alone."""
 _RANK_FOR_FLOAT32 = 64
 """Above it the bound of float32 leaves too much to the slow test."""
 
@@ -46,10 +48,11 @@ def doubtful(block: Block) -> Ints:
     half_ulp = 2.0 ** -(block.grid.fraction_bits + 1)
     coefficient = max((half_ulp - 4 * bound) / (1 + 2 * bound) * (1 - 2.0**-20), 0.0) if bound < 1 else 0.0
     tiny = (rank + 1) * 4 * torch.finfo(kind).smallest_normal
-    offset = -(2 * bound * reach + tiny).to(kind)
+    across = _across(block)
+    offset = -(2 * bound * reach[:, 0] + tiny / _LEAST_SHARE).to(kind)
     step = max(1, _STEP_BYTES // kind.itemsize // columns)
     found = [
-        _step(block, start, min(start + step, rows), lefts, offset, coefficient)
+        _step(block, start, min(start + step, rows), lefts, offset, across.to(kind), coefficient)
         for start in range(0, rows, step)
     ]
     positions = np.concatenate([part[0] for part in found])
@@ -60,8 +63,27 @@ def doubtful(block: Block) -> Ints:
     return still_doubtful(block, positions)
 
 
+def _across(block: Block) -> torch.Tensor:
+    """[columns]: no less than the share of the row's bound on Σ|c·L|·|R| that holds for a column.
+
+    With one term the norms of R's columns tell, which differ; else the largest has to do for all.
+    """
+    if len(block.terms) == 1 and not block.gain:
+        term = block.terms[0]
+        share = term.right_norms / (term.right_norm or 1.0)
+    else:
+        share = torch.ones(block.found.shape[1], dtype=torch.float64)
+    return share.clamp(min=_LEAST_SHARE) * (1 + 2.0**-20)
+
+
 def _step(
-    block: Block, start: int, end: int, lefts: list[torch.Tensor], offset: torch.Tensor, coefficient: float
+    block: Block,
+    start: int,
+    end: int,
+    lefts: list[torch.Tensor],
+    offset: torch.Tensor,
+    across: torch.Tensor,
+    coefficient: float,
 ) -> tuple[Ints, Floats]:
     """Flat positions in the block that a step does not accept, and x − m there."""
     grid, stored, kind = block.grid, block.found[start:end], offset.dtype
@@ -74,7 +96,7 @@ def _step(
     x.sub_(stored)
     torch.abs(x, out=work[0])
     _powers_before(grid, stored, before, work[1])
-    torch.add(offset[start:end], work[1], alpha=coefficient, out=work[1])
+    work[1].addr_(offset[start:end], across, beta=coefficient)
     # NumPy's comparison is several times as fast as torch's; a NaN compares false and stays doubtful.
     np.less(work[0].view(-1).numpy(), work[1].view(-1).numpy(), out=mask)
     positions = np.flatnonzero(np.logical_not(mask, out=mask))
