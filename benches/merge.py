@@ -273,6 +273,7 @@ def bench(
     parameters: float, tools: list[str], repeats: int, rank: int, work: Path, interpreter: str | None
 ) -> None:
     """Time the tools in turn and print one line each."""
+    work.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="merge-bench-", dir=work))
     try:
         base, adapter, count = make_inputs(folder, parameters, rank)
