@@ -5,8 +5,9 @@ loop over padded batches of 4 with full logits. Each gives the loss of every row
 loading, and its peak memory. All compute in float32. `--lm-eval-python` names an interpreter that has lm-eval
 (and torch, transformers); without it that line is left out. Useful work is two operations for each weight and
 real token, plus attention, plus the head at the scored positions; it is set against the best float32 rate of
-the machine at the model's own layer shapes. `--growth 50 500 5000` scores so many rows (repeating the file)
-with lorasmith alone. Tokens per second count prompts and responses.
+the machine at the model's own layer shapes. `--growth 50 500 5000` scores so many rows with
+lorasmith alone; beyond the file's end its rows come again with their tokens shuffled, so that they share
+nothing with the first. Tokens per second count prompts and responses.
 """
 
 from __future__ import annotations
@@ -196,6 +197,14 @@ def encode(arguments: argparse.Namespace) -> list[list[Any]]:
     return [[row.ids, row.n_prompt] for row in rows]
 
 
+def again(requests: list[list[Any]], index: int) -> list[Any]:
+    """Row `index` of the file repeated without end: the same lengths, other tokens."""
+    ids, n_prompt = requests[index % len(requests)]
+    if index < len(requests):
+        return [ids, n_prompt]
+    return [random.Random(index).sample(ids, len(ids)), n_prompt]
+
+
 def line(
     one: dict[str, Any], ours: dict[str, Any], work: dict[str, Any], requests: list[list[Any]], peak: str
 ) -> str:
@@ -235,7 +244,7 @@ def parent(arguments: argparse.Namespace) -> None:
     for way, one in found.items():
         print(f"{way:<10} {line(one, ours, work, requests, human_bytes(one['peak']))}")
     for count in arguments.growth:
-        rows = [requests[index % len(requests)] for index in range(count)]
+        rows = [again(requests, index) for index in range(count)]
         one = run("lorasmith", arguments, rows)
         rate = sum(len(ids) for ids, _ in rows) / one["seconds"]
         print(f"{count:>6} rows: {rate:.0f} tok/s, peak {human_bytes(one['peak'])}")
