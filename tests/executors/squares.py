@@ -25,14 +25,13 @@ class Squares:
         fail_on: int = -1,
         marks: str = "",
         awaited: str = "",
-        waits: bool = True,
         burns: float = 0.0,
         ballast: int = 0,
         power: str = "",
         nodes: int = 0,
     ) -> None:
         self.pause, self.largest, self.kill_on, self.fail_on = pause, largest, kill_on, fail_on
-        self.marks, self.awaited, self.waits = marks, awaited, waits
+        self.marks, self.awaited = marks, awaited
         self.burns, self.ballast, self.power, self.nodes = burns, ballast, power, nodes
         self.bonus = 0
 
@@ -58,14 +57,14 @@ class Squares:
         return [row * row + self.bonus for row in rows]
 
     def meet(self, folder: Path) -> None:
-        """The awaited node notes that it works (and `waits` until it is killed); the others wait for that."""
+        """The awaited node notes that it works and waits until it is killed; the others wait for the note."""
         import ray
 
         until = time.monotonic() + 120
         mark = folder / self.awaited
         if ray.get_runtime_context().get_node_id() == self.awaited:
             mark.touch()
-            mark = folder / "never" if self.waits else mark
+            mark = folder / "never"
         while not mark.exists() and time.monotonic() < until:
             time.sleep(0.02)
 

@@ -61,10 +61,11 @@ def through(executor: Cluster, journal: Journal | None = None, **settings: Any) 
 WANTED = {row: row * row for row in range(36)}
 
 
-def test_all_chunks_come_from_all_nodes(cluster: Any) -> None:
+def test_all_chunks_come_from_all_nodes(cluster: Any, tmp_path: Path) -> None:
     executor = Cluster(threads=1)
-    assert through(executor) == WANTED
+    assert through(executor, marks=str(tmp_path), nodes=2) == WANTED
     assert executor.losses == 0
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_parcel_travels_with_its_chunk(cluster: Any) -> None:
@@ -204,7 +205,7 @@ def test_workers_of_several_kinds_are_labelled(cluster: Any, tmp_path: Path) -> 
     extra = add_node(cluster, env_vars={"TEST_PROCESSOR": "other"})
     marks = tmp_path / "marks"
     marks.mkdir()
-    settings = {"marks": str(marks), "awaited": extra.node_id, "waits": False}
+    settings = {"marks": str(marks), "nodes": 3}  # each of them takes part
     log, work = ChunkLog(), Squares()
     recipe = Recipe("tests.executors.squares:open_squares", settings)
     found = dict(Cluster(threads=1, workers=3).work_through(CHUNKS, work, None, recipe, log))
