@@ -7,7 +7,8 @@
 Every tool starts from a cold source (POSIX_FADV_DONTNEED) and is done when its output is synced. The tools
 take turns, so that a noisy moment hits all of them; the table shows medians. `lorasmith` hashes
 what it writes, `lorasmith+base` what it reads as well, as for a base that it has not seen before; `prove`
-proves a merge that `lorasmith` has just made, base and merge both cold. All that is written is removed.
+proves a merge that `lorasmith` has just made, base and merge both cold, and `dd read` only reads as much past
+the page cache, which is what the disk leaves a proof. All that is written is removed.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ import torch
 from lorasmith.checkpoint.header import build_header, nbytes_of
 
 SHARD_BYTES = 5_000_000_000
-TOOLS = ("lorasmith", "prove", "lorasmith+base", "cp -r", "dd direct", "peft", "mergekit")
+TOOLS = ("lorasmith", "prove", "dd read", "lorasmith+base", "cp -r", "dd direct", "peft", "mergekit")
 
-REFERENCES = ("cp -r", "dd direct", "lorasmith")
+REFERENCES = ("cp -r", "dd direct", "dd read", "lorasmith")
 """What the seconds of every tool are set against."""
 
 
@@ -243,6 +244,14 @@ def run(
                 )
 
         return timed(direct)
+    if tool == "dd read":
+
+        def read() -> None:
+            for file in [*base.glob("*.safetensors")] * 2:
+                command = ["dd", f"if={file}", "of=/dev/null", "bs=32M", "iflag=direct"]
+                subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+        return timed(read)
     recipe = out.with_suffix(".yml")
     model = f"{base}+{adapter}"
     recipe.write_text(f"merge_method: passthrough\nmodels: [{{model: '{model}'}}]\ndtype: bfloat16\n")
@@ -289,7 +298,7 @@ def bench(
             for tool in tools:
                 cool(base)
                 results[tool].append(run(tool, base, adapter, out, caches, interpreter))
-                shutil.rmtree(out)
+                shutil.rmtree(out, ignore_errors=True)
         reference = {
             name: statistics.median(run["seconds"] for run in results[name])
             for name in REFERENCES

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorasmith.proving.weights_elements import element_values, still_doubtful
+from lorasmith.proving.weights_elements import candidates, element_values, still_doubtful
 from lorasmith.proving.weights_exact import exact_sum
 from tests.proving.small import round_fraction
 from tests.proving.test_weights_exact import block
@@ -36,7 +36,7 @@ def test_only_what_is_certainly_right_is_let_go(grid: str) -> None:
     stored = found.view(made.grid.stored_as)
     stored[torch.from_numpy(wrong)] += torch.tensor([1, -1] * 150, dtype=stored.dtype)
     made = replace(made, found=found.reshape(40, 60))
-    kept = still_doubtful(made, every)
+    kept = still_doubtful(made, candidates(made, every, source.reshape(-1), made.found.reshape(-1)))
     assert set(wrong) <= set(kept)
     # float64 leaves open about one in 2^(52 − fraction bits) of the others: none here.
     assert len(kept) == len(wrong)
@@ -47,4 +47,5 @@ def test_only_what_is_certainly_right_is_let_go(grid: str) -> None:
 
 def test_no_positions_are_no_work() -> None:
     made = block(Fraction(1), torch.ones(2, 1), torch.ones(1, 2), torch.ones(2, 2), "BF16")
-    assert len(still_doubtful(made, np.zeros(0, np.int64))) == 0
+    none = candidates(made, np.zeros(0, np.int64), made.source[0, :0], made.found[0, :0])
+    assert len(still_doubtful(made, none)) == 0

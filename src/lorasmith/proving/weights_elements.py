@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+
 import numpy as np
 import torch
 
 from lorasmith.proving.weights_gain import UNIT, gamma
 from lorasmith.proving.weights_rounding import Floats, Ints
 from lorasmith.proving.weights_terms import Block
-
-_ELEMENTS = 1 << 13
-"""Looked at together: their factors stay in a core's cache."""
 
 
 def element_values(block: Block, source: Floats, rows: Ints, cols: Ints) -> tuple[Floats, Floats, Floats]:
@@ -39,22 +38,43 @@ def element_values(block: Block, source: Floats, rows: Ints, cols: Ints) -> tupl
     return x, error, size
 
 
-def still_doubtful(block: Block, positions: Ints) -> Ints:
-    """Of these flat positions, ascending, those that float64 does not show to be right either."""
-    parts = [positions[start : start + _ELEMENTS] for start in range(0, len(positions), _ELEMENTS)]
-    return np.concatenate([_still_doubtful(block, part) for part in parts]) if parts else positions
+@dataclass(frozen=True)
+class Candidates:
+    """Elements that are looked at one by one, and how far x may be from the stored number m; all [n]."""
+
+    positions: Ints
+    """Flat, in the block."""
+    rows: Ints
+    cols: Ints
+    source: Floats
+    stored: Floats
+    down: Floats
+    """Distance from |m| to the midpoint towards zero; 0 where nothing may be accepted: zeros, infinities."""
+    up: Floats
+
+    def only(self, chosen: Ints) -> Candidates:
+        """Those at these places."""
+        return Candidates(*(getattr(self, part.name).take(chosen) for part in fields(self)))
+
+    def open(self, distance: Floats, error: Floats) -> Ints:
+        """Places where x − m, known to an error, may lie outside the interval; a NaN is one of them."""
+        beyond = np.where(self.stored < 0, -distance, distance)
+        return np.flatnonzero(~((beyond + error < self.up) & (beyond - error > -self.down)))
 
 
-def _still_doubtful(block: Block, flat: Ints) -> Ints:
-    rows, cols = np.divmod(flat, block.found.shape[1])
-    at = torch.from_numpy(flat)
-    magnitude, negative = block.grid.magnitudes(block.found.reshape(-1).index_select(0, at))
-    source = block.source.reshape(-1).index_select(0, at).to(torch.float64).numpy()
-    x, error, _ = element_values(block, source, rows, cols)
-    known = (magnitude > 0) & (magnitude < block.grid.infinity)
-    inside = np.where(known, magnitude, 1)
-    down, up = block.grid.half_steps(inside)
-    beyond = np.where(negative, -x, x) - block.grid.value(inside)
-    # One unit in the last place of x more, for the subtraction. A NaN compares false and stays doubtful.
-    error = error + np.abs(x) * 2.0**-52
-    return flat[~(known & (beyond + error < up) & (beyond - error > -down))]
+def candidates(block: Block, positions: Ints, source: torch.Tensor, stored: torch.Tensor) -> Candidates:
+    """The elements at these flat positions, with what base and merge store there."""
+    grid, columns = block.grid, block.found.shape[1]
+    rows = positions // columns
+    magnitude, _ = grid.magnitudes(stored)
+    known = (magnitude > 0) & (magnitude < grid.infinity)
+    down, up = grid.half_steps(np.where(known, magnitude, 1))
+    values = (source.to(torch.float64).numpy(), stored.to(torch.float64).numpy())
+    return Candidates(positions, rows, positions - rows * columns, *values, down * known, up * known)
+
+
+def still_doubtful(block: Block, chosen: Candidates) -> Ints:
+    """Flat positions, in the same order, of those that float64 does not show to be right either."""
+    x, error, _ = element_values(block, chosen.source, chosen.rows, chosen.cols)
+    # One unit in the last place of x more, for the subtraction.
+    return chosen.positions.take(chosen.open(x - chosen.stored, error + np.abs(x) * 2.0**-52))

@@ -6,23 +6,28 @@ bound on its own error. What it cannot accept it names; it never rejects. So it 
 
 from __future__ import annotations
 
-import threading
+import math
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from lorasmith.proving.weights_elements import still_doubtful
-from lorasmith.proving.weights_rounding import Floats, Grid, Ints, Mask
+from lorasmith.proving.weights_elements import Candidates, candidates, still_doubtful
+from lorasmith.proving.weights_gain import gamma
+from lorasmith.proving.weights_rounding import Floats, Grid, Ints
+from lorasmith.proving.weights_scratch import workspace
 from lorasmith.proving.weights_terms import Block, prepare
 
 _STEP_BYTES = 1 << 20
 """Size of each array of a step: a few of them stay in the cache that cores share."""
+_ELEMENTS = 1 << 13
+"""Looked at again together: their factors stay in a core's cache."""
 _LEAST_SHARE = 2.0**-10
 """Of the row's bound, that is kept for every column: what may underflow is told by rows alone."""
 _RANK_FOR_FLOAT32 = 64
 """Above it the bound of float32 leaves too much to the slow test."""
-
-_local = threading.local()
 
 
 def quick_type(grid: Grid, rank: int, source: torch.dtype) -> torch.dtype:
@@ -31,36 +36,69 @@ def quick_type(grid: Grid, rank: int, source: torch.dtype) -> torch.dtype:
     return torch.float32 if narrow else torch.float64
 
 
+@dataclass(frozen=True)
+class Shares:
+    """A bound on the error of a computed x − m: what it grows by with each of three sizes."""
+
+    stored: float
+    """Of |m|."""
+    distance: float
+    """Of the computed |x − m|."""
+    reach: float
+    """Of the bound on Σ|c·L|·|R|."""
+
+
+def error_shares(block: Block, kind: torch.dtype) -> Shares:
+    """The bound for the order of `_step`, with u half the distance from 1 to the next number of `kind`.
+
+    Without a gain it is (S − m) + Σ c·L·R in sums of any order, as many as products: S − m was rounded once
+    before, a product in itself, its R and its c·L twice. |m| has no share, though it is most of what there
+    is: |S − m| ≤ |x − m| + reach.
+    With a gain it is (S + Σ c·L·R)·g − m, where everything counts: |S·g| ≤ |m| + |x − m| + reach.
+    """
+    unit = torch.finfo(kind).eps / 2
+    rank = sum(term.right.shape[0] for term in block.terms)
+    if block.gain:
+        all_ = gamma(rank + 6, unit) + block.gain.error
+        shares = Shares(all_, all_, 2 * all_)
+    else:
+        shares = Shares(0.0, gamma(rank + 1, unit), gamma(rank + 1, unit) + gamma(rank + 4, unit))
+    if shares.distance >= 1:
+        return Shares(math.inf, math.inf, math.inf)
+    # The true distance, which all this speaks of, is the computed one and the error at most.
+    return Shares(*(share / (1 - shares.distance) for share in astuple(shares)))
+
+
 def doubtful(block: Block) -> Ints:
     """Flat positions, ascending, of the elements of the block that are not certainly right."""
     rows, columns = block.found.shape
     rank = sum(term.right.shape[0] for term in block.terms)
     kind = torch.float64 if block.gain else quick_type(block.grid, rank, block.source.dtype)
-    lefts, reach, bound = prepare(block.terms, block.start, rows, kind)
+    shares = error_shares(block, kind)
+    if not math.isfinite(shares.reach):
+        return np.arange(rows * columns)
+    lefts, reach = prepare(block.terms, block.start, rows, kind)
     if block.gain:
         gain = block.gain.values.abs()
         # With a gain per column the largest bounds them all.
         reach = reach * (gain if block.gain.per_row else gain.max())
-        bound += block.gain.error
-    # With d = |x − m|: |S| ≤ |m| + d + reach, so the error is at most bound·(|m| + d + 2·reach), and |m| is
-    # at most twice the power of two before it. The share that grows with |m| goes to the coefficient of that
-    # power, the share of d to the divisor; what may underflow adds the smallest numbers.
+    # |x − m| and the error lie within half an ulp, and |m| is at most twice the power of two before it: what
+    # grows with the two goes into the factor of that power. What may underflow adds the smallest numbers.
     half_ulp = 2.0 ** -(block.grid.fraction_bits + 1)
-    coefficient = max((half_ulp - 4 * bound) / (1 + 2 * bound) * (1 - 2.0**-20), 0.0) if bound < 1 else 0.0
+    factor = max((half_ulp - 2 * shares.stored) / (1 + shares.distance) * (1 - 2.0**-20), 0.0)
     tiny = (rank + 1) * 4 * torch.finfo(kind).smallest_normal
     across = _across(block)
-    offset = -(2 * bound * reach[:, 0] + tiny / _LEAST_SHARE).to(kind)
-    step = max(1, _STEP_BYTES // kind.itemsize // columns)
-    found = [
-        _step(block, start, min(start + step, rows), lefts, offset, across.to(kind), coefficient)
-        for start in range(0, rows, step)
-    ]
-    positions = np.concatenate([part[0] for part in found])
-    if not len(positions):
-        return positions
-    beyond = np.concatenate([part[1] for part in found])
-    positions = _second_look(block, positions, beyond, reach[:, 0].numpy(), bound, tiny)
-    return still_doubtful(block, positions)
+    offset = -(shares.reach * reach[:, 0] + tiny / _LEAST_SHARE).to(kind)
+    found = list(_FirstLook(block, lefts, factor, offset, across.to(kind)).steps())
+    positions = np.concatenate([part.positions for part in found])
+    beyond = np.concatenate([part.beyond for part in found])
+    source, stored = (torch.cat([part.source for part in found]), torch.cat([part.stored for part in found]))
+    bound, kept = reach[:, 0].numpy(), [positions[:0]]
+    for start in range(0, len(positions), _ELEMENTS):
+        part = slice(start, start + _ELEMENTS)
+        chosen = candidates(block, positions[part], source[part], stored[part])
+        kept.append(_look_again(block, chosen, beyond[part], bound, shares, tiny))
+    return np.concatenate(kept)
 
 
 def _across(block: Block) -> torch.Tensor:
@@ -76,79 +114,84 @@ def _across(block: Block) -> torch.Tensor:
     return share.clamp(min=_LEAST_SHARE) * (1 + 2.0**-20)
 
 
-def _step(
-    block: Block,
-    start: int,
-    end: int,
-    lefts: list[torch.Tensor],
-    offset: torch.Tensor,
-    across: torch.Tensor,
-    coefficient: float,
-) -> tuple[Ints, Floats]:
-    """Flat positions in the block that a step does not accept, and x − m there."""
-    grid, stored, kind = block.grid, block.found[start:end], offset.dtype
-    x, work, before, mask = _scratch(kind, grid, stored.shape)
-    x.copy_(block.source[start:end])
-    for left, term in zip(lefts, block.terms, strict=True):
-        x.addmm_(left[start:end], term.right_quick.to(kind))
-    if block.gain:
-        x.mul_(block.gain.values[start:end] if block.gain.per_row else block.gain.values)
-    x.sub_(stored)
-    torch.abs(x, out=work[0])
-    _powers_before(grid, stored, before, work[1])
-    work[1].addr_(offset[start:end], across, beta=coefficient)
-    # NumPy's comparison is several times as fast as torch's; a NaN compares false and stays doubtful.
-    np.less(work[0].view(-1).numpy(), work[1].view(-1).numpy(), out=mask)
-    positions = np.flatnonzero(np.logical_not(mask, out=mask))
-    beyond: Floats = x.view(-1).numpy().take(positions).astype(np.float64)
-    return positions + start * stored.shape[1], beyond
+class _Left(NamedTuple):
+    """What a step leaves open, taken while it is in the cache; all [n]."""
+
+    positions: Ints
+    """Flat, in the block."""
+    beyond: Floats
+    """The computed x − m."""
+    source: torch.Tensor
+    stored: torch.Tensor
 
 
-def _powers_before(grid: Grid, stored: torch.Tensor, bits: torch.Tensor, out: torch.Tensor) -> None:
-    """The power of two at or below the number before |stored|; 0 for zeros and subnormals.
+@dataclass(frozen=True)
+class _FirstLook:
+    """At the elements of a block, some rows at a time: |x − m| < factor · power before |m| + offset · across.
 
-    The number before it decides how far the interval reaches towards zero, where it is narrowest.
+    The power of two at or below the number before |m| decides how far the interval reaches towards zero,
+    where it is narrowest.
     """
-    torch.bitwise_and(stored.view(grid.stored_as), (1 << grid.sign) - 1, out=bits)
-    bits.sub_(1).clamp_(min=0).bitwise_and_(grid.infinity)
-    out.copy_(bits.view(grid.dtype))
+
+    block: Block
+    lefts: list[torch.Tensor]
+    factor: float
+    offset: torch.Tensor
+    """[rows]"""
+    across: torch.Tensor
+    """[columns]"""
+
+    def steps(self) -> Iterator[_Left]:
+        """What is left of each step; the steps are small enough for the cache."""
+        rows, columns = self.block.found.shape
+        source, stored = self.block.source.reshape(-1), self.block.found.reshape(-1)
+        step = max(1, _STEP_BYTES // self.offset.itemsize // columns)
+        for start in range(0, rows, step):
+            rest, beyond = self._step(start, min(start + step, rows))
+            positions = rest + start * columns
+            at = torch.from_numpy(positions)
+            yield _Left(positions, beyond, source.index_select(0, at), stored.index_select(0, at))
+
+    def _step(self, start: int, end: int) -> tuple[Ints, Floats]:
+        """Flat positions in the step of what is not accepted, and x − m there.
+
+        Few calls with as little between them as can be: threads need Python's lock from one to the next.
+        """
+        block, gain = self.block, self.block.gain
+        x, power, numbers = workspace(self.offset.dtype, block.source[start:end].shape)
+        x.copy_(block.source[start:end])
+        power.copy_(block.found[start:end])
+        if not gain:
+            np.subtract(numbers.x, numbers.power, out=numbers.x)
+        for left, term in zip(self.lefts, block.terms, strict=True):
+            x.addmm_(left[start:end], term.right_quick.to(x.dtype))
+        if gain:
+            x.mul_(gain.values[start:end] if gain.per_row else gain.values).sub_(power)
+        np.absolute(numbers.x, out=numbers.distance)
+        # A little less than a power of two is below it, and what is above one stays so.
+        np.multiply(numbers.power, 1 - 2.0 ** -(block.grid.fraction_bits + 1), out=numbers.power)
+        np.bitwise_and(numbers.power_bits, numbers.exponent, out=numbers.power_bits)
+        power.addr_(self.offset[start:end], self.across, beta=self.factor)
+        # A NaN compares false and stays doubtful.
+        np.less(numbers.distance, numbers.power, out=numbers.mask)
+        rest = np.flatnonzero(np.logical_not(numbers.mask, out=numbers.mask))
+        return rest, numbers.x.take(rest).astype(np.float64)
 
 
-def _second_look(
-    block: Block, positions: Ints, beyond: Floats, reach: Floats, bound: float, tiny: float
+def _look_again(
+    block: Block, chosen: Candidates, beyond: Floats, reach: Floats, shares: Shares, tiny: float
 ) -> Ints:
-    """Positions still doubtful when both ends of each one's own interval are looked at.
+    """Positions still doubtful when both ends of each one's own interval are looked at, then in float64.
 
     Powers of two, whose interval is wider on the far side, are much of what the first look leaves.
     """
-    grid, columns = block.grid, block.found.shape[1]
-    magnitude, negative = grid.magnitudes(
-        block.found.reshape(-1).index_select(0, torch.from_numpy(positions))
-    )
-    known = (magnitude > 0) & (magnitude < grid.infinity)
-    down, up = grid.half_steps(np.where(known, magnitude, 1))
-    beyond = np.where(negative, -beyond, beyond)
-    rows, cols = np.divmod(positions, columns)
-    reach = reach[rows]
+    reach = reach.take(chosen.rows)
     if len(block.terms) == 1 and not block.gain:
         # One term: its columns tell more than the largest of them.
         term = block.terms[0]
-        reach *= (term.right_norms.numpy() / (term.right_norm or 1.0))[cols]
+        reach *= (term.right_norms.numpy() / (term.right_norm or 1.0)).take(chosen.cols)
     # |m| is less than half a step times 2 to the width of the significand and one.
-    size = up * 2.0 ** (grid.fraction_bits + 2) + 2 * np.abs(beyond) + 2 * reach
-    error = (1 + 2.0**-20) * (bound * size + tiny)
-    return positions[~(known & (beyond + error < up) & (beyond - error > -down))]
-
-
-def _scratch(
-    kind: torch.dtype, grid: Grid, shape: torch.Size
-) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor, Mask]:
-    """This thread's working memory: fresh pages for every step would cost more than the arithmetic."""
-    held = _local.__dict__.setdefault("held", {})
-    size = shape.numel()
-    if (kind, grid.name) not in held or len(held[kind, grid.name][0]) < size:
-        floats = [torch.empty(size, dtype=kind) for _ in range(3)]
-        bits = torch.empty(size, dtype=grid.stored_as)
-        held[kind, grid.name] = (*floats, bits, np.empty(size, np.bool_))
-    x, one, two, bits = (part[:size].view(shape) for part in held[kind, grid.name][:4])
-    return x, (one, two), bits, held[kind, grid.name][4][:size]
+    size = chosen.up * 2.0 ** (block.grid.fraction_bits + 2)
+    error = shares.stored * size + shares.distance * np.abs(beyond) + shares.reach * reach
+    left = chosen.open(beyond, (1 + 2.0**-20) * (error + tiny))
+    return still_doubtful(block, chosen.only(left)) if len(left) else chosen.positions[left]

@@ -68,28 +68,28 @@ class Block:
 
 def prepare(
     terms: Sequence[LoadedTerm], start: int, rows: int, kind: torch.dtype
-) -> tuple[list[torch.Tensor], torch.Tensor, float]:
-    """c·L of each term for some rows, a bound [rows, 1] on Σ|c·L|·|R| per element, and the relative bound b.
-
-    An element of S + Σ c·L·R, computed with them, is off by at most b·(|S| + the bound on its row).
-    """
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """c·L of each term for some rows, and a bound [rows, 1] on Σ|c·L|·|R| per element."""
     lefts, reach = [], torch.zeros(rows, 1, dtype=torch.float64)
     for term in terms:
         left = term.left_rows(start, rows).to(torch.float64) * float(term.factor)
         reach += left.square().sum(dim=1, keepdim=True).sqrt_() * term.right_norm
         lefts.append(left.to(kind))
-    # To the additions come c·L in two roundings, R in one, the product, and the difference to m.
-    rank = sum(term.right.shape[0] for term in terms)
-    return lefts, reach, gamma(rank + 6, torch.finfo(kind).eps / 2)
+    return lefts, reach
 
 
 def sums(
     source: torch.Tensor, terms: Sequence[LoadedTerm], start: int, kind: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """S + Σ c·L·R of rows from `start` on, with the two bounds of `prepare`."""
-    lefts, reach, bound = prepare(terms, start, len(source), kind)
+    """S + Σ c·L·R of rows from `start` on, the bound of `prepare`, and the relative bound b.
+
+    An element is off by at most b·(|S| + the bound on its row).
+    """
+    lefts, reach = prepare(terms, start, len(source), kind)
     x = source.to(kind, copy=True)
     for left, term in zip(lefts, terms, strict=True):
         # Not from the quick test's copy in float32: factors may be stored in float64.
         x.addmm_(left, term.right.to(kind))
-    return x, reach, bound
+    # To the additions come c·L in two roundings or three, R in one, and the product.
+    rank = sum(term.right.shape[0] for term in terms)
+    return x, reach, gamma(rank + 6, torch.finfo(kind).eps / 2)

@@ -1,0 +1,56 @@
+"""The quick test accepts nothing that is wrong, however close to a midpoint and however its sums cancel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from lorasmith.proving.weights_exact import exact_sum
+from lorasmith.proving.weights_quick import doubtful, quick_type
+from lorasmith.proving.weights_rounding import GRIDS
+from tests.proving.small import round_fraction
+from tests.proving.test_weights_exact import block
+
+ROWS, COLUMNS, RANK = 24, 40, 16
+
+
+@pytest.mark.parametrize("grid", ["BF16", "F16"])
+@pytest.mark.parametrize("update", [1e-3, 1.0, 300.0])
+def test_the_wrong_side_of_a_midpoint_is_never_accepted(grid: str, update: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    dtype = GRIDS[grid].dtype
+    left = torch.randn(ROWS, RANK, generator=generator)
+    right = torch.randn(RANK, COLUMNS, generator=generator) * update
+    # Half of the products nearly cancel the other half, so that sums are small beside their parts.
+    left[:, RANK // 2 :] = -left[:, : RANK // 2] * (1 + 2.0**-12)
+    right[RANK // 2 :] = right[: RANK // 2]
+    wanted = (1 + torch.rand(ROWS, COLUMNS, generator=generator)).to(dtype)
+    half = 2.0 ** -(GRIDS[grid].fraction_bits + 1)
+    # A source that takes the sum to the midpoint above m, up to float32's rounding of the source itself.
+    source = (wanted.double() + half - left.double() @ right.double()).float()
+    made = replace(block(Fraction(1), left, right, source, grid), found=wanted)
+    assert quick_type(made.grid, RANK, source.dtype) == torch.float32
+    flat = source.double().reshape(-1).tolist()
+    truth = [exact_sum(made.terms, flat[k], *divmod(k, COLUMNS)) for k in range(len(flat))]
+    right_one = torch.tensor([float(round_fraction(value, dtype)) for value in truth]).to(dtype)
+    wrong = np.flatnonzero(right_one.ne(wanted.reshape(-1)).numpy())
+    # So close to midpoints about half lie beyond them.
+    assert len(wrong) > ROWS * COLUMNS / 5
+    assert set(wrong) <= set(doubtful(made))
+
+
+def test_what_is_far_from_every_midpoint_is_accepted() -> None:
+    generator = torch.Generator().manual_seed(5)
+    left = torch.randn(ROWS, RANK, generator=generator)
+    right = torch.randn(RANK, COLUMNS, generator=generator) / 100
+    stored = (1.25 + 0.5 * torch.rand(ROWS, COLUMNS, generator=generator)).bfloat16()
+    source = (stored.double() - left.double() @ right.double()).float()
+    made = replace(block(Fraction(1), left, right, source, "BF16"), found=stored)
+    assert len(doubtful(made)) == 0
+    # Not so what no bound can hold for.
+    made = replace(made, source=torch.where(torch.arange(COLUMNS) == 7, torch.nan, source))
+    assert set(doubtful(made) % COLUMNS) == {7}
