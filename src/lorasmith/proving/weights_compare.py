@@ -1,25 +1,18 @@
-"""Rows of a merged tensor against their formula: what the quick test does not accept is judged one by one.
-
-It is computed again in float64 with a bound per element and judged by intervals, and where those touch a
-midpoint, in rational numbers.
-"""
+"""Rows of a merged tensor against their formula, or against the base's where nothing is to change."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from fractions import Fraction
 
 import numpy as np
 import torch
 
-from lorasmith.errors import CheckpointError
-from lorasmith.proving import weights_rounding as rounding
 from lorasmith.proving.weights_dither import Dither, doubtful_dithered, make_dither
-from lorasmith.proving.weights_elements import element_values
-from lorasmith.proving.weights_exact import decide, float64_is_exact, row_gain
+from lorasmith.proving.weights_exact import row_gain
+from lorasmith.proving.weights_judge import judge_elements
 from lorasmith.proving.weights_quick import doubtful
-from lorasmith.proving.weights_rounding import Floats, Grid, Ints
+from lorasmith.proving.weights_rounding import Ints
 from lorasmith.proving.weights_tally import FIRST, Tally, Wrong
 from lorasmith.proving.weights_terms import Block
 
@@ -35,7 +28,7 @@ def compare(block: Block) -> Tally:
     dither = _dither_of(block)
     open_ = doubtful(block) if dither is None else doubtful_dithered(block, dither)
     for start in range(0, len(open_), _SLOW_ELEMENTS):
-        tally.add(_slow(block, open_[start : start + _SLOW_ELEMENTS], dither))
+        tally.add(judge_elements(block, open_[start : start + _SLOW_ELEMENTS], dither))
     return tally
 
 
@@ -44,69 +37,6 @@ def _dither_of(block: Block) -> Dither | None:
     if block.seed is None or not (block.terms or block.gain):
         return None
     return make_dither(block.seed, block.name, block.found.shape[1])
-
-
-def _slow(block: Block, flat: Ints, dither: Dither | None) -> Tally:
-    """Judge the elements at these flat positions one by one."""
-    grid, columns = block.grid, block.found.shape[1]
-    rows, cols = np.divmod(flat, columns)
-    at = torch.from_numpy(flat)
-    magnitude, negative = grid.magnitudes(block.found.reshape(-1)[at])
-    source = block.source.reshape(-1)[at].to(torch.float64).numpy()
-    finite = np.isfinite(source)
-    if block.terms and not finite.all():
-        raise CheckpointError(f"the base's tensor {block.name!r} is not finite", expected="finite numbers")
-    x, error, size = element_values(block, source, rows, cols)
-    base_sign = np.signbit(source)
-    share = None if dither is None else dither.shares(block.start + rows, cols)
-    verdict = rounding.judge(grid, magnitude, negative, x, error, base_sign, share)
-    expected, expected_negative = np.zeros_like(magnitude), np.zeros_like(negative)
-    unsure = np.flatnonzero(~verdict.right)
-    expected[unsure], expected_negative[unsure] = rounding.nearest(
-        grid, np.nan_to_num(x[unsure]), base_sign[unsure], None if share is None else share[unsure]
-    )
-    right, open_ = verdict.right.copy(), np.flatnonzero(verdict.open)
-    if len(open_):
-        known = open_[float64_is_exact(block, source[open_], size[open_], rows[open_], cols[open_])]
-        settled = rounding.judge(
-            grid,
-            magnitude[known],
-            negative[known],
-            x[known],
-            np.zeros(len(known)),
-            base_sign[known],
-            None if share is None else share[known],
-        )
-        right[known] = settled.right
-        open_ = np.setdiff1d(open_, known)
-    if not finite.all():
-        # Infinities and NaNs that a buffer holds on purpose stay what they are when its precision changes.
-        found = np.where(magnitude > grid.infinity, np.nan, np.where(negative, -np.inf, np.inf))
-        same = (found == source) | (np.isnan(found) & np.isnan(source))
-        right[~finite] = (same & (magnitude >= grid.infinity))[~finite]
-        open_ = open_[finite[open_]]
-    # The distance of a wrong element is exact too where its neighbours' midpoint is out of the error's reach.
-    for k in open_:
-        place = int(rows[k]), int(cols[k])
-        own = None if share is None else Fraction(float(share[k]))
-        wanted, zero = decide(block, float(source[k]), *place, int(expected[k]), own)
-        expected[k], expected_negative[k] = wanted
-        free_zero = zero and magnitude[k] == 0 and not negative[k]
-        stored_finite = magnitude[k] < grid.infinity
-        right[k] = stored_finite and (free_zero or (int(magnitude[k]), bool(negative[k])) == wanted)
-    tally = Tally(redone=len(open_))
-    wrong = np.flatnonzero(~right)
-    if len(wrong):
-        distance = np.maximum(
-            rounding.ulps(magnitude[wrong], negative[wrong], expected[wrong], expected_negative[wrong]), 1
-        )
-        tally.count(distance)
-        for k, far in zip(wrong[:FIRST], distance[:FIRST], strict=True):
-            shown = grid.show(int(magnitude[k]), bool(negative[k]))
-            wanted_shown = grid.show(int(expected[k]), bool(expected_negative[k]))
-            tally.first.append(Wrong(block.start + int(rows[k]), int(cols[k]), shown, wanted_shown, int(far)))
-        _explain(tally, grid, magnitude[wrong], negative[wrong], source[wrong], x[wrong], size[wrong])
-    return tally
 
 
 def compare_bytes(found: torch.Tensor, source: torch.Tensor, first_row: int) -> Tally:
@@ -143,25 +73,3 @@ def _steps(a: torch.Tensor, b: torch.Tensor) -> Ints:
 def _show(value: torch.Tensor) -> float | str:
     number = float(value)
     return number if math.isfinite(number) else str(number)
-
-
-def _explain(
-    tally: Tally,
-    grid: Grid,
-    magnitude: Ints,
-    negative: rounding.Mask,
-    source: Floats,
-    x: Floats,
-    size: Floats,
-) -> None:
-    """What a person wants to know of wrong elements: still the base's? the update, times what?"""
-    nothing = np.zeros_like(source)
-    base = rounding.judge(grid, magnitude, negative, source, nothing, np.signbit(source))
-    tally.stale = int(base.right.sum())
-    found = np.where(negative, -1.0, 1.0) * grid.value(np.minimum(magnitude, grid.infinity))
-    update = x - source
-    tally.near = int((np.abs(found - x) <= size * 2.0 ** (1 - grid.fraction_bits)).sum())
-    with np.errstate(all="ignore"):
-        moved, wanted = float(((found - source) * update).sum()), float((update * update).sum())
-    if np.isfinite(moved) and np.isfinite(wanted):
-        tally.moved, tally.wanted = moved, wanted
