@@ -5,9 +5,10 @@ loop over padded batches of 4 with full logits. Each gives the loss of every row
 loading, and its peak memory. All compute in float32. `--lm-eval-python` names an interpreter that has lm-eval
 (and torch, transformers); without it that line is left out. Useful work is two operations for each weight and
 real token, plus attention, plus the head at the scored positions; it is set against the best float32 rate of
-the machine at the model's own layer shapes. `--growth 50 500 5000` scores so many rows with
-lorasmith alone; beyond the file's end its rows come again with their tokens shuffled, so that they share
-nothing with the first. Tokens per second count prompts and responses.
+the machine at the model's own layer shapes. Tokens per second count prompts and responses.
+
+`--growth 50 500 5000` scores so many rows instead, with lorasmith alone; beyond the file's end its rows come
+again with their tokens shuffled, so that they share nothing with the first.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         child(arguments)
+    elif arguments.growth:
+        growth(arguments)
     else:
         parent(arguments)
 
@@ -221,6 +224,22 @@ def line(
     )
 
 
+def growth(arguments: argparse.Namespace) -> None:
+    """Score more and more rows and print a line each."""
+    from lorasmith.files.machine import human_bytes
+
+    requests = encode(arguments)
+    for count in arguments.growth:
+        rows = [again(requests, index) for index in range(count)]
+        tokens, one = sum(len(ids) for ids, _ in rows), run("lorasmith", arguments, rows)
+        rates = [number / one["seconds"] for number in (tokens, one["computed"])]
+        print(
+            f"{count:>6} rows, {tokens:>9,} tokens: {rates[0]:.0f} tok/s, {rates[1]:.0f} computed, "
+            f"peak {human_bytes(one['peak'])}",
+            flush=True,
+        )
+
+
 def parent(arguments: argparse.Namespace) -> None:
     """Run every way and print the table."""
     from lorasmith.files.machine import human_bytes
@@ -243,11 +262,6 @@ def parent(arguments: argparse.Namespace) -> None:
     )
     for way, one in found.items():
         print(f"{way:<10} {line(one, ours, work, requests, human_bytes(one['peak']))}")
-    for count in arguments.growth:
-        rows = [again(requests, index) for index in range(count)]
-        one = run("lorasmith", arguments, rows)
-        rate = sum(len(ids) for ids, _ in rows) / one["seconds"]
-        print(f"{count:>6} rows: {rate:.0f} tok/s, peak {human_bytes(one['peak'])}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,29 @@ def test_unknown_names_and_missing_devices_are_usage_errors() -> None:
     with pytest.raises(UsageError, match="cuda:99"):
         resolve_device("cuda:99")
     assert resolve_device("cpu") == CPU
+
+
+SHAPES = """
+import os, torch
+from lorasmith.models.arithmetic import _ROUTES, use_route
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+torch.set_num_threads(1)
+weight = torch.randn(64, 64)
+with use_route(_ROUTES["onednn"]):
+    for rows in range(1, 2600):
+        torch.nn.functional.linear(torch.ones(rows, 64), weight)
+        if rows == 1700:
+            before = resident()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
+def test_memory_does_not_grow_with_the_shapes_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    # oneDNN makes a kernel for each shape, and every pack of rows has another.
+    for name in arithmetic._KERNELS:
+        monkeypatch.delenv(name, raising=False)
+    run = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, check=True)
+    # Twice as many kernels, which torch and oneDNN would keep by themselves, still grow here: by 100 MB.
+    assert int(run.stdout) < 30e6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from fractions import Fraction
 
@@ -52,5 +53,9 @@ def test_what_is_far_from_every_midpoint_is_accepted() -> None:
     made = replace(block(Fraction(1), left, right, source, "BF16"), found=stored)
     assert len(doubtful(made)) == 0
     # Not so what no bound can hold for.
-    made = replace(made, source=torch.where(torch.arange(COLUMNS) == 7, torch.nan, source))
-    assert set(doubtful(made) % COLUMNS) == {7}
+    odd = torch.where(torch.arange(COLUMNS) == 7, torch.nan, source)
+    odd[:, 9] = torch.inf
+    stored[:, 9] = torch.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert set(doubtful(replace(made, source=odd)) % COLUMNS) == {7, 9}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +35,10 @@ nothing is lost by staying."""
 _WORSE = 3.0
 """Largest ratio of the errors. Two float32 kernels differ by less than 3 through their order of summation;
 bfloat16 products are 1,000 times worse than either."""
+
+_KERNELS = {"LRU_CACHE_CAPACITY": "512", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512"}
+"""How many kernels torch and oneDNN keep, one for each shape of a product. By themselves they keep 1,024, half
+a megabyte each, and packs hardly ever have equal shapes; the layers of one pack need 300 at most."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,9 @@ def use_route(route: Route) -> Iterator[None]:
     onednn: Any = torch.backends.mkldnn  # its annotations lack `matmul`
     matmul, cuda, cudnn = onednn.matmul, torch.backends.cuda.matmul, torch.backends.cudnn
     before = (matmul.fp32_precision, cuda.fp32_precision, cudnn.fp32_precision)
+    if route.name == "onednn":
+        for name, count in _KERNELS.items():
+            os.environ.setdefault(name, count)  # both are read with the first product
     try:
         matmul.fp32_precision = "bf16" if route.name == "onednn" else "ieee"
         cuda.fp32_precision = cudnn.fp32_precision = "ieee"

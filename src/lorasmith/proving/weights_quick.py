@@ -7,14 +7,14 @@ bound on its own error. What it cannot accept it names; it never rejects. So it 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from lorasmith.proving.weights_elements import Candidates, candidates, still_doubtful
+from lorasmith.proving.weights_elements import candidates, still_doubtful
 from lorasmith.proving.weights_gain import gamma
 from lorasmith.proving.weights_rounding import Floats, Grid, Ints
 from lorasmith.proving.weights_scratch import workspace
@@ -89,15 +89,13 @@ def doubtful(block: Block) -> Ints:
     tiny = (rank + 1) * 4 * torch.finfo(kind).smallest_normal
     across = _across(block)
     offset = -(shares.reach * reach[:, 0] + tiny / _LEAST_SHARE).to(kind)
-    found = list(_FirstLook(block, lefts, factor, offset, across.to(kind)).steps())
-    positions = np.concatenate([part.positions for part in found])
-    beyond = np.concatenate([part.beyond for part in found])
-    source, stored = (torch.cat([part.source for part in found]), torch.cat([part.stored for part in found]))
-    bound, kept = reach[:, 0].numpy(), [positions[:0]]
-    for start in range(0, len(positions), _ELEMENTS):
-        part = slice(start, start + _ELEMENTS)
-        chosen = candidates(block, positions[part], source[part], stored[part])
-        kept.append(_look_again(block, chosen, beyond[part], bound, shares, tiny))
+    # Infinities and NaNs, which some buffers hold, compare false; that is all that is asked of them.
+    with np.errstate(invalid="ignore"):
+        left = _join(_FirstLook(block, lefts, factor, offset, across.to(kind)).steps())
+        kept = [left.positions[:0]]
+        for start in range(0, len(left.positions), _ELEMENTS):
+            some = left.only(slice(start, start + _ELEMENTS))
+            kept.append(_look_again(block, some, reach[:, 0].numpy(), shares, tiny))
     return np.concatenate(kept)
 
 
@@ -123,6 +121,15 @@ class _Left(NamedTuple):
     """The computed x − m."""
     source: torch.Tensor
     stored: torch.Tensor
+
+    def only(self, part: slice) -> _Left:
+        """Those of a part."""
+        return _Left(self.positions[part], self.beyond[part], self.source[part], self.stored[part])
+
+
+def _join(steps: Iterable[_Left]) -> _Left:
+    positions, beyond, source, stored = zip(*steps, strict=True)
+    return _Left(np.concatenate(positions), np.concatenate(beyond), torch.cat(source), torch.cat(stored))
 
 
 @dataclass(frozen=True)
@@ -178,13 +185,12 @@ class _FirstLook:
         return rest, numbers.x.take(rest).astype(np.float64)
 
 
-def _look_again(
-    block: Block, chosen: Candidates, beyond: Floats, reach: Floats, shares: Shares, tiny: float
-) -> Ints:
+def _look_again(block: Block, some: _Left, reach: Floats, shares: Shares, tiny: float) -> Ints:
     """Positions still doubtful when both ends of each one's own interval are looked at, then in float64.
 
     Powers of two, whose interval is wider on the far side, are much of what the first look leaves.
     """
+    chosen, beyond = candidates(block, some.positions, some.source, some.stored), some.beyond
     reach = reach.take(chosen.rows)
     if len(block.terms) == 1 and not block.gain:
         # One term: its columns tell more than the largest of them.
