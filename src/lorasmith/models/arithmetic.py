@@ -37,8 +37,8 @@ _WORSE = 3.0
 bfloat16 products are 1,000 times worse than either."""
 
 _KERNELS = {"LRU_CACHE_CAPACITY": "512", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512"}
-"""How many kernels torch and oneDNN keep, one for each shape of a product. By themselves they keep 1,024, half
-a megabyte each, and packs hardly ever have equal shapes; the layers of one pack need 300 at most."""
+"""How many kernels torch and oneDNN keep, one for each shape of a product. By themselves they keep 1,024 of
+half a megabyte each, and packs hardly ever have equal shapes; the layers of one pack need 300 at most."""
 
 
 @dataclass(frozen=True)
