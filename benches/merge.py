@@ -209,6 +209,12 @@ def timed(work: Callable[[], object]) -> dict[str, float]:
     return {"seconds": time.monotonic() - begin}
 
 
+def dd(source: Path, target: Path, *operands: str) -> None:
+    """Copy a file, read past the page cache."""
+    command = ["dd", f"if={source}", f"of={target}", "bs=32M", "iflag=direct", *operands]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+
 def run(
     tool: str, base: Path, adapter: Path, out: Path, caches: Path, interpreter: str | None
 ) -> dict[str, float]:
@@ -238,18 +244,14 @@ def run(
         def direct() -> None:
             out.mkdir()
             for file in base.glob("*.safetensors"):
-                command = ["dd", f"if={file}", f"of={out / file.name}", "bs=32M", "conv=fsync"]
-                subprocess.run(
-                    [*command, "iflag=direct", "oflag=direct"], check=True, stderr=subprocess.DEVNULL
-                )
+                dd(file, out / file.name, "oflag=direct", "conv=fsync")
 
         return timed(direct)
     if tool == "dd read":
 
         def read() -> None:
             for file in [*base.glob("*.safetensors")] * 2:
-                command = ["dd", f"if={file}", "of=/dev/null", "bs=32M", "iflag=direct"]
-                subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+                dd(file, Path(os.devnull))
 
         return timed(read)
     recipe = out.with_suffix(".yml")
@@ -298,7 +300,8 @@ def bench(
             for tool in tools:
                 cool(base)
                 results[tool].append(run(tool, base, adapter, out, caches, interpreter))
-                shutil.rmtree(out, ignore_errors=True)
+                if out.exists():
+                    shutil.rmtree(out)
         reference = {
             name: statistics.median(run["seconds"] for run in results[name])
             for name in REFERENCES
