@@ -59,3 +59,21 @@ def test_what_is_far_from_every_midpoint_is_accepted() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert set(doubtful(replace(made, source=odd)) % COLUMNS) == {7, 9}
+
+
+def test_factors_in_float64_are_not_rounded_where_float64_is_asked_for() -> None:
+    # Two adapters whose ranks together are beyond float32's; each has a copy for its own quick test.
+    generator = torch.Generator().manual_seed(7)
+    lefts = [torch.randn(ROWS, 40, generator=generator, dtype=torch.float64) for _ in range(2)]
+    rights = [torch.randn(40, COLUMNS, generator=generator, dtype=torch.float64) for _ in range(2)]
+    stored = (1 + 0.9 * torch.rand(ROWS, COLUMNS, generator=generator)).bfloat16()
+    update = lefts[0] @ rights[0] + lefts[1] @ rights[1]
+    # Beyond the midpoint by less than rounding the factors to float32 may hide, and by more than float64's.
+    source = stored.double() + 2.0**-8 * (1 + 2.0**-22) - update
+    blocks = [
+        block(Fraction(1), left, right, source, "BF16") for left, right in zip(lefts, rights, strict=True)
+    ]
+    terms = tuple(one.terms[0] for one in blocks)
+    assert all(term.right_quick.dtype == torch.float32 for term in terms)
+    made = replace(blocks[0], terms=terms, found=stored)
+    assert len(doubtful(made)) == ROWS * COLUMNS

@@ -87,29 +87,32 @@ def doubtful(block: Block) -> Ints:
     half_ulp = 2.0 ** -(block.grid.fraction_bits + 1)
     factor = max((half_ulp - 2 * shares.stored) / (1 + shares.distance) * (1 - 2.0**-20), 0.0)
     tiny = (rank + 1) * 4 * torch.finfo(kind).smallest_normal
+    # A copy made for float32 has lost what float64 is to tell, where factors are stored in float64.
+    rights = [
+        term.right_quick if term.right_quick.dtype == kind else term.right.to(kind) for term in block.terms
+    ]
     across = _across(block)
+    least = (across.clamp(min=_LEAST_SHARE) * (1 + 2.0**-20)).to(kind)
     offset = -(shares.reach * reach[:, 0] + tiny / _LEAST_SHARE).to(kind)
     # Infinities and NaNs, which some buffers hold, compare false; that is all that is asked of them.
-    with np.errstate(invalid="ignore"):
-        left = _join(_FirstLook(block, lefts, factor, offset, across.to(kind)).steps())
+    with np.errstate(invalid="ignore", over="ignore"):
+        left = _join(_FirstLook(block, lefts, rights, factor, offset, least).steps())
         kept = [left.positions[:0]]
         for start in range(0, len(left.positions), _ELEMENTS):
             some = left.only(slice(start, start + _ELEMENTS))
-            kept.append(_look_again(block, some, reach[:, 0].numpy(), shares, tiny))
+            kept.append(_look_again(block, some, reach[:, 0].numpy(), across.numpy(), shares, tiny))
     return np.concatenate(kept)
 
 
 def _across(block: Block) -> torch.Tensor:
-    """[columns]: no less than the share of the row's bound on Σ|c·L|·|R| that holds for a column.
+    """[columns] float64: the share of the row's bound on Σ|c·L|·|R| that holds for a column.
 
     With one term the norms of R's columns tell, which differ; else the largest has to do for all.
     """
     if len(block.terms) == 1 and not block.gain:
         term = block.terms[0]
-        share = term.right_norms / (term.right_norm or 1.0)
-    else:
-        share = torch.ones(block.found.shape[1], dtype=torch.float64)
-    return share.clamp(min=_LEAST_SHARE) * (1 + 2.0**-20)
+        return term.right_norms / (term.right_norm or 1.0)
+    return torch.ones(block.found.shape[1], dtype=torch.float64)
 
 
 class _Left(NamedTuple):
@@ -142,6 +145,7 @@ class _FirstLook:
 
     block: Block
     lefts: list[torch.Tensor]
+    rights: list[torch.Tensor]
     factor: float
     offset: torch.Tensor
     """[rows]"""
@@ -170,8 +174,8 @@ class _FirstLook:
         power.copy_(block.found[start:end])
         if not gain:
             np.subtract(numbers.x, numbers.power, out=numbers.x)
-        for left, term in zip(self.lefts, block.terms, strict=True):
-            x.addmm_(left[start:end], term.right_quick.to(x.dtype))
+        for left, right in zip(self.lefts, self.rights, strict=True):
+            x.addmm_(left[start:end], right)
         if gain:
             x.mul_(gain.values[start:end] if gain.per_row else gain.values).sub_(power)
         np.absolute(numbers.x, out=numbers.distance)
@@ -185,17 +189,15 @@ class _FirstLook:
         return rest, numbers.x.take(rest).astype(np.float64)
 
 
-def _look_again(block: Block, some: _Left, reach: Floats, shares: Shares, tiny: float) -> Ints:
+def _look_again(
+    block: Block, some: _Left, reach: Floats, across: Floats, shares: Shares, tiny: float
+) -> Ints:
     """Positions still doubtful when both ends of each one's own interval are looked at, then in float64.
 
     Powers of two, whose interval is wider on the far side, are much of what the first look leaves.
     """
     chosen, beyond = candidates(block, some.positions, some.source, some.stored), some.beyond
-    reach = reach.take(chosen.rows)
-    if len(block.terms) == 1 and not block.gain:
-        # One term: its columns tell more than the largest of them.
-        term = block.terms[0]
-        reach *= (term.right_norms.numpy() / (term.right_norm or 1.0)).take(chosen.cols)
+    reach = reach.take(chosen.rows) * across.take(chosen.cols)
     # |m| is less than half a step times 2 to the width of the significand and one.
     size = chosen.up * 2.0 ** (block.grid.fraction_bits + 2)
     error = shares.stored * size + shares.distance * np.abs(beyond) + shares.reach * reach
