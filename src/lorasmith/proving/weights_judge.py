@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -30,22 +30,24 @@ class _Elements:
     source: Floats
     x: Floats
     error: Floats
-    """A bound on that of x; 0 where x is exact."""
+    """A bound on that of x."""
     size: Floats
     """A bound on Σ|summands|."""
     share: Floats | None
     """Of a dithered merge."""
 
+    def judge(self, grid: Grid) -> rounding.Verdict:
+        """Whether what is stored is right, as far as x and its error tell."""
+        sign = np.signbit(self.source)
+        return rounding.judge(grid, self.magnitude, self.negative, self.x, self.error, sign, self.share)
+
 
 def judge_elements(block: Block, flat: Ints, dither: Dither | None) -> Tally:
     """What is found at these flat positions of the block."""
     grid, these = block.grid, _read(block, flat, dither)
-    base_sign = np.signbit(these.source)
-    verdict = rounding.judge(
-        grid, these.magnitude, these.negative, these.x, these.error, base_sign, these.share
-    )
-    right, open_ = verdict.right.copy(), verdict.open
     finite = np.isfinite(these.source)
+    verdict = _verdict(block, these, finite)
+    right, open_ = verdict.right.copy(), verdict.open
     if not finite.all():
         right[~finite] = _kept(grid, these)[~finite]
         open_ &= finite
@@ -55,7 +57,7 @@ def judge_elements(block: Block, flat: Ints, dither: Dither | None) -> Tally:
     unsure = np.flatnonzero(~right)
     share = None if these.share is None else these.share[unsure]
     expected[unsure], expected_negative[unsure] = rounding.nearest(
-        grid, np.nan_to_num(these.x[unsure]), base_sign[unsure], share
+        grid, np.nan_to_num(these.x[unsure]), np.signbit(these.source[unsure]), share
     )
     undecided = np.flatnonzero(open_)
     # The distance of a wrong element is exact too where its neighbours' midpoint is out of the error's reach.
@@ -75,11 +77,25 @@ def _read(block: Block, flat: Ints, dither: Dither | None) -> _Elements:
     if block.terms and not np.isfinite(source).all():
         raise CheckpointError(f"the base's tensor {block.name!r} is not finite", expected="finite numbers")
     x, error, size = element_values(block, source, rows, cols)
-    if error.any():
-        # Midpoints are met where factors have few bits, and float64 then rounds nothing.
-        error = np.where(float64_is_exact(block, source, size, rows, cols), 0.0, error)
     share = None if dither is None else dither.shares(block.start + rows, cols)
     return _Elements(rows, cols, magnitude, negative, source, x, error, size, share)
+
+
+def _verdict(block: Block, these: _Elements, finite: Mask) -> rounding.Verdict:
+    """By x and its error; where that is open and float64 rounded nothing, by x alone.
+
+    Such midpoints are common where factors have few bits.
+    """
+    verdict = these.judge(block.grid)
+    at = np.flatnonzero(verdict.open & finite)
+    if not len(at):
+        return verdict
+    exact = float64_is_exact(block, these.source[at], these.size[at], these.rows[at], these.cols[at])
+    if not exact.any():
+        return verdict
+    error = these.error.copy()
+    error[at[exact]] = 0.0
+    return replace(these, error=error).judge(block.grid)
 
 
 def _kept(grid: Grid, these: _Elements) -> Mask:
