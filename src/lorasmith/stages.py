@@ -22,9 +22,9 @@ from lorasmith.files.atomic import read_record, write_record
 from lorasmith.files.deadline import OutOfTime, stop_after
 from lorasmith.files.digests import describe, digest_path, folder_files
 from lorasmith.files.elsewhere import counted
+from lorasmith.files.lock import locked
 from lorasmith.files.machine import hardware, peak_memory, reset_peak_memory, return_memory
 from lorasmith.files.meter import this_machine
-from lorasmith.files.sealed import lock_file
 from lorasmith.records.base import FileDigest
 from lorasmith.records.release import StageRecord, StageTiming, TimingRecord
 
@@ -208,17 +208,15 @@ def open_run(path: Path, *, rehash: bool = False, price_per_hour: float | None =
     """
     with os_errors(path, "open the run folder"):
         path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        lock_file(
-            lock,
-            found="another process works on this run folder",
-            where=path,
-            remedy="wait until it ends, or choose another --output",
-        )
+    held = locked(
+        path / ".lock",
+        "open the run folder",
+        found="another process works on this run folder",
+        where=path,
+        remedy="wait until it ends, or choose another --output",
+    )
+    with held:
         for file in path.rglob(".*.partial"):
             if file.is_file() and _LEFTOVER.match(file.name):
                 file.unlink(missing_ok=True)
         yield RunFolder(path, rehash=rehash, price_per_hour=price_per_hour)
-    finally:
-        os.close(lock)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import threading
 import time
 from pathlib import Path
 
+import pynvml
 import pytest
 
 from lorasmith.files.devices import Gpus, Packages
@@ -20,7 +22,7 @@ DRIVER = r"""
 static int broken(void) { FILE *f = fopen("BROKEN", "r"); if (f) fclose(f); return f != 0; }
 static double now(void) {
     struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec + t.tv_nsec / 1e9; }
-int nvmlInit_v2(void) { return 0; }
+int nvmlInitWithFlags(unsigned flags) { return 0; }
 int nvmlDeviceGetCount_v2(unsigned *n) { *n = 2; return 0; }
 int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **h) { *h = (void *)(long)(i + 1); return 0; }
 int nvmlDeviceGetTotalEnergyConsumption(void *h, unsigned long long *mj) {
@@ -35,15 +37,28 @@ int nvmlDeviceGetMemoryInfo(void *h, unsigned long long *m) {
 
 
 @pytest.fixture
-def driver(tmp_path: Path) -> Path:
-    """A library with NVML's functions and types."""
+def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without NVIDIA's driver, whatever the tests run on."""
+    load_driver(monkeypatch, Path("no-such-library.so"))
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A library with NVML's functions and types in the place of the driver's."""
     source, built = tmp_path / "nvml.c", tmp_path / "libnvml.so"
     source.write_text(DRIVER.replace("BROKEN", str(tmp_path / "broken")))
     try:
         subprocess.run(["cc", "-shared", "-fPIC", "-o", built, source], check=True, capture_output=True)
     except FileNotFoundError:
         pytest.skip("needs a C compiler")
-    return built
+    load_driver(monkeypatch, built)
+
+
+def load_driver(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
+    """Let pynvml load this library, as if it had loaded none yet."""
+    monkeypatch.setattr(pynvml, "CDLL", lambda name: ctypes.CDLL(str(library)))
+    monkeypatch.setattr(pynvml, "nvmlLib", None)
+    monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
 
 
 def a_package(root: Path, name: str, zone: str, value: int, limit: int = 262_143_328_850) -> Path:
@@ -54,8 +69,8 @@ def a_package(root: Path, name: str, zone: str, value: int, limit: int = 262_143
     return folder / "energy_uj"
 
 
-def test_gpus_tell_their_energy_and_how_busy_they_are(driver: Path, tmp_path: Path) -> None:
-    gpus = Gpus(str(driver))
+def test_gpus_tell_their_energy_and_how_busy_they_are(driver: None, tmp_path: Path) -> None:
+    gpus = Gpus()
     assert len(gpus) == 2 and gpus.busy() == 1.5 and gpus.memory() == 30_000_000_001
     with Meter(gpus, Packages(tmp_path / "none"), seconds=0.05).running() as usage:
         began = time.perf_counter()
@@ -72,8 +87,8 @@ def test_gpus_tell_their_energy_and_how_busy_they_are(driver: Path, tmp_path: Pa
     assert usage.gpu_joules is None and usage.gpu_seconds is None
 
 
-def test_a_gpu_that_falls_silent_makes_the_sum_unknown(driver: Path, tmp_path: Path) -> None:
-    with Meter(Gpus(str(driver)), Packages(tmp_path), seconds=0.02).running() as usage:
+def test_a_gpu_that_falls_silent_makes_the_sum_unknown(driver: None, tmp_path: Path) -> None:
+    with Meter(Gpus(), Packages(tmp_path), seconds=0.02).running() as usage:
         time.sleep(0.1)
         (tmp_path / "broken").touch()
         time.sleep(0.1)
@@ -89,12 +104,12 @@ def count(counter: Path, microjoules: int) -> None:
     following.replace(counter)
 
 
-def test_packages_are_summed_and_may_run_over(tmp_path: Path) -> None:
+def test_packages_are_summed_and_may_run_over(no_driver: None, tmp_path: Path) -> None:
     one = a_package(tmp_path, "package-0", "intel-rapl:0", 1_000_000)
     two = a_package(tmp_path, "package-1", "intel-rapl:1", 9_500_000, limit=9_999_999)
     a_package(tmp_path, "core", "intel-rapl:0:0", 5)  # a part of package 0
     board = a_package(tmp_path, "psys", "intel-rapl:2", 5)  # all of it once more
-    with Meter(Gpus("no-such-library.so"), Packages(tmp_path), seconds=0.02).running() as usage:
+    with Meter(Gpus(), Packages(tmp_path), seconds=0.02).running() as usage:
         count(one, 3_000_000)
         time.sleep(0.1)
         count(one, 4_000_000)
@@ -104,20 +119,20 @@ def test_packages_are_summed_and_may_run_over(tmp_path: Path) -> None:
     assert usage.gpu_seconds is None and usage.gpu_joules is None and usage.gpu_peak_bytes is None
 
 
-def test_counters_that_cannot_be_read_are_not_measured(tmp_path: Path) -> None:
+def test_counters_that_cannot_be_read_are_not_measured(no_driver: None, tmp_path: Path) -> None:
     counter = a_package(tmp_path, "package-0", "intel-rapl:0", 1)
     packages = Packages(tmp_path)
-    with Meter(Gpus("no-such-library.so"), packages).running() as usage:
+    with Meter(Gpus(), packages).running() as usage:
         counter.unlink()
     assert usage.cpu_joules is None
     assert Packages(tmp_path).read() == {}
     threads = threading.active_count()
-    with Meter(Gpus("no-such-library.so"), Packages(tmp_path)).running():
+    with Meter(Gpus(), Packages(tmp_path)).running():
         assert threading.active_count() == threads  # nobody to ask: nothing is sampled
     with this_machine().running():
         pass
 
 
-def test_the_block_ends_as_it_would_without_a_meter(driver: Path, tmp_path: Path) -> None:
-    with pytest.raises(KeyError), Meter(Gpus(str(driver)), Packages(tmp_path)).running():
+def test_the_block_ends_as_it_would_without_a_meter(driver: None, tmp_path: Path) -> None:
+    with pytest.raises(KeyError), Meter(Gpus(), Packages(tmp_path)).running():
         raise KeyError("x")

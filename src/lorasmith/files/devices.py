@@ -1,33 +1,23 @@
 """What processors and GPUs tell of themselves: energy counters, and how busy a GPU is. Nothing is guessed.
 
-NVIDIA's management library comes with the driver, so it is asked directly: energy since the driver was
-loaded, in millijoules (`nvmlDeviceGetTotalEnergyConsumption`, since Volta), and the percentage of the last
-sample period in which a kernel ran (`nvmlDeviceGetUtilizationRates`). Processors of Intel and AMD count
-microjoules for each package below `/sys/class/powercap` (Linux, driver `intel_rapl`), where often root alone
-may read them.
+NVIDIA's management library, which comes with the driver, tells a GPU's energy since the driver was loaded, in
+millijoules (since Volta), and the percentage of the last sample period in which a kernel ran. Processors of
+Intel and AMD count microjoules for each package below `/sys/class/powercap` (Linux, driver `intel_rapl`),
+where often root alone may read them.
 """
 
 from __future__ import annotations
 
-import ctypes
 import platform
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import pynvml
 
 POWERCAP = Path("/sys/class/powercap")
-_LIBRARY = "libnvidia-ml.so.1"
-_UUID_BYTES = 96
-"""As NVML's header says for the second version of the call; the first takes it too."""
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-
-
-class _Utilization(ctypes.Structure):
-    _fields_ = [("gpu", ctypes.c_uint), ("memory", ctypes.c_uint)]
-
-
-class _Memory(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_ulonglong) for name in ("total", "free", "used")]
 
 
 def machine_name() -> str:
@@ -40,68 +30,53 @@ def machine_name() -> str:
 class Gpus:
     """The NVIDIA GPUs that the driver shows this process."""
 
-    def __init__(self, library: str = _LIBRARY, *, without: Collection[str] = ()) -> None:
+    def __init__(self, *, without: Collection[str] = ()) -> None:
         """Those but the ones named in `without`. Without driver or GPU there are none; that is no error."""
-        self._handles: list[ctypes.c_void_p] = []
+        self._handles: list[Any] = []
         self.names: list[str] = []
         """Each GPU's own, wherever it is seen."""
         try:
-            self._nvml = ctypes.CDLL(library)
-            if self._nvml.nvmlInit_v2() != 0:
-                return
-        except (OSError, AttributeError):
+            pynvml.nvmlInit()
+            count = pynvml.nvmlDeviceGetCount()
+        except pynvml.NVMLError:
             return
-        count = ctypes.c_uint()
-        if self._nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-            return
-        for index in range(count.value):
-            handle = ctypes.c_void_p()
-            if self._nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle)) == 0:
-                name = self._name(handle, index)
+        for index in range(count):
+            with suppress(pynvml.NVMLError):
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                name = _gpu_name(handle, index)
                 if name not in without:
                     self._handles.append(handle)
                     self.names.append(name)
-
-    def _name(self, handle: ctypes.c_void_p, index: int) -> str:
-        """The GPU's UUID, else its number on this machine."""
-        text = ctypes.create_string_buffer(_UUID_BYTES)
-        with suppress(AttributeError):
-            if self._nvml.nvmlDeviceGetUUID(handle, text, _UUID_BYTES) == 0:
-                return text.value.decode(errors="replace")
-        return f"GPU {index} of {machine_name()}"
 
     def __len__(self) -> int:
         return len(self._handles)
 
     def joules(self) -> float | None:
         """Energy of all of them since the driver was loaded; None where one does not tell."""
-        total = 0
-        for handle in self._handles:
-            found = ctypes.c_ulonglong()
-            if self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(found)) != 0:
-                return None
-            total += found.value
-        return total / 1e3 if self._handles else None
+        millijoules = self._sum(pynvml.nvmlDeviceGetTotalEnergyConsumption)
+        return None if millijoules is None else millijoules / 1e3
 
     def memory(self) -> int | None:
         """Bytes in use on all of them, by whatever process; None where one does not tell."""
-        total = 0
-        for handle in self._handles:
-            found = _Memory()
-            if self._nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(found)) != 0:
-                return None
-            total += found.used
-        return total if self._handles else None
+        return self._sum(lambda handle: pynvml.nvmlDeviceGetMemoryInfo(handle).used)
 
     def busy(self) -> float | None:
         """How many of them work just now, as a sum of fractions; None where one does not tell."""
-        total = 0.0
-        for handle in self._handles:
-            found = _Utilization()
-            if self._nvml.nvmlDeviceGetUtilizationRates(handle, ctypes.byref(found)) != 0:
-                return None
-            total += found.gpu / 100
-        return total if self._handles else None
+        percent = self._sum(lambda handle: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+        return None if percent is None else percent / 100
+
+    def _sum(self, ask: Callable[[Any], int]) -> int | None:
+        try:
+            return sum(ask(handle) for handle in self._handles) if self._handles else None
+        except pynvml.NVMLError:
+            return None
+
+
+def _gpu_name(handle: Any, index: int) -> str:
+    """The GPU's UUID, else its number on this machine."""
+    with suppress(pynvml.NVMLError):
+        return str(pynvml.nvmlDeviceGetUUID(handle))
+    return f"GPU {index} of {machine_name()}"
 
 
 class Packages:

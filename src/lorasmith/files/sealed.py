@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from filelock import lock_descriptor
 
 from lorasmith.errors import BusyError
 
@@ -37,12 +38,10 @@ def read_sealed(file: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
     return None if content is None or file.read(1) != b"\n" else (content, packed)
 
 
-def lock_file(file: BinaryIO | int, *, found: str, where: Path, remedy: str) -> None:
+def lock_file(file: BinaryIO, *, found: str, where: Path, remedy: str) -> None:
     """Take an open file's lock, which the kernel frees with the process; `BusyError` where it is held."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BusyError(found, where=where, remedy=remedy) from error
+    if not lock_descriptor(file.fileno(), blocking=False):
+        raise BusyError(found, where=where, remedy=remedy)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

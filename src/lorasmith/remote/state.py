@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from lorasmith.errors import InputError, UsageError, os_errors
 from lorasmith.files.atomic import read_record, write_bytes, write_record
@@ -39,17 +40,17 @@ def own_name() -> str:
 def only_one(job: str, say: Callable[[str], None]) -> Iterator[None]:
     """Send and fetch the files of a job in one process at a time; another that comes meanwhile waits."""
     path = state_folder() / "jobs" / f"{job}.lock"
+    lock = FileLock(path, mode=0o600, fallback_to_soft=False)
     with os_errors(path, "write"):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire(blocking=False)
+        except Timeout:
             say("another command here copies the files of this job; waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock.acquire()
+    try:
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
 def save_job(job: RemoteJob) -> None:
