@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -38,22 +39,59 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+HELPS = """
+import contextlib, io, json, sys, time
+from lorasmith.cli.main import run
+started = time.process_time()
+for path in json.loads(sys.argv[1]):
+    printed, began = io.StringIO(), time.process_time()
+    with contextlib.redirect_stdout(printed):
+        code = run([*path, "--help"])
+    seconds = started + time.process_time() - began
+    loaded = [name for name in ("torch", "transformers", "ray") if name in sys.modules]
+    print(json.dumps([code, printed.getvalue(), seconds, loaded]))
+"""
+"""Prints every help in one process; the time of each is that of the start and its own, as if alone."""
+
+
+class Help(NamedTuple):
+    code: int
+    text: str
+    seconds: float
+    loaded: list[str]
+
+
+@cache
+def every_help(attempt: int) -> dict[str, Help]:
+    """The answer of each path to `--help`, by its words; another `attempt` measures anew."""
+    paths = [[], *PATHS]
+    command = [sys.executable, "-c", HELPS, json.dumps(paths)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return {" ".join(path): Help(*json.loads(line)) for path, line in zip(paths, lines, strict=True)}
+
+
+@cache
+def typer_alone(attempt: int) -> float:
+    code = "import time, typer, typer.rich_utils; print(time.process_time())"
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+
+
 @pytest.mark.parametrize("path", [[], *PATHS], ids=lambda path: " ".join(path) or "lorasmith")
 def test_help_has_an_example_and_answers_at_once(path: list[str]) -> None:
-    done = lorasmith(*path, "--help")
+    words = " ".join(path)
+    code, text, _, loaded = every_help(0)[words]
+    assert code == 0
+    assert "lorasmith" in text
+    assert path == [] or f"Example: `lorasmith {words}" in " ".join(text.split())
+    assert loaded == []
+    # One after the other, as the machine's speed moves; again, as it may move between the two.
+    assert any(every_help(n)[words].seconds < AT_ONCE * typer_alone(n) for n in range(3))
+
+
+def test_help_of_the_command_as_it_is_installed() -> None:
+    done = lorasmith("--help")
     assert done.returncode == 0, done.stderr
-    assert "lorasmith" in done.stdout
-    assert path == [] or "Example: `lorasmith " + " ".join(path) in " ".join(done.stdout.split())
-    asked, alone = [*LORASMITH, *path, "--help"], [sys.executable, "-c", "import typer, typer.rich_utils"]
-    # Side by side, as the machine's speed moves; again, as it may move between the two.
-    assert any(processor_time(asked) < AT_ONCE * processor_time(alone) for _ in range(3))
-
-
-def processor_time(command: list[str]) -> float:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, capture_output=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert done.stdout == every_help(0)[""].text
 
 
 def test_version() -> None:
