@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from lorasmith.cli import COMMANDS, GROUPS
+from lorasmith.cli.main import run
 from lorasmith.files.jsonl import write_rows
 from tests.tiny import save_adapter, save_base, tiny_rows
 
@@ -28,6 +29,24 @@ def lorasmith(*arguments: object, cwd: Path | None = None) -> subprocess.Complet
     return subprocess.run(
         [*LORASMITH, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False
     )
+
+
+class Typed(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def here(capfd: pytest.CaptureFixture[str]) -> Callable[..., Typed]:
+    """The same command line without a process of its own, which would import torch once more."""
+
+    def typed(*arguments: object) -> Typed:
+        capfd.readouterr()
+        code = run([*map(str, arguments)])
+        return Typed(int(code), *capfd.readouterr())
+
+    return typed
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +140,11 @@ def test_merge_prove_and_what_they_print(models: Path, tmp_path: Path) -> None:
     assert "Weights: exact" in proof.stdout
 
 
-def test_a_damaged_merge_is_different_and_ends_with_1(models: Path, tmp_path: Path) -> None:
+def test_a_damaged_merge_is_different_and_ends_with_1(
+    models: Path, tmp_path: Path, here: Callable[..., Typed]
+) -> None:
     merged = tmp_path / "merged"
-    assert not lorasmith(
+    assert not here(
         "merge", "--base", models / "base", "--adapter", models / "adapter", "--output", merged
     ).returncode
     shard = merged / "model.safetensors"
@@ -135,8 +156,10 @@ def test_a_damaged_merge_is_different_and_ends_with_1(models: Path, tmp_path: Pa
     assert "Weights: different" in done.stdout
 
 
-def test_validate_writes_and_shows_its_result(models: Path, tmp_path: Path) -> None:
-    done = lorasmith(
+def test_validate_writes_and_shows_its_result(
+    models: Path, tmp_path: Path, here: Callable[..., Typed]
+) -> None:
+    done = here(
         "validate", "--model", models / "base", "--adapter", models / "adapter",
         "--test-set", models / "test.jsonl", "--output", tmp_path / "v",
     )  # fmt: skip
@@ -180,20 +203,22 @@ ROW = '{"id": "1", "prompt": "a", "response": "b", "metadata": {"source": "s"}}\
     ],
 )  # fmt: skip
 def test_bad_input_is_one_message_and_exit_2(
-    models: Path, tmp_path: Path, option: str, make: object, said: str
+    models: Path, tmp_path: Path, option: str, make: object, said: str, here: Callable[..., Typed]
 ) -> None:
     options = {**good(models, tmp_path), option: make(tmp_path)}  # type: ignore[operator]
-    done = lorasmith("run", *(part for name, path in options.items() for part in (f"--{name}", path)))
+    done = here("run", *(part for name, path in options.items() for part in (f"--{name}", path)))
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert done.stderr.count("error: ") == 1
     assert "Traceback" not in done.stderr
 
 
-def test_an_adapter_for_another_base_is_refused(models: Path, tmp_path: Path) -> None:
+def test_an_adapter_for_another_base_is_refused(
+    models: Path, tmp_path: Path, here: Callable[..., Typed]
+) -> None:
     wrong = save_base(tmp_path / "wrong", hidden_size=64)
     options = {**good(models, tmp_path), "base": wrong}
-    done = lorasmith("run", *(part for name, path in options.items() for part in (f"--{name}", path)))
+    done = here("run", *(part for name, path in options.items() for part in (f"--{name}", path)))
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "merged").exists()
@@ -233,22 +258,22 @@ def unwritable(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("command", ["run", "merge"])
 def test_a_folder_that_cannot_be_written_to_ends_with_3(
-    models: Path, tmp_path: Path, unwritable: Path, command: str
+    models: Path, tmp_path: Path, unwritable: Path, command: str, here: Callable[..., Typed]
 ) -> None:
     options = {**good(models, tmp_path), "output": unwritable / "out"}
     if command == "merge":
         del options["test-set"]
-    done = lorasmith(command, *(part for name, path in options.items() for part in (f"--{name}", path)))
+    done = here(command, *(part for name, path in options.items() for part in (f"--{name}", path)))
     assert done.returncode == 3, done.stderr
     assert str(unwritable) in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_the_printed_config_is_read_again(models: Path, tmp_path: Path) -> None:
+def test_the_printed_config_is_read_again(models: Path, tmp_path: Path, here: Callable[..., Typed]) -> None:
     arguments = [part for name, path in good(models, tmp_path).items() for part in (f"--{name}", path)]
-    printed = lorasmith("run", *arguments, "--seed", 7, "--print-config")
+    printed = here("run", *arguments, "--seed", 7, "--print-config")
     assert printed.returncode == 0, printed.stderr
     assert "seed = 7" in printed.stdout
     config = write(tmp_path / "run.toml", printed.stdout)
-    again = lorasmith("run", "--config", config, "--print-config")
+    again = here("run", "--config", config, "--print-config")
     assert again.stdout == printed.stdout
