@@ -31,6 +31,10 @@ class ModelHub(ThreadingHTTPServer):
         """Files that answer with an error of the server."""
         self.damaged: set[str] = set()
         """Files whose bytes are not those that were announced."""
+        self.told: dict[str, object] = {}
+        """What the description of the model says instead of the truth, by field."""
+        self.headers: dict[str, str] = {}
+        """What the answers' headers say of weights instead of the truth."""
         self.asked: list[str] = []
         """Files in the order in which their bytes were asked for, and `api` for the list."""
 
@@ -98,16 +102,17 @@ class _Handler(BaseHTTPRequestHandler):
                 sha256 = hashlib.sha256(content).hexdigest()
                 entry["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 130}
             siblings.append(entry)
-        return {"id": self.server.repository, "sha": commit, "siblings": siblings}
+        return {"id": self.server.repository, "sha": commit, "siblings": siblings, **self.server.told}
 
     def _send(self, content: bytes, commit: str, with_body: bool, file: str = "") -> None:
-        self.send_response(200)
-        self.send_header("X-Repo-Commit", commit)
-        self.send_header("ETag", f'"{_git(content)}"')
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{_git(content)}"'}
         if file.endswith(LARGE):
-            self.send_header("X-Linked-Etag", f'"{hashlib.sha256(content).hexdigest()}"')
-            self.send_header("X-Linked-Size", str(len(content)))
-        self.send_header("Content-Length", str(len(content)))
+            headers["X-Linked-Etag"] = f'"{hashlib.sha256(content).hexdigest()}"'
+            headers["X-Linked-Size"] = str(len(content))
+            headers |= self.server.headers
+        self.send_response(200)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
         self.end_headers()
         if with_body:
             self.wfile.write(content if file not in self.server.damaged else bytes(len(content)))

@@ -20,7 +20,7 @@ from lorasmith.benchmarks.base import Benchmark
 from lorasmith.benchmarks.fetch import fetch
 from lorasmith.benchmarks.registry import BENCHMARKS
 from lorasmith.benchmarks.sources import SOURCES, Source
-from lorasmith.errors import MachineError, UsageError
+from lorasmith.errors import InputError, MachineError, UsageError
 from lorasmith.testset.build import build
 from tests.benchmarks.layouts import layout, write_layout
 
@@ -38,6 +38,8 @@ class Hub(ThreadingHTTPServer):
         self.large: set[tuple[str, str]] = set()
         self.gated: set[str] = set()
         self.cut_after: int | None = None
+        self.tag: str | None = None
+        """What is given as every file's tag instead of its hash."""
         self.asked: list[tuple[str, str, str | None]] = []
         self.tokens: list[str | None] = []
 
@@ -84,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(206 if asked else 200)
         self.send_header("X-Repo-Commit", revision)
         blob = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
-        self.send_header("ETag", f'"{blob}"')
+        self.send_header("ETag", f'"{self.server.tag or blob}"')
         if (repository, file) in self.server.large:
             self.send_header("X-Linked-Etag", f'"{hashlib.sha256(content).hexdigest()}"')
             self.send_header("X-Linked-Size", str(len(content)))
@@ -124,6 +126,16 @@ def serve(hub: Hub, monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes], **
     for name, content in files.items():
         hub.files["owner/set", name] = content
     return source
+
+
+def test_a_tag_that_climbs_is_refused_and_nothing_is_written_outside(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    serve(hub, monkeypatch, {"human-eval.jsonl": b"{}"})
+    hub.tag = "/../../../../../outside"
+    with pytest.raises(InputError, match="names a file by etag"):
+        fetch(tmp_path / "sets" / "raw", only=["HumanEval"])
+    assert not list(tmp_path.rglob("*outside*"))
 
 
 def test_every_benchmark_is_pinned_to_a_commit() -> None:

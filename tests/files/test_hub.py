@@ -239,6 +239,37 @@ def test_an_index_that_names_what_is_not_there_or_outside(hub: ModelHub, base: P
             lorasmith.checkpoint.model.open_checkpoint(local_model(NAME))
 
 
+HOSTILE: dict[str, tuple[dict[str, object], dict[str, str]]] = {
+    "a commit that climbs": ({"sha": "../../../outside"}, {}),
+    "a commit that is a path": ({"sha": "/tmp/outside"}, {}),
+    "no commit": ({"sha": None}, {}),
+    "a size below nothing": ({"siblings": [{"rfilename": "config.json", "size": -(10**15)}]}, {}),
+    "a size in words": ({"siblings": [{"rfilename": "config.json", "size": "huge"}]}, {}),
+    "files without names": ({"siblings": [{"size": 3}]}, {}),
+    "no list of files": ({"siblings": 3}, {}),
+    "a file's name that is a number": ({"siblings": [{"rfilename": 7, "size": 3}]}, {}),
+    "another commit in the answer for a file": ({}, {"X-Repo-Commit": "../../../../outside"}),
+    "a tag that climbs": ({}, {"X-Linked-Etag": '"../../../outside"'}),
+    "a tag that is a path": ({}, {"X-Linked-Etag": '"/nowhere/outside"'}),
+    "a smaller size in the answer for a file": ({}, {"X-Linked-Size": "7"}),
+    "a tag that is the folder above": ({}, {"X-Linked-Etag": '".."'}),
+    "a tag of another kind that climbs": ({}, {"ETag": 'W/"../../../outside"'}),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_hub_is_refused_and_writes_nothing_outside_the_cache(
+    hub: ModelHub, cache: Path, tmp_path: Path, what: str
+) -> None:
+    hub.told, hub.headers = HOSTILE[what]
+    with pytest.raises((CheckpointError, MachineError)):
+        local_model(NAME)
+    assert not list(tmp_path.rglob("*outside*"))
+    assert set(tmp_path.iterdir()) <= {cache}
+    hub.told, hub.headers = {}, {}
+    assert set(hub.files) > {file.name for file in local_model(NAME).iterdir()}
+
+
 def test_no_network_names_both_readings_of_the_path(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants as constants
 

@@ -18,7 +18,7 @@ from lorasmith.benchmarks.registry import choose
 from lorasmith.benchmarks.sources import SOURCES, Source
 from lorasmith.errors import DataError, MachineError, UsageError, os_errors
 from lorasmith.files.atomic import write_record
-from lorasmith.files.hub_download import reporting
+from lorasmith.files.hub_download import plain_names, reporting
 from lorasmith.files.machine import require_disk
 from lorasmith.progress import Advance, Progress, silent
 from lorasmith.records.base import Finding
@@ -132,7 +132,7 @@ def _download(
 ) -> None:
     from huggingface_hub import hf_hub_download
 
-    with os_errors(folder, f"write {name}"), _explained(name, source):
+    with os_errors(folder, f"write {name}"), _explained(name, source), plain_names():
         folder.mkdir(parents=True, exist_ok=True)
         hf_hub_download(
             source.repository,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorasmith.errors import CheckpointError, MachineError, os_errors
 from lorasmith.files.atomic import write_bytes
@@ -17,13 +18,15 @@ from lorasmith.files.machine import require_disk
 from lorasmith.files.model_files import OTHER_FILES, TOKENIZER_FILES, fits
 from lorasmith.progress import Advance, Progress
 
-if TYPE_CHECKING:
-    from huggingface_hub import ModelInfo
-
 SMALL_FILES = ("config.json", "README.md", *TOKENIZER_FILES, *OTHER_FILES)
 """Wanted beside the weights; the readme tells the licence."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _BLOCK = 1 << 20
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_PLAIN = re.compile(r"[\w=+-][\w.=+-]*")
+"""What may become the name of a file or folder."""
+_NAMING = ("x-repo-commit", "x-linked-etag", "etag", "x-xet-hash")
+"""Headers by which huggingface_hub names what it writes, joined to a folder as they come."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,7 @@ def download(model: HubModel, progress: Progress) -> Path:
     Never fetches pickles. Raises `CheckpointError` where the model cannot be had or holds no safetensors,
     `MachineError` where the hub cannot be reached, `DiskError` before anything large is fetched.
     """
-    from huggingface_hub import HfApi
-
-    with _explained(model):
-        info = HfApi().model_info(model.repository, revision=model.revision, files_metadata=True)
-    commit = str(info.sha)
-    listed = _listed(info)
+    commit, listed = _describe(model)
     snapshot = cache_of(model.repository) / "snapshots" / commit
     small = [listed[name] for name in listed if fits(name, SMALL_FILES) or name == INDEX]
     if "config.json" not in listed:
@@ -66,12 +64,26 @@ def download(model: HubModel, progress: Progress) -> Path:
     return snapshot
 
 
-def _listed(info: ModelInfo) -> dict[str, _Remote]:
-    found = {}
-    for file in info.siblings or []:
-        sha256 = file.lfs.sha256 if file.lfs else None
-        found[file.rfilename] = _Remote(file.rfilename, file.size or 0, sha256, file.blob_id)
-    return found
+def _describe(model: HubModel) -> tuple[str, dict[str, _Remote]]:
+    """The commit that a revision stands for, and its files by name, as far as that can be believed."""
+    from huggingface_hub import HfApi
+
+    try:
+        with _explained(model):
+            info = HfApi().model_info(model.repository, revision=model.revision, files_metadata=True)
+        files = [
+            _Remote(file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else None, file.blob_id)
+            for file in info.siblings or []
+        ]
+        # The commit becomes a folder of the cache: `../..` would lead out of it.
+        if not _COMMIT.fullmatch(info.sha or ""):
+            raise ValueError(f"commit {info.sha!r}")
+        for file in files:
+            if not isinstance(file.name, str) or not isinstance(file.size, int) or file.size < 0:
+                raise ValueError(f"a file {file.name!r} of {file.size!r} bytes")
+    except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise _no_hub(f"does not describe {model.repository} as a hub does ({error})") from error
+    return str(info.sha), {file.name: file for file in files}
 
 
 def _weights(model: HubModel, listed: dict[str, _Remote], snapshot: Path) -> list[_Remote]:
@@ -107,7 +119,7 @@ def _fetch(
 def _fetch_one(model: HubModel, commit: str, file: _Remote, advance: Advance) -> None:
     from huggingface_hub import hf_hub_download
 
-    with _explained(model):
+    with _explained(model), plain_names():
         path = Path(
             hf_hub_download(model.repository, file.name, revision=commit, tqdm_class=reporting(advance))
         )
@@ -122,6 +134,34 @@ def _fetch_one(model: HubModel, commit: str, file: _Remote, advance: Advance) ->
             remedy="give the same command again; what is finished is kept",
         )
     remember_sha256(path, sha256)
+
+
+@contextmanager
+def plain_names() -> Iterator[None]:
+    """Refuse an answer of the hub that would have huggingface_hub write outside its cache.
+
+    It joins a file's tag to the folder of blobs as the hub gives it. A question asked before would not help:
+    the hub may answer the second one otherwise.
+    """
+    from huggingface_hub import get_session
+
+    hooks = get_session().event_hooks["response"]
+    hooks.append(_refuse_paths)
+    try:
+        yield
+    finally:
+        hooks.remove(_refuse_paths)
+
+
+def _refuse_paths(response: Any) -> None:
+    if (
+        response.request.method != "HEAD"
+    ):  # the one that asks for names; storage behind the hub has tags of its own
+        return
+    for header in _NAMING:
+        value = response.headers.get(header)
+        if value is not None and not _PLAIN.fullmatch(value.removeprefix("W/").strip('"')):
+            raise _no_hub(f"names a file by {header} {value!r}", str(response.request.url))
 
 
 def _check(path: Path, file: _Remote) -> str | None:
@@ -214,6 +254,17 @@ def _unreachable(model: HubModel, page: str, error: Exception) -> MachineError:
         f"name ({type(error).__name__})",
         where=page,
         remedy="check the path, or the network and HF_ENDPOINT; the same command goes on where this stopped",
+    )
+
+
+def _no_hub(found: str, where: str | None = None) -> CheckpointError:
+    from huggingface_hub import constants
+
+    return CheckpointError(
+        f"the hub {found}",
+        where=where or constants.ENDPOINT,
+        expected="answers of a Hugging Face hub, with a commit and plain names",
+        remedy="check HF_ENDPOINT; nothing was taken from this answer",
     )
 
 
