@@ -133,11 +133,11 @@ def by_loop(arguments: argparse.Namespace, requests: list[list[Any]]) -> dict[st
 
 
 def gemm_rate(arguments: argparse.Namespace, requests: list[list[Any]]) -> dict[str, Any]:
-    """Operations of the useful work, and per second in its products by the better float32 route."""
+    """Operations of the useful work, and per second in its products by the best float32 route there is."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lorasmith.models.arithmetic import choose_route, use_route
+    from lorasmith.models.arithmetic import float32_routes, use_route
 
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     head = model.get_output_embeddings().weight
@@ -153,8 +153,8 @@ def gemm_rate(arguments: argparse.Namespace, requests: list[list[Any]]) -> dict[
     attention = 2 * config.num_hidden_layers * config.hidden_size * sum(length**2 for length in lengths)
     useful = 2 * weights * sum(lengths) + attention + 2 * head.numel() * scored
     best = 0.0
-    for name in ("mkl", "onednn"):
-        with use_route(choose_route(name, torch.device("cpu"))):
+    for route in float32_routes(torch.device("cpu")):
+        with use_route(route):
             seconds = {shape: time_product(shape) for shape in {tuple(weight.shape) for weight in layers}}
         total = sum(seconds[tuple(weight.shape)] for weight in layers)
         best = max(best, 2 * 4096 * weights / total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from lorasmith.models import arithmetic
 from lorasmith.models.arithmetic import (
     Probe,
     choose_route,
+    float32_routes,
     prefers_onednn,
     probe,
     resolve_device,
@@ -91,14 +93,45 @@ def test_unknown_names_and_missing_devices_are_usage_errors() -> None:
     assert resolve_device("cpu") == CPU
 
 
+def test_a_processor_held_to_other_instructions_is_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without its matrix unit a processor has a second float32 route, which must not be believed of it later.
+    monkeypatch.setenv("LORASMITH_CACHE", str(tmp_path))
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    with_unit, without = Probe(1.0, 0.1, 4e-7, 3e-3), Probe(1.0, 0.5, 4e-7, 1e-6)
+    answers = [with_unit, without]
+    monkeypatch.setattr(arithmetic, "measure", lambda: answers.pop(0))
+    try:
+        probe.cache_clear()
+        assert probe() == with_unit
+        probe.cache_clear()  # as in another process
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+        assert probe() == without
+        probe.cache_clear()
+        monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+        assert probe() == with_unit
+    finally:
+        probe.cache_clear()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_a_route_in_bfloat16_is_no_float32_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arithmetic, "probe", lambda: Probe(1.0, 0.1, 4e-7, 3e-3))
+    assert [route.name for route in float32_routes(CPU)] == ["mkl"]
+    monkeypatch.setattr(arithmetic, "probe", lambda: Probe(1.0, 0.1, 4e-7, 1e-6))
+    assert [route.name for route in float32_routes(CPU)] == ["mkl", "onednn"]
+    assert [route.name for route in float32_routes(torch.device("cuda"))] == ["mkl"]
+
+
 SHAPES = """
-import os, torch
+import os, sys, torch
 from lorasmith.models.arithmetic import _ROUTES, use_route
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 torch.set_num_threads(1)
 weight = torch.randn(64, 64)
-with use_route(_ROUTES["onednn"]):
+with use_route(_ROUTES[sys.argv[1]]):
     for rows in range(1, 2600):
         torch.nn.functional.linear(torch.ones(rows, 64), weight)
         if rows == 1700:
@@ -108,10 +141,30 @@ print(resident() - before)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
-def test_memory_does_not_grow_with_the_shapes_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("route", ["mkl", "onednn"])
+def test_memory_does_not_grow_with_the_shapes_of_products(
+    route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # oneDNN makes a kernel for each shape, and every pack of rows has another.
     for name in arithmetic._KERNELS:
         monkeypatch.delenv(name, raising=False)
-    run = subprocess.run([sys.executable, "-c", SHAPES], capture_output=True, text=True, check=True)
+    # Without a matrix unit oneDNN's route is the float32 one on every processor; with one it is never taken.
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+    command = [sys.executable, "-c", SHAPES, route]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     # Twice as many kernels, which torch and oneDNN would keep by themselves, still grow here: by 100 MB.
     assert int(run.stdout) < 30e6
+
+
+@pytest.mark.parametrize("first", ["mkl", "onednn", "bfloat16"])
+def test_few_kernels_are_kept_whichever_route_comes_first(
+    first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Both limits are read once in a process, and products in bfloat16 make kernels of oneDNN as well.
+    monkeypatch.setattr(os, "environ", {})
+    with use_route(arithmetic._ROUTES[first]):
+        assert os.environ == arithmetic._KERNELS
+    with monkeypatch.context() as chosen:
+        chosen.setattr(os, "environ", dict.fromkeys(arithmetic._KERNELS, "64"))
+        with use_route(arithmetic._ROUTES[first]):
+            assert set(os.environ.values()) == {"64"}  # a person's own choice stands

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasmith.errors import CheckpointError, UsageError
 from lorasmith.files.atomic import read_record
+from lorasmith.models import arithmetic
 from lorasmith.proving.behaviour import compare
 from lorasmith.proving.behaviour_grade import THRESHOLDS, grade
 from lorasmith.records.proof import BehaviourProof, KLStatistics, TokenComparison
@@ -39,6 +43,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapted(place: Path, dtype: torch.dtype) -> Any:
     base = AutoModelForCausalLM.from_pretrained(place / "base", dtype=dtype)
     return PeftModel.from_pretrained(base, str(place / "adapter")).to(dtype)
+
+
+@pytest.fixture
+def one_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor whose matrix unit makes oneDNN compute in bfloat16: torch's own route is its only one."""
+    monkeypatch.setattr(arithmetic, "probe", lambda: arithmetic.Probe(1.0, 0.1, 4e-7, 3e-3))
 
 
 def run(place: Path, merged: str, output: Path | None = None, **options: Any) -> BehaviourProof:
@@ -103,7 +113,7 @@ def test_every_flip_is_listed_with_its_place_and_margin(place: Path) -> None:
     assert sum(line.flips for line in proof.examples) == len(expected)
 
 
-def test_a_float32_merge_is_indistinguishable_and_a_rounded_one_is_not(place: Path) -> None:
+def test_a_float32_merge_is_indistinguishable_and_a_rounded_one_is_not(place: Path, one_route: None) -> None:
     exact_merge = run(place, "float32")
     assert exact_merge.grade == "indistinguishable", exact_merge.reasons
     assert exact_merge.floor is not None
@@ -112,6 +122,56 @@ def test_a_float32_merge_is_indistinguishable_and_a_rounded_one_is_not(place: Pa
     assert rounded.grade == "drifted", rounded.reasons  # random weights of this size move by 1e-4 in bf16
     relaxed = {"loss_delta": 1.0, "perplexity_delta": 100.0, "mean_kl": 1.0, "top1_agreement": 0.5}
     assert run(place, "bfloat16", thresholds=relaxed).grade == "faithful"
+
+
+ON_ONEDNN = """
+import sys
+from lorasmith.proving.behaviour import compare
+for merged in ("float32", "bfloat16"):
+    proof = compare("base", "adapter", merged, "test.jsonl", arithmetic="onednn")
+    print(merged, proof.grade, proof.floor_layouts[1], *proof.reasons, sep="; ")
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_the_other_float32_route_comes_to_the_same_verdicts(place: Path, tmp_path: Path) -> None:
+    # Held to instructions without a matrix unit, oneDNN computes in float32 on every processor.
+    environment = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "LORASMITH_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", ON_ONEDNN],
+        cwd=place,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    exact_merge, rounded = done.stdout.splitlines()
+    assert exact_merge.startswith("float32; indistinguishable; "), exact_merge
+    assert "float32 (oneDNN), the terms of every matrix product in another order" in exact_merge
+    assert rounded.startswith("bfloat16; drifted; "), rounded
+
+
+def test_the_floor_is_what_float32_leaves_open_and_no_more(place: Path) -> None:
+    """Measured against float64: two independent errors, so about twice the divergence that one makes."""
+    proof = run(place, "float32", arithmetic="mkl")
+    double, single = adapted(place, torch.float64), adapted(place, torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(place / "base")
+    kl = []
+    for line in (place / "test.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        text = f"<|start|>user\n{row['prompt']}<|end|>\n<|start|>assistant\n"
+        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = [*prompt, *tokenizer(row["response"] + "<|end|>", add_special_tokens=False)["input_ids"]]
+        with torch.no_grad():
+            p, q = (
+                torch.log_softmax(m(torch.tensor([ids])).logits[0].double(), -1)[len(prompt) - 1 : -1]
+                for m in (double, single)
+            )
+        # Of differences this small the second-order term: the first sums to 0 but for float64's own 1e-16.
+        kl.append((p.exp() * (p - q) ** 2).sum(-1).numpy() / 2)
+    assert proof.floor is not None
+    # Other rows and other layouts than the reference's: 2 within a factor of two.
+    assert 1 < proof.floor.kl.mean / float(np.concatenate(kl).mean()) < 4
 
 
 def test_the_serving_type_is_measured_beside_the_floor(place: Path) -> None:
@@ -174,7 +234,9 @@ def test_a_merged_folder_with_another_chat_template_is_no_release(place: Path, t
     assert compare(place / "base", place / "adapter", tmp_path, place / "test.jsonl").grade == "drifted"
 
 
-def test_a_merged_folder_without_a_tokenizer_is_compared_and_reported(place: Path, tmp_path: Path) -> None:
+def test_a_merged_folder_without_a_tokenizer_is_compared_and_reported(
+    place: Path, tmp_path: Path, one_route: None
+) -> None:
     for file in (place / "float32").iterdir():
         if not file.name.startswith("tokenizer"):
             (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -38,7 +38,8 @@ bfloat16 products are 1,000 times worse than either."""
 
 _KERNELS = {"LRU_CACHE_CAPACITY": "512", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512"}
 """How many kernels torch and oneDNN keep, one for each shape of a product. By themselves they keep 1,024 of
-half a megabyte each, and packs hardly ever have equal shapes; the layers of one pack need 300 at most."""
+half a megabyte each, and packs hardly ever have equal shapes; the layers of one pack need 300 at most. They
+hold for every route: products in bfloat16 go to oneDNN as well, whichever way float32 takes."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,11 @@ def choose_route(asked: str, device: torch.device) -> Route:
     """The route for `asked` on `device`; raises `UsageError` for one that cannot be had."""
     if asked not in ARITHMETICS:
         raise UsageError(f"there is no arithmetic {asked!r}", expected=" | ".join(ARITHMETICS))
-    if asked == "onednn" and (device.type != "cpu" or not torch.backends.mkldnn.is_available()):
+    if asked == "onednn" and not _has_onednn(device):
         raise UsageError(
             f"the oneDNN route does not exist on {device}", remedy="leave the arithmetic at auto"
         )
-    if asked == "onednn" and not _accurate(probe()):
+    if asked == "onednn" and len(float32_routes(device)) == 1:
         raise UsageError(
             "on this processor the oneDNN route computes in bfloat16",
             expected="a route as accurate as float32",
@@ -86,17 +87,18 @@ def choose_route(asked: str, device: torch.device) -> Route:
         )
     if asked != "auto":
         return _ROUTES[asked]
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return _ROUTES["mkl"]
-    return _ROUTES["onednn" if prefers_onednn(probe()) else "mkl"]
+    return _ROUTES["onednn" if _has_onednn(device) and prefers_onednn(probe()) else "mkl"]
 
 
-def other_route(route: Route, device: torch.device) -> Route:
-    """The other float32 route of the processor, adding in another order; the same one where there is none."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return route
-    other = _ROUTES["mkl" if route.name == "onednn" else "onednn"]
-    return other if _accurate(probe()) else route
+def float32_routes(device: torch.device) -> list[Route]:
+    """torch's own route and, where `device` has it and it does not compute in bfloat16 there, oneDNN's."""
+    if _has_onednn(device) and _accurate(probe()):
+        return [_ROUTES["mkl"], _ROUTES["onednn"]]
+    return [_ROUTES["mkl"]]
+
+
+def _has_onednn(device: torch.device) -> bool:
+    return device.type == "cpu" and torch.backends.mkldnn.is_available()
 
 
 def prefers_onednn(measured: Probe) -> bool:
@@ -115,9 +117,11 @@ def probe() -> Probe:
     """What this machine measured the first time it was asked; afterwards read from lorasmith's cache.
 
     The first decision stands for a processor, a torch version and a number of threads: near a tie, a busy
-    moment would otherwise turn the choice and with it the last digits of every result.
+    moment would otherwise turn the choice and with it the last digits of every result. It also stands for
+    the instructions that oneDNN is held to, since without its matrix unit a processor has another answer.
     """
     about = f"{hardware()['processor']} torch {torch.__version__} threads {torch.get_num_threads()} {_SHAPES}"
+    about += "".join(f" {name}={os.environ[name]}" for name in _INSTRUCTIONS if name in os.environ)
     file = cache_folder() / f"arithmetic-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
     try:
         return Probe(**json.loads(file.read_text()))
@@ -127,6 +131,9 @@ def probe() -> Probe:
         write_bytes(file, json.dumps(asdict(measured)).encode())
     return measured
 
+
+_INSTRUCTIONS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+"""Variables by which a person keeps oneDNN from some of the processor's instructions."""
 
 _SHAPES = ((1024, 576, 1536), (1024, 1536, 576), (512, 768, 4096))
 """Rows, inputs and outputs of the products that are timed: a batch through the layers of a small model, and
@@ -161,9 +168,8 @@ def use_route(route: Route) -> Iterator[None]:
     onednn: Any = torch.backends.mkldnn  # its annotations lack `matmul`
     matmul, cuda, cudnn = onednn.matmul, torch.backends.cuda.matmul, torch.backends.cudnn
     before = (matmul.fp32_precision, cuda.fp32_precision, cudnn.fp32_precision)
-    if route.name == "onednn":
-        for name, count in _KERNELS.items():
-            os.environ.setdefault(name, count)  # both are read with the first product
+    for name, count in _KERNELS.items():
+        os.environ.setdefault(name, count)  # both are read with the first product that reaches oneDNN
     try:
         matmul.fp32_precision = "bf16" if route.name == "onednn" else "ieee"
         cuda.fp32_precision = cudnn.fp32_precision = "ieee"

@@ -143,10 +143,10 @@ def calibration_memory(model: ModelSize, calibration: CalibrationSize) -> int:
 
 def compare_seconds(model: ModelSize, work: WorkSize, rates: Rates) -> float:
     """The hidden states are there from the validations: what is computed anew is the noise floor and the
-    serving type's noise (the adapter twice each, on a few rows), both heads, and statistics.
+    serving type's noise (the adapter once each, on a few rows), both heads, and statistics.
     """
     adapter = validate_seconds(model, work, rates, adapter=True)
-    floor = 4 * adapter * work.floor_tokens / max(1, work.tokens)
+    floor = 2 * adapter * work.floor_tokens / max(1, work.tokens)
     heads = 2 * 2.0 * model.vocabulary * model.hidden * work.scored / (EFFICIENCY * rates.flops)
     statistics = STATISTICS_SECONDS * work.scored * model.vocabulary
     return floor + heads + statistics + model.base_bytes / LOAD_BYTES

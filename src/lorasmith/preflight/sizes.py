@@ -47,7 +47,7 @@ class WorkSize:
     squares: int
     """Σ length², which attention grows with."""
     floor_tokens: int
-    """Of the 8 rows that are computed twice more for the noise floor."""
+    """Tokens of the 16 rows that the adapter runs again: for the noise floor, and in the serving type."""
     counted: bool
     """False where the tokens are guessed from the characters."""
 
@@ -84,7 +84,7 @@ def _whole(config: Mapping[str, Any], *names: str) -> int | None:
     return next((value for value in found if isinstance(value, int) and value > 0), None)
 
 
-def work_size(examples: list[Example], base: Path, floor_rows: int = 8) -> WorkSize:
+def work_size(examples: list[Example], base: Path, floor_rows: int = 16) -> WorkSize:
     """Counted with the base's tokenizer where it has a tokenizer.json, else guessed from the characters."""
     pairs, counted = row_lengths(examples, base)
     totals = sorted(prompt + response for prompt, response in pairs)

@@ -58,9 +58,9 @@ def compare(
     some, which are then not computed again; what is missing is added. `output` is the file for the record, if
     any; `thresholds` replaces some of `behaviour_grade.THRESHOLDS`; the rest are options of validation.
 
-    The floor is the adapter against itself: the same rows one at a time and, where the device has two float32
-    routes, by the other one, which adds in another order. Where a model is stored in 16 bits, the adapter
-    computed in that type stands beside it, as it would be served. `generate` also has both models write so
+    The floor is the adapter against itself, every matrix product adding its terms in another order, which
+    needs no second route of the processor. Where a model is stored in 16 bits, the adapter computed in that
+    type stands beside it, as it would be served. `generate` also has both models write so
     many tokens at most after each prompt, greedily, and compares them.
 
     `executor` is where both models run over the rows and write their texts; the floors and the comparison of

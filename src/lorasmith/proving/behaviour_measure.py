@@ -7,7 +7,9 @@ not fit into memory together, and what validation has kept is not computed again
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,23 +19,22 @@ from lorasmith.executors.local import work_through
 from lorasmith.executors.log import ChunkLog
 from lorasmith.files.allocator import keep_memory
 from lorasmith.files.journal import Journal, Rows
-from lorasmith.models.arithmetic import Route, other_route, use_route
+from lorasmith.models.arithmetic import Route, use_route
 from lorasmith.models.batches import make_batch, plan_batches
 from lorasmith.models.divergence import TokenPairs, compare_logits
 from lorasmith.models.forward import TokenForward
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.loglik import examine
+from lorasmith.models.reordered import ReorderedSums
 from lorasmith.models.session import Workload
 from lorasmith.models.states import KeptStates, scoring_work
 from lorasmith.models.work import RowWork
 from lorasmith.progress import Progress
 
-FLOOR_ROWS = 8
-"""Rows on which the floor is measured, spread over all lengths: some hundred tokens give its mean to a fifth,
-and a grade asks for a factor of two, where a rounded merge is six orders of magnitude away."""
-
-SERVING_ROWS = 16
-"""The same for the serving type, whose divergence varies more from token to token; it decides nothing."""
+SAMPLE_ROWS = 16
+"""Rows on which the adapter is compared with itself, spread over all lengths. Some two hundred tokens give
+the floor's mean to a sixth, and a grade asks for a factor of two, where a rounded merge is six orders of
+magnitude away; the noise of the serving type varies more from token to token, and decides nothing."""
 
 _ELEMENTS = 1 << 24
 """Logits of one model that exist at one time: 64 MB in float32; a comparison makes some eight such."""
@@ -152,63 +153,65 @@ def _split(work: Workload, rows: Rows, pairs: TokenPairs) -> list[TokenPairs]:
 
 
 def noise_floor(loaded: LoadedModel, work: Workload, side: Side, route: Route, progress: Progress) -> Floor:
-    """The adapter against itself on a sample of rows: in batches, and one row at a time by another route."""
-    other = other_route(route, loaded.device)
-    sample = _sample(work, FLOOR_ROWS)
-    total = sum(len(work.rows[row].ids) for row in sample)
-    found = []
-    with keep_memory(), use_route(route), progress("Noise floor", total=total, unit="tok") as advance:
-        with use_route(other):
-            forward = examine(loaded, work.rows)
-        with forward:
-            for row in sample:
-                alone = _elsewhere(forward, work, (row,), other, side.chunk())
-                found.append(_pairs(work, (row,), side.of((row,)), alone))
-                advance(len(work.rows[row].ids))
-    layouts = [
-        f"batches of {work.settings.batch_tokens} tokens, {route.label}",
-        f"one row at a time, {other.label}",
-    ]
-    return Floor(found, layouts)
+    """The adapter against itself on a sample of rows: in other batches, every sum in another order."""
+    with keep_memory(), use_route(route), examine(loaded, work.rows) as forward:
+        found = _against_itself(forward, work, side, ReorderedSums, "Noise floor", progress)
+    batches = f"batches of {work.settings.batch_tokens} tokens, {route.label}"
+    return Floor(found, [batches, f"{batches}, the terms of every matrix product in another order"])
 
 
 def serving_floor(loaded: LoadedModel, work: Workload, side: Side, route: Route, progress: Progress) -> Floor:
     """The adapter in the type it is served in (`loaded`) against itself in float32, on a sample of rows."""
     name = str(loaded.model.dtype).removeprefix("torch.")
-    sample = _sample(work, SERVING_ROWS)
-    lengths = [len(work.rows[row].ids) for row in sample]
-    found = []
-    low = Route(name, loaded.model.dtype, name)
-    with (
-        keep_memory(),
-        use_route(low),
-        examine(loaded, work.rows) as forward,
-        progress(f"Noise of {name}", total=sum(lengths), unit="tok") as advance,
-    ):
-        for batch in plan_batches(lengths, work.settings.batch_tokens, work.settings.batch_size):
-            rows = tuple(sample[place] for place in batch)
-            served = _elsewhere(forward, work, rows, low, side.chunk())
-            with use_route(route):
-                found += _split(work, rows, _pairs(work, rows, side.of(rows), served))
-            advance(sum(len(work.rows[row].ids) for row in rows))
+    low = partial(use_route, Route(name, loaded.model.dtype, name))
+    with keep_memory(), use_route(route):
+        with low():
+            forward = examine(loaded, work.rows)
+        with forward:
+            found = _against_itself(forward, work, side, low, f"Noise of {name}", progress)
     return Floor(
         found, [f"batches of {work.settings.batch_tokens} tokens, {way}" for way in (route.label, name)]
     )
 
 
-def _sample(work: Workload, count: int) -> list[int]:
-    """At most `count` rows, spread over all lengths."""
+def _against_itself(
+    forward: TokenForward,
+    work: Workload,
+    side: Side,
+    otherwise: Callable[[], AbstractContextManager[object]],
+    label: str,
+    progress: Progress,
+) -> list[TokenPairs]:
+    """What `side` keeps of a sample of rows, against the same rows computed inside `otherwise()`."""
+    sample = _sample(work)
+    lengths = [len(work.rows[row].ids) for row in sample]
+    found = []
+    with progress(label, total=sum(lengths), unit="tok") as advance:
+        for batch in plan_batches(lengths, work.settings.batch_tokens, work.settings.batch_size):
+            rows = tuple(sample[place] for place in batch)
+            again = _again(forward, work, rows, otherwise, side.chunk())
+            found += _split(work, rows, _pairs(work, rows, side.of(rows), again))
+            advance(sum(len(work.rows[row].ids) for row in rows))
+    return found
+
+
+def _sample(work: Workload) -> list[int]:
+    """At most `SAMPLE_ROWS` rows, spread over all lengths."""
     order = [row for batch in work.batches() for row in batch]
-    return order[:: -(-len(order) // count)]
+    return order[:: -(-len(order) // SAMPLE_ROWS)]
 
 
-def _elsewhere(
-    forward: TokenForward, work: Workload, rows: Rows, route: Route, chunk: int
+def _again(
+    forward: TokenForward,
+    work: Workload,
+    rows: Rows,
+    otherwise: Callable[[], AbstractContextManager[object]],
+    chunk: int,
 ) -> Iterator[torch.Tensor]:
-    """Logits of these rows by another route than the one that is on."""
+    """Logits of these rows computed inside `otherwise()`, which is left again between the pieces."""
     pending = forward.logits(make_batch(rows, work.rows).to(forward.device), chunk=chunk)
     for _ in range(-(-sum(work.rows[row].scored for row in rows) // chunk)):
-        with use_route(route):
+        with otherwise():
             logits = next(pending)
         yield logits
 
