@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.typed import Typed, type_here
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked child would wait for threads that it does not have
@@ -37,3 +39,9 @@ def real_rows() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder of real benchmark rows at {folder} (LORASMITH_TEST_DATA names another)")
     return folder
+
+
+@pytest.fixture
+def here(capfd: pytest.CaptureFixture[str]) -> Typed:
+    """A command line, typed without a process of its own."""
+    return type_here(capfd)

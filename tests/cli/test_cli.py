@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,9 +14,9 @@ from typing import NamedTuple
 import pytest
 
 from lorasmith.cli import COMMANDS, GROUPS
-from lorasmith.cli.main import run
 from lorasmith.files.jsonl import write_rows
 from tests.tiny import save_adapter, save_base, tiny_rows
+from tests.typed import Typed
 
 LORASMITH = [sys.executable, "-m", "lorasmith.cli.main"]
 PATHS = [[name] for name, _ in COMMANDS] + [[group, name] for group, _, inner in GROUPS for name, _ in inner]
@@ -29,24 +29,6 @@ def lorasmith(*arguments: object, cwd: Path | None = None) -> subprocess.Complet
     return subprocess.run(
         [*LORASMITH, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False
     )
-
-
-class Typed(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def here(capfd: pytest.CaptureFixture[str]) -> Callable[..., Typed]:
-    """The same command line without a process of its own, which would import torch once more."""
-
-    def typed(*arguments: object) -> Typed:
-        capfd.readouterr()
-        code = run([*map(str, arguments)])
-        return Typed(int(code), *capfd.readouterr())
-
-    return typed
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +122,7 @@ def test_merge_prove_and_what_they_print(models: Path, tmp_path: Path) -> None:
     assert "Weights: exact" in proof.stdout
 
 
-def test_a_damaged_merge_is_different_and_ends_with_1(
-    models: Path, tmp_path: Path, here: Callable[..., Typed]
-) -> None:
+def test_a_damaged_merge_is_different_and_ends_with_1(models: Path, tmp_path: Path, here: Typed) -> None:
     merged = tmp_path / "merged"
     assert not here(
         "merge", "--base", models / "base", "--adapter", models / "adapter", "--output", merged
@@ -156,9 +136,7 @@ def test_a_damaged_merge_is_different_and_ends_with_1(
     assert "Weights: different" in done.stdout
 
 
-def test_validate_writes_and_shows_its_result(
-    models: Path, tmp_path: Path, here: Callable[..., Typed]
-) -> None:
+def test_validate_writes_and_shows_its_result(models: Path, tmp_path: Path, here: Typed) -> None:
     done = here(
         "validate", "--model", models / "base", "--adapter", models / "adapter",
         "--test-set", models / "test.jsonl", "--output", tmp_path / "v",
@@ -203,7 +181,7 @@ ROW = '{"id": "1", "prompt": "a", "response": "b", "metadata": {"source": "s"}}\
     ],
 )  # fmt: skip
 def test_bad_input_is_one_message_and_exit_2(
-    models: Path, tmp_path: Path, option: str, make: object, said: str, here: Callable[..., Typed]
+    models: Path, tmp_path: Path, option: str, make: object, said: str, here: Typed
 ) -> None:
     options = {**good(models, tmp_path), option: make(tmp_path)}  # type: ignore[operator]
     done = here("run", *(part for name, path in options.items() for part in (f"--{name}", path)))
@@ -213,9 +191,7 @@ def test_bad_input_is_one_message_and_exit_2(
     assert "Traceback" not in done.stderr
 
 
-def test_an_adapter_for_another_base_is_refused(
-    models: Path, tmp_path: Path, here: Callable[..., Typed]
-) -> None:
+def test_an_adapter_for_another_base_is_refused(models: Path, tmp_path: Path, here: Typed) -> None:
     wrong = save_base(tmp_path / "wrong", hidden_size=64)
     options = {**good(models, tmp_path), "base": wrong}
     done = here("run", *(part for name, path in options.items() for part in (f"--{name}", path)))
@@ -258,7 +234,7 @@ def unwritable(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("command", ["run", "merge"])
 def test_a_folder_that_cannot_be_written_to_ends_with_3(
-    models: Path, tmp_path: Path, unwritable: Path, command: str, here: Callable[..., Typed]
+    models: Path, tmp_path: Path, unwritable: Path, command: str, here: Typed
 ) -> None:
     options = {**good(models, tmp_path), "output": unwritable / "out"}
     if command == "merge":
@@ -269,7 +245,7 @@ def test_a_folder_that_cannot_be_written_to_ends_with_3(
     assert "Traceback" not in done.stderr
 
 
-def test_the_printed_config_is_read_again(models: Path, tmp_path: Path, here: Callable[..., Typed]) -> None:
+def test_the_printed_config_is_read_again(models: Path, tmp_path: Path, here: Typed) -> None:
     arguments = [part for name, path in good(models, tmp_path).items() for part in (f"--{name}", path)]
     printed = here("run", *arguments, "--seed", 7, "--print-config")
     assert printed.returncode == 0, printed.stderr

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,13 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from lorasmith.files.jsonl import read_examples, write_rows
+from tests.typed import Typed
 
 GOLDS = {"spans": ["2"], "types": ["number"]}
-
-
-def lorasmith(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lorasmith.cli.main", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -43,45 +37,45 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_build_shows_counts_and_writes_records(folder: Path) -> None:
+def test_build_shows_counts_and_writes_records(folder: Path, here: Typed) -> None:
     output = folder / "out" / "test.jsonl"
     common = ["testset", "build", "--benchmarks", folder / "in", "--output", output, "--only", "drop"]
-    done = lorasmith(*common, "--samples", "DROP=12")
+    done = here(*common, "--samples", "DROP=12")
     assert done.returncode == 0, done.stderr
     assert "12 examples" in done.stdout and "Source by difficulty" in done.stdout
     assert len(read_examples(output)) == 12
-    told = lorasmith(*common, "--samples-per-benchmark", 12, "--json")
+    told = here(*common, "--samples-per-benchmark", 12, "--json")
     assert json.loads(told.stdout) == json.loads((output.parent / "statistics.json").read_text())
 
 
-def test_build_by_measured_losses(folder: Path) -> None:
+def test_build_by_measured_losses(folder: Path, here: Typed) -> None:
     output = folder / "out" / "test.jsonl"
     common = ["testset", "build", "--benchmarks", folder / "in", "--output", output, "--only", "drop"]
-    assert lorasmith(*common, "--samples-per-benchmark", 9).returncode == 0
+    assert here(*common, "--samples-per-benchmark", 9).returncode == 0
     ids = [example.id for example in read_examples(output)]
     losses = {"id": ids, "loss": [float(number) for number in range(9)]}
     pq.write_table(pa.table(losses), folder / "base.parquet")
     measured = ["--samples-per-benchmark", 9, "--difficulty", "measured"]
-    done = lorasmith(*common, *measured, "--losses", folder / "base.parquet")
+    done = here(*common, *measured, "--losses", folder / "base.parquet")
     assert done.returncode == 0, done.stderr
     labels = [example.metadata.difficulty for example in read_examples(output)]
     assert labels == ["easy"] * 3 + ["medium"] * 3 + ["hard"] * 3
-    wrong = lorasmith(*common, *measured, "--losses", folder / "train.jsonl")
+    wrong = here(*common, *measured, "--losses", folder / "train.jsonl")
     assert wrong.returncode == 2 and "no losses" in wrong.stderr
 
 
-def test_split_then_check(folder: Path) -> None:
+def test_split_then_check(folder: Path, here: Typed) -> None:
     output = folder / "hold" / "test.jsonl"
-    done = lorasmith("testset", "split", "--train", folder / "train.jsonl", "--output", output, "--size", 10)
+    done = here("testset", "split", "--train", folder / "train.jsonl", "--output", output, "--size", 10)
     assert done.returncode == 0, done.stderr
     assert "10 rows held out" in done.stdout and "was left as it is" in done.stdout
     assert "independent only if" in done.stdout
     check = ["testset", "check", "--test-set", output, "--train", folder / "train.jsonl"]
     record = folder / "contamination.json"
-    found = lorasmith(*check, "--output", record)
+    found = here(*check, "--output", record)
     assert found.returncode == 1 and "contaminated" in found.stdout
     assert json.loads(record.read_text())["verdict"] == "contaminated"
-    assert lorasmith(*check, "--allow", 10).returncode == 0
+    assert here(*check, "--allow", 10).returncode == 0
     removed = folder / "removed" / "test.jsonl"
     split = [
         "testset",
@@ -94,9 +88,9 @@ def test_split_then_check(folder: Path) -> None:
         10,
         "--remove",
     ]
-    done = lorasmith(*split)
+    done = here(*split)
     assert done.returncode == 0 and "10 rows were removed" in done.stdout and "train.jsonl.bak" in done.stdout
-    clean = lorasmith("testset", "check", "--test-set", removed, "--train", folder / "train.jsonl")
+    clean = here("testset", "check", "--test-set", removed, "--train", folder / "train.jsonl")
     assert clean.returncode == 0 and "independent" in clean.stdout
 
 
@@ -112,8 +106,10 @@ def test_split_then_check(folder: Path) -> None:
         (["build"], "no usable rows of"),
     ],
 )
-def test_mistakes_are_one_message_and_exit_2(folder: Path, arguments: list[str], message: str) -> None:
+def test_mistakes_are_one_message_and_exit_2(
+    folder: Path, arguments: list[str], message: str, here: Typed
+) -> None:
     name, *rest = arguments
-    done = lorasmith("testset", name, "--benchmarks", folder / "in", "--output", folder / "t.jsonl", *rest)
+    done = here("testset", name, "--benchmarks", folder / "in", "--output", folder / "t.jsonl", *rest)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr

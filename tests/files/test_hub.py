@@ -19,6 +19,7 @@ from lorasmith.files.hub import base_of, hub_name, local_model, origin_of
 from lorasmith.files.jsonl import write_rows
 from tests.model_hub import COMMIT, ModelHub, fill_cache, serving
 from tests.tiny import save_adapter, save_base, tiny_rows
+from tests.typed import Typed
 
 NAME = "owner/tiny-llama"
 OTHER = "89abcdef0123456789abcdef0123456789abcdef"
@@ -323,13 +324,25 @@ def test_the_commands_as_typed(base: Path, adapter: Path, tmp_path: Path) -> Non
         done = typed("merge", *given, "--output", "merged")
         assert done.returncode == 0, done.stderr
         assert f"Download {NAME} (weights)" in done.stderr
-        missing = typed("merge", "--base", "owner/none", "--adapter", adapter, "--output", "none")
-        assert missing.returncode == 2 and "Traceback" not in missing.stderr
     done = typed("prove", *given, "--merged", "merged")
     assert done.returncode == 0, done.stderr
     done = typed("run", "--config", "run.toml")
     assert done.returncode == 1 and "Step 9" in done.stdout, done.stderr
     record = json.loads((tmp_path / "run" / "merged" / "lorasmith_merge.json").read_text())
     assert (record["base_repository"], record["base_commit"]) == (NAME, COMMIT)
-    offline = typed("merge", "--base", "owner/none", "--adapter", adapter, "--output", "none")
+
+
+def test_a_base_that_the_hub_has_not_is_wrong_usage_and_a_hub_that_is_away_is_not(
+    hub: ModelHub, adapter: Path, here: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants as constants
+
+    asked = ("merge", "--base", "owner/none", "--adapter", adapter, "--output", "none")
+    missing = here(*asked)
+    assert missing.returncode == 2 and "Traceback" not in missing.stderr
+    # Port 9 of this machine, where nobody listens.
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    offline = here(*asked)
     assert offline.returncode == 3 and "cannot be reached" in offline.stderr

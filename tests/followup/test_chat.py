@@ -24,6 +24,7 @@ from lorasmith.followup.chat import (
 )
 from lorasmith.models.sampling import Sampling
 from tests.tiny import load_model, save_adapter, save_base, tiny_tokenizer
+from tests.typed import Typed
 
 SHORT = ChatOptions(max_new_tokens=10)
 
@@ -166,17 +167,17 @@ def command(*arguments: object, text: str = "") -> subprocess.CompletedProcess[s
     )
 
 
-def test_the_command_reads_standard_input(place: Path) -> None:
+def test_the_command_reads_standard_input(place: Path, here: Typed) -> None:
     done = command("--model", place / "base", "--max-new-tokens", "10", text="the cat")
     assert done.returncode == 0, done.stderr
     assert done.stdout == expected(place / "base", [turn("user", "the cat")]) + "\n"
-    done = command("--model", place / "plain", "--prompt", "x")
+    done = here("chat", "--model", place / "plain", "--prompt", "x")
     assert (done.returncode, "no chat template" in done.stderr) == (2, True)
 
 
-def test_the_command_marks_what_differs(place: Path) -> None:
+def test_the_command_marks_what_differs(place: Path, here: Typed) -> None:
     common = ("--model", place / "base", "--adapter", place / "adapter", "--merged", place / "merged")
-    done = command(*common, "--side-by-side", "--prompt", "over there", "--max-new-tokens", "8")
+    done = here("chat", *common, "--side-by-side", "--prompt", "over there", "--max-new-tokens", "8")
     assert done.returncode == 0, done.stderr
     assert "merged: the adapter's tokens" in done.stdout
     assert "⟦" in done.stdout.split("merged")[0]
