@@ -18,9 +18,9 @@ LEFT_OUT = {
 }  # fmt: skip
 """Keys whose value depends on libraries, sizes of files that name them, or the processor."""
 DECIDED = {
-    "changed", "swallowed", "elements_swallowed", "swallowed_fraction", "exact_redone", "wrong", "max_ulps", "ulps", "differences",
-    "flips", "divergences", "top1_agreement", "same", "same_fraction", "tokens_before_divergence",
-    "unfinished_a", "unfinished_b",
+    "changed", "swallowed", "elements_swallowed", "swallowed_fraction", "exact_redone", "wrong",
+    "max_ulps", "ulps", "differences", "flips", "divergences", "top1_agreement", "same", "same_fraction",
+    "tokens_before_divergence", "unfinished_a", "unfinished_b",
 }  # fmt: skip
 """Counts and lists that float32 arithmetic decides in a calibrated merge or between two forward passes."""
 LONG = 6
