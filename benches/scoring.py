@@ -80,7 +80,7 @@ def by_lorasmith(arguments: argparse.Namespace, requests: list[list[Any]]) -> di
     from lorasmith.models.encode import Encoded
     from lorasmith.models.layout import choose_layout, lay_out, plan_rows
     from lorasmith.models.load import load_model
-    from lorasmith.models.loglik import open_forward, row_loss, score_batch
+    from lorasmith.models.loglik import open_forward, row_loss, score_states
 
     route = choose_route(arguments.arithmetic, torch.device("cpu"))
     loaded = load_model(arguments.model)
@@ -94,7 +94,7 @@ def by_lorasmith(arguments: argparse.Namespace, requests: list[list[Any]]) -> di
         for rows_together in plan_rows(rows, layout, BATCH_TOKENS):
             batch = lay_out(rows_together, rows, layout)
             computed += batch.ids.numel()
-            for row, values in zip(rows_together, score_batch(forward, batch, names), strict=True):
+            for row, values in zip(rows_together, score_states(forward, batch, names)[0], strict=True):
                 losses[row] = row_loss(values)
     return watch.result(losses, route=route.label, computed=computed)
 

@@ -64,7 +64,6 @@ class DemoResult:
     """What the demo made."""
 
     folder: Path
-    training: TrainRecord
     run: RunResult
 
 
@@ -115,8 +114,7 @@ def demo(
             watch.step(number, len(stages), f"{title} (preparation)")
             timing = folder.perform(stage)
             watch.finished(stage.name, reused=timing.reused, seconds=timing.wall_seconds)
-        training = read_record(adapter / "lorasmith_train.json", TrainRecord)
-        watch.show("demo-train", training)
+        watch.show("demo-train", read_record(adapter / "lorasmith_train.json", TrainRecord))
     config = RunConfig(
         base=base,
         adapter=adapter,
@@ -127,7 +125,7 @@ def demo(
         seed=seed,
         followup=FOLLOWUP if followup else None,
     )
-    return DemoResult(output, training, lorasmith.run(config, watcher=watch))
+    return DemoResult(output, lorasmith.run(config, watcher=watch))
 
 
 def embedded_files() -> tuple[Path, Path]:

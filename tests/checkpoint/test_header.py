@@ -28,7 +28,6 @@ def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
     found = read_header(path)
-    assert found.metadata == {"format": "pt"}
     assert set(found.tensors) == set(tensors)
     raw = path.read_bytes()
     for name, tensor in tensors.items():

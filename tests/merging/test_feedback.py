@@ -13,7 +13,6 @@ from lorasmith.merging.feedback import (
     SingularError,
     inverse_factor,
     limits,
-    loss_of,
     prepare,
 )
 from lorasmith.merging.feedback import round_with_feedback as round_prepared
@@ -25,6 +24,15 @@ def round_with_feedback(
 ) -> torch.Tensor:
     """With nothing that could be missing of an update."""
     return round_prepared(weights, torch.zeros_like(weights), prepare(moment, settings), target, settings)
+
+
+def loss_of(rounded: torch.Tensor, exact: torch.Tensor, second_moment: torch.Tensor) -> float:
+    """tr((Q − W)·H·(Q − W)ᵀ) over tr(W·H·Wᵀ): the share of the output's energy that rounding loses."""
+    moments = second_moment.to(torch.float64)
+    difference = rounded.to(torch.float64) - exact
+    lost = float(((difference @ moments) * difference).sum())
+    whole = float(((exact @ moments) * exact).sum())
+    return lost / whole if whole else 0.0
 
 
 def problem(outputs: int, inputs: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

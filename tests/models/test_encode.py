@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lorasmith.errors import CheckpointError, DataError, UsageError
-from lorasmith.models.encode import encode_example, encode_examples
+from lorasmith.models.encode import Encoded, encode_example, encode_examples
 from lorasmith.models.template import frame, resolve_template
 from lorasmith.records.dataset import Example, Metadata
 from tests.tiny import tiny_tokenizer
@@ -20,6 +20,18 @@ HUMAN_EVAL = "    for x in xs:\n        return x\n"
 
 def example(prompt: str = "say it", response: str = "the end") -> Example:
     return Example(id="one", prompt=prompt, response=response, metadata=Metadata(source="s"))
+
+
+def encode(
+    example: Example,
+    tokenizer: Any,
+    *,
+    template: str = "auto",
+    end_of_turn: bool = True,
+    max_length: int | None = None,
+) -> Encoded:
+    around = frame(tokenizer, template, end_of_turn=end_of_turn)
+    return encode_example(example, tokenizer, around, max_length=max_length)
 
 
 def with_bos(tokenizer: Any) -> Any:
@@ -47,7 +59,7 @@ def dummy_prefix_tokenizer() -> PreTrainedTokenizerFast:
 def test_chat_prompt_response_and_the_templates_own_end_token() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = EOS  # as in many chat models: generation ends with another token than EOS
-    encoded = encode_example(example(), tokenizer)
+    encoded = encode(example(), tokenizer)
     text = tokenizer.decode(encoded.ids[: encoded.n_prompt])
     assert text == "<|start|>user\nsay it<|end|>\n<|start|>assistant\n"
     assert tokenizer.decode(encoded.ids[encoded.n_prompt :]) == "the end<|end|>"
@@ -56,25 +68,25 @@ def test_chat_prompt_response_and_the_templates_own_end_token() -> None:
 
 def test_plain_ends_with_eos_and_end_of_turn_can_be_left_out() -> None:
     tokenizer = tiny_tokenizer(chat=False)
-    assert tokenizer.decode(encode_example(example(), tokenizer).ids) == "say itthe end</s>"
-    bare = encode_example(example(), tokenizer, end_of_turn=False)
+    assert tokenizer.decode(encode(example(), tokenizer).ids) == "say itthe end</s>"
+    bare = encode(example(), tokenizer, end_of_turn=False)
     assert tokenizer.decode(bare.ids) == "say itthe end"
 
 
 def test_a_bos_of_tokenizer_and_template_is_never_doubled() -> None:
     chat = with_bos(tiny_tokenizer())
     chat.chat_template = "{{ bos_token }}" + chat.chat_template
-    assert encode_example(example(), chat).ids.count(chat.bos_token_id) == 1
+    assert encode(example(), chat).ids.count(chat.bos_token_id) == 1
     plain = with_bos(tiny_tokenizer(chat=False))
-    assert encode_example(example(), plain).ids.count(plain.bos_token_id) == 1
-    written = encode_example(example(prompt="<s>say it"), plain)
+    assert encode(example(), plain).ids.count(plain.bos_token_id) == 1
+    written = encode(example(prompt="<s>say it"), plain)
     assert written.ids.count(plain.bos_token_id) == 1
 
 
 def test_a_bos_that_the_tokenizer_adds_is_not_lost() -> None:
     plain = with_bos(tiny_tokenizer(chat=False))
-    assert encode_example(example(), plain).ids[0] == plain.bos_token_id
-    assert encode_example(example(), tiny_tokenizer(chat=False)).ids[0] != plain.bos_token_id
+    assert encode(example(), plain).ids[0] == plain.bos_token_id
+    assert encode(example(), tiny_tokenizer(chat=False)).ids[0] != plain.bos_token_id
 
 
 def test_a_straddling_row_is_scored_apart_and_counted() -> None:
@@ -91,26 +103,22 @@ def test_a_straddling_row_is_scored_apart_and_counted() -> None:
 @pytest.mark.parametrize("template", ["chat", "plain"])
 def test_the_indent_of_the_first_line_survives(template: str) -> None:
     tokenizer = tiny_tokenizer()
-    encoded = encode_example(
-        example("def f(xs):\n", HUMAN_EVAL), tokenizer, template=template, end_of_turn=False
-    )
+    encoded = encode(example("def f(xs):\n", HUMAN_EVAL), tokenizer, template=template, end_of_turn=False)
     assert tokenizer.decode(encoded.ids[encoded.n_prompt :]) == HUMAN_EVAL
 
 
 def test_a_dummy_prefix_adds_no_space_to_a_plain_response() -> None:
     tokenizer = dummy_prefix_tokenizer()
     assert not frame(tokenizer, "plain", end_of_turn=False).keeps_spaces
-    encoded = encode_example(
-        example("def f(xs):\n", HUMAN_EVAL), tokenizer, template="plain", end_of_turn=False
-    )
+    encoded = encode(example("def f(xs):\n", HUMAN_EVAL), tokenizer, template="plain", end_of_turn=False)
     spelled = "".join(tokenizer.convert_ids_to_tokens(encoded.ids[encoded.n_prompt :]))
     assert spelled.replace("▁", " ") == HUMAN_EVAL
 
 
 def test_a_long_row_loses_the_beginning_of_its_prompt_but_bos() -> None:
     tokenizer = with_bos(tiny_tokenizer(chat=False))
-    whole = encode_example(example("abcdefgh", "xyz"), tokenizer)
-    cut = encode_example(example("abcdefgh", "xyz"), tokenizer, max_length=8)
+    whole = encode(example("abcdefgh", "xyz"), tokenizer)
+    cut = encode(example("abcdefgh", "xyz"), tokenizer, max_length=8)
     assert tokenizer.decode(cut.ids) == "<s>fghxyz</s>"
     assert cut.truncated == len(whole.ids) - 8 == 5
     assert cut.scored == whole.scored
@@ -118,7 +126,7 @@ def test_a_long_row_loses_the_beginning_of_its_prompt_but_bos() -> None:
 
 def test_a_response_longer_than_the_limit_loses_its_end() -> None:
     tokenizer = tiny_tokenizer(chat=False)
-    cut = encode_example(example("abc", "vwxyz"), tokenizer, max_length=4)
+    cut = encode(example("abc", "vwxyz"), tokenizer, max_length=4)
     assert tokenizer.decode(cut.ids) == "cvwx"
     assert (cut.n_prompt, cut.truncated) == (1, 5)
 
@@ -149,9 +157,9 @@ def test_a_broken_template_and_a_missing_end_token_are_named() -> None:
     broken = tiny_tokenizer()
     broken.chat_template = "{{ raise_exception('only three roles') }}"
     with pytest.raises(CheckpointError, match="only three roles"):
-        encode_example(example(), broken)
+        encode(example(), broken)
     endless = tiny_tokenizer(chat=False)
     endless.eos_token = None
     with pytest.raises(CheckpointError, match="ends a response") as caught:
-        encode_example(example(), endless)
+        encode(example(), endless)
     assert "--no-end-of-turn" in caught.value.message()

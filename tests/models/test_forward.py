@@ -16,7 +16,7 @@ from lorasmith.models.batches import halve, make_batch, plan_batches
 from lorasmith.models.encode import Encoded
 from lorasmith.models.forward import TokenForward
 from lorasmith.models.load import LoadedModel
-from lorasmith.models.loglik import Floats, open_forward, score_batch
+from lorasmith.models.loglik import Floats, open_forward, score_states
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def score_all(model: PreTrainedModel, rows: list[Encoded], batch_tokens: int = 4
     with open_forward(loaded(model), rows, ROUTE) as forward:
         for batch in plan_batches([len(row.ids) for row in rows], batch_tokens):
             names = [str(i) for i in range(len(rows))]
-            found.update(zip(batch, score_batch(forward, make_batch(batch, rows), names), strict=True))
+            found.update(zip(batch, score_states(forward, make_batch(batch, rows), names)[0], strict=True))
     return [found[i] for i in range(len(rows))]
 
 

@@ -14,7 +14,7 @@ from lorasmith.models.arithmetic import use_route
 from lorasmith.models.encode import Encoded
 from lorasmith.models.forward import TokenForward
 from lorasmith.models.layout import PACKED, PADDED, choose_layout, lay_out, plan_rows
-from lorasmith.models.loglik import Floats, open_forward, score_batch
+from lorasmith.models.loglik import Floats, open_forward, score_states
 from lorasmith.models.packs import make_pack
 from tests.models.test_forward import CPU, ROUTE, loaded, plain_loop
 from tests.tiny import ARCHITECTURES, tiny_model
@@ -41,7 +41,9 @@ def score_all(
     names = [str(row) for row in range(len(rows))]
     with open_forward(loaded(model), rows, ROUTE) as forward:
         for batch in plan_rows(rows, layout, batch_tokens):
-            found.update(zip(batch, score_batch(forward, lay_out(batch, rows, layout), names), strict=True))
+            found.update(
+                zip(batch, score_states(forward, lay_out(batch, rows, layout), names)[0], strict=True)
+            )
     return [found[row] for row in range(len(rows))]
 
 

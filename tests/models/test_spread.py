@@ -18,7 +18,7 @@ from lorasmith.models.continuous import generate_continuously
 from lorasmith.models.encode import Encoded
 from lorasmith.models.generate import generate_greedy
 from lorasmith.models.load import DeviceMap, load_model
-from lorasmith.models.loglik import open_forward, score_batch
+from lorasmith.models.loglik import open_forward, score_states
 from lorasmith.models.requests import Answer, Limits, Request
 from lorasmith.proving.behaviour import compare
 from lorasmith.scoring.validate import validate
@@ -40,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scores(place: Path, device_map: DeviceMap) -> tuple[list[np.ndarray], list[int]]:
     loaded = load_model(place / "base", device_map=device_map)
     with open_forward(loaded, ROWS, choose_route("mkl", CPU)) as forward:
-        found = score_batch(forward, make_batch([0, 1], ROWS), ["a", "b"])
+        found = score_states(forward, make_batch([0, 1], ROWS), ["a", "b"])[0]
         [text] = generate_greedy(loaded, [ROWS[0].ids], max_new_tokens=5, stop=[2])
     return found, text.tokens
 

@@ -52,8 +52,6 @@ class Outcome:
     """True only when it ran to its end without an error."""
     reason: str
     output: str = ""
-    given: list[str] = field(default_factory=list)
-    """The protections in force."""
     lacking: list[str] = field(default_factory=list)
     """Protections that this machine cannot give; then nothing was run."""
     notes: list[str] = field(default_factory=list)
@@ -148,15 +146,15 @@ def _outcome(said: bytes, output: bytes, token: str, timed_out: bool, limits: Li
             told = json.loads(line)
             facts |= told if isinstance(told, dict) else {}
     text = output.decode("utf-8", "replace")
-    given, lacks, notes = facts.get("given", []), facts.get("lacking", []), facts.get("notes", [])
-    if "given" not in facts:
+    lacks, notes = facts.get("lacking", []), facts.get("notes", [])
+    if "lacking" not in facts:
         reason = "the sandbox could not be started: " + (text.strip().splitlines() or ["no message"])[-1]
         return Outcome(False, reason, text, lacking=["sandbox"])
     if lacks:
         reason = f"generated code is not run: this machine cannot give {', '.join(lacks)}"
-        return Outcome(False, reason, text, given, lacks, notes)
+        return Outcome(False, reason, text, lacks, notes)
     finished = facts.get("token") == token and not timed_out
-    return Outcome(finished, _reason(facts, finished, timed_out, limits), text, given, [], notes)
+    return Outcome(finished, _reason(facts, finished, timed_out, limits), text, [], notes)
 
 
 def _reason(facts: dict[str, Any], finished: bool, timed_out: bool, limits: Limits) -> str:

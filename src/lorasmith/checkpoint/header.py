@@ -81,7 +81,6 @@ class TensorFile:
     """Header and its length field end here."""
     tensors: Mapping[str, TensorInfo]
     """By name, in the order of their data."""
-    metadata: Mapping[str, str]
 
 
 def nbytes_of(dtype: str, shape: Iterable[int]) -> int:
@@ -113,13 +112,13 @@ def read_header(path: Path) -> TensorFile:
         handle.seek(8)
         text = handle.read(length)
     entries = _parse(text, path)
-    metadata = _metadata(entries.pop("__metadata__", {}), path)
+    _check_metadata(entries.pop("__metadata__", {}), path)
     infos = sorted(
         (_entry(name, entry, 8 + length, size, path) for name, entry in entries.items()),
         key=lambda info: (info.start, info.stop, info.name),
     )
     _check_cover(infos, 8 + length, size, path)
-    return TensorFile(path, size, 8 + length, {info.name: info for info in infos}, metadata)
+    return TensorFile(path, size, 8 + length, {info.name: info for info in infos})
 
 
 def build_header(
@@ -167,10 +166,9 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
     return header
 
 
-def _metadata(value: Any, path: Path) -> dict[str, str]:
+def _check_metadata(value: Any, path: Path) -> None:
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
         raise _damaged(path, "its __metadata__ is not an object of strings")
-    return value
 
 
 def _is_count(value: Any) -> bool:

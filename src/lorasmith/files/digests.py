@@ -13,7 +13,6 @@ from pathlib import Path
 from lorasmith.errors import InputError, os_errors
 from lorasmith.records.base import FileDigest
 
-_BLOCK = 4 << 20
 _SETTLED_SECONDS = 2.0
 """A file younger than this may be written again within one clock tick: it is never cached."""
 

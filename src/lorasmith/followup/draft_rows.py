@@ -162,7 +162,7 @@ def _encode(row: dict[str, Any], tokenizer: Any, around: Frame, where: str) -> D
         example = Example.model_validate(
             {"id": "row", "prompt": prompt, "response": response, "metadata": {"source": "responses"}}
         )
-        encoded = encode_example(example, tokenizer, around=around)
+        encoded = encode_example(example, tokenizer, around)
         ids, n_prompt = encoded.ids, encoded.n_prompt
     else:  # cut off: it does not end with the token that ends a turn
         before = prompt_tokens(tokenizer, prompt, around)

@@ -189,12 +189,3 @@ def limits(exact: torch.Tensor, target: Target, steps: int) -> tuple[torch.Tenso
         bits = torch.where(moved < 0, -moved - sign, moved).to(target.bits)
         found.append(bits.view(target.native).to(torch.float32))
     return found[0], found[1]
-
-
-def loss_of(rounded: torch.Tensor, exact: torch.Tensor, second_moment: torch.Tensor) -> float:
-    """tr((Q − W)·H·(Q − W)ᵀ) over tr(W·H·Wᵀ): the share of the output's energy that rounding loses."""
-    moments = second_moment.to(torch.float64)
-    difference = rounded.to(torch.float64) - exact
-    lost = float(((difference @ moments) * difference).sum())
-    whole = float(((exact @ moments) * exact).sum())
-    return lost / whole if whole else 0.0

@@ -85,7 +85,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {told}"
 
 
-def some_names(names: list[str], count: int = 3) -> str:
-    """The first few of many names."""
-    shown = ", ".join(names[:count])
-    return shown if len(names) <= count else f"{shown}, …"
+def some_names(names: list[str]) -> str:
+    """The first three of many names."""
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown}, …"

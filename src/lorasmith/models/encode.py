@@ -64,20 +64,17 @@ class EncodedSet:
 def encode_example(
     example: Example,
     tokenizer: Any,
+    around: Frame,
     *,
-    template: str = "auto",
-    end_of_turn: bool = True,
     max_length: int | None = None,
-    around: Frame | None = None,
     loss_on: str = "response",
 ) -> Encoded:
-    """Encode one example; `around` saves examining the tokenizer for each of many.
+    """Encode one example; `around` is what `frame` found in the tokenizer.
 
     A row longer than `max_length` loses the beginning of its prompt (all but BOS), so that the whole
     response is scored in its nearest context; a response that fills `max_length` alone keeps one prompt
     token and loses its end. Raises `DataError` for a response without tokens.
     """
-    around = around or frame(tokenizer, template, end_of_turn=end_of_turn)
     prompt = prompt_tokens(tokenizer, example.prompt, around)
     response = response_tokens(tokenizer, example.response, around)
     if not prompt or not response:
@@ -138,7 +135,7 @@ def encode_examples(
     around = frame(tokenizer, template, end_of_turn=end_of_turn)
     rows = []
     for example in examples:
-        row = encode_example(example, tokenizer, max_length=max_length, around=around, loss_on=loss_on)
+        row = encode_example(example, tokenizer, around, max_length=max_length, loss_on=loss_on)
         if row.truncated and strict:
             raise DataError(
                 f"the row has {len(row.ids) + row.truncated:,} tokens",

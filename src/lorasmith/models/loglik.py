@@ -67,18 +67,14 @@ def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return chosen - shifted.exp_().sum(-1).log()
 
 
-def score_batch(forward: TokenForward, batch: Batch, names: Sequence[str]) -> list[Floats]:
-    """Per row of the batch, the natural log-probability of each scored token.
-
-    Raises `CheckpointError` naming the row, and the first layer, where a result is not finite.
-    """
-    return score_states(forward, batch, names)[0]
-
-
 def score_states(
     forward: TokenForward, batch: Batch, names: Sequence[str]
 ) -> tuple[list[Floats], torch.Tensor]:
-    """As `score_batch`, with the [N, H] hidden states that the log-probabilities come from."""
+    """Per row of the batch, the natural log-probability of each scored token; and the [N, H] hidden states
+    that they come from.
+
+    Raises `CheckpointError` naming the row, and the first layer, where a result is not finite.
+    """
     batch = batch.to(forward.device)
     hidden = forward.hidden(batch)
     found = [

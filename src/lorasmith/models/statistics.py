@@ -19,6 +19,8 @@ Array = npt.NDArray[np.float64]
 
 DRAWS = 2000
 """Bootstrap draws: the ends of a 95 % interval then rest on 50 draws each side."""
+LEVEL = 0.95
+"""What share of the draws an interval holds."""
 
 _LARGEST_EXPONENT = 700.0
 """e^700 is the end of what a double holds; a mean loss beyond it says no more than the loss itself does."""
@@ -52,26 +54,24 @@ def group_fields(example: Example) -> dict[str, str]:
     return {name: str(getattr(example.metadata, name)) for name in _DIMENSIONS}
 
 
-def resamples(count: int, seed: int, draws: int = DRAWS) -> Iterator[Array]:
-    """How often each of `count` examples is drawn, [≤ draws, count] at a time, in blocks of about 32 MB."""
+def resamples(count: int, seed: int) -> Iterator[Array]:
+    """How often each of `count` examples is drawn, [≤ DRAWS, count] at a time, in blocks of about 32 MB."""
     generator = np.random.default_rng(seed)
-    block = max(1, min(draws, 4_000_000 // count))
+    block = max(1, min(DRAWS, 4_000_000 // count))
     done = 0
-    while done < draws:
-        size = min(block, draws - done)
+    while done < DRAWS:
+        size = min(block, DRAWS - done)
         yield generator.multinomial(count, np.full(count, 1.0 / count), size=size).astype(np.float64)
         done += size
 
 
-def bootstrap(
-    statistic: Callable[[Array], Array], count: int, seed: int, *, level: float = 0.95
-) -> Interval | None:
+def bootstrap(statistic: Callable[[Array], Array], count: int, seed: int) -> Interval | None:
     """Percentile interval of `statistic`, mapping draw counts [D, count] to [D]; None below two examples."""
     if count < 2:
         return None
     values = np.concatenate([statistic(block) for block in resamples(count, seed)])
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(low=float(low), high=float(high), level=level)
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(low=float(low), high=float(high), level=LEVEL)
 
 
 def mean_interval(sums: Array, counts: Array, seed: int) -> Interval | None:

@@ -17,6 +17,9 @@ _CHARACTERS_PER_TOKEN = 3.5
 _TEMPLATE_TOKENS = 20
 """What a chat template adds to a row: role markers and a short system message (SmolLM2: 22, Qwen2.5: 24)."""
 
+_FLOOR_ROWS = 16
+"""So many rows does the adapter run again: for the noise floor, and in the serving type."""
+
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -47,7 +50,7 @@ class WorkSize:
     squares: int
     """Σ length², which attention grows with."""
     floor_tokens: int
-    """Tokens of the 16 rows that the adapter runs again: for the noise floor, and in the serving type."""
+    """Tokens of the rows that the adapter runs again: for the noise floor, and in the serving type."""
     counted: bool
     """False where the tokens are guessed from the characters."""
 
@@ -84,18 +87,18 @@ def _whole(config: Mapping[str, Any], *names: str) -> int | None:
     return next((value for value in found if isinstance(value, int) and value > 0), None)
 
 
-def work_size(examples: list[Example], base: Path, floor_rows: int = 16) -> WorkSize:
+def work_size(examples: list[Example], base: Path) -> WorkSize:
     """Counted with the base's tokenizer where it has a tokenizer.json, else guessed from the characters."""
     pairs, counted = row_lengths(examples, base)
     totals = sorted(prompt + response for prompt, response in pairs)
-    step = max(1, len(totals) // floor_rows)
+    step = max(1, len(totals) // _FLOOR_ROWS)
     return WorkSize(
         rows=len(totals),
         tokens=sum(totals),
         scored=sum(response + 1 for _, response in pairs),
         longest=totals[-1] if totals else 0,
         squares=sum(length * length for length in totals),
-        floor_tokens=sum(totals[::step][:floor_rows]),
+        floor_tokens=sum(totals[::step][:_FLOOR_ROWS]),
         counted=counted,
     )
 

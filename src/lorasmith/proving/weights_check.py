@@ -38,14 +38,12 @@ class Checked:
     tally: Tally
 
 
-def check(
-    pairs: Iterable[tuple[Expected, Stored]], *, threads: int | None = None, advance: Advance | None = None
-) -> Iterator[Checked]:
+def check(pairs: Iterable[tuple[Expected, Stored]], *, advance: Advance | None = None) -> Iterator[Checked]:
     """Compare stored tensors of the right shape with what is expected, in the order given.
 
     `advance` is told the bytes of the merge that have just been checked.
     """
-    workers = threads or min(8, os.cpu_count() or 1)
+    workers = min(8, os.cpu_count() or 1)
     # A file may have been written anew since the last proof in this process.
     whole.cache_clear()
     with (

@@ -65,4 +65,3 @@ class CostRecord(Record):
     """US dollars that may be spent: as given, else as the runs were given."""
     within_budget: bool | None
     """None without a budget or without a total."""
-    currency: str = "USD"

@@ -22,10 +22,6 @@ class Caps:
     grace: float = 1800.0
     """Seconds without a job and without anybody here, after which the machine destroys itself."""
 
-    def hours_at(self, price: float) -> float:
-        """Hours until the first of the caps is reached, where there is no traffic."""
-        return min(self.hours, self.cost / price)
-
     def require(self, offer: Offer) -> None:
         """Raise `UsageError` for an offer over the caps."""
         if not 0 < offer.price_per_hour <= self.price:

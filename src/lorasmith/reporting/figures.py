@@ -105,8 +105,8 @@ class Axis:
         return round(100 * min(1.0, max(0.0, share)), 3)
 
 
-def linear_axis(values: list[float], *, include: float | None = None, most: int = 6) -> Axis:
-    """An axis that covers the values, with at most `most` ticks at 1, 2, 2.5 or 5 times a power of ten."""
+def linear_axis(values: list[float], *, include: float | None = None) -> Axis:
+    """An axis that covers the values, with at most six ticks at 1, 2, 2.5 or 5 times a power of ten."""
     points = values + ([] if include is None else [include])
     low, high = min(points), max(points)
     if high - low < 1e-12:
@@ -114,7 +114,7 @@ def linear_axis(values: list[float], *, include: float | None = None, most: int 
         low, high = low - spread, high + spread
     margin = 0.03 * (high - low)
     low, high = low - margin, high + margin
-    rough = (high - low) / most
+    rough = (high - low) / 6
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= rough * 0.999)
     first = math.ceil(low / step)

@@ -67,11 +67,6 @@ def check(
     return record
 
 
-def not_checked(reason: str) -> ContaminationRecord:
-    """The record of a check that was not made: it is never silently absent."""
-    return ContaminationRecord(verdict="not checked", reason=reason)
-
-
 def _reason(affected: set[str], examples: Sequence[Example]) -> str:
     return f"{len(affected)} of {len(examples)} test rows stand in the training data"
 
