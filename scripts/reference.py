@@ -8,12 +8,15 @@ import sys
 from collections.abc import Callable
 from inspect import cleandoc, signature
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin
 
 from typer.models import OptionInfo
 
 from lorasmith.cli import COMMANDS, GROUPS
+from lorasmith.cli.flags import flag_text, help_line, hints_of, shown_default, taken
 from lorasmith.errors import ExitCode
+from lorasmith.options import PANELS, Options
+from lorasmith.options.base import flag_of, panel_of
 
 TARGET = Path(__file__).parent.parent / "docs" / "reference" / "cli.md"
 
@@ -36,13 +39,36 @@ def option_row(name: str, hint: Any, default: Any) -> str:
     return f"| `{flag}` | {shown} | {info.help or ''} |"
 
 
+def field_row(model: type[Options], name: str, *, whole: bool) -> str:
+    """One line of a command's table, for a flag that is made from a field."""
+    required = whole and model.model_fields[name].is_required()
+    default = shown_default(model, name)
+    shown = "required" if required else default if flag_of(model, name).default else f"`{default}`"
+    return f"| `{flag_text(model, name)}` | {shown if shown != '``' else ''} | {help_line(model, name)} |"
+
+
+def command_rows(function: Callable[..., Any]) -> list[str]:
+    """The lines of a command's table, those of one group of the help together."""
+    hints, models = hints_of(function), taken(function)
+    groups: dict[str, dict[str, str]] = {}
+    for name, parameter in signature(function).parameters.items():
+        if name not in models:
+            default = ... if parameter.default is parameter.empty else parameter.default
+            panel = (
+                getattr(get_args(hints[name])[1], "rich_help_panel", None) if get_args(hints[name]) else None
+            )
+            groups.setdefault(panel or PANELS[0], {})[name] = option_row(name, hints[name], default)
+            continue
+        one = models[name]
+        for field in one.names:
+            rows = groups.setdefault(panel_of(one.model, field), {})
+            rows.setdefault(field, field_row(one.model, field, whole=one.whole))
+    return [row for panel in PANELS if panel in groups for row in groups[panel].values()]
+
+
 def command_text(path: str, function: Callable[..., Any]) -> str:
     """A section: the docstring and a table of options."""
-    hints = get_type_hints(function, include_extras=True)
-    rows = [
-        option_row(name, hints[name], ... if parameter.default is parameter.empty else parameter.default)
-        for name, parameter in signature(function).parameters.items()
-    ]
+    rows = command_rows(function)
     about = re.sub(r"^Example: (.*)$", r"Example: \1", cleandoc(function.__doc__ or ""), flags=re.M)
     table = "\n".join(["| option | default | meaning |", "|---|---|---|", *rows])
     return f"## lorasmith {path}\n\n{about}\n\n{table}\n"

@@ -17,7 +17,7 @@ SOURCE = Path(lorasmith.__file__).parent
 
 LAYERS: list[set[str]] = [
     {"errors", "progress"},
-    {"records"},
+    {"options", "records"},
     {"files"},
     {"checkpoint"},
     {"adapters", "benchmarks"},

@@ -23,7 +23,7 @@ COMMANDS = {
         (["--workers", "2"], "--workers without a cluster"),
         (["--worker-gpus", "1"], "--worker-gpus without a cluster"),
         (["--ray-address", "auto"], "--ray-address without a cluster"),
-        (["--executor", "spark"], "there is no executor 'spark'"),
+        (["--executor", "spark"], "--executor is 'spark'"),
         (["--executor", "ray", "--worker-threads", "0"], "--worker-threads is 0"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import lorasmith
-from lorasmith.errors import CheckpointError, DataError, MemoryLimitError, RemoteError, UsageError
+from lorasmith.errors import CheckpointError, DataError, MemoryLimitError, RemoteError
 from lorasmith.executors.base import Local, Recipe, make_executor
 from lorasmith.executors.local import work_through
 from lorasmith.executors.log import ChunkLog
@@ -24,6 +24,7 @@ from lorasmith.executors.ray import Cluster, join
 from lorasmith.files.journal import Journal
 from lorasmith.models.replica import Replica
 from lorasmith.models.session import ScoringOptions, prepare
+from lorasmith.options import ClusterOptions
 from lorasmith.records.conditions import ChunkRecord
 from tests.executors.nodes import add_node
 from tests.executors.squares import Squares
@@ -250,20 +251,9 @@ def test_a_validation_that_began_under_other_conditions_says_so(
 
 
 def test_executors_by_name() -> None:
-    assert isinstance(make_executor("ray", address="auto", workers=3), Cluster)
-    assert make_executor("local").places(Recipe("", {})) == 1
-    with pytest.raises(UsageError, match="no executor"):
-        make_executor("spark")
-    strange: list[dict[str, Any]] = [{"workers": 3}, {"threads": 1}, {"gpus": 1.0}, {"address": "auto"}]
-    for given in strange:
-        with pytest.raises(UsageError, match="without a cluster"):
-            make_executor("local", **given)
-    wrong: list[dict[str, Any]] = [{"workers": 0}, {"threads": 0}, {"gpus": -1.0}]
-    for given in wrong:
-        with pytest.raises(UsageError, match="or more"):
-            make_executor("ray", **given)
-    with pytest.raises(UsageError, match=r"--worker-gpus is 1\.5"):
-        make_executor("ray", gpus=1.5)
+    cluster = ClusterOptions(executor="ray", ray_address="auto", workers=3)
+    assert isinstance(make_executor(cluster), Cluster)
+    assert make_executor(ClusterOptions()).places(Recipe("", {})) == 1
     assert np.isfinite(Cluster().start_seconds)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import typer
 
+from lorasmith.cli import GROUPS
+from lorasmith.cli.flags import find_command
 from lorasmith.cli.main import app
 from lorasmith.cli.remote_command import read_command
 from lorasmith.cli.remote_offer import needs
@@ -41,11 +43,8 @@ def test_a_command_of_the_guide_can_be_typed(
     monkeypatch.chdir(tmp_path)
     words = shlex.split(line)[1:]
     own, _, there = " ".join(words).partition(" -- ")
-    command = typer.main.get_command(app)
-    count = 0
-    while hasattr(command, "commands"):
-        command = command.commands[words[count]]
-        count += 1
+    count = 2 if words[0] in {name for name, *_ in GROUPS} else 1
+    command = find_command(typer.main.get_command(app), words[:count])
     found = command.make_context(" ".join(words[:count]), words[count:])  # raises for what is no option
     if words[:2] in (["remote", "run"], ["remote", "offers"]):
         assert there, own

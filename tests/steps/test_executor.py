@@ -33,7 +33,7 @@ def test_a_run_on_a_cluster_packs_the_same_bytes(
 ) -> None:
     lorasmith.run(**inputs, output=tmp_path / "here")
     executor = Nearby()
-    monkeypatch.setattr(steps, "make_executor", lambda name, **options: executor)
+    monkeypatch.setattr(steps, "make_executor", lambda options: executor)
     lorasmith.run(**inputs, output=tmp_path / "there", executor="ray", workers=2)
     # Validation of three models and the merge; the comparison finds the states that validation kept.
     assert executor.opened == ["open_scoring", "open_scoring", "open_merging", "open_scoring"]

@@ -40,15 +40,9 @@ def with_executor(command: Callable[..., R]) -> Callable[..., R]:
     @functools.wraps(command)
     def called(**values: Any) -> R:
         from lorasmith.executors.base import make_executor
+        from lorasmith.options import ClusterOptions
 
-        asked = {option: values.pop(option) for option in _OPTIONS}
-        executor = make_executor(
-            asked["executor"],
-            address=asked["ray_address"],
-            workers=asked["workers"],
-            threads=asked["worker_threads"],
-            gpus=asked["worker_gpus"],
-        )
+        executor = make_executor(ClusterOptions.make({option: values.pop(option) for option in _OPTIONS}))
         return command(**values, executor=executor)
 
     shown = inspect.Signature(parameters, return_annotation=None)

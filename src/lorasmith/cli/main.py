@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 import lorasmith
 from lorasmith.cli import COMMANDS, GROUPS
+from lorasmith.cli.flags import CommandGroup, add_command
 from lorasmith.errors import ExitCode, LorasmithError
 
 app = typer.Typer(
     name="lorasmith",
+    cls=CommandGroup,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # plain help costs two thirds of the time of a framed one
@@ -41,20 +42,12 @@ def _root(
     """Options before the subcommand."""
 
 
-def _add(to: typer.Typer, name: str, function: Callable[..., Any]) -> None:
-    """A subcommand whose line in the overview is the first paragraph of its docstring, uncut."""
-    summary = " ".join((function.__doc__ or "").split("\n\n")[0].split())
-    # One that can do with nothing but options would otherwise show its help instead of doing its work.
-    bare = getattr(function, "works_without_arguments", False)
-    to.command(name, no_args_is_help=not bare, short_help=summary)(function)
-
-
 for _name, _function in COMMANDS:
-    _add(app, _name, _function)
+    add_command(app, _name, _function)
 for _name, _help, _commands in GROUPS:
-    _group = typer.Typer(help=_help, no_args_is_help=True, rich_markup_mode=None)
+    _group = typer.Typer(cls=CommandGroup, help=_help, no_args_is_help=True, rich_markup_mode=None)
     for _inner, _function in _commands:
-        _add(_group, _inner, _function)
+        add_command(_group, _inner, _function)
     app.add_typer(_group, name=_name)
 
 

@@ -18,7 +18,10 @@ Merged = Annotated[Path, typer.Option("--merged", help="Folder of the merged mod
 TestSet = Annotated[
     Path, typer.Option("--test-set", help="JSONL with prompt, response and metadata.", metavar="FILE")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the record as JSON instead of tables.")]
+AsJson = Annotated[
+    bool,
+    typer.Option("--json", help="Print the record as JSON instead of tables.", rich_help_panel="Display"),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 DeviceMap = Annotated[
     str | None, typer.Option(help="auto: spread a model too large for one GPU over all, memory and disk.")

@@ -72,9 +72,13 @@ def read_command(tokens: Sequence[str]) -> RemoteCommand:
 
     Raises `UsageError` for a command that cannot run elsewhere; wrong options end as they would locally.
     """
-    name, function, rest = _find(tokens)
+    from lorasmith.cli.flags import arguments, expanded
+
+    name, command, rest = _find(tokens)
+    function = expanded(command)
     found = RemoteCommand(name=name)
     values = _parse(name, rest)
+    arguments(command, values)  # a wrong value is told here
     if name == "run" and values.get("config"):
         values = _with_config(values, found)
     found.values = values
@@ -137,11 +141,10 @@ def _parse(name: str, rest: list[str]) -> dict[str, Any]:
     """The values as the command itself would get them."""
     import typer
 
+    from lorasmith.cli.flags import find_command
     from lorasmith.cli.main import app
 
-    command: Any = typer.main.get_command(app)
-    for word in name.split():
-        command = command.commands[word]
+    command = find_command(typer.main.get_command(app), name.split())
     return dict(command.make_context(f"lorasmith {name}", list(rest)).params)
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
-from lorasmith.errors import UsageError
 from lorasmith.executors.chunks import Work
 from lorasmith.executors.local import work_through
 from lorasmith.executors.log import ChunkLog
 from lorasmith.files.journal import Journal, Rows
+from lorasmith.options import ClusterOptions
 
 R = TypeVar("R")
 
@@ -80,28 +80,10 @@ class Local:
         """Nothing is held."""
 
 
-def make_executor(
-    name: str,
-    *,
-    address: str | None = None,
-    workers: int | None = None,
-    threads: int | None = None,
-    gpus: float | None = None,
-) -> Executor:
-    """The executor of this name; raises `UsageError` for another name, and for options that are not its."""
-    if name not in ("local", "ray"):
-        raise UsageError(f"there is no executor {name!r}", expected="local or ray")
-    numbers = (("--workers", workers, 1), ("--worker-threads", threads, 1), ("--worker-gpus", gpus, 0))
-    if name == "local":
-        for flag, given in (("--ray-address", address), *(number[:2] for number in numbers)):
-            if given is not None:
-                raise UsageError(f"{flag} without a cluster", expected="--executor ray")
+def make_executor(options: ClusterOptions) -> Executor:
+    """The executor that is asked for."""
+    if options.executor == "local":
         return Local()
-    for flag, value, least in numbers:
-        if value is not None and value < least:
-            raise UsageError(f"{flag} is {value}", expected=f"{least} or more")
-    if gpus is not None and gpus > 1 and gpus != int(gpus):
-        raise UsageError(f"--worker-gpus is {gpus:g}", expected="a part of one GPU, or whole ones")
     from lorasmith.executors.ray import Cluster
 
-    return Cluster(address, workers, threads, gpus)
+    return Cluster(options.ray_address, options.workers, options.worker_threads, options.worker_gpus)

@@ -10,6 +10,7 @@ from typing import Any
 
 from lorasmith.config import RunConfig
 from lorasmith.executors.base import Executor, make_executor
+from lorasmith.options import ClusterOptions
 from lorasmith.progress import Progress
 from lorasmith.records.base import Record
 from lorasmith.stages import Stage
@@ -67,13 +68,8 @@ class RunContext:
     def executor(self) -> Executor:
         """Where models run over rows and shards are merged."""
         config = self.config
-        return make_executor(
-            config.executor,
-            address=config.ray_address,
-            workers=config.workers,
-            threads=config.worker_threads,
-            gpus=config.worker_gpus,
-        )
+        names = ClusterOptions.model_fields
+        return make_executor(ClusterOptions.make({name: getattr(config, name) for name in names}))
 
     @property
     def folder(self) -> Path:

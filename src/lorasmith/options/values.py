@@ -1,0 +1,41 @@
+"""Kinds of values that several options have."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+_SHORT_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def _long_type(value: Any) -> Any:
+    return _SHORT_TYPES.get(value, value) if isinstance(value, str) else value
+
+
+def _or_auto(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
+def _several(value: Any) -> Any:
+    """One value stands for a list of one."""
+    return value if isinstance(value, list | tuple) else () if value is None else (value,)
+
+
+def _split(value: Any) -> Any:
+    """`2,4,6` is a list of three."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+LongType = BeforeValidator(_long_type)
+"""Takes bf16, fp16 and fp32 for bfloat16, float16 and float32."""
+OrAuto = BeforeValidator(_or_auto)
+"""Takes `auto` for no number."""
+OneOrSeveral = BeforeValidator(_several)
+WithCommas = BeforeValidator(_split)
+
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], LongType]
+Template = Literal["auto", "chat", "plain"]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Dollars = Annotated[float, Field(ge=0)]
