@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from lorasmith.followup.respond import RespondOptions, respond
 from lorasmith.followup.respond_rows import find_messages, read_prompts
 from tests.followup.responding import COUNT, SHORT, Scripted, plain, read, scripted, write
 from tests.tiny import load_model, tiny_rows
+from tests.typed import Typed
 
 
 def test_responses_are_those_of_generate_in_the_rows_order_without_prompt_tails(
@@ -130,12 +128,11 @@ def test_the_shapes_of_training_files_are_read(row: dict[str, Any], expected: li
     assert ([(m["role"], m["content"]) for m in messages], fault) == (expected, "")
 
 
-def test_the_command_as_typed(answering: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lorasmith.cli.main", "respond", "--model", str(answering / "base")]
+def test_the_command_as_typed(answering: Path, tmp_path: Path, here: Typed) -> None:
+    command = ["respond", "--model", str(answering / "base")]
     command += ["--data", str(answering / "data.jsonl"), "--output", str(tmp_path / "r.jsonl")]
     command += ["--max-new-tokens", "5", "--price-per-hour", "2.5"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    done = here(*command)
     assert done.returncode == 0, done.stderr
     assert f"Responses: {COUNT}" in done.stdout
     assert "rows/s" in done.stderr and "cost" in done.stderr

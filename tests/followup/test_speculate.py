@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,6 +30,7 @@ from lorasmith.models.arithmetic import choose_route, use_route
 from lorasmith.models.load import LoadedModel
 from lorasmith.records.followup import SpeculationRecord, SpeculationSpeed
 from tests.tiny import save_base, tiny_model, tiny_rows, tiny_tokenizer
+from tests.typed import Typed
 
 CPU = torch.device("cpu")
 PROMPT = list(range(20, 40))
@@ -237,11 +236,10 @@ def test_wrong_input_is_refused(place: Path, tmp_path: Path) -> None:
         speculate(place / "target", place / "prompts.jsonl", options=SpeculateOptions(max_new_tokens=250))
 
 
-def test_the_command_as_typed(place: Path) -> None:
-    command = [sys.executable, "-m", "lorasmith.cli.main", "speculate", "--target", str(place / "target")]
-    command += ["--draft", str(place / "draft"), "--prompts", str(place / "prompts.jsonl")]
-    command += ["--draft-tokens", "3", "--max-new-tokens", "6"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+def test_the_command_as_typed(place: Path, here: Typed) -> None:
+    command: list[object] = ["speculate", "--target", place / "target", "--draft", place / "draft"]
+    command += ["--prompts", place / "prompts.jsonl", "--draft-tokens", "3", "--max-new-tokens", "6"]
+    done = here(*command)
     assert done.returncode == 0, done.stderr
     assert "Recommendation: " in done.stdout
     assert "α by source" in done.stdout
