@@ -26,16 +26,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import ray
 
 import lorasmith
-from lorasmith.executors.base import Recipe
-from lorasmith.executors.chunks import Undivided
+from lorasmith.executors.base import Unsplittable, WorkSpec
 from lorasmith.executors.ray import Cluster
-from lorasmith.records.conditions import Conditions
+from lorasmith.records.scoring import Conditions
 
 WORKERS = (1, 2, 4)
 THOUSAND = 1000
 
 
-class Nothing(Undivided):
+class Nothing(Unsplittable):
     """Work that takes no time: what is left is the handing out."""
 
     def run(self, rows: tuple[int, ...]) -> bytes:
@@ -95,7 +94,7 @@ def write_rows(path: Path, count: int) -> None:
 
 def hand_out(workers: int, chunks: int) -> tuple[float, float]:
     """Seconds to start the workers, and seconds for each chunk of no work at all."""
-    recipe = Recipe("benches.cluster:open_nothing", {})
+    recipe = WorkSpec("benches.cluster:open_nothing", {})
     began = time.perf_counter()
     first = None
     for _ in Cluster(threads=1, workers=workers).work_through(

@@ -16,10 +16,9 @@ from itertools import islice
 from pathlib import Path
 
 from lorasmith.files.jsonl import read_examples, read_rows
-from lorasmith.files.machine import human_bytes, peak_memory, reset_peak_memory
+from lorasmith.machine.resources import human_bytes, peak_memory, reset_peak_memory
 from lorasmith.testset.check import check
-from lorasmith.testset.normalise import words
-from lorasmith.testset.similarity import shingles
+from lorasmith.testset.overlap import shingles, words
 
 PLANTED_EVERY = 1000
 

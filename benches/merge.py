@@ -149,14 +149,14 @@ CHILD = """
 import json, sys, time
 from pathlib import Path
 import torch
-from lorasmith.files.machine import peak_memory
+from lorasmith.machine.resources import peak_memory
 idle = peak_memory()
 {body}
 print(json.dumps({{"seconds": seconds, "memory": peak_memory() - idle}}))
 """
 
 LORASMITH = """
-from lorasmith.merging.execute import merge
+from lorasmith.merging.merge import merge
 begin = time.monotonic()
 record = merge(Path({base!r}), Path({adapter!r}), Path({out!r}))
 seconds = time.monotonic() - begin
@@ -164,7 +164,7 @@ print("direct I/O:", record.direct_io, file=sys.stderr)
 """
 
 PROVE = """
-from lorasmith.proving.weights import prove
+from lorasmith.proving.weights.prove import prove
 begin = time.monotonic()
 record = prove(Path({base!r}), Path({adapter!r}), Path({out!r}))
 seconds = time.monotonic() - begin

@@ -27,10 +27,10 @@ from typing import Any
 
 import numpy as np
 
+from lorasmith.packaging.archive import Member
 from lorasmith.packaging.compress import COMPRESSIONS
-from lorasmith.packaging.opened import Package, read_members
 from lorasmith.packaging.pack import write_archive
-from lorasmith.packaging.tarstream import Member
+from lorasmith.packaging.verify import Package, read_members
 from lorasmith.records.base import FileDigest
 from lorasmith.records.release import PackageManifest
 

@@ -71,11 +71,10 @@ def child(arguments: argparse.Namespace) -> None:
     """Answer the rows in one way; print tokens and seconds as JSON."""
     import torch
 
-    from lorasmith.followup.respond_rows import read_prompts
-    from lorasmith.models.generate import stop_tokens
+    from lorasmith.followup.responses.rows import read_prompts
+    from lorasmith.models.generation.generate import stop_tokens
     from lorasmith.models.load import load_model
-    from lorasmith.models.template import frame
-    from lorasmith.models.turns import conversation_tokens
+    from lorasmith.models.text import conversation_tokens, frame
 
     torch.set_num_threads(arguments.threads)
     loaded = load_model(arguments.model)
@@ -124,13 +123,13 @@ def by_lorasmith(
     """The product's own path, its arithmetic included, in its own order."""
     import torch
 
-    from lorasmith.followup.respond_engines import generation_route
-    from lorasmith.models.arithmetic import use_route
-    from lorasmith.models.continuous import generate_continuously
-    from lorasmith.models.requests import Limits, Request
+    from lorasmith.followup.responses.engines import generation_route
+    from lorasmith.models.device import use_route
+    from lorasmith.models.generation.continuous import generate_continuously
+    from lorasmith.models.generation.decoding import GenerationLimits, Request
 
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    limits = Limits(arguments.max_new_tokens, frozenset(stop))
+    limits = GenerationLimits(arguments.max_new_tokens, frozenset(stop))
     found: dict[int, list[int]] = {}
     with use_route(generation_route("float32", torch.device("cpu"))):
         requests = (Request(index, prompts[index]) for index in order)

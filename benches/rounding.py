@@ -39,8 +39,8 @@ CHILD = """
 import json, sys, time
 from pathlib import Path
 import torch
-from lorasmith.files.machine import peak_memory
-from lorasmith.merging.execute import merge
+from lorasmith.machine.resources import peak_memory
+from lorasmith.merging.merge import merge
 idle = peak_memory()
 begin = time.monotonic()
 merge(*{folders!r}, rounding={mode!r}, calibration={rows!r}, template="plain")

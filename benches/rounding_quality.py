@@ -18,7 +18,7 @@ from lorasmith.errors import InputError
 from lorasmith.files.atomic import read_record, write_record
 from lorasmith.files.digests import digest_folder, sha256_file
 from lorasmith.files.jsonl import read_examples, write_examples
-from lorasmith.merging.execute import REVISION
+from lorasmith.merging.merge import REVISION
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.proof import BehaviourProof, TokenComparison
 

@@ -75,12 +75,12 @@ def by_lorasmith(arguments: argparse.Namespace, requests: list[list[Any]]) -> di
     """The product's own path, from token ids to log-probabilities."""
     import torch
 
-    from lorasmith.models.arithmetic import choose_route
     from lorasmith.models.batches import BATCH_TOKENS
-    from lorasmith.models.encode import Encoded
+    from lorasmith.models.device import choose_route
     from lorasmith.models.layout import choose_layout, lay_out, plan_rows
     from lorasmith.models.load import load_model
-    from lorasmith.models.loglik import open_forward, row_loss, score_states
+    from lorasmith.models.scoring import open_forward, row_loss, score_states
+    from lorasmith.models.text import Encoded
 
     route = choose_route(arguments.arithmetic, torch.device("cpu"))
     loaded = load_model(arguments.model)
@@ -137,7 +137,7 @@ def gemm_rate(arguments: argparse.Namespace, requests: list[list[Any]]) -> dict[
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lorasmith.models.arithmetic import float32_routes, use_route
+    from lorasmith.models.device import float32_routes, use_route
 
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     head = model.get_output_embeddings().weight
@@ -190,8 +190,8 @@ def run(way: str, arguments: argparse.Namespace, requests: list[list[Any]]) -> d
 def encode(arguments: argparse.Namespace) -> list[list[Any]]:
     """Token ids and prompt length of each row."""
     from lorasmith.files.jsonl import read_examples
-    from lorasmith.models.encode import encode_examples
     from lorasmith.models.load import load_tokenizer
+    from lorasmith.models.text import encode_examples
 
     examples = read_examples(arguments.test_set)
     random.Random(0).shuffle(examples)  # the sources mixed, so that the naive loop meets mixed batches
@@ -226,7 +226,7 @@ def line(
 
 def growth(arguments: argparse.Namespace) -> None:
     """Score more and more rows and print a line each."""
-    from lorasmith.files.machine import human_bytes
+    from lorasmith.machine.resources import human_bytes
 
     requests = encode(arguments)
     for count in arguments.growth:
@@ -242,7 +242,7 @@ def growth(arguments: argparse.Namespace) -> None:
 
 def parent(arguments: argparse.Namespace) -> None:
     """Run every way and print the table."""
-    from lorasmith.files.machine import human_bytes
+    from lorasmith.machine.resources import human_bytes
 
     requests = encode(arguments)
     tokens = sum(len(ids) for ids, _ in requests)

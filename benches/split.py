@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lorasmith.files.machine import human_bytes, peak_memory, require_disk, reset_peak_memory
+from lorasmith.machine.resources import human_bytes, peak_memory, require_disk, reset_peak_memory
 from lorasmith.testset.split import split
 
 _ROW_BYTES = 200

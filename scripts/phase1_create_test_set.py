@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lorasmith.cli.main import run
 from lorasmith.files.atomic import write_record
-from lorasmith.testset.statistics import describe
+from lorasmith.testset.rows import describe
 
 KEPT = (
     "note: this differs from the guide: the training file keeps all its rows, the test set's among them. "

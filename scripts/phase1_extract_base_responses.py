@@ -39,8 +39,9 @@ def main() -> int:
 def extract(asked: argparse.Namespace) -> int:
     """Answer the rows and print how they ended."""
     from lorasmith.cli.console import console
-    from lorasmith.cli.respond import TerminalRespond, show_responses
-    from lorasmith.followup.respond import RespondOptions, respond
+    from lorasmith.cli.respond import TerminalRespond
+    from lorasmith.cli.views.followup import show_responses
+    from lorasmith.followup.responses.respond import RespondOptions, respond
 
     options = RespondOptions(
         engine=asked.engine,

@@ -36,22 +36,22 @@ def main() -> int:
 def merge_adapter(asked: argparse.Namespace) -> int:
     """Merge, and prove the result if that is asked for."""
     import lorasmith
-    from lorasmith.cli import proof_views
     from lorasmith.cli.console import bar, console
-    from lorasmith.files.hub import base_of, local_model
+    from lorasmith.cli.views import proofs
+    from lorasmith.hub.models import base_of, local_model
 
     adapter, output = asked.lora_path, asked.output_path
     named = asked.base_model or base_of(adapter, flag="--base_model")
     base = local_model(named, [adapter], progress=bar)
     print(f"Merging LoRA adapter into base model {named} ...")
     options = {"precision": asked.precision, "rounding": asked.rounding}
-    proof_views.show_merge(lorasmith.merge(base, adapter, output, progress=bar, **options), console())
+    proofs.show_merge(lorasmith.merge(base, adapter, output, progress=bar, **options), console())
     print(f"✓ Merge complete: {output}")
     if not asked.verify:
         return ExitCode.OK
     record = output.with_name(f"{output.name}_weights_proof.json")
     proof = lorasmith.prove(base, adapter, output, output=record, progress=bar)
-    proof_views.show_weights(proof, console())
+    proofs.show_weights(proof, console())
     if proof.grade == "different":
         print("✗ Verification failed: these are not the weights of this merge")
         return ExitCode.ANSWER_IS_NO

@@ -47,7 +47,7 @@ def validate_models(asked: argparse.Namespace) -> int:
     """Validate the adapter, and the merged model unless it is to be skipped."""
     import lorasmith
     from lorasmith.cli.console import bar
-    from lorasmith.files.hub import base_of, local_model
+    from lorasmith.hub.models import base_of, local_model
 
     adapter, output = asked.model_path, asked.output_dir
     named = asked.base_path or base_of(adapter, flag="--base_path")

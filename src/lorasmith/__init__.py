@@ -9,30 +9,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorasmith.compression import compress as compress
-    from lorasmith.followup.draft import train_draft as train_draft
-    from lorasmith.followup.respond import respond as respond
-    from lorasmith.followup.speculate import speculate as speculate
-    from lorasmith.merging.execute import merge as merge
-    from lorasmith.pipeline import run as run
-    from lorasmith.proving.behaviour import compare as compare
-    from lorasmith.proving.weights import prove as prove
+    from lorasmith.followup.drafts.draft import train_draft as train_draft
+    from lorasmith.followup.responses.respond import respond as respond
+    from lorasmith.followup.speculation.speculate import speculate as speculate
+    from lorasmith.merging.merge import merge as merge
+    from lorasmith.proving.behaviour.compare import compare as compare
+    from lorasmith.proving.weights.prove import prove as prove
+    from lorasmith.runs.compression import compress as compress
+    from lorasmith.runs.pipeline import run as run
     from lorasmith.scoring.validate import validate as validate
     from lorasmith.training.train import train as train
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "merge": "lorasmith.merging.execute",
+    "merge": "lorasmith.merging.merge",
     "validate": "lorasmith.scoring.validate",
-    "prove": "lorasmith.proving.weights",
-    "compare": "lorasmith.proving.behaviour",
-    "run": "lorasmith.pipeline",
+    "prove": "lorasmith.proving.weights.prove",
+    "compare": "lorasmith.proving.behaviour.compare",
+    "run": "lorasmith.runs.pipeline",
     "train": "lorasmith.training.train",
-    "respond": "lorasmith.followup.respond",
-    "speculate": "lorasmith.followup.speculate",
-    "train_draft": "lorasmith.followup.draft",
-    "compress": "lorasmith.compression",
+    "respond": "lorasmith.followup.responses.respond",
+    "speculate": "lorasmith.followup.speculation.speculate",
+    "train_draft": "lorasmith.followup.drafts.draft",
+    "compress": "lorasmith.runs.compression",
 }
 
 __all__ = [

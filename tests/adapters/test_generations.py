@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorasmith.merging.execute import merge
+from lorasmith.merging.merge import merge
 from tests.adapters.test_variants import compare, logits
 from tests.tiny import load_model, save_adapter, save_base
 

@@ -16,8 +16,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from lorasmith.adapters.registry import VARIANTS
-from lorasmith.merging.execute import merge
-from lorasmith.proving.weights import prove
+from lorasmith.merging.merge import merge
+from lorasmith.proving.weights.prove import prove
 from tests.adapters.cases import CASES, Case
 from tests.tiny import load_model, save_adapter, save_base
 

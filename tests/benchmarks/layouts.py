@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.benchmarks.base import Benchmark, SourceRow
-from lorasmith.benchmarks.tables import read_table
+from lorasmith.benchmarks.discover import read_table
 
 CASES = Path(__file__).parents[1] / "cases" / "benchmarks"
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from lorasmith.benchmarks import sandbox
 from lorasmith.benchmarks.base import Benchmark, Item, RowError, SourceRow, Unscored
 from lorasmith.benchmarks.registry import BENCHMARKS, by_name, choose
+from lorasmith.benchmarks.sandbox import run
 from lorasmith.errors import UsageError
 from lorasmith.records.dataset import Example, Metadata
-from lorasmith.records.redaction import is_redacted
+from lorasmith.records.release import is_redacted
 from tests.benchmarks.layouts import case_file, layout, rows_of
 
 LAYOUTS = [
@@ -39,8 +39,8 @@ def example(benchmark: Benchmark, item: Item) -> Example:
 @pytest.fixture(autouse=True)
 def _needs(request: pytest.FixtureRequest) -> None:
     name = str(request.node.name)
-    if "HumanEval" in name and "score" in name and sandbox.lacking():
-        pytest.skip(f"this machine cannot give {sandbox.lacking()}")
+    if "HumanEval" in name and "score" in name and run.lacking():
+        pytest.skip(f"this machine cannot give {run.lacking()}")
     if "MATH" in name and "score" in name:
         pytest.importorskip("math_verify")
 

@@ -17,9 +17,8 @@ import pytest
 
 from lorasmith.benchmarks import fetch as module
 from lorasmith.benchmarks.base import Benchmark
-from lorasmith.benchmarks.fetch import fetch
+from lorasmith.benchmarks.fetch import SOURCES, Source, fetch
 from lorasmith.benchmarks.registry import BENCHMARKS
-from lorasmith.benchmarks.sources import SOURCES, Source
 from lorasmith.errors import InputError, MachineError, UsageError
 from lorasmith.testset.build import build
 from tests.benchmarks.layouts import layout, write_layout

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorasmith.benchmarks.discover import read_folder
+from lorasmith.benchmarks.discover import read_folder, read_table
 from lorasmith.benchmarks.registry import BENCHMARKS
-from lorasmith.benchmarks.tables import read_table
 from lorasmith.errors import DataError
 
 NAMES = ["math.jsonl", "math.json", "math.csv", "math.parquet", "drop.jsonl.gz", "mmlu/test/anatomy_test.csv"]
@@ -81,7 +80,7 @@ def test_any_json_rows_give_items_findings_or_rejections(
 def test_a_line_without_end_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("files.jsonl.MAX_LINE_BYTES", "benchmarks.tables.MAX_LINE_BYTES"):
         monkeypatch.setattr(f"lorasmith.{module}", 1 << 16)
-    monkeypatch.setattr("lorasmith.benchmarks.tables.MAX_DOCUMENT_BYTES", 1 << 17)
+    monkeypatch.setattr("lorasmith.benchmarks.discover.MAX_DOCUMENT_BYTES", 1 << 17)
     (tmp_path / name).write_bytes(b'{"a": "' + b"x" * (1 << 18))
     with pytest.raises(DataError, match=r"longer than|larger than|is not JSON"):
         list(read_table(tmp_path / name, name, lambda document: None))

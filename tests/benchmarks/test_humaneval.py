@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from lorasmith.benchmarks import sandbox
 from lorasmith.benchmarks.base import RowError, SourceRow, Unscored
 from lorasmith.benchmarks.humaneval import HumanEval, program
+from lorasmith.benchmarks.sandbox import run
 from lorasmith.records.dataset import Example, Metadata
 
-needs_sandbox = pytest.mark.skipif(bool(sandbox.lacking()), reason="this machine has no sandbox")
+needs_sandbox = pytest.mark.skipif(bool(run.lacking()), reason="this machine has no sandbox")
 
 
 def rows() -> list[dict[str, str]]:
@@ -76,7 +76,7 @@ def test_an_empty_answer_is_unscored() -> None:
 
 
 def test_without_a_sandbox_it_is_unscored_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "lacking", lambda: ("network",))
+    monkeypatch.setattr(run, "lacking", lambda: ("network",))
     with pytest.raises(Unscored, match="cannot give network"):
         HumanEval().score(example(rows()[0]), "    return True")
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from lorasmith.benchmarks import math_metric
-from lorasmith.benchmarks.assignment import best_pairs
+from lorasmith.benchmarks import maths
 from lorasmith.benchmarks.base import Unscored
 from lorasmith.benchmarks.choices import judge_letter, judge_likelihoods, read_letter
-from lorasmith.benchmarks.drop_metric import score, spans_score
+from lorasmith.benchmarks.drop import best_pairs, score, spans_score
 from lorasmith.records.dataset import Example, Metadata
 
 CASES = Path(__file__).parents[1] / "cases"
@@ -59,17 +58,17 @@ def test_the_best_pairing_is_the_best_of_all_pairings() -> None:
 @pytest.mark.parametrize("case", cases("math"))
 def test_math_answers(case: dict[str, Any]) -> None:
     pytest.importorskip("math_verify")
-    assert float(math_metric.equal(case["gold"], case["answer"])) == case["accuracy"]
+    assert float(maths.equal(case["gold"], case["answer"])) == case["accuracy"]
 
 
 def test_math_gold_against_gold_is_right_even_where_math_verify_cannot_read_it() -> None:
     for final in (r"\text{(A), (C)}", r"\spadesuit", r"x = 3 \text{ or } y", r"1,2,\ldots"):
-        assert math_metric.equal(final, f"Hence $\\boxed{{{final}}}$.")
+        assert maths.equal(final, f"Hence $\\boxed{{{final}}}$.")
 
 
 def test_math_has_a_time_limit_and_goes_on_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("math_verify")
-    worker = math_metric._Worker()
+    worker = maths._Worker()
     try:
         told = worker.ask({"gold": r"\boxed{2}", "answer": "$9^{9^{9^{9}}}$"}, seconds=0.5)
         assert told == {"verdict": None, "reason": "math-verify gave no verdict within 0.5 s"}
@@ -83,7 +82,7 @@ def test_math_works_off_the_main_thread() -> None:
 
     pytest.importorskip("math_verify")
     found: list[bool] = []
-    thread = threading.Thread(target=lambda: found.append(math_metric.equal("4", "2+2 = $4$")))
+    thread = threading.Thread(target=lambda: found.append(maths.equal("4", "2+2 = $4$")))
     thread.start()
     thread.join()
     assert found == [True]
@@ -92,7 +91,7 @@ def test_math_works_off_the_main_thread() -> None:
 def test_a_math_reference_that_nobody_can_read_is_unscored() -> None:
     pytest.importorskip("math_verify")
     with pytest.raises(Unscored, match="reference answer"):
-        math_metric.equal("", r"\boxed{3}")
+        maths.equal("", r"\boxed{3}")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +108,7 @@ def test_a_math_reference_that_nobody_can_read_is_unscored() -> None:
     ],
 )
 def test_the_last_box_is_found(solution: str, final: str | None) -> None:
-    assert math_metric.last_boxed(solution) == final
+    assert maths.last_boxed(solution) == final
 
 
 def choice_example() -> Example:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from lorasmith.benchmarks.sandbox import Limits, Outcome, run
+from lorasmith.benchmarks.sandbox.run import Outcome, SandboxLimits, run
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox needs Linux")
 
-QUICK = Limits(wall_seconds=10, cpu_seconds=1, memory_bytes=256 << 20, file_bytes=1 << 20)
+QUICK = SandboxLimits(wall_seconds=10, cpu_seconds=1, memory_bytes=256 << 20, file_bytes=1 << 20)
 
 
 @pytest.fixture(params=["best", "user", "landlock"])
@@ -28,7 +28,7 @@ def mode(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def attempt(program: str, mode: str, limits: Limits = QUICK) -> Outcome:
+def attempt(program: str, mode: str, limits: SandboxLimits = QUICK) -> Outcome:
     return run(textwrap.dedent(program), limits, mode=mode)
 
 
@@ -111,7 +111,7 @@ def test_an_endless_loop_that_catches_everything_ends_as_well(mode: str) -> None
 
 def test_sleeping_ends_at_the_deadline(mode: str) -> None:
     began = time.monotonic()
-    outcome = attempt("import time\ntime.sleep(60)", mode, Limits(wall_seconds=1))
+    outcome = attempt("import time\ntime.sleep(60)", mode, SandboxLimits(wall_seconds=1))
     assert outcome.reason == "stopped after 1 s"
     assert time.monotonic() - began < 5
 
@@ -300,20 +300,20 @@ def test_threads_stay_within_the_memory(mode: str) -> None:
             pass
         """,
         mode,
-        Limits(wall_seconds=10, cpu_seconds=2, memory_bytes=256 << 20),
+        SandboxLimits(wall_seconds=10, cpu_seconds=2, memory_bytes=256 << 20),
     )
     assert outcome.finished, outcome.reason
 
 
 def test_endless_output_is_thrown_away(mode: str) -> None:
-    outcome = attempt("while True: print('x' * 10000)", mode, Limits(wall_seconds=5, cpu_seconds=1))
+    outcome = attempt("while True: print('x' * 10000)", mode, SandboxLimits(wall_seconds=5, cpu_seconds=1))
     assert not outcome.finished
-    assert len(outcome.output) == Limits().output_bytes
+    assert len(outcome.output) == SandboxLimits().output_bytes
 
 
 def test_nothing_is_left_running(mode: str) -> None:
     before = threading.active_count()
-    attempt("import time\ntime.sleep(60)", mode, Limits(wall_seconds=0.5))
+    attempt("import time\ntime.sleep(60)", mode, SandboxLimits(wall_seconds=0.5))
     time.sleep(0.2)
     marker = "jail.main"
     running = [

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorasmith.errors import LorasmithError
-from lorasmith.files.seal import seal_run
+from lorasmith.files.digests import seal_run
 from lorasmith.packaging.pack import pack
 from lorasmith.packaging.unpack import unpack
 from lorasmith.packaging.verify import verify

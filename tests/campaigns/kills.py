@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import lorasmith
-from lorasmith.files.checksums import SUMS
+from lorasmith.files.digests import SUMS
 from lorasmith.files.jsonl import write_rows
 from lorasmith.progress import silent
 from tests.faults import in_child, was_killed
@@ -28,7 +28,7 @@ from tests.tiny import save_adapter, save_base, tiny_rows
 SEED = 20
 LIBRARIES = (
     "torch", "transformers", "peft", "pyarrow.parquet", "huggingface_hub", "lorasmith.models.load",
-    "lorasmith.merging.execute", "lorasmith.proving.weights", "lorasmith.proving.behaviour",
+    "lorasmith.merging.merge", "lorasmith.proving.weights.prove", "lorasmith.proving.behaviour.compare",
     "lorasmith.scoring.validate", "lorasmith.packaging.pack", "lorasmith.reporting.page",
 )  # fmt: skip
 

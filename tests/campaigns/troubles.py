@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from lorasmith import stages
-from lorasmith.cli import running
 from lorasmith.cli.main import run as lorasmith
-from lorasmith.stages import open_run
+from lorasmith.cli.views import run as running
+from lorasmith.runs import stages
+from lorasmith.runs.stages import open_run
 from tests.campaigns.kills import contents, load_libraries, prepare
 from tests.faults import in_child
 

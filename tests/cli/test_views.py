@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lorasmith.cli import proof_views, views
+from lorasmith.cli.views import proofs, records
 from lorasmith.files.atomic import read_record
 from lorasmith.records.base import Finding, Interval
 from lorasmith.records.proof import BehaviourProof, ComparisonRecord
@@ -36,7 +36,7 @@ def line(text: str, begin: str) -> list[str]:
 
 def test_groups_come_with_tokens_and_intervals(run: Path) -> None:
     result = read_record(run / "validation" / "adapter.json", ValidationResult)
-    text = shown(views.show_validation, result)
+    text = shown(records.show_validation, result)
     found = result.groups["source"]["MATH"]
     assert found.interval is not None
     assert line(text, "source MATH")[2:] == [
@@ -52,7 +52,7 @@ def test_groups_come_with_tokens_and_intervals(run: Path) -> None:
 
 def test_a_comparison_shows_every_statistic_sources_and_flips(run: Path) -> None:
     proof = read_record(run / "proof" / "behaviour.json", BehaviourProof)
-    text = shown(proof_views.show_behaviour, proof)
+    text = shown(proofs.show_behaviour, proof)
     for name in ("perplexity ratio", "median KL", "90 % KL", "95 % KL", "99 % KL", "mean Δp", "RMS Δp"):
         assert name in text
     gpqa = proof.groups["source"]["GPQA"]
@@ -72,7 +72,7 @@ def test_a_benchmark_that_got_worse_is_seen(run: Path) -> None:
         interval=Interval(low=-0.3, high=-0.1), p_value=0.004, verdict="hurts",
     )  # fmt: skip
     text = shown(
-        proof_views.show_comparison,
+        proofs.show_comparison,
         record.model_copy(
             update={"adapter_effect_groups": {"source": groups}, "task_effects": {"effect": [worse]}}
         ),
@@ -104,11 +104,11 @@ def test_what_is_a_part_of_the_test_set_says_so_everywhere(run: Path) -> None:
         ],
         per_example=validation.per_example,
     )
-    assert line(shown(views.show_tasks, tasks), "DROP f1")[-4:] == ["4", "of", "5", "3"]
+    assert line(shown(records.show_tasks, tasks), "DROP f1")[-4:] == ["4", "of", "5", "3"]
     for view, record in (
-        (views.show_validation, validation),
-        (views.show_tasks, tasks),
-        (proof_views.show_behaviour, proof),
+        (records.show_validation, validation),
+        (records.show_tasks, tasks),
+        (proofs.show_behaviour, proof),
     ):
         assert "a part of the test set" not in shown(view, record)
         assert "a part of the test set" in shown(view, record.model_copy(update={"partial": True}))
@@ -118,7 +118,7 @@ def test_one_example_has_no_standard_error(run: Path) -> None:
     proof = read_record(run / "proof" / "behaviour.json", BehaviourProof)
     one = proof.overall.kl.model_copy(update={"standard_error": None})
     overall = proof.overall.model_copy(update={"kl": one})
-    text = shown(proof_views.show_behaviour, proof.model_copy(update={"overall": overall}))
+    text = shown(proofs.show_behaviour, proof.model_copy(update={"overall": overall}))
     assert line(text, "mean KL  ")[2:4] == [f"{one.mean:.2e}", f"{proof.floor.kl.mean:.2e}"]  # type: ignore[union-attr]
 
 
@@ -128,9 +128,9 @@ def test_names_from_files_are_shown_as_they_are(run: Path) -> None:
     result = read_record(run / "validation" / "base.json", ValidationResult)
     groups = {"source": {name: result.overall, "z": result.overall}}
     finding = Finding(severity="warning", code="truncated", message=f"the first of them {name}")
-    text = shown(views.show_validation, result.model_copy(update={"groups": groups, "findings": [finding]}))
+    text = shown(records.show_validation, result.model_copy(update={"groups": groups, "findings": [finding]}))
     assert f"source {name}" in text
     assert f"the first of them {name}" in text
     proof = read_record(run / "proof" / "behaviour.json", BehaviourProof)
     flip = proof.flips[0].model_copy(update={"example": name})
-    assert name in shown(proof_views.show_behaviour, proof.model_copy(update={"flips": [flip]}))
+    assert name in shown(proofs.show_behaviour, proof.model_copy(update={"flips": [flip]}))

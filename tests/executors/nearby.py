@@ -7,13 +7,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lorasmith import __version__
-from lorasmith.executors.base import Recipe
-from lorasmith.executors.chunks import Waiting
-from lorasmith.executors.local import kept
-from lorasmith.executors.log import ChunkLog
-from lorasmith.executors.worker import Answer, Worker, unpack_error
+from lorasmith.executors.base import ChunkLog, ChunkQueue, WorkSpec, kept
+from lorasmith.executors.worker import Worker, WorkerReply, unpack_error
 from lorasmith.files.journal import Journal, Rows
-from lorasmith.records.conditions import Conditions
+from lorasmith.records.scoring import Conditions
 
 
 class Nearby:
@@ -29,7 +26,7 @@ class Nearby:
 
     def __exit__(self, *error: object) -> None: ...
 
-    def places(self, recipe: Recipe) -> int:
+    def places(self, recipe: WorkSpec) -> int:
         return 2
 
     def work_through(
@@ -37,11 +34,11 @@ class Nearby:
         chunks: Iterable[Rows],
         work: Any,
         journal: Journal | None,
-        recipe: Recipe,
+        recipe: WorkSpec,
         log: ChunkLog | None = None,
     ) -> Iterator[tuple[Rows, Any]]:
         log = log or ChunkLog()
-        waiting = Waiting(chunks, work, journal)
+        waiting = ChunkQueue(chunks, work, journal)
         yield from kept(journal, work, log)
         self.opened.append(recipe.function.partition(":")[2])
         made = {"version": __version__, "function": recipe.function, "arguments": dict(recipe.arguments)}
@@ -56,7 +53,7 @@ class Nearby:
         worker._stack.close()
 
 
-def answered(answer: Answer) -> bytes:
+def answered(answer: WorkerReply) -> bytes:
     if answer.status == "failed":
         raise unpack_error(answer.packed)
     return answer.packed

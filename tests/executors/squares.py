@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.errors import CheckpointError
-from lorasmith.records.conditions import Conditions
+from lorasmith.records.scoring import Conditions
 
 
 class Squares:
@@ -117,14 +117,14 @@ def node() -> str:
 
 def give_counters(folder: Path) -> None:
     """Let each node of the tests' cluster be a machine of its own, with a package that counts its energy."""
-    from lorasmith.files import devices
+    from lorasmith.machine import meter
 
     zone = folder / node() / "intel-rapl:0"
     if not zone.exists():
         zone.mkdir(parents=True)
         for file, text in (("name", "package-0"), ("energy_uj", "0"), ("max_energy_range_uj", "999999999")):
             (zone / file).write_text(text)
-    devices.POWERCAP, devices.machine_name = zone.parent, node
+    meter.POWERCAP, meter.machine_name = zone.parent, node
 
 
 def add_joule(folder: Path) -> None:

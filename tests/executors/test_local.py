@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 
 from lorasmith.errors import MemoryLimitError
-from lorasmith.executors.local import work_through
-from lorasmith.executors.log import ChunkLog
+from lorasmith.executors.base import ChunkLog, map_chunks
 from lorasmith.files.journal import Journal, Rows
 from lorasmith.models.batches import halve
-from lorasmith.models.memory import is_out_of_memory
-from lorasmith.records.conditions import ChunkRecord, Conditions
+from lorasmith.models.device import is_out_of_memory
+from lorasmith.records.scoring import ChunkRecord, Conditions
 
 
 @dataclass
@@ -60,7 +59,7 @@ class Squares:
 
 def through(work: Squares, chunks: list[Rows], journal: Journal | None = None) -> list[Rows]:
     seen = []
-    for rows, result in work_through(chunks, work, journal):
+    for rows, result in map_chunks(chunks, work, journal):
         assert result == [row * row for row in rows]
         seen.append(rows)
     return seen
@@ -136,10 +135,10 @@ def test_chunks_that_another_machine_computed_before_are_labelled(tmp_path: Path
     chunks: list[Rows] = [(0, 1), (2, 3), (4, 5)]
     there, here = Squares(processor="there"), Squares(processor="here")
     with Journal(tmp_path / "journal", "key", {}) as journal:
-        list(work_through(chunks[:1], there, journal))
+        list(map_chunks(chunks[:1], there, journal))
     with Journal(tmp_path / "journal", "key", {}) as journal:
         log = ChunkLog()
-        assert len(list(work_through(chunks, here, journal, log))) == 3
+        assert len(list(map_chunks(chunks, here, journal, log))) == 3
     assert list(log.kinds().values()) == [2, 1]
     (finding,) = log.findings()
     assert finding.code == "mixed-hardware" and finding.message.startswith("mixed hardware: ")
@@ -156,7 +155,7 @@ def test_chunks_that_another_machine_computed_before_are_labelled(tmp_path: Path
 def test_one_kind_of_machine_needs_no_word(tmp_path: Path) -> None:
     log = ChunkLog()
     (tmp_path / "chunks.jsonl").touch()  # of an earlier command
-    list(work_through([(0, 1)], Squares(), None, log))
+    list(map_chunks([(0, 1)], Squares(), None, log))
     assert not log.findings()
     log.write(tmp_path / "chunks.jsonl", wanted=False)
     assert not (tmp_path / "chunks.jsonl").exists()

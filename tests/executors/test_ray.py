@@ -17,15 +17,13 @@ import torch
 
 import lorasmith
 from lorasmith.errors import CheckpointError, DataError, MemoryLimitError, RemoteError
-from lorasmith.executors.base import Local, Recipe, make_executor
-from lorasmith.executors.local import work_through
-from lorasmith.executors.log import ChunkLog
+from lorasmith.executors.base import ChunkLog, Local, WorkSpec, make_executor, map_chunks
 from lorasmith.executors.ray import Cluster, join
 from lorasmith.files.journal import Journal
-from lorasmith.models.replica import Replica
-from lorasmith.models.session import ScoringOptions, prepare
+from lorasmith.models.hidden_states import Replica
+from lorasmith.models.session import ScoringOptions, prepare_workload
 from lorasmith.options import ClusterOptions
-from lorasmith.records.conditions import ChunkRecord
+from lorasmith.records.scoring import ChunkRecord
 from tests.executors.nodes import add_node
 from tests.executors.squares import Squares
 from tests.tiny import save_adapter, save_base, tiny_rows
@@ -51,7 +49,7 @@ def chunk_records(path: Path) -> list[ChunkRecord]:
 
 
 def through(executor: Cluster, journal: Journal | None = None, **settings: Any) -> dict[int, int]:
-    recipe = Recipe("tests.executors.squares:open_squares", settings)
+    recipe = WorkSpec("tests.executors.squares:open_squares", settings)
     found: dict[int, int] = {}
     for rows, values in executor.work_through(CHUNKS, Squares(**settings), journal, recipe):
         assert not set(rows) & set(found), "a row came twice"
@@ -70,7 +68,7 @@ def test_all_chunks_come_from_all_nodes(cluster: Any, tmp_path: Path) -> None:
 
 
 def test_a_parcel_travels_with_its_chunk(cluster: Any) -> None:
-    recipe = Recipe("tests.executors.squares:open_squares", {}, parcel=lambda rows: {"bonus": sum(rows)})
+    recipe = WorkSpec("tests.executors.squares:open_squares", {}, parcel=lambda rows: {"bonus": sum(rows)})
     for rows, values in Cluster(threads=1, workers=1).work_through(CHUNKS[:4], Squares(), None, recipe):
         assert values == [row * row + sum(rows) for row in rows]
 
@@ -92,7 +90,7 @@ def test_a_node_that_dies_costs_its_chunk_in_flight_only(cluster: Any, tmp_path:
         with Journal(tmp_path / f"journal{number}", "key", {}) as journal:
             found: dict[int, int] = {}
             settings = {"marks": str(marks), "awaited": extra.node_id}
-            recipe = Recipe("tests.executors.squares:open_squares", settings)
+            recipe = WorkSpec("tests.executors.squares:open_squares", settings)
             for rows, values in executor.work_through(CHUNKS, Squares(), journal, recipe):
                 found.update(zip(rows, values, strict=True))
                 if extra is not None:  # it is at work on a chunk, or no other would have come to its end
@@ -108,7 +106,7 @@ def test_a_node_that_dies_costs_its_chunk_in_flight_only(cluster: Any, tmp_path:
 def test_a_cluster_that_grows_is_used(cluster: Any, tmp_path: Path) -> None:
     """More workers than there is room for wait, which an autoscaler answers, and work when room comes."""
     settings = {"marks": str(tmp_path), "nodes": 3}
-    recipe = Recipe("tests.executors.squares:open_squares", settings)
+    recipe = WorkSpec("tests.executors.squares:open_squares", settings)
     found: dict[int, int] = {}
     extra = None
     for rows, values in Cluster(threads=1, workers=3).work_through(CHUNKS, Squares(), None, recipe):
@@ -126,7 +124,7 @@ def test_a_chunk_that_kills_its_workers_is_held_responsible(cluster: Any) -> Non
 
 def test_chunks_that_do_not_fit_are_split_as_they_are_here(cluster: Any) -> None:
     assert through(Cluster(threads=1), largest=2) == WANTED
-    local = dict(work_through(CHUNKS, Squares(largest=2)))
+    local = dict(map_chunks(CHUNKS, Squares(largest=2)))
     assert {row for rows in local for row in rows} == set(WANTED)
     with pytest.raises(MemoryLimitError, match="smallest piece"):
         through(Cluster(threads=1), largest=0)
@@ -190,7 +188,7 @@ def test_a_worker_that_sees_other_files_says_so(scored: tuple[Path, ...], tmp_pa
     options = ScoringOptions(arithmetic="mkl")
     loaded = options.load(base)
     _, route = options.place()
-    work = prepare(test_set, loaded, options, route)
+    work = prepare_workload(test_set, loaded, options, route)
     replica = Replica.of(work, base, None, test_set, options, route)
     assert replica.open()[1].rows == work.rows
     assert replica.options.device == loaded.device.type  # not auto: a worker must not take another
@@ -208,7 +206,7 @@ def test_workers_of_several_kinds_are_labelled(cluster: Any, tmp_path: Path) -> 
     marks.mkdir()
     settings = {"marks": str(marks), "nodes": 3}  # each of them takes part
     log, work = ChunkLog(), Squares()
-    recipe = Recipe("tests.executors.squares:open_squares", settings)
+    recipe = WorkSpec("tests.executors.squares:open_squares", settings)
     found = dict(Cluster(threads=1, workers=3).work_through(CHUNKS, work, None, recipe, log))
     cluster.remove_node(extra)
     assert {row for rows in found for row in rows} == set(WANTED)
@@ -253,7 +251,7 @@ def test_a_validation_that_began_under_other_conditions_says_so(
 def test_executors_by_name() -> None:
     cluster = ClusterOptions(executor="ray", ray_address="auto", workers=3)
     assert isinstance(make_executor(cluster), Cluster)
-    assert make_executor(ClusterOptions()).places(Recipe("", {})) == 1
+    assert make_executor(ClusterOptions()).places(WorkSpec("", {})) == 1
     assert np.isfinite(Cluster().start_seconds)
 
 

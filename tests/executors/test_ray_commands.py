@@ -15,12 +15,12 @@ import lorasmith
 from lorasmith.errors import CheckpointError, UsageError
 from lorasmith.executors.ray import Cluster
 from lorasmith.files.digests import digest_folder
-from lorasmith.followup.respond import RespondOptions, respond
-from lorasmith.followup.respond_cluster import group_size
-from lorasmith.followup.respond_watch import Unwatched
-from lorasmith.models.sampling import Sampling
+from lorasmith.followup.responses.cluster import group_size
+from lorasmith.followup.responses.respond import RespondOptions, respond
+from lorasmith.followup.responses.work import UnwatchedRows
+from lorasmith.models.generation.decoding import Sampling
 from lorasmith.progress import Progress
-from lorasmith.records.conditions import ChunkRecord
+from lorasmith.records.scoring import ChunkRecord
 from lorasmith.scoring.tasks import evaluate_tasks
 from tests.scoring.test_tasks import drop, mmlu
 from tests.tiny import save_adapter, save_base, tiny_rows
@@ -125,7 +125,7 @@ def test_task_metrics_have_the_bytes_of_those_here(cluster: Any, place: Path, tm
     assert parts == {"answers", "choices"}
 
 
-class Kills(Unwatched):
+class Kills(UnwatchedRows):
     """Kills all workers after the first answer, or breaks off after some."""
 
     def __init__(self, executor: Cluster, break_after: int | None = None) -> None:
@@ -169,8 +169,8 @@ def test_responses_are_those_of_one_process(
 def test_groups_that_are_answered_as_a_whole_give_the_same_log_probabilities(
     cluster: Any, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorasmith.followup.respond_work.GROUP_ROWS", 8)
-    monkeypatch.setattr("lorasmith.followup.respond.GROUP_ROWS", 8)
+    monkeypatch.setattr("lorasmith.followup.responses.work.GROUP_ROWS", 8)
+    monkeypatch.setattr("lorasmith.followup.responses.respond.GROUP_ROWS", 8)
     options = RespondOptions(max_new_tokens=6, batch_size=4, top_logprobs=2, whole_groups=True, device="cpu")
     for name, executor in (("here", None), ("there", Cluster(threads=1))):
         respond(
@@ -229,10 +229,10 @@ def test_shards_merged_in_parallel_have_the_bytes_of_those_here(
 
 
 def test_a_worker_whose_model_is_another_says_so(place: Path, tmp_path: Path) -> None:
-    from lorasmith.followup.respond_cluster import open_responding
-    from lorasmith.models.requests import Limits
+    from lorasmith.followup.responses.cluster import open_responding
+    from lorasmith.models.generation.decoding import GenerationLimits
 
-    limits = Limits(4, frozenset([2]))
+    limits = GenerationLimits(4, frozenset([2]))
     with (
         pytest.raises(CheckpointError, match="finds other files"),
         open_responding(str(place / "base"), None, "0", limits, Sampling(), device="cpu"),

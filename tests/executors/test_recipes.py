@@ -11,12 +11,12 @@ import torch
 
 import lorasmith
 from lorasmith.files.jsonl import write_rows
-from lorasmith.followup.respond import RespondOptions, respond
-from lorasmith.followup.respond_cluster import ClusterEngine
-from lorasmith.followup.respond_engines import TransformersEngine
-from lorasmith.followup.respond_watch import Unwatched
-from lorasmith.records.conditions import ChunkRecord, Conditions
+from lorasmith.followup.responses.cluster import ClusterEngine
+from lorasmith.followup.responses.engines import TransformersEngine
+from lorasmith.followup.responses.respond import RespondOptions, respond
+from lorasmith.followup.responses.work import UnwatchedRows
 from lorasmith.records.followup import RespondRecord
+from lorasmith.records.scoring import ChunkRecord, Conditions
 from lorasmith.scoring.tasks import evaluate_tasks
 from tests.executors.nearby import Nearby
 from tests.scoring.test_tasks import drop, mmlu
@@ -59,11 +59,11 @@ def test_states_of_two_kinds_of_machines_label_a_comparison(place: Path, tmp_pat
     class Otherwise(Nearby):
         def work_through(self, *arguments: Any) -> Any:
             with pytest.MonkeyPatch.context() as patch:
-                kind = "lorasmith.models.work.conditions_of"
+                kind = "lorasmith.models.scoring.conditions_of"
                 patch.setattr(kind, lambda device: real(device).model_copy(update={"processor": "another"}))
                 yield from super().work_through(*arguments)
 
-    from lorasmith.models.conditions import conditions_of as real
+    from lorasmith.models.device import conditions_of as real
 
     options: dict[str, Any] = {"device": "cpu", "arithmetic": "mkl", "states": tmp_path / "states"}
     rows = place / "test.jsonl"
@@ -145,7 +145,7 @@ class Elsewhere(Nearby):
             yield rows, answers
 
 
-class BreaksOff(Unwatched):
+class BreaksOff(UnwatchedRows):
     """The command ends after so many rows."""
 
     def __init__(self, rows: int) -> None:

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from lorasmith.executors.base import Recipe
+from lorasmith.executors.base import WorkSpec
 from lorasmith.executors.ray import Cluster
-from lorasmith.files import devices
-from lorasmith.files.devices import Packages
-from lorasmith.files.meter import this_machine
-from lorasmith.stages import measure
+from lorasmith.machine import meter
+from lorasmith.machine.meter import Packages, this_machine
+from lorasmith.runs.stages import measure
 from tests.executors.squares import Squares, add_joule, give_counters
 
 ray = pytest.importorskip("ray")
@@ -22,7 +21,7 @@ CHUNKS = [(number,) for number in range(12)]
 
 
 def work(executor: Cluster, *, kill: bool = False, **settings: Any) -> None:
-    recipe = Recipe("tests.executors.squares:open_squares", settings)
+    recipe = WorkSpec("tests.executors.squares:open_squares", settings)
     for _ in executor.work_through(CHUNKS, Squares(**settings), None, recipe):
         if kill and executor._crew:
             kill = False
@@ -70,7 +69,7 @@ def test_this_machines_own_devices_are_not_counted_again(
 ) -> None:
     """The command runs on a node of the cluster, and sees the same package as the workers there."""
     for name in ("POWERCAP", "machine_name"):  # to be put back
-        monkeypatch.setattr(devices, name, getattr(devices, name))
+        monkeypatch.setattr(meter, name, getattr(meter, name))
     give_counters(tmp_path)
     this_machine.cache_clear()
     try:

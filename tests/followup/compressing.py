@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.files.atomic import read_record
-from lorasmith.followup.compress_record import RECORD
+from lorasmith.followup.compression.settings import RECORD
 from lorasmith.models import load
 from lorasmith.records.compression import CompressRecord
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lorasmith.files.jsonl import write_rows
-from lorasmith.followup.compress import compress
-from lorasmith.followup.compress_settings import CompressOptions
-from lorasmith.followup.draft import train_draft
-from lorasmith.proving.behaviour_pair import compare_pair
+from lorasmith.followup.compression.compress import compress
+from lorasmith.followup.compression.settings import CompressOptions
+from lorasmith.followup.drafts.draft import train_draft
+from lorasmith.proving.behaviour.compare import compare_pair
 from tests.followup.compressing import LOOSE, TINY
 from tests.followup.drafting import SETTINGS, write_responses
 from tests.followup.responding import COUNT, write

@@ -12,9 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lorasmith.files.jsonl import write_rows
-from lorasmith.followup.draft_labels import split_rows
-from lorasmith.followup.draft_rows import DraftRow, logprobs_beside, read_responses
-from lorasmith.followup.draft_settings import DraftSettings
+from lorasmith.followup.drafts.rows import DraftRow, logprobs_beside, read_responses, split_rows
+from lorasmith.followup.drafts.trainer import DraftSettings
 from tests.tiny import tiny_rows, tiny_tokenizer
 
 SETTINGS = DraftSettings(

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lorasmith.followup.respond import RespondOptions, respond
-from lorasmith.followup.respond_engines import Engine
-from lorasmith.followup.respond_work import GROUP_ROWS
-from lorasmith.models.requests import Answer, Limits, Request
-from lorasmith.models.sampling import Sampling
+from lorasmith.followup.responses.engines import Engine
+from lorasmith.followup.responses.respond import RespondOptions, respond
+from lorasmith.followup.responses.work import GROUP_ROWS
+from lorasmith.models.generation.decoding import GeneratedAnswer, GenerationLimits, Request, Sampling
 from lorasmith.records.followup import RespondRecord
 from tests.tiny import load_model, tiny_tokenizer
 
@@ -31,7 +30,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from lorasmith.followup import respond_store, respond_work
-from lorasmith.followup.respond import RespondOptions, respond
+from lorasmith.followup.responses.respond import RespondOptions, respond
 place, output, number = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 respond_work.GROUP_ROWS = int(sys.argv[4])
 add, seen = respond_store.Store.add, []
@@ -84,16 +83,16 @@ class Scripted(Engine):
     def answers(
         self,
         requests: Iterable[Request],
-        limits: Limits,
+        limits: GenerationLimits,
         sampling: Sampling,
         on_tokens: Callable[[int], None],
-    ) -> Iterator[Answer]:
+    ) -> Iterator[GeneratedAnswer]:
         for request in requests:
             self.asked.append(request.index)
             if len(self.asked) > self.where.get("break_after", 1 << 30):
                 raise RuntimeError("broken off")
             if request.index in self.where.get("fails", ()):
-                yield Answer(request.index, [], "failed", error="the device gave up")
+                yield GeneratedAnswer(request.index, [], "failed", error="the device gave up")
                 continue
             wanted = self.length(request.index)
             kept = [
@@ -101,7 +100,7 @@ class Scripted(Engine):
             ]
             on_tokens(len(kept))
             cut = wanted > limits.max_new_tokens
-            yield Answer(request.index, kept, "length" if cut else "stop", None if cut else 4)
+            yield GeneratedAnswer(request.index, kept, "length" if cut else "stop", None if cut else 4)
 
 
 def plain(place: Path, prompt: str, most: int = 12, adapter: bool = False) -> str:

@@ -15,14 +15,14 @@ from lorasmith.cli.chat import _talk
 from lorasmith.cli.console import console
 from lorasmith.errors import DataError, UsageError
 from lorasmith.followup.chat import (
+    AnswerStretch,
     ChatOptions,
-    Piece,
     mark_differences,
     mark_tokens,
     open_chat,
     open_side_by_side,
 )
-from lorasmith.models.sampling import Sampling
+from lorasmith.models.generation.decoding import Sampling
 from tests.tiny import load_model, save_adapter, save_base, tiny_tokenizer
 from tests.typed import Typed
 
@@ -116,12 +116,12 @@ def test_differing_tokens_are_marked_and_no_others() -> None:
         return "".join(f"{token} " for token in tokens)
 
     assert mark_tokens([1, 2, 3, 4], [1, 9, 3, 4], decode) == [
-        Piece("1 ", False),
-        Piece("9 ", True),
-        Piece("3 4 ", False),
+        AnswerStretch("1 ", False),
+        AnswerStretch("9 ", True),
+        AnswerStretch("3 4 ", False),
     ]
-    assert mark_tokens([1, 2], [1, 2], decode) == [Piece("1 2 ", False)]
-    assert mark_tokens([1, 2, 3], [1], decode) == [Piece("1 ", False), Piece("", True)]
+    assert mark_tokens([1, 2], [1, 2], decode) == [AnswerStretch("1 2 ", False)]
+    assert mark_tokens([1, 2, 3], [1], decode) == [AnswerStretch("1 ", False), AnswerStretch("", True)]
 
 
 def test_a_model_without_a_chat_template_is_told_what_to_do(place: Path) -> None:

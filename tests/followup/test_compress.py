@@ -16,12 +16,12 @@ from transformers import LlamaTokenizer
 import lorasmith
 from lorasmith.errors import CheckpointError, DataError, MachineError, UsageError
 from lorasmith.files.digests import digest_folder
-from lorasmith.followup import compress_run
-from lorasmith.followup.compress import compress
-from lorasmith.followup.compress_run import calibration_samples
-from lorasmith.followup.compress_settings import CompressOptions, CompressSettings
-from lorasmith.followup.sizes_plan import plan_compression
-from lorasmith.proving.behaviour_pair import compare_pair
+from lorasmith.followup.compression import quantize
+from lorasmith.followup.compression.compress import compress
+from lorasmith.followup.compression.quantize import calibration_samples
+from lorasmith.followup.compression.settings import CompressOptions, CompressSettings
+from lorasmith.followup.compression.sizes import plan_compression
+from lorasmith.proving.behaviour.compare import compare_pair
 from tests.followup.compressing import TINY, record_of, unpacked
 from tests.tiny import load_model, tiny_model, tiny_rows, tiny_tokenizer
 
@@ -99,7 +99,7 @@ def test_a_finished_output_is_kept_and_a_damaged_one_is_made_again(
     compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = digest_folder(compressed / "int4")
-    monkeypatch.setattr(compress_run, "WORKER", ("-c", "raise SystemExit('not again')"))
+    monkeypatch.setattr(quantize, "WORKER", ("-c", "raise SystemExit('not again')"))
     assert compress(compressed / "base", compressed / "int4").quality is not None
     assert digest_folder(compressed / "int4") == before
     other = CompressSettings(group_size=32)

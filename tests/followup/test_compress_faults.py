@@ -10,9 +10,9 @@ import pytest
 
 from lorasmith.errors import BusyError, CheckpointError, DiskError, MachineError, UsageError
 from lorasmith.files.digests import digest_folder
-from lorasmith.files.lock import only_one
-from lorasmith.followup import compress_run
-from lorasmith.followup.compress import compress
+from lorasmith.files.output_folder import only_one
+from lorasmith.followup.compression import quantize
+from lorasmith.followup.compression.compress import compress
 from tests.faults import in_child, was_killed
 from tests.followup.compressing import copies
 
@@ -28,7 +28,7 @@ from tests.followup.compressing import copies
 def test_a_worker_that_fails_leaves_nothing(
     compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, said: str
 ) -> None:
-    monkeypatch.setattr(compress_run, "WORKER", ("-c", script))
+    monkeypatch.setattr(quantize, "WORKER", ("-c", script))
     with pytest.raises(MachineError, match=said):
         compress(compressed / "base", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -37,7 +37,7 @@ def test_a_worker_that_fails_leaves_nothing(
 def test_killed_at_any_point_the_output_is_whole_or_absent(
     compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compress_run, "WORKER", copies(compressed))
+    monkeypatch.setattr(quantize, "WORKER", copies(compressed))
 
     def work() -> None:
         compress(compressed / "base", tmp_path / "out")
@@ -63,7 +63,7 @@ def test_a_result_that_does_not_load_is_not_published(
         f"out = shutil.copytree({str(compressed / 'int4')!r}, job['output'] + '/m');"
         "f = pathlib.Path(out) / 'model.safetensors'; f.write_bytes(f.read_bytes()[:-100])"
     )
-    monkeypatch.setattr(compress_run, "WORKER", ("-c", script))
+    monkeypatch.setattr(quantize, "WORKER", ("-c", script))
     with pytest.raises(CheckpointError, match="does not load"):
         compress(compressed / "base", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -16,11 +16,10 @@ import torch
 import lorasmith
 from lorasmith.errors import DataError, InputError, UsageError
 from lorasmith.files.jsonl import write_rows
-from lorasmith.followup import compress_run
-from lorasmith.followup.compress import compress
-from lorasmith.followup.compress_quality import judge
-from lorasmith.followup.compress_settings import CompressOptions, CompressSettings
-from lorasmith.proving.behaviour_pair import compare_pair
+from lorasmith.followup.compression import quantize
+from lorasmith.followup.compression.compress import compress, judge_compression
+from lorasmith.followup.compression.settings import CompressOptions, CompressSettings
+from lorasmith.proving.behaviour.compare import compare_pair
 from lorasmith.records.compression import CompressRecord
 from tests.followup.compressing import LOOSE, questions, record_of, unpacked
 from tests.tiny import load_model, tiny_rows, tiny_tokenizer
@@ -96,7 +95,7 @@ def test_task_accuracy_by_group_is_that_of_plain_forwards(compressed: Path, tmp_
     assert gate.interval is not None and gate.interval.low <= gate.measured <= gate.interval.high
     assert record.passed is True
     # The same record with a stricter gate fails.
-    [strict] = judge(record, {"accuracy_drop": gate.measured - 0.01})
+    [strict] = judge_compression(record, {"accuracy_drop": gate.measured - 0.01})
     assert strict.verdict == "fail"
 
 
@@ -115,10 +114,10 @@ def test_without_questions_it_says_so_and_an_asked_gate_does_not_pass(
 
 def test_a_size_is_a_gate(compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = record_of(compressed / "int4")
-    assert [gate.verdict for gate in judge(record, {"bytes": record.bytes})] == ["pass"]
-    assert [gate.verdict for gate in judge(record, {"bytes": record.bytes - 1})] == ["fail"]
-    assert [gate.verdict for gate in judge(record, {"q99_kl": 1e-9})] == ["fail"]
-    monkeypatch.setattr(compress_run, "WORKER", ("-c", "raise SystemExit('too late')"))
+    assert [gate.verdict for gate in judge_compression(record, {"bytes": record.bytes})] == ["pass"]
+    assert [gate.verdict for gate in judge_compression(record, {"bytes": record.bytes - 1})] == ["fail"]
+    assert [gate.verdict for gate in judge_compression(record, {"q99_kl": 1e-9})] == ["fail"]
+    monkeypatch.setattr(quantize, "WORKER", ("-c", "raise SystemExit('too late')"))
 
     def refused(limits: dict[str, float]) -> None:
         compress(compressed / "base", tmp_path / "out", options=CompressOptions(limits=limits))
@@ -134,7 +133,7 @@ def test_a_size_is_a_gate(compressed: Path, tmp_path: Path, monkeypatch: pytest.
 def test_what_cannot_be_measured_is_told_before_the_work(
     compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compress_run, "WORKER", ("-c", "raise SystemExit('too late')"))
+    monkeypatch.setattr(quantize, "WORKER", ("-c", "raise SystemExit('too late')"))
     with pytest.raises(InputError, match="does not exist"):
         options = CompressOptions(test_set=tmp_path / "absent.jsonl")
         lorasmith.compress(compressed / "base", tmp_path / "out", options=options)

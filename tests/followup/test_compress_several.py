@@ -9,21 +9,21 @@ from typing import Any
 
 import pytest
 
-from lorasmith import compression
-from lorasmith.compression import compress_several
 from lorasmith.errors import UsageError
 from lorasmith.files.atomic import read_record
 from lorasmith.files.jsonl import write_rows
-from lorasmith.followup import compress_run
-from lorasmith.followup.compress_settings import CompressOptions, CompressSettings, every_way
-from lorasmith.followup.compress_table import plot, write_page
+from lorasmith.followup.compression import quantize
+from lorasmith.followup.compression.settings import CompressOptions, CompressSettings, every_way
+from lorasmith.followup.compression.table import plot, write_page
 from lorasmith.records.compression import CompressionsRecord
+from lorasmith.runs import compression
+from lorasmith.runs.compression import compress_several
 from tests.followup.compressing import LOOSE, copies, questions, record_of
 from tests.tiny import tiny_rows
 
 
 def test_several_ways_in_one_call(compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compress_run, "WORKER", copies(compressed))
+    monkeypatch.setattr(quantize, "WORKER", copies(compressed))
     write_rows(tmp_path / "rows.jsonl", [*questions()[:6], *tiny_rows(3)])
     write_rows(tmp_path / "train.jsonl", tiny_rows(30, seed=9))
     ways = [
@@ -69,7 +69,7 @@ def count_questions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_all_ways_are_looked_at_before_the_first_is_begun(
     compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compress_run, "WORKER", ("-c", "raise SystemExit('too late')"))
+    monkeypatch.setattr(quantize, "WORKER", ("-c", "raise SystemExit('too late')"))
     size = record_of(compressed / "int4").planned_bytes
     options = CompressOptions(limits={"bytes": size})
     ways = [CompressSettings(), CompressSettings(format="gguf:q8_0", bits=8)]

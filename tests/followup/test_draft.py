@@ -16,13 +16,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorasmith.followup.draft import train_draft
-from lorasmith.followup.draft_labels import label_rows, split_rows
-from lorasmith.followup.draft_loss import Weights, batch_loss, topk_kl
-from lorasmith.followup.draft_report import calibration_error, report_classifier
-from lorasmith.followup.draft_rows import logprobs_beside, read_responses
-from lorasmith.followup.draft_save import HEAD
-from lorasmith.followup.draft_settings import DraftSettings
+from lorasmith.followup.drafts.draft import HEAD, calibration_error, report_classifier, train_draft
+from lorasmith.followup.drafts.loss import Weights, batch_loss, topk_kl
+from lorasmith.followup.drafts.rows import label_rows, logprobs_beside, read_responses, split_rows
+from lorasmith.followup.drafts.trainer import DraftSettings
 from tests.followup.drafting import SETTINGS, held_out, record_of
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -10,16 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lorasmith.errors import CheckpointError, UsageError
-from lorasmith.followup.draft import train_draft
-from lorasmith.followup.draft_base import match_vocabulary, parse_layers
-from lorasmith.followup.draft_settings import DraftSettings
+from lorasmith.followup.drafts.draft import train_draft
+from lorasmith.followup.drafts.start import match_vocabulary, parse_layers
+from lorasmith.followup.drafts.trainer import DraftSettings
 from tests.followup.drafting import SETTINGS
 from tests.tiny import save_base, tiny_model
 
 
 def test_a_kept_layer_is_the_targets(drafted: Path) -> None:
     """All layers kept and nothing trained is the target itself."""
-    from lorasmith.followup.draft_base import cut_from_target
+    from lorasmith.followup.drafts.start import cut_from_target
 
     ids = torch.tensor([[5, 6, 7, 8]])
     target = AutoModelForCausalLM.from_pretrained(drafted / "target")

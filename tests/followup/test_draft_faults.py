@@ -12,10 +12,10 @@ import pytest
 
 from lorasmith.errors import BusyError, CheckpointError, DiskError, UsageError
 from lorasmith.files.digests import digest_folder
-from lorasmith.files.lock import only_one
-from lorasmith.followup import draft_train
-from lorasmith.followup.draft import train_draft
-from lorasmith.followup.draft_settings import DraftSettings
+from lorasmith.files.output_folder import only_one
+from lorasmith.followup.drafts import trainer
+from lorasmith.followup.drafts.draft import train_draft
+from lorasmith.followup.drafts.trainer import DraftSettings
 from tests.faults import in_child, was_killed
 from tests.followup.drafting import SETTINGS
 
@@ -44,7 +44,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(drafted: Path, tmp_path: Pa
 def test_a_checkpoint_of_other_settings_is_not_continued(
     drafted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorasmith.followup.draft.save_draft", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("lorasmith.followup.drafts.draft.save_draft", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_draft(
             drafted / "target", drafted / "responses.jsonl", tmp_path / "d", layers=[0], settings=SETTINGS
@@ -61,7 +61,7 @@ def test_a_damaged_checkpoint_is_named(
 ) -> None:
     """A disk that lost part of a file: no traceback, and no training from half of it."""
     with monkeypatch.context() as patched:
-        patched.setattr("lorasmith.followup.draft.save_draft", lambda *arguments: 1 / 0)
+        patched.setattr("lorasmith.followup.drafts.draft.save_draft", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train_draft(
                 drafted / "target", drafted / "responses.jsonl", tmp_path / "d", layers=[0], settings=SETTINGS
@@ -82,7 +82,7 @@ def test_a_disk_that_fills_up_in_a_checkpoint_loses_nothing(
     drafted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second checkpoint meets a full disk; the first is then continued to the same bytes."""
-    real, calls = draft_train.save_file, []
+    real, calls = trainer.save_file, []
 
     def save(*arguments: Any) -> None:
         calls.append(1)
@@ -92,7 +92,7 @@ def test_a_disk_that_fills_up_in_a_checkpoint_loses_nothing(
 
     work = partial(train, drafted, tmp_path / "draft")
     with monkeypatch.context() as patched:
-        patched.setattr(draft_train, "save_file", save)
+        patched.setattr(trainer, "save_file", save)
         with pytest.raises(DiskError, match="the disk is full"):
             work()
     assert json.loads((tmp_path / ".draft.checkpoint" / "state.json").read_text())["step"] == 6
@@ -110,9 +110,9 @@ def test_two_trainings_of_one_output_are_refused(drafted: Path, tmp_path: Path) 
 def test_a_loss_that_is_no_number_stops_it(
     drafted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = draft_train.batch_loss
-    monkeypatch.setattr(draft_train, "batch_loss", lambda *a, **k: real(*a, **k) * float("nan"))
-    with pytest.raises(draft_train.MachineError, match="step 1 is not a number"):
+    real = trainer.batch_loss
+    monkeypatch.setattr(trainer, "batch_loss", lambda *a, **k: real(*a, **k) * float("nan"))
+    with pytest.raises(trainer.MachineError, match="step 1 is not a number"):
         train_draft(
             drafted / "target", drafted / "responses.jsonl", tmp_path / "d", layers=[0], settings=SETTINGS
         )

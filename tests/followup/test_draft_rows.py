@@ -11,12 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.jsonl import read_examples, write_rows
-from lorasmith.followup.draft import train_draft
-from lorasmith.followup.draft_labels import label_rows
-from lorasmith.followup.draft_rows import read_responses
-from lorasmith.followup.draft_settings import DraftSettings
-from lorasmith.followup.respond import RespondOptions, respond
-from lorasmith.models.encode import encode_examples
+from lorasmith.followup.drafts.draft import train_draft
+from lorasmith.followup.drafts.rows import label_rows, read_responses
+from lorasmith.followup.drafts.trainer import DraftSettings
+from lorasmith.followup.responses.respond import RespondOptions, respond
+from lorasmith.models.text import encode_examples
 from tests.followup.drafting import SETTINGS
 from tests.tiny import save_base, tiny_rows, tiny_tokenizer
 

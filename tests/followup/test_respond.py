@@ -13,8 +13,8 @@ import torch
 from lorasmith.cli.main import run
 from lorasmith.errors import DataError
 from lorasmith.files.jsonl import read_examples
-from lorasmith.followup.respond import RespondOptions, respond
-from lorasmith.followup.respond_rows import find_messages, read_prompts
+from lorasmith.followup.responses.respond import RespondOptions, respond
+from lorasmith.followup.responses.rows import find_messages, read_prompts
 from tests.followup.responding import COUNT, SHORT, Scripted, plain, read, scripted, write
 from tests.tiny import load_model, tiny_rows
 from tests.typed import Typed

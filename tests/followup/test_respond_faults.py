@@ -13,9 +13,9 @@ import pytest
 
 from lorasmith.errors import BusyError, DiskError, UsageError
 from lorasmith.files.atomic import read_record
-from lorasmith.followup.respond import RespondOptions, respond
-from lorasmith.followup.respond_store import Store
-from lorasmith.models.sampling import Sampling
+from lorasmith.followup.responses.output import Store
+from lorasmith.followup.responses.respond import RespondOptions, respond
+from lorasmith.models.generation.decoding import Sampling
 from lorasmith.records.followup import RespondRecord
 from tests.followup.responding import COUNT, Scripted, kill_after, read, scripted
 from tests.tiny import tiny_rows

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from lorasmith.followup import respond_work
-from lorasmith.followup.respond import RespondOptions, respond
-from lorasmith.models.requests import Answer, Request
+from lorasmith.followup.responses import work
+from lorasmith.followup.responses.respond import RespondOptions, respond
+from lorasmith.models.generation.decoding import GeneratedAnswer, Request
 from tests.followup.responding import COUNT, Scripted, kill_after, read, write
 from tests.tiny import save_base, tiny_rows
 
@@ -32,7 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_in_the_second_group_every_file_has_the_same_bytes(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(respond_work, "GROUP_ROWS", GROUP)
+    monkeypatch.setattr(work, "GROUP_ROWS", GROUP)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -49,7 +49,7 @@ def test_killed_in_the_second_group_every_file_has_the_same_bytes(
 class Likely(Scripted):
     """Scripted answers with a likeliest token at each place."""
 
-    def answers(self, requests: Iterable[Request], *args: Any) -> Iterator[Answer]:
+    def answers(self, requests: Iterable[Request], *args: Any) -> Iterator[GeneratedAnswer]:
         for answer in super().answers(requests, *args):
             count = len(answer.tokens) + (answer.end is not None)
             answer.logprobs.extend([-0.5] * count)
@@ -61,7 +61,7 @@ class Likely(Scripted):
 def test_only_the_group_under_way_is_answered_again(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, again: int
 ) -> None:
-    monkeypatch.setattr(respond_work, "GROUP_ROWS", GROUP)
+    monkeypatch.setattr(work, "GROUP_ROWS", GROUP)
     first, second = Likely(break_after=after), Likely()
     options = RespondOptions(max_new_tokens=12, top_logprobs=1, whole_groups=True)
     with pytest.raises(RuntimeError, match="broken off"):
@@ -74,7 +74,7 @@ def test_only_the_group_under_way_is_answered_again(
 def test_rows_that_fail_do_not_hold_their_group_back(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(respond_work, "GROUP_ROWS", GROUP)
+    monkeypatch.setattr(work, "GROUP_ROWS", GROUP)
     options = RespondOptions(max_new_tokens=12, top_logprobs=1, whole_groups=True)
     data = write(tmp_path / "data.jsonl", [*tiny_rows(COUNT), {"nothing": 1}])
     record = respond(place / "base", data, tmp_path / "r.jsonl", options=options, engine=Likely(fails={2}))

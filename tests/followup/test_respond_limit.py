@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lorasmith.followup.respond import RespondOptions, respond
-from lorasmith.followup.respond_limit import Length, is_loop, judge_limit, suggest_limit
+from lorasmith.followup.responses.respond import RespondOptions, respond
+from lorasmith.followup.responses.work import Length, is_loop, judge_limit, suggest_limit
 from lorasmith.records.base import Finding
 from tests.followup.responding import Scripted, write
 

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lorasmith.errors import MachineError, UsageError
-from lorasmith.followup.respond import RespondOptions, respond
-from lorasmith.followup.respond_vllm import VllmEngine
+from lorasmith.followup.responses.engines import VllmEngine
+from lorasmith.followup.responses.respond import RespondOptions, respond
 from tests.followup.responding import read, write
 from tests.tiny import tiny_rows
 

@@ -9,8 +9,17 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from lorasmith.errors import CheckpointError, UsageError
-from lorasmith.followup.sizes import BLOCKS, Shape, choose_group, classify, integer_bytes, packed_bytes
-from lorasmith.followup.sizes_plan import parse_size, plan_compression, plan_sizes
+from lorasmith.followup.compression.sizes import (
+    BLOCKS,
+    Shape,
+    choose_group,
+    classify,
+    integer_bytes,
+    packed_bytes,
+    parse_size,
+    plan_compression,
+    plan_sizes,
+)
 from lorasmith.records.compression import SizePlan
 from tests.tiny import save_base, tiny_model
 

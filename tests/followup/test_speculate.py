@@ -11,14 +11,8 @@ import pytest
 import torch
 
 from lorasmith.errors import DataError, UsageError
-from lorasmith.followup import speculate_loop
-from lorasmith.followup.speculate import (
-    SpeculateOptions,
-    require_same_tokenizer,
-    speculate,
-)
-from lorasmith.followup.speculate_account import predicted_speedup, recommend, speedup
-from lorasmith.followup.speculate_loop import (
+from lorasmith.followup.speculation import loop
+from lorasmith.followup.speculation.loop import (
     Drafter,
     Greedy,
     LookupDrafter,
@@ -26,7 +20,15 @@ from lorasmith.followup.speculate_loop import (
     Speculated,
     decode_speculatively,
 )
-from lorasmith.models.arithmetic import choose_route, use_route
+from lorasmith.followup.speculation.speculate import (
+    SpeculateOptions,
+    predicted_speedup,
+    recommend,
+    require_same_tokenizer,
+    speculate,
+    speedup,
+)
+from lorasmith.models.device import choose_route, use_route
 from lorasmith.models.load import LoadedModel
 from lorasmith.records.followup import SpeculationRecord, SpeculationSpeed
 from tests.tiny import save_base, tiny_model, tiny_rows, tiny_tokenizer
@@ -198,14 +200,14 @@ def test_padding_of_the_embedding_is_no_other_tokenizer(place: Path) -> None:
 
 def test_a_wrong_decoding_is_found(place: Path) -> None:
     """A loop that believes its drafts gives another text, by margins no noise explains."""
-    real = speculate_loop.ModelDrafter.propose
+    real = loop.ModelDrafter.propose
 
     def rounds(target: Any, drafter: Any, prompt: Any, count: int, limit: int, stop: Any) -> Any:
         text = [*prompt, *real(drafter, prompt, limit)] if isinstance(drafter, ModelDrafter) else prompt
         logits = torch.zeros(limit, 300)
         yield text[len(prompt) :], logits, text[len(prompt) :][:count], count, 0.0
 
-    with patch.object(speculate_loop, "rounds", rounds):
+    with patch.object(loop, "rounds", rounds):
         record, _ = speculate(place / "target", place / "prompts.jsonl", draft=place / "draft", options=SMALL)
     assert record.settings[0].different == 3
 

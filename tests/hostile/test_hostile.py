@@ -14,12 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lorasmith.checkpoint.adapter import open_adapter
+from lorasmith.checkpoint.adapter import open_adapter, parse_config
 from lorasmith.checkpoint.header import read_header
 from lorasmith.checkpoint.model import open_checkpoint
-from lorasmith.checkpoint.peft_config import parse_config
 from lorasmith.errors import AdapterError, CheckpointError, ExitCode, LorasmithError
-from lorasmith.merging.execute import merge
+from lorasmith.merging.merge import merge
 from tests.hostile.files import CONFIGS, FILES
 from tests.tiny import save_adapter, save_base
 

@@ -17,7 +17,7 @@ import lorasmith
 from lorasmith.checkpoint import patterns as ours
 from lorasmith.checkpoint.patterns import Patterns
 from lorasmith.errors import AdapterError
-from lorasmith.proving import weights_patterns as proof
+from lorasmith.proving.weights import adapter as proof
 from tests.tiny import save_adapter, save_base
 
 HERE = Path("adapter_config.json")

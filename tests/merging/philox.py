@@ -24,7 +24,7 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
 
 
 def threshold(seed: int, name: str, element: int) -> Fraction:
-    """t of an element, as the rule of merging/dither.py says it."""
+    """t of an element, as the rule of merging/numbers/dither.py says it."""
     digest = hashlib.sha256(f"lorasmith dither 1\0{seed}\0{name}".encode()).digest()
     key = [int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")]
     word = philox([element // 8 + 1, 0, 0, 0], key)[element % 8 // 2]

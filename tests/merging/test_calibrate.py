@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from lorasmith.errors import CheckpointError, DataError, UsageError
 from lorasmith.files.digests import digest_folder
-from lorasmith.merging import calibrate, layer_rounding, lowrank
-from lorasmith.merging.execute import merge
-from lorasmith.proving.weights import prove
+from lorasmith.merging import recipes
+from lorasmith.merging.calibrated import fit
+from lorasmith.merging.merge import merge
+from lorasmith.proving.weights.prove import prove
 from tests.tiny import save_adapter, save_base, tiny_tokenizer
 
 WORDS = [
@@ -123,7 +124,7 @@ def test_tensors_of_many_blocks_are_made_in_threads(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calibrated(inputs, tmp_path / "whole")
-    monkeypatch.setattr(lowrank, "BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr(recipes, "BLOCK_ELEMENTS", 100)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(2))
     calibrated(inputs, tmp_path / "blocks")
     assert digest_folder(tmp_path / "whole") == digest_folder(tmp_path / "blocks")
@@ -133,7 +134,7 @@ def test_rows_are_rounded_alike_in_parts_of_any_size(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calibrated(inputs, tmp_path / "whole")
-    monkeypatch.setattr(layer_rounding, "MOST_ROWS", 7)
+    monkeypatch.setattr(fit, "MOST_ROWS", 7)
     calibrated(inputs, tmp_path / "parts")
     whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     for name, tensor in whole.items():
@@ -147,13 +148,13 @@ def test_a_killed_calibration_goes_on_with_the_same_bytes(
 ) -> None:
     calibrated(inputs, tmp_path / "whole")
     ran: list[int] = []
-    one_layer = calibrate._one_layer
+    one_layer = fit._one_layer
 
     class Killed(BaseException):
         """Nothing of the package catches it."""
 
     def stopping(name: str) -> Any:
-        original = getattr(calibrate, name)
+        original = getattr(fit, name)
 
         def write(path: Path, content: Any) -> None:
             original(path, content)
@@ -164,7 +165,7 @@ def test_a_killed_calibration_goes_on_with_the_same_bytes(
 
     with monkeypatch.context() as patched:
         for name in ("write_bytes", "write_record"):
-            patched.setattr(calibrate, name, stopping(name))
+            patched.setattr(fit, name, stopping(name))
         with pytest.raises(Killed):
             calibrated(inputs, tmp_path / "out")
 
@@ -172,7 +173,7 @@ def test_a_killed_calibration_goes_on_with_the_same_bytes(
         ran.append(number)
         return one_layer(model, number, *rest)
 
-    monkeypatch.setattr(calibrate, "_one_layer", counting)
+    monkeypatch.setattr(fit, "_one_layer", counting)
     calibrated(inputs, tmp_path / "out")
     assert ran == ([] if stop_after == "layer-1.json" else [1])
     assert digest_folder(tmp_path / "out") == digest_folder(tmp_path / "whole")
@@ -188,9 +189,9 @@ def test_what_cannot_be_calibrated_is_dithered_and_says_so(tmp_path: Path) -> No
     record = calibrated((base, adapter, rows), tmp_path / "out")
     found = {tensor.name: (tensor.rounding, tensor.fallback) for tensor in record.tensors}
     assert found["model.layers.0.self_attn.q_proj.weight"] == ("calibrated", "")
-    assert found["model.embed_tokens.weight"] == ("dithered", calibrate.OUTSIDE)
+    assert found["model.embed_tokens.weight"] == ("dithered", fit.OUTSIDE)
     experts = {value for name, value in found.items() if ".experts." in name}
-    assert experts == {("dithered", calibrate.OUTSIDE)}
+    assert experts == {("dithered", fit.OUTSIDE)}
     assert prove(base, adapter, tmp_path / "out").grade == "bounded"
 
 

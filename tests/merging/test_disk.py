@@ -17,11 +17,9 @@ from safetensors.torch import load_file, save_file
 from lorasmith.errors import CheckpointError
 from lorasmith.files.digests import digest_folder
 from lorasmith.merging import disk
-from lorasmith.merging.disk import Lanes, Reader
-from lorasmith.merging.execute import merge
-from lorasmith.merging.running import Running
-from lorasmith.merging.workers import Workers
-from lorasmith.merging.writer import Writer
+from lorasmith.merging.disk import Lanes, PendingPieces, Reader, Writer
+from lorasmith.merging.merge import merge
+from lorasmith.merging.numbers.threads import Workers
 from tests.tiny import save_adapter, save_base
 
 SIZES = [0, 1, 511, 4095, 4096, 4097, 3 * 4096, 8192 * 3 + 7, 8192 * 9 - 1]
@@ -46,7 +44,7 @@ def test_a_file_copied_through_the_buffers_is_the_same(
     (tmp_path / "in").write_bytes(content)
     with (
         Reader(tmp_path / "in", size, lanes, digest=True) as reader,
-        Writer(tmp_path / "out", size, lanes, Running()) as writer,
+        Writer(tmp_path / "out", size, lanes, PendingPieces()) as writer,
     ):
         for chunk in reader.chunks():
             writer.append(chunk)

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 from lorasmith.errors import CheckpointError, UsageError
 from lorasmith.files.digests import digest_folder
-from lorasmith.merging import disk, lowrank
-from lorasmith.merging.dither import Stream, dither_expansion, dither_reals
-from lorasmith.merging.execute import merge
-from lorasmith.merging.rationals import dither_rational
-from lorasmith.merging.rounding import TARGETS
+from lorasmith.merging import disk, recipes
+from lorasmith.merging.merge import merge
+from lorasmith.merging.numbers.dither import ThresholdStream, dither_expansion, dither_reals
+from lorasmith.merging.numbers.exact import dither_rational
+from lorasmith.merging.numbers.rounding import TARGETS
 from tests.merging.philox import philox, threshold
 from tests.merging.planted import NAMES, PREFIX, plant, tensors_of
 from tests.merging.reference import merged_value, nearest
@@ -56,13 +56,13 @@ def test_the_stream_is_philox_as_published() -> None:
         0x7E68B68AEC7BA23B,
     ]
     for first, count in ((0, 40), (1, 1), (13, 21), (8 * 2**30 - 3, 9)):
-        found = Stream(7, "model.layers.0.weight").take(first, count)
+        found = ThresholdStream(7, "model.layers.0.weight").take(first, count)
         wanted = [threshold(7, "model.layers.0.weight", first + place) for place in range(count)]
         assert [Fraction(int(number), 1 << 25) for number in found] == wanted
 
 
 def test_streams_differ_by_seed_and_name() -> None:
-    streams = [Stream(seed, name).take(0, 1000) for seed in (0, 1) for name in ("a", "b")]
+    streams = [ThresholdStream(seed, name).take(0, 1000) for seed in (0, 1) for name in ("a", "b")]
     for place, one in enumerate(streams):
         for other in streams[:place]:
             assert abs(float(np.corrcoef(one, other)[0, 1])) < 0.15  # 5 standard errors of 1000 pairs
@@ -159,7 +159,7 @@ def test_the_mean_over_seeds_is_the_exact_value(tmp_path: Path) -> None:
 
 def test_golden_bytes() -> None:
     """The same bytes as when this was written: whoever changes the stream changes every dithered merge."""
-    found = Stream(11, "model.layers.0.self_attn.q_proj.weight").take(0, 1024)
+    found = ThresholdStream(11, "model.layers.0.self_attn.q_proj.weight").take(0, 1024)
     result = dither_reals(np.arange(1024) / 4096 * (1 + 2.0**-11), found, TARGETS["BF16"]).astype("<f4")
     assert hashlib.sha256(found.astype("<i8").tobytes()).hexdigest()[:16] == "dccdf9917adcccff"
     assert hashlib.sha256(result.tobytes()).hexdigest()[:16] == "8fc1bbcee87da33e"
@@ -175,7 +175,7 @@ def test_neither_threads_nor_blocks_nor_shards_change_a_byte(
     for number, (threads, block, chunk) in enumerate(
         [(1, 1 << 17, 1 << 24), (2, 100, 1 << 12), (3, 7, 1 << 13)]
     ):
-        monkeypatch.setattr(lowrank, "BLOCK_ELEMENTS", block)
+        monkeypatch.setattr(recipes, "BLOCK_ELEMENTS", block)
         monkeypatch.setattr(disk, "BUFFER_BYTES", chunk)
         monkeypatch.setattr("os.sched_getaffinity", lambda _, count=threads: range(count))
         merge(one, adapter, tmp_path / f"out{number}", rounding="dithered", seed=1)

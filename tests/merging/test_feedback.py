@@ -7,23 +7,25 @@ import itertools
 import pytest
 import torch
 
-from lorasmith.merging.feedback import (
+from lorasmith.merging.calibrated.feedback import (
     BLOCK,
     Feedback,
     SingularError,
     inverse_factor,
     limits,
-    prepare,
+    prepare_curvature,
 )
-from lorasmith.merging.feedback import round_with_feedback as round_prepared
-from lorasmith.merging.rounding import TARGETS, Target
+from lorasmith.merging.calibrated.feedback import round_with_feedback as round_prepared
+from lorasmith.merging.numbers.rounding import TARGETS, FloatFormat
 
 
 def round_with_feedback(
-    weights: torch.Tensor, moment: torch.Tensor, target: Target, settings: Feedback
+    weights: torch.Tensor, moment: torch.Tensor, target: FloatFormat, settings: Feedback
 ) -> torch.Tensor:
     """With nothing that could be missing of an update."""
-    return round_prepared(weights, torch.zeros_like(weights), prepare(moment, settings), target, settings)
+    return round_prepared(
+        weights, torch.zeros_like(weights), prepare_curvature(moment, settings), target, settings
+    )
 
 
 def loss_of(rounded: torch.Tensor, exact: torch.Tensor, second_moment: torch.Tensor) -> float:
@@ -75,7 +77,7 @@ def test_small_updates_are_not_lost_in_common() -> None:
     left, right = (torch.randn(size, 2, generator=generator, dtype=torch.float64) for size in (256, 64))
     update = 5e-5 * left @ right.T
     exact = weights.to(torch.bfloat16).double() + update
-    curvature = prepare(moment, Feedback())
+    curvature = prepare_curvature(moment, Feedback())
 
     def missing(found: torch.Tensor) -> float:
         reached = float((((found.double() - exact) @ unseen) * update).sum())

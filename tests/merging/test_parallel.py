@@ -13,9 +13,9 @@ import lorasmith
 from lorasmith.errors import CheckpointError, LorasmithError, RemoteError, UsageError
 from lorasmith.files.digests import digest_folder, sha256_file
 from lorasmith.files.jsonl import write_rows
-from lorasmith.merging import parallel
-from lorasmith.merging.shard_worker import MergeJob, Merger, ShardMade, open_merging
-from lorasmith.models.replica import files_digest
+from lorasmith.merging import cluster
+from lorasmith.merging.cluster import MergeJob, Merger, ShardMade, open_merging
+from lorasmith.models.hidden_states import files_digest
 from tests.executors.nearby import Nearby
 from tests.tiny import save_adapter, save_base, tiny_rows
 
@@ -108,7 +108,7 @@ def test_a_merge_worker_without_the_storage_says_so(place: Path, tmp_path: Path)
 def test_a_worker_that_read_another_base_is_found_out(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorasmith.merging.execute.known_sha256", sha256_file)
+    monkeypatch.setattr("lorasmith.merging.merge.known_sha256", sha256_file)
     real = Merger.merge
 
     def elsewhere(self: Merger, number: int) -> ShardMade:
@@ -131,6 +131,6 @@ def test_a_shard_that_is_not_seen_here_is_missed(
         return made
 
     monkeypatch.setattr(Merger, "merge", lost)
-    monkeypatch.setattr(parallel, "_SEEN_SECONDS", 0.0)
+    monkeypatch.setattr(cluster, "_SEEN_SECONDS", 0.0)
     with pytest.raises(RemoteError, match="not seen here"):
         lorasmith.merge(place / "base", place / "adapter", tmp_path / "out", executor=Nearby())

@@ -6,8 +6,8 @@ from fractions import Fraction
 
 import pytest
 
-from lorasmith.merging.rationals import dither_rational, round_rational
-from lorasmith.merging.rounding import TARGETS
+from lorasmith.merging.numbers.exact import dither_rational, round_rational
+from lorasmith.merging.numbers.rounding import TARGETS
 
 STEP = Fraction(1, 128)
 

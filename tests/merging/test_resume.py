@@ -13,7 +13,7 @@ import pytest
 
 from lorasmith.files.digests import digest_folder
 from lorasmith.merging import stream
-from lorasmith.merging.execute import merge
+from lorasmith.merging.merge import merge
 from tests.tiny import save_adapter, save_base
 
 STEPS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "shutil.rmtree", "os.truncate")
@@ -126,12 +126,12 @@ def test_finished_shards_are_not_made_again(
         made.append(arguments[4].name)
         return real(*arguments)
 
-    monkeypatch.setattr("lorasmith.merging.shards.write_shard", stop_after_one)
+    monkeypatch.setattr("lorasmith.merging.merge.write_shard", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
         merge(base, adapter, output)
     first = tmp_path / ".out.partial" / made[0]
     written = first.stat().st_ino
-    monkeypatch.setattr("lorasmith.merging.shards.write_shard", real)
+    monkeypatch.setattr("lorasmith.merging.merge.write_shard", real)
     merge(base, adapter, output)
     assert (output / made[0]).stat().st_ino == written
     assert digest_folder(output) == expected

@@ -10,9 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasmith.merging.exact import distil
-from lorasmith.merging.rationals import round_rational
-from lorasmith.merging.rounding import (
+from lorasmith.merging.numbers.exact import distil, round_rational
+from lorasmith.merging.numbers.rounding import (
     TARGETS,
     Array,
     Bound,
@@ -24,7 +23,7 @@ from lorasmith.merging.rounding import (
     settle,
     to_stored,
 )
-from lorasmith.merging.workers import Scratch
+from lorasmith.merging.numbers.threads import Scratch
 from tests.merging.reference import nearest
 
 FORMATS = sorted(TARGETS)

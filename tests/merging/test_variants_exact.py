@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorasmith.errors import AdapterError
-from lorasmith.merging.exact import round_scaled
-from lorasmith.merging.execute import merge
-from lorasmith.merging.rounding import TARGETS
+from lorasmith.merging.merge import merge
+from lorasmith.merging.numbers.exact import round_scaled
+from lorasmith.merging.numbers.rounding import TARGETS
 from tests.adapters.test_variants import compare, logits
 from tests.merging.reference import merged_value, nearest
 from tests.tiny import load_model, randomize_adapter, save_adapter, save_base

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from lorasmith.models import continuous
-from lorasmith.models.arithmetic import choose_route, use_route
-from lorasmith.models.continuous import generate_continuously
+from lorasmith.models.device import choose_route, use_route
+from lorasmith.models.generation import continuous
+from lorasmith.models.generation.continuous import generate_continuously
+from lorasmith.models.generation.decoding import GeneratedAnswer, GenerationLimits, Request, Sampling
 from lorasmith.models.load import LoadedModel
-from lorasmith.models.requests import Answer, Limits, Request
-from lorasmith.models.sampling import Sampling
 from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -52,8 +51,8 @@ def run(
     stop: Iterable[int] = (),
     top: int = 0,
     **options: Any,
-) -> dict[int, Answer]:
-    limits = Limits(most, frozenset(stop), top)
+) -> dict[int, GeneratedAnswer]:
+    limits = GenerationLimits(most, frozenset(stop), top)
     with use_route(MKL):
         answers = list(generate_continuously(model, asked, limits, **options))
     assert len({answer.index for answer in answers}) == len(answers)

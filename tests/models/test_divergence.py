@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lorasmith.models.divergence import TokenPairs, compare_logits, kl_divergence
-from lorasmith.models.loglik import token_logprobs
+from lorasmith.models.scoring import token_logprobs
+from lorasmith.models.statistics import TokenPairs, compare_logits, kl_divergence
 
 
 def exact_kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lorasmith.errors import CheckpointError, DataError, UsageError
-from lorasmith.models.encode import Encoded, encode_example, encode_examples
-from lorasmith.models.template import frame, resolve_template
+from lorasmith.models.text import Encoded, encode_example, encode_examples, frame, resolve_template
 from lorasmith.records.dataset import Example, Metadata
 from tests.tiny import tiny_tokenizer
 

@@ -11,12 +11,12 @@ import torch
 from transformers import PreTrainedModel
 
 from lorasmith.errors import CheckpointError
-from lorasmith.models.arithmetic import choose_route
 from lorasmith.models.batches import halve, make_batch, plan_batches
-from lorasmith.models.encode import Encoded
+from lorasmith.models.device import choose_route
 from lorasmith.models.forward import TokenForward
 from lorasmith.models.load import LoadedModel
-from lorasmith.models.loglik import Floats, open_forward, score_states
+from lorasmith.models.scoring import Floats, open_forward, score_states
+from lorasmith.models.text import Encoded
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")

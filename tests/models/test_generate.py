@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from lorasmith.models.arithmetic import choose_route, use_route
-from lorasmith.models.generate import (
+from lorasmith.models.device import choose_route, use_route
+from lorasmith.models.generation.generate import (
     from_arrays,
     generate_greedy,
     plan_generation,

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lorasmith.models import tree_attention
-from lorasmith.models.arithmetic import use_route
-from lorasmith.models.encode import Encoded
+from lorasmith.models import forward as tree_attention
+from lorasmith.models.batches import make_pack
+from lorasmith.models.device import use_route
 from lorasmith.models.forward import TokenForward
 from lorasmith.models.layout import PACKED, PADDED, choose_layout, lay_out, plan_rows
-from lorasmith.models.loglik import Floats, open_forward, score_states
-from lorasmith.models.packs import make_pack
+from lorasmith.models.scoring import Floats, open_forward, score_states
+from lorasmith.models.text import Encoded
 from tests.models.test_forward import CPU, ROUTE, loaded, plain_loop
 from tests.tiny import ARCHITECTURES, tiny_model
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.models.encode import Encoded
-from lorasmith.models.packs import SHARED, make_pack, plan_packs
+from lorasmith.models.batches import SHARED, make_pack, plan_packs
+from lorasmith.models.text import Encoded
 
 HEADS = [[7] * SHARED, [7] * SHARED + [8] * SHARED, list(range(3 * SHARED)), []]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.models.parts import split_batch
+from lorasmith.models.batches import split_batch
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lorasmith.models import reordered
-from lorasmith.models.arithmetic import float32_routes, use_route
+from lorasmith.models.device import float32_routes, use_route
 from lorasmith.models.reordered import ReorderedSums
 from tests.tiny import save_base
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from lorasmith.errors import MemoryLimitError, UsageError
-from lorasmith.followup.respond import RespondOptions, respond
-from lorasmith.models.arithmetic import choose_route, use_route
+from lorasmith.followup.responses.respond import RespondOptions, respond
 from lorasmith.models.batches import make_batch
-from lorasmith.models.continuous import generate_continuously
-from lorasmith.models.encode import Encoded
-from lorasmith.models.generate import generate_greedy
+from lorasmith.models.device import choose_route, use_route
+from lorasmith.models.generation.continuous import generate_continuously
+from lorasmith.models.generation.decoding import GeneratedAnswer, GenerationLimits, Request
+from lorasmith.models.generation.generate import generate_greedy
 from lorasmith.models.load import DeviceMap, load_model
-from lorasmith.models.loglik import open_forward, score_states
-from lorasmith.models.requests import Answer, Limits, Request
-from lorasmith.proving.behaviour import compare
+from lorasmith.models.scoring import open_forward, score_states
+from lorasmith.models.text import Encoded
+from lorasmith.proving.behaviour.compare import compare
 from lorasmith.scoring.validate import validate
 from tests.tiny import save_adapter, save_base, tiny_rows
 
@@ -62,10 +62,10 @@ def test_layers_on_disk_change_no_number(place: Path) -> None:
     assert text == other
 
 
-def answers(place: Path, device_map: DeviceMap) -> list[Answer]:
+def answers(place: Path, device_map: DeviceMap) -> list[GeneratedAnswer]:
     loaded = load_model(place / "base", device_map=device_map)
     requests = [Request(index, [5 + index, 9, 17, 40][: 2 + index % 3]) for index in range(5)]
-    limits = Limits(max_new_tokens=8, stop=frozenset([2]), top_logprobs=2)
+    limits = GenerationLimits(max_new_tokens=8, stop=frozenset([2]), top_logprobs=2)
     with use_route(choose_route("mkl", CPU)):
         found = generate_continuously(loaded, requests, limits, slots=2)
         return sorted(found, key=lambda answer: answer.index)

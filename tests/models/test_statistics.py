@@ -7,13 +7,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from lorasmith.models.statistics import (
-    clustered_error,
-    group_rows,
-    mean_interval,
-    perplexity,
-    sign_flip_p,
-)
+from lorasmith.models.statistics import clustered_error, group_rows, mean_interval, perplexity, sign_flip_p
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from lorasmith.files.atomic import read_record, write_record
 from lorasmith.files.digests import digest_folder
-from lorasmith.files.hub import cache_of
+from lorasmith.hub.cache import cache_of
 from lorasmith.packaging.card import load_card_records, write_card
 from lorasmith.packaging.pack import pack
 from lorasmith.packaging.unpack import unpack

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lorasmith.files.seal import open_seal, reseal, seal_run
+from lorasmith.files.digests import open_seal, reseal, seal_run
 from lorasmith.packaging.verify import verify
 from tests.campaigns.damages import FOLDERS, KINDS, SEED, check, check_unpacking, prepare
 

@@ -20,8 +20,7 @@ from lorasmith.errors import CheckpointError, DataError, DiskError, UsageError
 from lorasmith.files.atomic import read_record, write_record
 from lorasmith.packaging import pack as pack_module
 from lorasmith.packaging.pack import pack
-from lorasmith.records.redaction import salted_sha256
-from lorasmith.records.release import PackageManifest
+from lorasmith.records.release import PackageManifest, salted_sha256
 from lorasmith.records.scoring import ValidationResult
 from tests.samples import ROLES, SECRET, sample_examples, sample_run, write_merged
 

@@ -9,8 +9,7 @@ import pytest
 from lorasmith.errors import DamageError, DataError
 from lorasmith.files.jsonl import write_examples
 from lorasmith.packaging.pack import pack
-from lorasmith.packaging.rejoin import rejoin
-from lorasmith.packaging.unpack import unpack
+from lorasmith.packaging.unpack import rejoin, unpack
 from tests.samples import sample_examples, sample_run
 
 ROWS = sample_examples(15)

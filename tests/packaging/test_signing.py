@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lorasmith.errors import DamageError, InputError, UsageError
-from lorasmith.files.checksums import read_sums, write_sums
+from lorasmith.files.digests import read_sums, write_sums
 from lorasmith.packaging.pack import pack
 from lorasmith.packaging.signing import Signer, Verifier
 from lorasmith.packaging.unpack import unpack

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from lorasmith.errors import DamageError, DiskError, ExitCode, InputError, UsageError
-from lorasmith.files.checksums import write_sums
+from lorasmith.files.digests import write_sums
+from lorasmith.packaging.archive import parse_size
 from lorasmith.packaging.pack import pack
-from lorasmith.packaging.parts import parse_size
 from lorasmith.packaging.unpack import unpack
 from lorasmith.packaging.verify import verify
 from tests.samples import sample_run

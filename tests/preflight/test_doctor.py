@@ -10,19 +10,18 @@ from typing import Any
 import pytest
 
 from lorasmith.cli.main import run as lorasmith
-from lorasmith.config import make_config
 from lorasmith.errors import DiskError, ExitCode, MemoryLimitError
-from lorasmith.files import machine
 from lorasmith.files.atomic import write_record
 from lorasmith.files.jsonl import write_examples, write_rows
-from lorasmith.files.machine import available_memory
+from lorasmith.machine import resources
+from lorasmith.machine.resources import available_memory
+from lorasmith.preflight import doctor
 from lorasmith.preflight import doctor as module
-from lorasmith.preflight import environment
-from lorasmith.preflight.doctor import examine
+from lorasmith.preflight.doctor import examine, require_machine
 from lorasmith.preflight.estimate import Rates, least_memory
-from lorasmith.preflight.refuse import require_machine
 from lorasmith.records.doctor import DoctorRecord
 from lorasmith.records.release import Gate, GateRecord, GateResult
+from lorasmith.runs.config import make_config
 from tests.samples import sample_examples
 from tests.tiny import save_adapter, save_base, tiny_rows
 
@@ -168,7 +167,7 @@ def test_a_run_that_cannot_fit_on_the_disk_does_not_begin(
     def small(place: Any) -> Any:
         return type("Status", (), {"f_bavail": 10, "f_frsize": 1024})()
 
-    monkeypatch.setattr(machine.os, "statvfs", small)
+    monkeypatch.setattr(resources.os, "statvfs", small)
     with pytest.raises(DiskError, match="merge and pack"):
         require_machine(make_config(inputs))
 
@@ -177,7 +176,7 @@ def test_a_full_disk_is_an_error_of_the_examination(
     inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage("/")._replace(free=1000)
-    monkeypatch.setattr(environment.shutil, "disk_usage", lambda place: usage)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: usage)
     found = states(examine(make_config(inputs)))
     assert (found["disk"], found["cache"]) == ("error", "error")
 
@@ -201,8 +200,8 @@ def test_differences_of_an_earlier_run_come_with_advice(inputs: dict[str, Any]) 
 
 def test_libraries_outside_their_range_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ["numpy>=999", "no-such-package>=1", "absent-extra>=1; extra == 'sign'", "pydantic>=2"]
-    monkeypatch.setattr(environment, "requires", lambda name: wanted)
-    found = {check.name: check for check in environment.environment_checks()}
+    monkeypatch.setattr(doctor, "requires", lambda name: wanted)
+    found = {check.name: check for check in doctor.environment_checks()}
     assert found["libraries"].state == "error"
     assert "numpy" in found["libraries"].found
     assert "no-such-package is not installed" in found["libraries"].found

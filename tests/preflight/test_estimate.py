@@ -12,13 +12,10 @@ import torch
 import lorasmith
 from lorasmith.checkpoint.adapter import open_adapter
 from lorasmith.checkpoint.model import open_checkpoint
-from lorasmith.config import make_config
 from lorasmith.files.atomic import read_record
 from lorasmith.files.jsonl import read_examples, write_rows
-from lorasmith.merging.calibration import load_calibration
-from lorasmith.merging.plan import make_plan
-from lorasmith.preflight.answers import AnswerSize, answer_size
-from lorasmith.preflight.calibrated import CalibrationSize, calibration_size
+from lorasmith.merging.calibrated.rows import load_calibration
+from lorasmith.merging.plan import plan_merge
 from lorasmith.preflight.doctor import examine
 from lorasmith.preflight.estimate import (
     EFFICIENCY,
@@ -32,8 +29,18 @@ from lorasmith.preflight.estimate import (
     merge_seconds,
     validate_seconds,
 )
-from lorasmith.preflight.sizes import ModelSize, WorkSize, model_size, work_size
+from lorasmith.preflight.sizes import (
+    AnswerSize,
+    CalibrationSize,
+    ModelSize,
+    WorkSize,
+    answer_size,
+    calibration_size,
+    model_size,
+    work_size,
+)
 from lorasmith.records.release import TimingRecord
+from lorasmith.runs.config import make_config
 from tests.samples import sample_examples
 from tests.tiny import load_model, save_adapter, save_base, tiny_rows, tiny_tokenizer
 
@@ -108,7 +115,7 @@ def test_calibration_is_sized_by_the_shapes_of_the_merge(tmp_path: Path) -> None
     base = save_base(tmp_path / "base", dtype=torch.bfloat16)
     adapter = save_adapter(tmp_path / "adapter", base, r=4)
     write_rows(tmp_path / "train.jsonl", tiny_rows(20))
-    plan = make_plan(open_checkpoint(base), [open_adapter(adapter)], [1.0], "base")
+    plan = plan_merge(open_checkpoint(base), [open_adapter(adapter)], [1.0], "base")
     size = calibration_size(plan, [tmp_path / "train.jsonl"], base, 10**6)
     used = load_calibration(
         [tmp_path / "train.jsonl"], base, [adapter],

@@ -8,17 +8,15 @@ from typing import Any
 import pytest
 
 from lorasmith.checkpoint.model import open_checkpoint
-from lorasmith.config import RunConfig, make_config
 from lorasmith.errors import DiskError
-from lorasmith.files import machine
 from lorasmith.files.jsonl import write_rows
-from lorasmith.followup.sizes_plan import plan_compression
-from lorasmith.preflight.doctor import examine
-from lorasmith.preflight.estimate import EFFICIENCY, LOAD_BYTES, Rates
-from lorasmith.preflight.followup import estimate_followup, followup_disk
-from lorasmith.preflight.refuse import require_machine
+from lorasmith.followup.compression.sizes import plan_compression
+from lorasmith.machine import resources
+from lorasmith.preflight.doctor import examine, require_machine
+from lorasmith.preflight.estimate import EFFICIENCY, LOAD_BYTES, Rates, estimate_followup, followup_disk
 from lorasmith.preflight.sizes import ModelSize, model_size
 from lorasmith.records.doctor import StageEstimate
+from lorasmith.runs.config import RunConfig, make_config
 from tests.tiny import save_adapter, save_base, tiny_rows
 
 RATES = Rates(flops=1e9, write_bytes=1e9)
@@ -111,7 +109,7 @@ def test_a_full_disk_is_told_before_the_run_and_steps_that_are_done_need_none(
     drafted = followup_disk(config, base, base.total_bytes, {"draft"})
     assert whole - drafted == estimated(inputs, ASKED)[1]["draft"].disk_bytes
     room = 2 * base.total_bytes + whole // 2
-    monkeypatch.setattr(machine.os, "statvfs", lambda place: SimpleNamespace(f_bavail=room, f_frsize=1))
+    monkeypatch.setattr(resources.os, "statvfs", lambda place: SimpleNamespace(f_bavail=room, f_frsize=1))
     require_machine(make_config(inputs))
     with pytest.raises(DiskError):
         require_machine(config)

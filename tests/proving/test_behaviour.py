@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasmith.errors import CheckpointError, UsageError
 from lorasmith.files.atomic import read_record
-from lorasmith.models import arithmetic
-from lorasmith.proving.behaviour import compare
-from lorasmith.proving.behaviour_grade import THRESHOLDS, grade
+from lorasmith.models import device
+from lorasmith.proving.behaviour.compare import compare
+from lorasmith.proving.behaviour.measure import THRESHOLDS, grade
 from lorasmith.records.proof import BehaviourProof, KLStatistics, TokenComparison
 from tests.tiny import save_adapter, save_base, tiny_rows, tiny_tokenizer
 
@@ -48,7 +48,7 @@ def adapted(place: Path, dtype: torch.dtype) -> Any:
 @pytest.fixture
 def one_route(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor whose matrix unit makes oneDNN compute in bfloat16: torch's own route is its only one."""
-    monkeypatch.setattr(arithmetic, "probe", lambda: arithmetic.Probe(1.0, 0.1, 4e-7, 3e-3))
+    monkeypatch.setattr(device, "probe", lambda: device.Probe(1.0, 0.1, 4e-7, 3e-3))
 
 
 def run(place: Path, merged: str, output: Path | None = None, **options: Any) -> BehaviourProof:
@@ -126,7 +126,7 @@ def test_a_float32_merge_is_indistinguishable_and_a_rounded_one_is_not(place: Pa
 
 ON_ONEDNN = """
 import sys
-from lorasmith.proving.behaviour import compare
+from lorasmith.proving.behaviour.compare import compare
 for merged in ("float32", "bfloat16"):
     proof = compare("base", "adapter", merged, "test.jsonl", arithmetic="onednn")
     print(merged, proof.grade, proof.floor_layouts[1], *proof.reasons, sep="; ")

@@ -11,7 +11,7 @@ import torch
 
 from lorasmith.errors import AdapterError, CheckpointError, InputError, UsageError
 from lorasmith.files import digests
-from lorasmith.proving.weights import prove
+from lorasmith.proving.weights.prove import prove
 from tests.proving.claims import claim, codes, entries, folders
 from tests.proving.small import (
     Tensors,
@@ -161,9 +161,9 @@ def test_calibrated_is_bounded_and_only_where_the_adapter_acts(tmp_path: Path) -
 
 def test_every_part_of_a_tensor_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Parts of a few rows each, so that every tensor here is cut, and one expert's matrix within itself.
-    monkeypatch.setattr("lorasmith.proving.weights_parts._READ_ELEMENTS", 30)
-    monkeypatch.setattr("lorasmith.proving.weights_check._HANDED_OVER", 0)
-    monkeypatch.setattr("lorasmith.proving.weights_quick._STEP_BYTES", 64)
+    monkeypatch.setattr("lorasmith.proving.weights.check._READ_ELEMENTS", 30)
+    monkeypatch.setattr("lorasmith.proving.weights.check._HANDED_OVER", 0)
+    monkeypatch.setattr("lorasmith.proving.weights.quick._STEP_BYTES", 64)
     odd = {"model.experts": torch.randn(3, 9, 5, generator=torch.Generator().manual_seed(2)).bfloat16()}
     base = write_model(tmp_path / "base", base_tensors() | odd)
     adapter = write_adapter(tmp_path / "adapter", adapter_tensors())

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorasmith.errors import LorasmithError
-from lorasmith.proving.weights import prove
+from lorasmith.proving.weights.prove import prove
 from tests.proving.small import (
     adapter_tensors,
     base_tensors,

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorasmith.files import digests
-from lorasmith.merging.execute import merge
-from lorasmith.proving.weights import prove
-from lorasmith.proving.weights_dither import make_dither, philox
+from lorasmith.merging.merge import merge
+from lorasmith.proving.weights.dither import make_dither, philox
+from lorasmith.proving.weights.prove import prove
 from tests.merging.philox import philox as philox_of_the_paper
 from tests.merging.philox import threshold
 from tests.proving.claims import claim, entries

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from lorasmith.proving.weights_elements import candidates, element_values, still_doubtful
-from lorasmith.proving.weights_exact import exact_sum
+from lorasmith.proving.weights.judge import exact_sum
+from lorasmith.proving.weights.quick import candidates, element_values, still_doubtful
 from tests.proving.small import round_fraction
 from tests.proving.test_weights_exact import block
 

@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from lorasmith.proving.weights_compare import compare
-from lorasmith.proving.weights_exact import exact_sum, float64_is_exact
-from lorasmith.proving.weights_rounding import GRIDS
-from lorasmith.proving.weights_terms import Block, LoadedTerm
+from lorasmith.proving.weights.blocks import LoadedTerm, RowBlock
+from lorasmith.proving.weights.check import compare
+from lorasmith.proving.weights.judge import exact_sum, float64_is_exact
+from lorasmith.proving.weights.rounding import GRIDS
 from tests.proving.small import round_fraction
 
 
 def block(
     factor: Fraction, left: torch.Tensor, right: torch.Tensor, source: torch.Tensor, grid: str
-) -> Block:
+) -> RowBlock:
     """One term on top of a source, with the source itself as what was stored."""
     norms = right.double().norm(dim=0)
     term = LoadedTerm(factor, left, right, 0, right.float(), right.T.contiguous(), norms, float(norms.max()))
-    return Block("w", GRIDS[grid], 0, source.to(GRIDS[grid].dtype), source, (term,))
+    return RowBlock("w", GRIDS[grid], 0, source.to(GRIDS[grid].dtype), source, (term,))
 
 
 @pytest.mark.parametrize("exponents", [1, 8, 24, 40])
@@ -104,10 +104,10 @@ def test_acceptance_between_all_kinds_of_neighbours(grid: str) -> None:
             right[k] = not np.signbit(kept) or bool(np.signbit(value))
         elif value != 0 and _rounded(value, form.dtype) == 0 == kept:
             right[k] = bool(np.signbit(value) == np.signbit(kept))
-    tally = compare(Block("w", form, 0, stored, x, ()))
+    tally = compare(RowBlock("w", form, 0, stored, x, ()))
     assert tally.wrong == right.count(False)
     for k in range(len(found)):
-        single = compare(Block("w", form, 0, stored[:, k : k + 1], x[:, k : k + 1], ()))
+        single = compare(RowBlock("w", form, 0, stored[:, k : k + 1], x[:, k : k + 1], ()))
         assert single.wrong == (not right[k]), (source[k], found[k])
 
 
@@ -135,9 +135,9 @@ def test_terms_that_cancel_do_not_hide_a_wrong_rounding(grid: str, scale: float)
     exact = [[_rounded_exactly(made, float(source[i, j]), i, j) for j in range(columns)] for i in range(rows)]
     wrong = int((stored != torch.tensor(exact, dtype=torch.float64)).sum())
     assert wrong > 0, "the case is hard enough"
-    tally = compare(Block("w", form, 0, stored.to(form.dtype), source, made.terms))
+    tally = compare(RowBlock("w", form, 0, stored.to(form.dtype), source, made.terms))
     assert tally.wrong == wrong
 
 
-def _rounded_exactly(made: Block, source: float, row: int, column: int) -> float:
+def _rounded_exactly(made: RowBlock, source: float, row: int, column: int) -> float:
     return round_fraction(exact_sum(made.terms, source, row, column), made.grid.dtype)

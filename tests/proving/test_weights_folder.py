@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorasmith.proving.weights_folder import open_file
+from lorasmith.proving.weights.model_folder import open_file
 
 
 def test_values_are_those_that_safetensors_loads(tmp_path: Path) -> None:

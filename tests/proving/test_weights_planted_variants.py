@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorasmith.proving.weights import prove
+from lorasmith.proving.weights.prove import prove
 from tests.proving.test_weights_variants import Tensors, merge_right, write_tensors
 from tests.tiny import save_adapter, save_base
 

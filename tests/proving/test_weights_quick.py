@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from lorasmith.proving.weights_exact import exact_sum
-from lorasmith.proving.weights_quick import doubtful, quick_type
-from lorasmith.proving.weights_rounding import GRIDS
+from lorasmith.proving.weights.judge import exact_sum
+from lorasmith.proving.weights.quick import doubtful, quick_type
+from lorasmith.proving.weights.rounding import GRIDS
 from tests.proving.small import round_fraction
 from tests.proving.test_weights_exact import block
 

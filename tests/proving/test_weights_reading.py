@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from lorasmith.errors import InputError
-from lorasmith.proving import weights_reading
-from lorasmith.proving.weights_reading import ProvenFile
+from lorasmith.proving.weights import model_folder
+from lorasmith.proving.weights.model_folder import ProvenFile
 
 SIZE = 5_000_003
 """Odd, so that the last direct read stops short; several parts above the least direct one."""
@@ -53,8 +53,8 @@ def _with_repeats_and_gaps(parts: list[tuple[int, int]]) -> list[tuple[int, int]
 def test_parts_are_right_and_the_digest_is_the_files(
     file: Path, order: Order, held: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights_reading, "_HELD_BYTES", held)
-    monkeypatch.setattr(weights_reading, "_GAP_BYTES", 300_001)
+    monkeypatch.setattr(model_folder, "_HELD_BYTES", held)
+    monkeypatch.setattr(model_folder, "_GAP_BYTES", 300_001)
     whole, proven = file.read_bytes(), ProvenFile(file)
     asked = order(_parts(threads))
     with ThreadPoolExecutor(threads) as pool:

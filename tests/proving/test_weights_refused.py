@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lorasmith.errors import AdapterError, CheckpointError, InputError
-from lorasmith.proving.weights import prove
+from lorasmith.proving.weights.prove import prove
 from tests.proving.claims import edit_config, folders
 from tests.proving.small import (
     adapter_tensors,

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lorasmith.files import atomic
-from lorasmith.proving.weights import prove
+from lorasmith.proving.weights.prove import prove
 from lorasmith.records.proof import WeightProof
 from tests.proving.claims import codes, folders
 from tests.proving.small import (

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorasmith.proving import weights_rounding as rounding
-from lorasmith.proving.weights_rounding import GRIDS, Grid
+from lorasmith.proving.weights import rounding
+from lorasmith.proving.weights.rounding import GRIDS, Grid
 from tests.proving.small import FORMATS, round_fraction
 
 ALL = pytest.mark.parametrize("grid", GRIDS.values(), ids=lambda grid: grid.name)
@@ -57,12 +57,12 @@ def test_judge_accepts_the_nearest_and_nothing_else(grid: Grid, data: st.DataObj
     magnitude, negative = grid.magnitudes(stored)
     candidates = np.clip(np.arange(-2, 3) + magnitude[0], 0, grid.infinity - 1)
     for candidate in candidates:
-        verdict = rounding.judge(
+        verdict = rounding.judge_rounding(
             grid, np.array([candidate]), negative, np.array([x]), np.zeros(1), np.zeros(1, bool)
         )
         assert bool(verdict.right[0]) == (candidate == magnitude[0])
         assert bool(verdict.wrong[0]) == (candidate != magnitude[0])
-        flipped = rounding.judge(
+        flipped = rounding.judge_rounding(
             grid, np.array([candidate]), ~negative, np.array([x]), np.zeros(1), np.zeros(1, bool)
         )
         assert bool(flipped.wrong[0]), "the sign is part of the number, of a zero too"
@@ -82,7 +82,7 @@ def test_a_bound_that_reaches_over_a_midpoint_leaves_the_element_open(grid: Grid
     magnitude = np.array([grid.infinity // 2])
     middle = grid.midpoint(magnitude)
     for error, is_open in ((1e-12, True), (0.0, False)):
-        verdict = rounding.judge(
+        verdict = rounding.judge_rounding(
             grid, magnitude, np.array([False]), middle, middle * error, np.zeros(1, bool)
         )
         assert bool(verdict.open[0]) == is_open
@@ -93,10 +93,10 @@ def test_halfway_to_infinity_is_never_right(grid: Grid) -> None:
     largest = np.array([grid.infinity - 1])
     overflow = grid.midpoint(largest)
     nothing = np.zeros(1)
-    below = rounding.judge(
+    below = rounding.judge_rounding(
         grid, largest, np.array([False]), np.nextafter(overflow, 0), nothing, np.zeros(1, bool)
     )
-    at = rounding.judge(grid, largest, np.array([False]), overflow, nothing, np.zeros(1, bool))
+    at = rounding.judge_rounding(grid, largest, np.array([False]), overflow, nothing, np.zeros(1, bool))
     assert below.right[0]
     assert at.wrong[0]
 
@@ -105,7 +105,7 @@ def test_halfway_to_infinity_is_never_right(grid: Grid) -> None:
 def test_a_negative_zero_needs_one_in_the_base(grid: Grid) -> None:
     zero, nothing = np.zeros(1, np.int64), np.zeros(1)
     for minus, base_minus, right in ((0, 0, 1), (0, 1, 1), (1, 0, 0), (1, 1, 1)):
-        verdict = rounding.judge(
+        verdict = rounding.judge_rounding(
             grid, zero, np.array([bool(minus)]), nothing, nothing, np.array([bool(base_minus)])
         )
         assert bool(verdict.right[0]) == bool(right)

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from lorasmith.errors import AdapterError
-from lorasmith.proving.weights import prove
+from lorasmith.proving.weights.prove import prove
 from lorasmith.records.proof import WeightProof
 from tests.tiny import ARCHITECTURES, load_model, save_adapter, save_base, tiny_tokenizer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorasmith.records.redaction import is_redacted
+from lorasmith.records.release import is_redacted
 
 
 @pytest.mark.parametrize(

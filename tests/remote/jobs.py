@@ -12,8 +12,7 @@ from typing import Any
 from lorasmith.records.remote import RemoteJob, Transfer
 from lorasmith.remote.job import make_job
 from lorasmith.remote.session import Session
-from lorasmith.remote.ssh import SshTransport, parse_host
-from lorasmith.remote.transport import Patience
+from lorasmith.remote.ssh import Patience, SshTransport, parse_host
 from tests.remote.machines import Machine
 
 QUICK = Patience(attempts=6, first=0.05, longest=0.2)

@@ -16,15 +16,15 @@ from typing import Any, get_args
 
 import pytest
 
-from lorasmith.cli.remote_command import _CONFIG_PATHS, _FOLLOWUP_PATHS, read_command
-from lorasmith.cli.remote_offer import needs
-from lorasmith.config import RunConfig
+from lorasmith.cli.remote.command import _CONFIG_PATHS, _FOLLOWUP_PATHS, read_command
+from lorasmith.cli.remote.rentals import needs
 from lorasmith.errors import UsageError
 from lorasmith.files.atomic import write_record
 from lorasmith.followup.asked import FollowupAsked
 from lorasmith.records.release import StageTiming, TimingRecord
-from lorasmith.remote.provider import Offer
-from lorasmith.remote.rented import estimate
+from lorasmith.remote.rental.job import estimate
+from lorasmith.remote.rental.provider import Offer
+from lorasmith.runs.config import RunConfig
 from tests.remote.machines import SSHD, Machine, machine
 from tests.remote.rented_machine import vast_for
 from tests.remote.vast_server import KEY, FakeVast, SimulatedClock, serve

@@ -12,11 +12,11 @@ import typer
 from lorasmith.cli import GROUPS
 from lorasmith.cli.flags import find_command
 from lorasmith.cli.main import app
-from lorasmith.cli.remote_command import read_command
-from lorasmith.cli.remote_offer import needs
+from lorasmith.cli.remote.command import read_command
+from lorasmith.cli.remote.rentals import needs
 from lorasmith.preflight import estimate as rates
-from lorasmith.remote.provider import Offer
-from lorasmith.remote.rented import SETUP_HOURS, estimate
+from lorasmith.remote.rental.job import SETUP_HOURS, estimate
+from lorasmith.remote.rental.provider import Offer
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "vast-guide.md").read_text()

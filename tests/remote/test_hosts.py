@@ -7,15 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lorasmith.errors import (
-    AccessError,
-    ConnectionLostError,
-    RemoteError,
-    UsageError,
-)
+from lorasmith.errors import AccessError, ConnectionLostError, RemoteError, UsageError
 from lorasmith.remote.job import make_job
-from lorasmith.remote.ssh import SshTransport, parse_host
-from lorasmith.remote.transport import Patience
+from lorasmith.remote.ssh import Patience, SshTransport, parse_host
 from tests.remote.jobs import connect, job_for, session_for
 from tests.remote.machines import SSHD, Machine, free_port, make_key
 

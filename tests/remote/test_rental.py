@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from lorasmith.errors import LorasmithError, ProviderError, UsageError
-from lorasmith.remote.caps import Caps
-from lorasmith.remote.rental import Renter
+from lorasmith.remote.rental.rent import Caps, Renter
+from lorasmith.remote.rental.vast import Vast
 from lorasmith.remote.state import change_rental, open_rentals, rentals
-from lorasmith.remote.vast import Vast
 from tests.remote.vast_server import (
     KEY,
     FakeVast,

@@ -9,14 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lorasmith.errors import (
-    BusyError,
-    ConnectionLostError,
-    InputError,
-    RemoteError,
-    UsageError,
-)
-from lorasmith.remote.transport import Patience
+from lorasmith.errors import BusyError, ConnectionLostError, InputError, RemoteError, UsageError
+from lorasmith.remote.ssh import Patience
 from tests.remote.jobs import connect, digests, job_for, model_folder, session_for
 from tests.remote.machines import SSHD, Machine, bad_line
 

@@ -9,12 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lorasmith.errors import (
-    UsageError,
-)
+from lorasmith.errors import UsageError
 from lorasmith.records.remote import Transfer
-from lorasmith.remote.job import hub_model
-from lorasmith.remote.wheel import build_wheel, constraints
+from lorasmith.remote.job import build_wheel, constraints, hub_model
 from tests.remote.jobs import connect, job_for, session_for
 from tests.remote.machines import SSHD, Machine
 

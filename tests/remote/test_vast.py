@@ -9,12 +9,9 @@ from pathlib import Path
 import pytest
 
 from lorasmith.errors import InputError, ProviderError, UsageError
-from lorasmith.remote.caps import Caps
-from lorasmith.remote.provider import RefusedError
-from lorasmith.remote.rental import Renter
-from lorasmith.remote.vast import Vast
-from lorasmith.remote.vast_http import read_key
-from lorasmith.remote.vast_words import parse_query
+from lorasmith.remote.rental.provider import RefusedError
+from lorasmith.remote.rental.rent import Caps, Renter
+from lorasmith.remote.rental.vast import Vast, parse_query, read_key
 from tests.remote.vast_server import KEY, FakeVast, SimulatedClock, a_start, an_offer, serve
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lorasmith.remote import there, watchdog
-from lorasmith.remote.welcome import _PRINT
+from lorasmith.remote.agent import requests, watchdog
+from lorasmith.remote.rental.job import _PRINT
 from tests.remote.machines import make_key
 from tests.remote.vast_server import KEY, FakeVast, SimulatedClock, a_start, an_offer, serve
 
@@ -49,8 +49,8 @@ def test_dollars_that_traffic_takes_are_missing_for_hours() -> None:
 
 def test_traffic_is_that_of_the_outer_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert watchdog.traffic(NET) == (5_000_000_001, 2_000_000_002)
-    monkeypatch.setattr(there.Path, "read_text", lambda self: NET)
-    assert there.traffic() == (5_000_000_001, 2_000_000_002)
+    monkeypatch.setattr(requests.Path, "read_text", lambda self: NET)
+    assert requests.traffic() == (5_000_000_001, 2_000_000_002)
 
 
 def test_fingerprints_are_those_of_ssh_keygen(tmp_path: Path) -> None:

@@ -13,10 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
-from lorasmith.remote import watchdog
-from lorasmith.remote.caps import Caps
-from lorasmith.remote.onstart import onstart
-from lorasmith.remote.provider import Farewell, Offer
+from lorasmith.remote.agent import watchdog
+from lorasmith.remote.rental.provider import Farewell, Offer
+from lorasmith.remote.rental.rent import Caps, onstart
 
 KEY = "account-key"
 

@@ -7,9 +7,12 @@ from pathlib import Path
 from lorasmith.files.atomic import write_record
 from lorasmith.records.base import FileDigest, Finding, Interval
 from lorasmith.records.compression import CompressRecord, TaskQuality
-from lorasmith.records.draft import ClassifierReport, DraftRecord, DraftStep, GeneratorReport
 from lorasmith.records.followup import (
     Acceptance,
+    ClassifierReport,
+    DraftRecord,
+    DraftStep,
+    GeneratorReport,
     LengthSummary,
     RespondRecord,
     RespondSettings,

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from lorasmith.errors import InputError
-from lorasmith.files.machine import human_bytes
+from lorasmith.machine.resources import human_bytes
 from lorasmith.reporting.followup import followup_view, size_plot
-from lorasmith.reporting.load import load_run
 from lorasmith.reporting.page import write_report
+from lorasmith.reporting.records import load_run
 from tests.reporting.browser import CHROMIUM, Browser
 from tests.reporting.followup_records import HOSTILE, add_followup, compressed
 from tests.reporting.test_browser import CONTRAST, READY

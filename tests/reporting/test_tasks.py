@@ -14,9 +14,9 @@ from lorasmith.records.proof import ComparisonRecord
 from lorasmith.records.release import Gate, GateRecord, GateResult, TimingRecord
 from lorasmith.records.scoring import TaskEffect, TaskMetric, TaskResult, ValidationResult
 from lorasmith.reporting.fidelity import heat_map
-from lorasmith.reporting.load import load_run
 from lorasmith.reporting.page import write_report
-from lorasmith.reporting.tasks import task_table
+from lorasmith.reporting.records import load_run
+from lorasmith.reporting.sections import task_table
 from tests.samples import ROLES, SETTINGS, sample_run
 
 BENCHMARKS = (("DROP", "f1"), ("HumanEval", "pass@1"), ("MATH", "accuracy"), ("MMLU", "accuracy"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lorasmith.reporting.tokens import Pieces
+from lorasmith.reporting.explorer import TokenPieces
 
 
 def _byte_level() -> Tokenizer:
@@ -33,7 +33,7 @@ def test_bytes_join_to_whole_characters(tmp_path: Path, text: str) -> None:
     core = _byte_level()
     core.save(str(tmp_path / "tokenizer.json"))
     ids = core.encode(text).ids
-    pieces = Pieces.load(tmp_path / "tokenizer.json").of(ids)
+    pieces = TokenPieces.load(tmp_path / "tokenizer.json").of(ids)
     assert pieces is not None
     assert len(pieces) == len(ids)
     assert "".join(pieces) == text
@@ -42,9 +42,9 @@ def test_bytes_join_to_whole_characters(tmp_path: Path, text: str) -> None:
 def test_a_decoder_that_strips_the_first_space_loses_none_between_words(tmp_path: Path) -> None:
     core = _metaspace()
     core.save(str(tmp_path / "tokenizer.json"))
-    pieces = Pieces.load(tmp_path / "tokenizer.json").of(core.encode("the cats sat.").ids)
+    pieces = TokenPieces.load(tmp_path / "tokenizer.json").of(core.encode("the cats sat.").ids)
     assert pieces == [" the", " cat", "s", " sat", "."]
 
 
 def test_without_a_tokenizer_there_are_no_pieces(tmp_path: Path) -> None:
-    assert Pieces.load(tmp_path / "tokenizer.json").of([1, 2]) is None
+    assert TokenPieces.load(tmp_path / "tokenizer.json").of([1, 2]) is None

@@ -14,7 +14,7 @@ import pytest
 from lorasmith.errors import BusyError, InputError
 from lorasmith.models.session import ScoringOptions
 from lorasmith.progress import Progress
-from lorasmith.proving.behaviour import compare
+from lorasmith.proving.behaviour.compare import compare
 from lorasmith.scoring.validate import validate
 from tests.tiny import save_adapter, save_base, tiny_rows
 

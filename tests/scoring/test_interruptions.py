@@ -19,8 +19,8 @@ import pytest
 from lorasmith.cli import console, main
 from lorasmith.files.atomic import read_record
 from lorasmith.models import forward
-from lorasmith.proving import behaviour_generation
-from lorasmith.proving.behaviour import compare
+from lorasmith.proving.behaviour import texts
+from lorasmith.proving.behaviour.compare import compare
 from lorasmith.records.proof import BehaviourProof
 from lorasmith.records.scoring import ValidationResult
 from lorasmith.scoring.validate import validate
@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from lorasmith.scoring.validate import validate
-from lorasmith.proving.behaviour import compare
+from lorasmith.proving.behaviour.compare import compare
 place, output, number = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 """
 
@@ -223,8 +223,8 @@ def test_texts_of_an_interrupted_comparison_are_not_written_again(
         compare_here(place, tmp_path / "stopped" / "behaviour.json", progress=stopping, **options)
     calls = {}
     for name in ("stopped", "whole"):
-        generate = behaviour_generation.generate_greedy
-        with patch.object(behaviour_generation, "generate_greedy", side_effect=generate) as counted:
+        generate = texts.generate_greedy
+        with patch.object(texts, "generate_greedy", side_effect=generate) as counted:
             compare_here(place, tmp_path / name / "behaviour.json", **options)
         calls[name] = counted.call_count
     assert same_files(tmp_path / "stopped", tmp_path / "whole")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from lorasmith.errors import DataError, InputError
-from lorasmith.models.encode import Encoded
+from lorasmith.models.text import Encoded
 from lorasmith.records.dataset import Example, Metadata
-from lorasmith.scoring.aggregate import example_table
 from lorasmith.scoring.paired import paired_effects
+from lorasmith.scoring.validate import example_table
 from tests.tiny import tiny_tokenizer
 
 

@@ -12,8 +12,8 @@ from unittest.mock import patch
 import pytest
 
 from lorasmith.errors import DiskError, UsageError
-from lorasmith.models import forward, states
-from lorasmith.proving.behaviour import compare
+from lorasmith.models import forward, hidden_states
+from lorasmith.proving.behaviour.compare import compare
 from lorasmith.scoring.validate import validate
 from tests.tiny import save_adapter, save_base, tiny_rows
 
@@ -126,7 +126,7 @@ def test_states_are_refused_in_inexact_arithmetic_and_on_a_full_disk(
         asked.append(needed)
         raise DiskError(f"too little disk space to {doing}")
 
-    monkeypatch.setattr(states, "require_disk", full)
+    monkeypatch.setattr(hidden_states, "require_disk", full)
     with pytest.raises(DiskError, match="hidden states"):
         validate_both(place, tmp_path, tmp_path / "states")
     monkeypatch.undo()

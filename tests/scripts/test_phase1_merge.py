@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorasmith
-from lorasmith.files.hub import base_of
+from lorasmith.hub.models import base_of
 from tests.model_hub import COMMIT, fill_cache
 from tests.tiny import save_adapter, save_base
 

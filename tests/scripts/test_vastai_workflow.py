@@ -17,7 +17,7 @@ import pytest
 import lorasmith
 from lorasmith.cli import workflow
 from lorasmith.files.jsonl import write_rows
-from lorasmith.results import RunResult
+from lorasmith.runs.results import RunResult
 from tests.tiny import save_adapter, save_base, tiny_rows
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "vastai_validate_and_merge.sh"

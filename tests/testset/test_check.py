@@ -14,9 +14,8 @@ from lorasmith.files.atomic import read_record, write_record
 from lorasmith.files.jsonl import read_examples
 from lorasmith.records.dataset import ContaminationRecord, DatasetStatistics
 from lorasmith.testset.check import check
-from lorasmith.testset.matching import Settings
-from lorasmith.testset.similarity import jaccard, repeats, shingles
-from lorasmith.testset.statistics import describe
+from lorasmith.testset.overlap import Settings, jaccard, repeats, shingles
+from lorasmith.testset.rows import describe
 
 VOCABULARY = [f"word{number}" for number in range(2000)]
 
@@ -212,7 +211,7 @@ def test_several_training_files_are_told_apart(clean: Any, tmp_path: Path) -> No
 def test_blocks_do_not_change_the_result(clean: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     train = [*clean[3], clean[2][3]]
     whole = run(clean, train)
-    monkeypatch.setattr("lorasmith.testset.matching._BLOCK_WORDS", 50)
+    monkeypatch.setattr("lorasmith.testset.overlap._BLOCK_WORDS", 50)
     assert run(clean, train) == whole
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.digests import digest_folder
 from lorasmith.files.jsonl import read_examples, write_rows
-from lorasmith.models.encode import encode_examples
+from lorasmith.models.text import encode_examples
 from lorasmith.training.settings import TrainSettings
 from lorasmith.training.train import batch_loss, make_batches, train
 from tests.tiny import save_base, tiny_model, tiny_rows, tiny_tokenizer

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+from lorasmith.checkpoint.adapter import PeftConfig
 from lorasmith.checkpoint.header import TensorInfo
 from lorasmith.checkpoint.model import Checkpoint, text_config
-from lorasmith.checkpoint.peft_config import PeftConfig
 
 EMBEDDING_LEAVES = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings"})
 """What the module of the input embedding is called, over the architectures."""
@@ -186,7 +186,7 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Found:
+class SiteChanges:
     """What a variant makes of a site."""
 
     changes: tuple[Change, ...] = ()
@@ -201,5 +201,5 @@ class Variant(Protocol):
     def takes(self, site: Site) -> frozenset[str]:
         """The suffixes of this site that the variant accounts for; none where it is not meant."""
 
-    def find(self, site: Site, module: str, base: Base) -> Found:
+    def find(self, site: Site, module: str, base: Base) -> SiteChanges:
         """The changes by a site that it takes something of; `module` is the path as the base spells it."""

@@ -6,9 +6,9 @@ that transformers 5 holds in memory. A base's files hold F whole, or one tensor 
 
 from __future__ import annotations
 
-from lorasmith.adapters.base import Base, Change, Factor, Found, Rows, Site, SiteError, Term, View
+from lorasmith.adapters.base import Base, Change, Factor, Rows, Site, SiteChanges, SiteError, Term, View
 from lorasmith.adapters.lora import A, B, is_experts
-from lorasmith.adapters.stacks import Stack, find_stacks
+from lorasmith.adapters.stacks import ExpertStack, find_stacks
 
 INNER_A, INNER_B = f"base_layer.{A}", f"base_layer.{B}"
 
@@ -31,7 +31,7 @@ class Experts:
         pairs = [pair for pair in ({A, B}, {INNER_A, INNER_B}) if pair <= set(site.tensors)]
         return frozenset().union(*pairs) if pairs else frozenset()
 
-    def find(self, site: Site, module: str, base: Base) -> Found:
+    def find(self, site: Site, module: str, base: Base) -> SiteChanges:
         """W + s·B·A on every expert's part of the parameter that each pair fits."""
         stacks = find_stacks(module, base)
         changes: list[Change] = []
@@ -43,10 +43,10 @@ class Experts:
                     raise SiteError(f"two pairs of factors fit {stack.name}", "one pair per parameter")
                 used.add(stack.name)
                 changes += _changes(site, a, b, stack, straight, base)
-        return Found(tuple(changes))
+        return SiteChanges(tuple(changes))
 
 
-def match(site: Site, a: str, b: str, stacks: list[Stack], base: Base) -> tuple[Stack, bool]:
+def match(site: Site, a: str, b: str, stacks: list[ExpertStack], base: Base) -> tuple[ExpertStack, bool]:
     """The parameter that a pair of factors fits, and whether Δ[e] = B·A rather than its transpose.
 
     By shape; where both orientations fit, by the PEFT that wrote the adapter and the model's expert class.
@@ -80,7 +80,7 @@ def _stored_transposed(site: Site, base: Base) -> bool:
     return base.model_type in TRANSPOSED_MODELS
 
 
-def _changes(site: Site, a: str, b: str, stack: Stack, straight: bool, base: Base) -> list[Change]:
+def _changes(site: Site, a: str, b: str, stack: ExpertStack, straight: bool, base: Base) -> list[Change]:
     key = f"{site.path}.{stack.name}"
     rank, scale = site.config.rank(key), site.config.scale(key)
     inputs, outputs = site.tensors[a].shape[1], site.tensors[b].shape[0]

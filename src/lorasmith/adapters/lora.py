@@ -5,7 +5,7 @@ A Conv1D of GPT-2 stores its weight as [in, out]: there the update is the transp
 
 from __future__ import annotations
 
-from lorasmith.adapters.base import Base, Change, Copy, Found, Rows, Site, SiteError, Term, Weight
+from lorasmith.adapters.base import Base, Change, Copy, Rows, Site, SiteChanges, SiteError, Term, Weight
 from lorasmith.adapters.stacks import place_in_stack
 from lorasmith.checkpoint.header import TensorInfo
 
@@ -137,10 +137,10 @@ class Lora:
             return frozenset()
         return frozenset({A, B, BASE_COPY} & set(site.tensors))
 
-    def find(self, site: Site, module: str, base: Base) -> Found:
+    def find(self, site: Site, module: str, base: Base) -> SiteChanges:
         """W + s·B·A on the module's weight."""
         place = place_in_stack(module, base)
         if place is not None:
-            return Found((_stacked_change(site, *place),))
+            return SiteChanges((_stacked_change(site, *place),))
         change, _ = linear_change(site, module, base)
-        return Found((change,), base_copy(site, base.weight(module)))
+        return SiteChanges((change,), base_copy(site, base.weight(module)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lorasmith.adapters.base import Base, Change, Copy, Found, Site, SiteError, Weight
+from lorasmith.adapters.base import Base, Change, Copy, Site, SiteChanges, SiteError, Weight
 
 SAVED, ORIGINAL = "modules_to_save", "original_module"
 TOKENS = "token_adapter.trainable_tokens_delta"
@@ -24,7 +24,7 @@ class SavedModule:
             (own | {f"{kind}.{part}" for kind in (SAVED, ORIGINAL) for part in own}) & set(site.tensors)
         )
 
-    def find(self, site: Site, module: str, base: Base) -> Found:
+    def find(self, site: Site, module: str, base: Base) -> SiteChanges:
         """The adapter's tensors in the place of the base's."""
         if site.weight != 1.0:
             raise SiteError(
@@ -43,7 +43,7 @@ class SavedModule:
                 copies.append(Copy(site.adapter, site.tensors[saved].name, twin=site.tensors[part].name))
             if original in site.tensors:
                 copies.append(Copy(site.adapter, site.tensors[original].name, base=target.info.name))
-        return Found(tuple(changes), tuple(copies))
+        return SiteChanges(tuple(changes), tuple(copies))
 
 
 def _target(module: str, part: str, base: Base) -> Weight:
@@ -84,7 +84,7 @@ class TrainableTokens:
         """`token_adapter.trainable_tokens_delta`, which holds the rows themselves, not a difference."""
         return frozenset({TOKENS} & set(site.tensors))
 
-    def find(self, site: Site, module: str, base: Base) -> Found:
+    def find(self, site: Site, module: str, base: Base) -> SiteChanges:
         """The trained rows in the place of the base's; a tied head follows."""
         stored = site.tensors[TOKENS]
         weight = base.weight(module)
@@ -110,7 +110,7 @@ class TrainableTokens:
             row_indices=indices,
             head_follows=True,
         )
-        return Found((change,))
+        return SiteChanges((change,))
 
 
 def is_head(name: str) -> bool:

@@ -18,7 +18,7 @@ _ONE = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)")
 
 
 @dataclass(frozen=True)
-class Stack:
+class ExpertStack:
     """A parameter F[E, P, Q]: where its rows are on disk."""
 
     name: str
@@ -29,7 +29,7 @@ class Stack:
     """(tensor, first row in that tensor, expert, first row in F[e], number of rows)."""
 
 
-def find_stacks(module: str, base: Base) -> list[Stack]:
+def find_stacks(module: str, base: Base) -> list[ExpertStack]:
     """The parameters of a module `….experts`, fused on disk or in one tensor per expert."""
     tensors = base.checkpoint.tensors
     fused = [
@@ -45,13 +45,13 @@ def find_stacks(module: str, base: Base) -> list[Stack]:
     raise SiteError(f"the base keeps no experts under {module}", "fused experts, or one tensor per expert")
 
 
-def _fused(info: TensorInfo) -> Stack:
+def _fused(info: TensorInfo) -> ExpertStack:
     experts, rows, columns = info.shape
     pieces = tuple((info.name, expert * rows, expert, 0, rows) for expert in range(experts))
-    return Stack(info.name.rpartition(".")[2], experts, rows, columns, pieces)
+    return ExpertStack(info.name.rpartition(".")[2], experts, rows, columns, pieces)
 
 
-def _per_expert(module: str, name: str, parts: tuple[str, ...], base: Base) -> Stack | None:
+def _per_expert(module: str, name: str, parts: tuple[str, ...], base: Base) -> ExpertStack | None:
     tensors = base.checkpoint.tensors
     count = 0
     while f"{module}.{count}.{parts[0]}.weight" in tensors:
@@ -68,7 +68,7 @@ def _per_expert(module: str, name: str, parts: tuple[str, ...], base: Base) -> S
                 raise SiteError(f"{info.name} has the shape {list(info.shape)}", f"[rows, {columns}]")
             pieces.append((info.name, 0, expert, row, info.shape[0]))
             row += info.shape[0]
-    return Stack(name, count, row, columns, tuple(pieces))
+    return ExpertStack(name, count, row, columns, tuple(pieces))
 
 
 def place_in_stack(module: str, base: Base) -> tuple[TensorInfo, int, int] | None:

@@ -2,21 +2,195 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lorasmith.benchmarks import foreign
 from lorasmith.benchmarks.base import Benchmark, Item, RowError, SourceRow
-from lorasmith.benchmarks.tables import kind_of, read_table
 from lorasmith.errors import DataError, os_errors
-from lorasmith.files import sniff
+from lorasmith.files import jsonl
+from lorasmith.files.jsonl import MAX_LINE_BYTES, load_json, open_text, read_lines, read_rows
 from lorasmith.records.base import Finding
 from lorasmith.records.dataset import RejectedRow
+
+# Files that are often taken for a benchmark, and lorasmith's own output, told from the first rows.
+
+
+OWN_OUTPUT = "lorasmith"
+
+
+def name_of(rows: Sequence[SourceRow]) -> str | None:
+    """What all rows are, if it is something known: `GSM8K`, our own test set or record, else None."""
+    if rows and all(is_gsm8k(row) for row in rows):
+        return "GSM8K"
+    if rows and all(_is_own(row) for row in rows):
+        return OWN_OUTPUT
+    return None
+
+
+def is_gsm8k(row: SourceRow) -> bool:
+    """GSM8K ends each answer with a line `#### 72`."""
+    answer = row.value.get("answer")
+    return "question" in row.value and isinstance(answer, str) and "\n#### " in "\n" + answer
+
+
+def _is_own(row: SourceRow) -> bool:
+    value = row.value
+    if str(value.get("format", "")).startswith("lorasmith/"):
+        return True
+    metadata = value.get("metadata")
+    return {"id", "prompt", "response"} <= value.keys() and isinstance(metadata, dict)
+
+
+# Rows out of any file: JSONL, JSON, CSV with or without a header, Parquet; text may be gzipped.
+
+
+KINDS = (".jsonl", ".json", ".csv", ".parquet")
+MAX_DOCUMENT_BYTES = 512 << 20
+"""A JSON document is parsed as a whole; the largest public one (DROP's training set) has 105 MB."""
+
+Unpack = Callable[[Any], Iterable[dict[str, Any]] | None]
+
+
+def kind_of(path: Path) -> str | None:
+    """The suffix that tells the format, without `.gz`; None for a file that is no table."""
+    suffixes = path.suffixes
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes = suffixes[:-1]
+    return suffixes[-1].lower() if suffixes and suffixes[-1].lower() in KINDS else None
+
+
+def read_table(path: Path, name: str, unpack: Unpack) -> Iterator[SourceRow]:
+    """The rows of a file with their numbers from 1; `name` is how the file is called in messages.
+
+    A JSON document is given to `unpack` first. Raises `DataError` for a file that cannot be read to its end.
+    """
+    kind = kind_of(path)
+    if kind == ".parquet":
+        yield from _parquet(path, name)
+    elif kind == ".csv":
+        yield from _csv(path, name)
+    elif kind == ".json" and not _is_jsonl(path):
+        yield from _json(path, name, unpack)
+    else:
+        yield from (SourceRow(name, number, row) for number, row in read_rows(path))
+
+
+def _is_jsonl(path: Path) -> bool:
+    """Many `.json` files of the hub hold one object a line: then the first line is a whole object."""
+    jsonl.require_text(path, "JSON")
+    with open_text(path) as handle:
+        first = handle.readline(MAX_LINE_BYTES)
+        more = handle.readline(MAX_LINE_BYTES)
+    try:
+        return isinstance(json.loads(first), dict) and bool(more.strip())
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json(path: Path, name: str, unpack: Unpack) -> Iterator[SourceRow]:
+    with open_text(path) as handle:
+        content = handle.read(MAX_DOCUMENT_BYTES + 1)
+    if len(content) > MAX_DOCUMENT_BYTES:
+        raise DataError(
+            f"the document is larger than {MAX_DOCUMENT_BYTES >> 20} MiB",
+            where=path,
+            remedy="convert it to JSONL, which is read row by row",
+        )
+    try:
+        document = load_json(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"this is not JSON, or it is cut off ({type(error).__name__})",
+            where=path,
+            expected="a JSON document in UTF-8",
+            remedy="download it again",
+        ) from error
+    rows = unpack(document)
+    if rows is None:
+        rows = document if isinstance(document, list) else [document]
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, dict):
+            yield SourceRow(name, number, row)
+        else:
+            yield SourceRow(name, number, {}, f"a JSON {type(row).__name__} in place of an object")
+
+
+def _csv(path: Path, name: str) -> Iterator[SourceRow]:
+    reader = csv.reader(_decoded(path), strict=True)
+    header: list[str] | None = None
+    try:
+        for number, cells in enumerate(reader, 1):
+            if number == 1 and not _has_no_header(cells):
+                header = [cell.strip() for cell in cells]
+            elif cells:
+                yield _csv_row(name, number, header, cells)
+    except csv.Error as error:
+        raise DataError(
+            f"the CSV is damaged: {error}",
+            where=f"{path}:{reader.line_num}",
+            expected="every quote closed",
+            remedy="download it again, or mend the quotes",
+        ) from error
+
+
+def _csv_row(name: str, number: int, header: list[str] | None, cells: list[str]) -> SourceRow:
+    keys = header or [str(index) for index in range(len(cells))]
+    problem = ""
+    if len(keys) != len(cells):
+        problem = f"the row has {len(cells)} columns and the header {len(keys)}"
+    return SourceRow(name, number, dict(zip(keys, cells, strict=False)), problem)
+
+
+def _has_no_header(cells: list[str]) -> bool:
+    """Question, four choices and a letter: the only public layout without a header (MMLU)."""
+    return len(cells) == 6 and cells[5].strip() in ("A", "B", "C", "D")
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    """The lines as text, their ends kept: a quoted cell may hold line ends."""
+    for number, line in read_lines(path, "CSV"):
+        try:
+            decoded = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                "this line is not UTF-8 text", where=f"{path}:{number}", remedy="convert the file to UTF-8"
+            ) from error
+        if "\x00" in decoded:
+            raise DataError("there is a NUL byte in this line", where=f"{path}:{number}", expected="CSV")
+        yield decoded
+
+
+def _parquet(path: Path, name: str) -> Iterator[SourceRow]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fault = jsonl.wrong_content(jsonl.head(path)) if not _is_parquet(path) else None
+    if fault is not None and fault.code != "nul-bytes":
+        raise DataError(fault.found, where=path, expected="Parquet", remedy=fault.remedy)
+    try:
+        with os_errors(path, "read"), pq.ParquetFile(path) as table:
+            number = 0
+            for batch in table.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield SourceRow(name, number, row)
+    except pa.ArrowException as error:
+        raise DataError(
+            "this is not Parquet, or it is damaged or cut off", where=path, remedy="download it again"
+        ) from error
+
+
+def _is_parquet(path: Path) -> bool:
+    with os_errors(path, "read"), path.open("rb") as handle:
+        return handle.read(4) == b"PAR1"
+
 
 _PEEK_ROWS = 50
 """So many rows decide what a file holds; each further row is still checked by itself."""
@@ -33,7 +207,7 @@ class Candidate:
 
 
 @dataclass
-class Found:
+class FolderContents:
     """All that a folder held."""
 
     candidates: dict[str, list[Candidate]] = field(default_factory=dict)
@@ -41,13 +215,15 @@ class Found:
     rejected: list[RejectedRow] = field(default_factory=list)
 
 
-def read_folder(root: Path, known: Sequence[Benchmark], wanted: Sequence[Benchmark], *, seed: int) -> Found:
+def read_folder(
+    root: Path, known: Sequence[Benchmark], wanted: Sequence[Benchmark], *, seed: int
+) -> FolderContents:
     """Read the wanted benchmarks from all tables below `root` (or from the file `root`).
 
     Rows come from the best split that is there: test, else validation, else files that name no split, else
     train. Raises `DataError` when there is no table at all; everything else is a finding.
     """
-    found = Found()
+    found = FolderContents()
     files = _tables(root)
     holders: dict[str, list[tuple[str, Path, str]]] = {}
     for path in files:
@@ -85,11 +261,11 @@ def _tables(root: Path) -> list[Path]:
     return sorted(files, key=lambda path: path.as_posix())
 
 
-def _identify(path: Path, name: str, known: Sequence[Benchmark], found: Found) -> Benchmark | None:
+def _identify(path: Path, name: str, known: Sequence[Benchmark], found: FolderContents) -> Benchmark | None:
     """The benchmark most of the first rows belong to; every other outcome becomes a finding."""
     try:
         if kind_of(path) != ".parquet":
-            fault = sniff.wrong_content(sniff.head(path))
+            fault = jsonl.wrong_content(jsonl.head(path))
             if fault is not None:
                 _report(found, "error", fault.code, fault.found, name, fault.remedy)
                 return None
@@ -113,9 +289,11 @@ def _identify(path: Path, name: str, known: Sequence[Benchmark], found: Found) -
     return winner
 
 
-def _report_unknown(found: Found, rows: list[SourceRow], name: str, claimed: Benchmark | None) -> None:
-    what = foreign.name_of(rows)
-    if what == foreign.OWN_OUTPUT:
+def _report_unknown(
+    found: FolderContents, rows: list[SourceRow], name: str, claimed: Benchmark | None
+) -> None:
+    what = name_of(rows)
+    if what == OWN_OUTPUT:
         _report(found, "note", "own-output", "this is lorasmith's own output and was passed over", name)
     elif claimed is None and what is None:
         _report(found, "warning", "unrecognised", "the rows are of no known benchmark", name)
@@ -129,7 +307,9 @@ def _report_unknown(found: Found, rows: list[SourceRow], name: str, claimed: Ben
         )  # fmt: skip
 
 
-def _read(path: Path, name: str, benchmark: Benchmark, seed: int, found: Found) -> Iterator[Candidate]:
+def _read(
+    path: Path, name: str, benchmark: Benchmark, seed: int, found: FolderContents
+) -> Iterator[Candidate]:
     """The usable rows of one file; a file that breaks off is rejected as a whole."""
     candidates: list[Candidate] = []
     rejected: list[RejectedRow] = []
@@ -163,7 +343,7 @@ def reject(benchmark: str, row: SourceRow, reason: str) -> RejectedRow:
     return RejectedRow(benchmark=benchmark, file=row.file, row=row.number, reason=reason, sha256=row.sha256)
 
 
-def _report_ungraded(benchmark: Benchmark, rows: Sequence[Candidate], found: Found) -> None:
+def _report_ungraded(benchmark: Benchmark, rows: Sequence[Candidate], found: FolderContents) -> None:
     field_name = rows[0].item.native_field
     message = f"the field {field_name!r} is empty in all {len(rows)} rows of {benchmark.name}"
     _report(
@@ -174,7 +354,7 @@ def _report_ungraded(benchmark: Benchmark, rows: Sequence[Candidate], found: Fou
 
 
 def _best_split(
-    benchmark: Benchmark, holders: list[tuple[str, Path, str]], found: Found
+    benchmark: Benchmark, holders: list[tuple[str, Path, str]], found: FolderContents
 ) -> list[tuple[Path, str]]:
     splits = {split for split, _, _ in holders}
     if not splits:
@@ -220,7 +400,7 @@ def _unpack(document: Any, known: Iterable[Benchmark]) -> Iterable[dict[str, Any
 
 
 def _report(
-    found: Found,
+    found: FolderContents,
     severity: str,
     code: str,
     message: str,

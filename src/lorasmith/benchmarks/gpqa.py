@@ -10,7 +10,7 @@ that no example appears in plain text, so this header shows invented values only
 
 from __future__ import annotations
 
-from lorasmith.benchmarks import foreign
+from lorasmith.benchmarks import discover
 from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, SourceRow, text
 from lorasmith.benchmarks.choices import LETTERS, judge_letter, prompt_of, require_choices, seeded_order
 from lorasmith.records.dataset import Example
@@ -31,7 +31,7 @@ class Gpqa(Benchmark):
     def recognises(self, row: SourceRow) -> bool:
         if {"Question", "Correct Answer", *_WRONG} <= row.value.keys():
             return True
-        return self._is_short(row) and not foreign.is_gsm8k(row)
+        return self._is_short(row) and not discover.is_gsm8k(row)
 
     def read(self, row: SourceRow, *, seed: int) -> Item:
         if self._is_short(row):

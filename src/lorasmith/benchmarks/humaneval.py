@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import re
 
-from lorasmith.benchmarks import sandbox
 from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, SourceRow, Unscored, text
+from lorasmith.benchmarks.sandbox import run
 from lorasmith.records.dataset import Example
 
 _FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
@@ -51,12 +51,12 @@ class HumanEval(Benchmark):
 
     def judge(self, example: Example, answer: str) -> Scores:
         """pass@1: 1.0 when prompt, answer and tests run to their end in the sandbox, else 0.0."""
-        lacking = sandbox.lacking()
+        lacking = run.lacking()
         if lacking:
             raise Unscored(f"generated code is not run: this machine cannot give {', '.join(lacking)}")
         extra = example.metadata.extra()
         tests = f"{extra['tests']}\ncheck({extra['entry_point']})\n"
-        outcome = sandbox.run(f"{program(example.prompt, answer, extra['entry_point'])}\n{tests}")
+        outcome = run.run(f"{program(example.prompt, answer, extra['entry_point'])}\n{tests}")
         return {"pass@1": float(outcome.finished)}
 
 

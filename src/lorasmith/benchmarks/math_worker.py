@@ -46,7 +46,7 @@ def main() -> None:
 def _lock() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
     if sys.platform.startswith("linux"):
-        from lorasmith.benchmarks import kernel
+        from lorasmith.benchmarks.sandbox import kernel
 
         with suppress(OSError):  # older kernels: the limits above and the deadline remain
             kernel.filter_calls()

@@ -8,8 +8,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lorasmith.checkpoint.header import TensorFile, TensorInfo, read_header
-from lorasmith.checkpoint.jsonfile import read_object
+from lorasmith.checkpoint.header import TensorFile, TensorInfo, read_header, read_object
 from lorasmith.errors import CheckpointError, os_errors
 
 SINGLE = "model.safetensors"

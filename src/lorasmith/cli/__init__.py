@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lorasmith.cli import benchmarks, draft, remote, remote_rent, testset
+from lorasmith.cli import benchmarks, draft, testset
 from lorasmith.cli.chat import chat
 from lorasmith.cli.compare import compare
 from lorasmith.cli.compress import compress
@@ -18,17 +18,15 @@ from lorasmith.cli.demo import demo
 from lorasmith.cli.doctor import doctor
 from lorasmith.cli.gates import gates
 from lorasmith.cli.merge import merge
-from lorasmith.cli.package import package
+from lorasmith.cli.package import package, publish, unpack, verify
 from lorasmith.cli.prove import prove
-from lorasmith.cli.publish import publish
+from lorasmith.cli.remote import jobs, rentals
 from lorasmith.cli.report import report
 from lorasmith.cli.respond import respond
 from lorasmith.cli.run import run
 from lorasmith.cli.speculate import speculate
 from lorasmith.cli.train import train
-from lorasmith.cli.unpack import unpack
 from lorasmith.cli.validate import validate
-from lorasmith.cli.verify import verify
 
 COMMANDS: list[tuple[str, Callable[..., Any]]] = [
     ("demo", demo),
@@ -64,17 +62,17 @@ GROUPS: list[tuple[str, str, list[tuple[str, Callable[..., Any]]]]] = [
         "remote",
         "Work on another machine, by ssh or rented.",
         [
-            ("run", remote.run),
-            ("attach", remote.attach),
-            ("status", remote.status),
-            ("logs", remote.logs),
-            ("fetch", remote.fetch),
-            ("stop", remote.stop),
-            ("offers", remote_rent.offers),
-            ("up", remote_rent.up),
-            ("down", remote_rent.down),
-            ("list", remote_rent.list_),
-            ("reap", remote_rent.reap),
+            ("run", jobs.run),
+            ("attach", jobs.attach),
+            ("status", jobs.status),
+            ("logs", jobs.logs),
+            ("fetch", jobs.fetch),
+            ("stop", jobs.stop),
+            ("offers", rentals.offers),
+            ("up", rentals.up),
+            ("down", rentals.down),
+            ("list", rentals.list_),
+            ("reap", rentals.reap),
         ],
     ),
 ]

@@ -24,10 +24,10 @@ def fetch(
     Example: `lorasmith benchmarks fetch --output data/benchmarks`
     """
     from lorasmith.benchmarks.fetch import fetch as fetch_benchmarks
-    from lorasmith.cli import views
     from lorasmith.cli.console import bar, console, show_record, table
+    from lorasmith.cli.views import records
     from lorasmith.errors import ExitCode
-    from lorasmith.files.machine import human_bytes
+    from lorasmith.machine.resources import human_bytes
 
     names = [name.strip() for entry in only or [] for name in entry.split(",") if name.strip()]
     record = fetch_benchmarks(output, only=names or None, progress=bar)
@@ -38,6 +38,6 @@ def fetch(
             [file.benchmark, file.path, human_bytes(file.bytes), file.sha256[:16]] for file in record.files
         ]
         console().print(table("Fetched", ("benchmark", "file", "size", "SHA-256"), rows))
-        views.show_findings(record.findings, console())
+        records.show_findings(record.findings, console())
     if any(finding.severity == "error" for finding in record.findings):
         raise typer.Exit(ExitCode.MACHINE)

@@ -56,7 +56,7 @@ def chat(
     from lorasmith.cli.console import console
     from lorasmith.errors import UsageError
     from lorasmith.followup.chat import ChatOptions, open_chat
-    from lorasmith.models.sampling import Sampling
+    from lorasmith.models.generation.decoding import Sampling
 
     if merged is not None and not side_by_side:
         raise UsageError("--merged needs --side-by-side", remedy="give --model the merged folder instead")

@@ -31,9 +31,9 @@ def compare(
     Example: `lorasmith compare --base base --adapter adapter --merged merged --test-set test.jsonl`
     """
     import lorasmith
-    from lorasmith.cli import proof_views
     from lorasmith.cli.console import bar, console, show_record
-    from lorasmith.executors.base import make_executor
+    from lorasmith.cli.views import proofs
+    from lorasmith.executors.choose import make_executor
 
     executor = make_executor(cluster)
     proof = lorasmith.compare(
@@ -42,6 +42,6 @@ def compare(
     if as_json:
         show_record(proof)
     else:
-        proof_views.show_behaviour(proof, console())
+        proofs.show_behaviour(proof, console())
     if proof.grade == "drifted":
         raise typer.Exit(1)

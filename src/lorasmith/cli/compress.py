@@ -10,7 +10,7 @@ import typer
 from lorasmith.cli.options import AsJson, Device, Limit
 
 if TYPE_CHECKING:
-    from lorasmith.followup.compress_settings import CompressOptions, CompressSettings
+    from lorasmith.followup.compression.settings import CompressOptions, CompressSettings
 
 _Rows = Annotated[
     Path | None,
@@ -90,10 +90,10 @@ def compress(
 
     Example: `lorasmith compress --model models/merged --plan --target-size 540MB`
     """
-    from lorasmith.cli.compress_views import show_plan
     from lorasmith.cli.console import console, show_record
+    from lorasmith.cli.views.compression import show_plan
     from lorasmith.errors import UsageError
-    from lorasmith.followup.sizes_plan import plan_compression
+    from lorasmith.followup.compression.sizes import plan_compression
 
     sizes = None
     if plan or target_size is not None:
@@ -108,7 +108,7 @@ def compress(
             return
     if output is None:
         raise UsageError("there is no place to write to", remedy="give --output DIR, or --plan")
-    from lorasmith.followup.compress_settings import CompressOptions, every_way
+    from lorasmith.followup.compression.settings import CompressOptions, every_way
 
     limits = {
         "perplexity_ratio": max_perplexity_ratio,
@@ -152,9 +152,9 @@ def _one(
     as_json: bool,
 ) -> None:
     import lorasmith
-    from lorasmith.cli.compress_views import show_compressed
     from lorasmith.cli.console import bar, console, show_record
-    from lorasmith.followup.compress_table import write_page
+    from lorasmith.cli.views.compression import show_compressed
+    from lorasmith.followup.compression.table import write_page
 
     record = lorasmith.compress(model, output, settings=way, options=options, progress=bar)
     if report is not None:
@@ -177,10 +177,10 @@ def _several(
     report: Path | None,
     as_json: bool,
 ) -> None:
-    from lorasmith.cli.compress_views import show_table
     from lorasmith.cli.console import bar, console, show_record
-    from lorasmith.compression import compress_several
-    from lorasmith.followup.compress_table import write_page
+    from lorasmith.cli.views.compression import show_table
+    from lorasmith.followup.compression.table import write_page
+    from lorasmith.runs.compression import compress_several
 
     record = compress_several(model, output, ways, options=options, progress=bar)
     if report is not None:

@@ -85,7 +85,7 @@ def bar(label: str, *, total: int, unit: str) -> Iterator[Advance]:
 
 
 def _amount(count: float, unit: str) -> str:
-    from lorasmith.files.machine import human_bytes
+    from lorasmith.machine.resources import human_bytes
 
     if unit == "B":
         return human_bytes(count)

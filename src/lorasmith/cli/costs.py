@@ -13,7 +13,7 @@ from lorasmith.errors import ExitCode, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorasmith.records.costs import CostRecord, PhaseCost
+    from lorasmith.records.release import CostRecord, PhaseCost
 
 
 def costs(
@@ -37,7 +37,7 @@ def costs(
     Example: `lorasmith costs run --price-per-hour 1.50 --planned 0.75 --budget 1`
     """
     from lorasmith.cli.console import console, show_record
-    from lorasmith.files.spending import costs as add_up
+    from lorasmith.files.costs import costs as add_up
 
     if output_format not in ("text", "json"):
         raise UsageError(f"there is no format {output_format!r}", expected="text or json")
@@ -52,7 +52,7 @@ def costs(
 
 def _show(record: CostRecord, screen: Console) -> None:
     from lorasmith.cli.console import table
-    from lorasmith.files.machine import human_bytes
+    from lorasmith.machine.resources import human_bytes
 
     several = len({phase.run for phase in record.phases}) > 1
     rows = [

@@ -27,15 +27,15 @@ def demo(
 
     Example: `lorasmith demo --output demo-output`
     """
-    from lorasmith.cli import views
-    from lorasmith.cli.running import TerminalWatcher, show_summary
-    from lorasmith.demo import demo as make
-    from lorasmith.stages import read_timings
+    from lorasmith.cli.views import records
+    from lorasmith.cli.views.run import TerminalWatcher, show_summary
+    from lorasmith.runs.demo import demo as make
+    from lorasmith.runs.stages import read_timings
 
     watcher = TerminalWatcher()
     result = make(output, seed=seed, followup=followup, watcher=watcher)
     timings = [*read_timings(output).values(), *read_timings(result.run.folder).values()]
-    views.show_timings(timings, watcher.screen)
+    records.show_timings(timings, watcher.screen)
     show_summary(result.run, watcher.screen)
     if result.run.weights.grade == "different":
         raise typer.Exit(1)

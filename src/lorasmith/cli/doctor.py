@@ -47,9 +47,9 @@ def doctor(
     Example: `lorasmith doctor --base base --adapter adapter --test-set test.jsonl --price-per-hour 1.5`
     """
     from lorasmith.cli.console import console, show_record
-    from lorasmith.config import load_config
     from lorasmith.errors import ExitCode
     from lorasmith.preflight.doctor import examine
+    from lorasmith.runs.config import load_config
 
     flags = {
         "base": base,
@@ -84,7 +84,7 @@ def _show(record: DoctorRecord, screen: Console) -> None:
     from rich.markup import escape
 
     from lorasmith.cli.console import table
-    from lorasmith.files.machine import human_bytes
+    from lorasmith.machine.resources import human_bytes
 
     for check in record.checks:
         screen.print(f"{_MARKS[check.state]} {check.name}: {escape(check.found)}", soft_wrap=True)

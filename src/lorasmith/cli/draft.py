@@ -10,9 +10,7 @@ import typer
 from lorasmith.cli.options import AsJson, Device, Seed
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from lorasmith.records.draft import DraftRecord
+    pass
 
 
 def train(
@@ -57,9 +55,9 @@ def train(
     """
     from lorasmith.cli.console import bar, console, show_record
     from lorasmith.errors import UsageError
-    from lorasmith.followup.draft import train_draft
-    from lorasmith.followup.draft_base import parse_layers
-    from lorasmith.followup.draft_settings import DraftSettings
+    from lorasmith.followup.drafts.draft import train_draft
+    from lorasmith.followup.drafts.start import parse_layers
+    from lorasmith.followup.drafts.trainer import DraftSettings
 
     if from_target != (layers is not None):
         raise UsageError("--from-target and --layers go together", remedy="give both, or --base")
@@ -91,62 +89,7 @@ def train(
     if as_json:
         show_record(record)
     else:
+        from lorasmith.cli.views.followup import show_draft
+
         show_draft(record, console())
         console().print(f"Draft: {output}")
-
-
-def show_draft(record: DraftRecord, screen: Console) -> None:
-    """How it was trained, and what it can do on rows that it has not seen."""
-    from lorasmith.cli.console import table
-    from lorasmith.cli.views import show_findings
-
-    ratio = record.parameters / record.target_parameters
-    early = ", stopped early" if record.stopped_early else ""
-    screen.print(f"Draft of {record.parameters:,} parameters, {ratio:.1%} of the target's")
-    if record.padded_rows:
-        screen.print(
-            f"  Vocabulary: {record.padded_rows:+d} rows, now {record.vocabulary:,} as in the target"
-        )
-    screen.print(
-        f"  {record.train_rows} rows, {record.steps} steps{early}; the weights are those of step "
-        f"{record.best_step}"
-    )
-    rows = []
-    for name, found in (("before training", record.before), ("after", record.generator)):
-        kl = "" if found.kl is None else f"{found.kl:.4f}"
-        agreement = "" if found.agreement is None else f"{found.agreement:.2%}"
-        rows.append((name, f"{found.loss:.4f}", _perplexity(found.perplexity), kl, agreement))
-    title = f"Generator on {record.generator.rows} held-out rows ({record.generator.tokens:,} tokens)"
-    screen.print(table(title, ("", "loss", "perplexity", "KL", "agreement"), rows))
-    if record.classifier is not None:
-        _show_classifier(record, screen)
-    show_findings(record.findings, screen)
-
-
-def _perplexity(value: float) -> str:
-    """Of layers just cut out it has eight digits, of which none but the first means anything."""
-    return f"{value:.3f}" if value < 1e4 else f"{value:.1e}"
-
-
-def _show_classifier(record: DraftRecord, screen: Console) -> None:
-    from lorasmith.cli.console import table
-
-    found = record.classifier
-    assert found is not None  # the caller looks
-    rows: list[tuple[str, ...]] = [
-        ("classifier", f"{found.accuracy:.2%}", f"{found.f1:.3f}", f"{found.calibration_error:.3f}"),
-        (
-            f"always {found.majority_label!r}",
-            f"{found.majority_accuracy:.2%}",
-            f"{found.majority_f1:.3f}",
-            "–",
-        ),
-    ]
-    origin = "the rows' own labels" if found.labels_from == "data" else "labels by the target's confidence"
-    title = f"Classifier on {found.rows} held-out rows ({origin})"
-    screen.print(table(title, ("", "accuracy", "F1", "calibration error"), rows))
-    rows = [
-        (name, *(str(count) for count in counts))
-        for name, counts in zip(found.labels, found.confusion, strict=True)
-    ]
-    screen.print(table("Confusion", ("true, by predicted", *found.labels), rows))

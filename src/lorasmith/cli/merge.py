@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.cluster import with_executor
-from lorasmith.cli.options import (
-    AsJson,
-    Base,
-    Device,
-    Seed,
-    Template,
-)
+from lorasmith.cli.options import AsJson, Base, Device, Seed, Template, with_executor
 
 if TYPE_CHECKING:
     from lorasmith.executors.base import Executor
@@ -73,8 +66,8 @@ def merge(
     Example: `lorasmith merge --base models/base --adapter models/adapter --output models/merged`
     """
     import lorasmith
-    from lorasmith.cli import proof_views
     from lorasmith.cli.console import bar, console, show_record
+    from lorasmith.cli.views import proofs
     from lorasmith.errors import UsageError
 
     if compare_roundings:
@@ -103,7 +96,7 @@ def merge(
     if as_json:
         show_record(record)
     else:
-        proof_views.show_merge(record, console())
+        proofs.show_merge(record, console())
         console().print(f"Merged model: {output}")
 
 
@@ -117,9 +110,9 @@ def _compare(
     as_json: bool,
 ) -> None:
     from lorasmith.cli.console import bar, console, show_record
-    from lorasmith.cli.roundings import show_roundings
+    from lorasmith.cli.views.records import show_roundings
     from lorasmith.errors import UsageError
-    from lorasmith.roundings import compare_roundings
+    from lorasmith.runs.roundings import compare_roundings
 
     if test_set is None or len(adapter) != 1:
         raise UsageError(

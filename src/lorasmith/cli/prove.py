@@ -29,13 +29,13 @@ def prove(
     Example: `lorasmith prove --base models/base --adapter models/adapter --merged models/merged`
     """
     import lorasmith
-    from lorasmith.cli import proof_views
     from lorasmith.cli.console import bar, console, show_record
+    from lorasmith.cli.views import proofs
 
     proof = lorasmith.prove(base, adapter, merged, weights=weight, output=output, progress=bar)
     if as_json:
         show_record(proof)
     else:
-        proof_views.show_weights(proof, console())
+        proofs.show_weights(proof, console())
     if proof.grade == "different":
         raise typer.Exit(1)

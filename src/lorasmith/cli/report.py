@@ -32,10 +32,10 @@ def report(
     Example: `lorasmith report demo-output`
     """
     from lorasmith.cli.console import console
-    from lorasmith.files.machine import human_bytes
+    from lorasmith.machine.resources import human_bytes
 
     if len(runs) == 1:
-        from lorasmith.files.seal import reseal
+        from lorasmith.files.digests import reseal
         from lorasmith.reporting.page import write_report
 
         page = output or runs[0] / "report.html"

@@ -7,15 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.cluster import with_executor
-from lorasmith.cli.options import AsJson, Device, DeviceMap, Seed, Template
+from lorasmith.cli.options import AsJson, Device, DeviceMap, Seed, Template, with_executor
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from lorasmith.executors.base import Executor
     from lorasmith.records.base import Finding
-    from lorasmith.records.followup import RespondRecord
 
 
 @with_executor
@@ -66,9 +62,9 @@ def respond(
     """
     from lorasmith.cli.console import console, show_record
     from lorasmith.errors import ExitCode
-    from lorasmith.followup.respond import RespondOptions
-    from lorasmith.followup.respond import respond as answer_all
-    from lorasmith.models.sampling import Sampling
+    from lorasmith.followup.responses.respond import RespondOptions
+    from lorasmith.followup.responses.respond import respond as answer_all
+    from lorasmith.models.generation.decoding import Sampling
 
     options = RespondOptions(
         adapter=adapter,
@@ -91,6 +87,8 @@ def respond(
     if as_json:
         show_record(record)
     else:
+        from lorasmith.cli.views.followup import show_responses
+
         show_responses(record, output, console())
     if record.failed:
         raise typer.Exit(ExitCode.ANSWER_IS_NO)
@@ -145,7 +143,7 @@ class TerminalRespond:
 
     def found(self, finding: Finding) -> None:
         """Said at once: it may save hours."""
-        from lorasmith.cli.views import show_findings
+        from lorasmith.cli.views.records import show_findings
 
         show_findings([finding], self.screen)
 
@@ -166,30 +164,3 @@ class TerminalRespond:
         if self.price is not None:
             parts.append(f"cost {self.price * seconds / 3600:.2f} so far")
         return " · ".join(parts)
-
-
-def show_responses(record: RespondRecord, output: Path | None, console: Console) -> None:
-    """How the rows ended, how long they are, what to know; where they lie, if it is given."""
-    from lorasmith.cli.views import show_findings
-    from lorasmith.followup.respond_output import Places
-
-    ended = ", ".join(f"{count} {name}" for name, count in record.finish.items())
-    console.print(f"Responses: {record.rows} ({ended or 'none'})")
-    if record.cut_off:
-        console.print(
-            f"[yellow]Cut off: {record.cut_off:.1%}[/] at {record.settings.max_new_tokens} tokens or the "
-            f"model's context, {record.repeating} of them in a loop"
-        )
-    if record.lengths:
-        sizes = record.lengths
-        console.print(
-            f"Tokens:    {record.response_tokens:,} generated; a response has {sizes.least} to {sizes.most}, "
-            f"median {sizes.median}, 90 % up to {sizes.p90}"
-        )
-    if record.failed:
-        aside = "responses.failed.jsonl of the run" if output is None else Places(output).failed
-        console.print(f"[red]Failed: {record.failed}[/]; --retry-failed tries them again")
-        console.print(f"  they lie in {aside}", markup=False, soft_wrap=True)
-    show_findings(record.findings, console)
-    if output is not None:
-        console.print(f"Output:    {output}", soft_wrap=True)

@@ -153,18 +153,18 @@ def run(
         "worker_threads": worker_threads,
         "worker_gpus": worker_gpus,
     }
-    from lorasmith.config import load_config, to_toml
+    from lorasmith.runs.config import load_config, to_toml
 
     resolved = load_config(config, flags)
     if print_config:
         typer.echo(to_toml(resolved), nl=False)
         return
     import lorasmith
-    from lorasmith.cli import views
     from lorasmith.cli.console import console
-    from lorasmith.cli.judged import check_format, print_gates
-    from lorasmith.cli.running import TerminalWatcher, show_summary
-    from lorasmith.stages import read_timings
+    from lorasmith.cli.gates import check_format, print_gates
+    from lorasmith.cli.views import records
+    from lorasmith.cli.views.run import TerminalWatcher, show_summary
+    from lorasmith.runs.stages import read_timings
 
     shown = "json" if as_json else output_format
     check_format(shown)
@@ -173,6 +173,6 @@ def run(
     if shown != "text":
         print_gates(result.judged, shown)
     else:
-        views.show_timings(list(read_timings(result.folder).values()), watcher.screen)
+        records.show_timings(list(read_timings(result.folder).values()), watcher.screen)
         show_summary(result, watcher.screen)
     raise typer.Exit(result.exit_code)

@@ -10,9 +10,7 @@ import typer
 from lorasmith.cli.options import AsJson, Device, Template
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from lorasmith.records.followup import SpeculationRecord, SpeculationTiming
+    pass
 
 
 def speculate(
@@ -39,8 +37,8 @@ def speculate(
     """
     from lorasmith.cli.console import bar, console, show_record
     from lorasmith.errors import ExitCode, UsageError
-    from lorasmith.followup.speculate import SpeculateOptions
-    from lorasmith.followup.speculate import speculate as measure
+    from lorasmith.followup.speculation.speculate import SpeculateOptions
+    from lorasmith.followup.speculation.speculate import speculate as measure
 
     try:
         lengths = tuple(int(part) for part in draft_tokens.split(","))
@@ -53,60 +51,8 @@ def speculate(
     if as_json:
         show_record(record)
     else:
+        from lorasmith.cli.views.followup import show_speculation
+
         show_speculation(record, timing, console())
     if any(setting.different for setting in record.settings):
         raise typer.Exit(ExitCode.ANSWER_IS_NO)
-
-
-def show_speculation(record: SpeculationRecord, timing: SpeculationTiming | None, console: Console) -> None:
-    """Equality and acceptance of each way; its speed and the recommendation where they are given."""
-    from lorasmith.cli.console import table
-    from lorasmith.cli.views import show_findings
-
-    def shown(value: float | None, form: str) -> str:
-        return "–" if value is None else format(value, form)
-
-    speeds = timing.speeds if timing else [None] * len(record.settings)
-    rows = []
-    for setting, speed in zip(record.settings, speeds, strict=True):
-        whole = setting.overall
-        row: tuple[str, ...] = (
-            f"{setting.method} {setting.draft_tokens}",
-            f"{setting.equal}/{setting.ties}/{setting.different}",
-            shown(whole.acceptance_rate, ".1%"),
-            f"{whole.accepted_length:.2f}",
-            " ".join(shown(rate, ".2f") for rate in whole.by_position),
-        )
-        if speed is not None:
-            row += (
-                f"{speed.tokens_per_second:.1f}",
-                f"{speed.speedup:.2f}",
-                shown(speed.predicted, ".2f"),
-                shown(speed.predicted_with_verify, ".2f"),
-            )
-        rows.append(row)
-    head: tuple[str, ...] = ("way", "equal/tie/≠", "α", "tokens/pass", "α by place")
-    if timing is not None:
-        head += ("tok/s", "speed-up", "predicted", "with pass")
-    console.print(table("Speculative decoding", head, rows))
-    sources = sorted({name for setting in record.settings for name in setting.by_source})
-    if len(sources) > 1:
-        by_source = [
-            (
-                f"{setting.method} {setting.draft_tokens}",
-                *(shown(setting.by_source[name].acceptance_rate, ".1%") for name in sources),
-            )
-            for setting in record.settings
-        ]
-        console.print(table("α by source", ("way", *sources), by_source))
-    if timing is not None:
-        console.print(f"Greedy decoding: {timing.greedy_tokens_per_second:.1f} tokens/s")
-    for difference in record.differences:
-        kind = "a tie" if difference.tie else "[red]DIFFERENT[/]"
-        console.print(
-            f"  {difference.id}, {difference.method} {difference.draft_tokens}: token {difference.place}, "
-            f"margin {difference.margin:.2e}, noise {difference.noise:.2e}: {kind}"
-        )
-    show_findings(record.findings, console)
-    if timing is not None:
-        console.print(f"Recommendation: {timing.recommendation}", soft_wrap=True)

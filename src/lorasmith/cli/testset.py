@@ -126,27 +126,27 @@ def check(
 
     Example: `lorasmith testset check --test-set test_set.jsonl --train train.jsonl`
     """
-    from lorasmith.cli import views
     from lorasmith.cli.console import bar, console, show_record
+    from lorasmith.cli.views import records
     from lorasmith.testset.check import check as check_test_set
-    from lorasmith.testset.matching import Settings
+    from lorasmith.testset.overlap import Settings
 
     settings = Settings(ngram=ngram, similarity=similarity)
     record = check_test_set(test_set, train, output, settings=settings, drop=drop, progress=bar)
     if as_json:
         show_record(record)
     else:
-        views.show_contamination(record, console())
+        records.show_contamination(record, console())
     if record.verdict == "contaminated" and record.counts["test_rows"] > allow:
         raise typer.Exit(1)
 
 
 def show_counts(record: DatasetStatistics, screen: Console) -> None:
     """The counts by group, and the crossing of source and difficulty."""
-    from lorasmith.cli import views
     from lorasmith.cli.console import table
+    from lorasmith.cli.views import records
 
-    views.show_statistics(record, screen)
+    records.show_statistics(record, screen)
     levels = list(record.by_difficulty)
     crossing = record.crossings["source × difficulty"]
     rows = [
@@ -159,8 +159,8 @@ def show_counts(record: DatasetStatistics, screen: Console) -> None:
 
 def show_split(record: SplitRecord, screen: Console) -> None:
     """What was held out of each stratum, and what became of the training file."""
-    from lorasmith.cli import views
     from lorasmith.cli.console import table
+    from lorasmith.cli.views import records
 
     rows = [[name, str(counts["rows"]), str(counts["held_out"])] for name, counts in record.strata.items()]
     screen.print(table(f"{record.size} rows held out", ("stratum", "training rows", "held out"), rows))
@@ -169,7 +169,7 @@ def show_split(record: SplitRecord, screen: Console) -> None:
         screen.print(f"{record.rows_removed} rows were removed from {record.train.path}{kept}", markup=False)
     else:
         screen.print(f"{record.train.path} was left as it is (--remove takes the rows out)", markup=False)
-    views.show_findings(record.findings, screen)
+    records.show_findings(record.findings, screen)
 
 
 def _names(only: list[str] | None) -> list[str] | None:

@@ -35,8 +35,8 @@ def train(
     Example: `lorasmith train --base models/base --train data/train.jsonl --output models/adapter`
     """
     import lorasmith
-    from lorasmith.cli import views
     from lorasmith.cli.console import bar, console, show_record
+    from lorasmith.cli.views import records
     from lorasmith.training.settings import TrainSettings
 
     settings = TrainSettings(
@@ -54,5 +54,5 @@ def train(
     if as_json:
         show_record(record)
     else:
-        views.show_training(record, console())
+        records.show_training(record, console())
         console().print(f"Adapter: {output}")

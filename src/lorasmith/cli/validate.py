@@ -39,9 +39,9 @@ def validate(
     Example: `lorasmith validate --model base --adapter adapter --test-set test.jsonl --output validation`
     """
     import lorasmith
-    from lorasmith.cli import views
     from lorasmith.cli.console import bar, console, show_record, show_records
-    from lorasmith.executors.base import make_executor
+    from lorasmith.cli.views import records
+    from lorasmith.executors.choose import make_executor
     from lorasmith.options import AnswerOptions
 
     if tasks:
@@ -58,7 +58,7 @@ def validate(
     # Interrupted while it asks, the same command has nothing of the validation to compute again.
     result = lorasmith.validate(model, test_set, output, keep_journal=tasks, **what, **options.values())
     if not as_json:
-        views.show_validation(result, console())
+        records.show_validation(result, console())
         console().print(f"Results: {output / (result.model.role + '.json')}")
     if not tasks:
         if as_json:
@@ -71,5 +71,5 @@ def validate(
     if as_json:
         show_records(validation=result, tasks=answered)
     else:
-        views.show_tasks(answered, console())
+        records.show_tasks(answered, console())
         console().print(f"Results: {output / (result.model.role + '_tasks.json')}")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lorasmith.progress import Progress
-    from lorasmith.results import RunResult
+    from lorasmith.runs.results import RunResult
 
 _LINE = "━" * 39
 _BANNER = "=" * 40
@@ -47,7 +47,7 @@ class GuideWatcher:
     """Follows a run under the guide's five headings."""
 
     def __init__(self) -> None:
-        from lorasmith.cli.running import TerminalWatcher
+        from lorasmith.cli.views.run import TerminalWatcher
 
         self._inner = TerminalWatcher()
         self.progress: Progress = self._inner.progress
@@ -75,9 +75,9 @@ class GuideWatcher:
 def workflow(asked: argparse.Namespace) -> RunResult:
     """Run, then put merged model, results and archives where the guide has them."""
     import lorasmith
-    from lorasmith.cli.running import show_summary
-    from lorasmith.config import load_config
-    from lorasmith.files.hub import base_of
+    from lorasmith.cli.views.run import show_summary
+    from lorasmith.hub.models import base_of
+    from lorasmith.runs.config import load_config
 
     for place in (asked.merged_path, asked.package_dir):
         _check_replaceable(place)

@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 
 from lorasmith import __version__, errors
 from lorasmith.errors import LorasmithError, MachineError, RemoteError
-from lorasmith.files.devices import Gpus, Packages
 from lorasmith.files.journal import Rows
-from lorasmith.files.machine import peak_memory, reset_peak_memory, return_memory
-from lorasmith.files.meter import Meter, Usage, this_machine
+from lorasmith.machine.meter import Gpus, Meter, Packages, Usage, this_machine
+from lorasmith.machine.resources import peak_memory, reset_peak_memory, return_memory
 
 
-class Answer(NamedTuple):
+class WorkerReply(NamedTuple):
     """`done` and what was asked for, `too large` and why, or `failed` and the error; and what it took."""
 
     status: str
@@ -39,7 +38,7 @@ class Worker:
         self._told_seconds = 0.0
         self._metered: tuple[ExitStack, Usage] | None = None
 
-    def open(self, packed: bytes) -> Answer:
+    def open(self, packed: bytes) -> WorkerReply:
         """Put the present work away and make another; answers with the conditions that it computes under."""
         self._work = None
         self._stack.close()
@@ -73,7 +72,7 @@ class Worker:
         stack.close()
         return usage
 
-    def run(self, rows: Rows, parcel: Any = None) -> Answer:
+    def run(self, rows: Rows, parcel: Any = None) -> WorkerReply:
         """The packed result of one chunk."""
         message = None
         try:
@@ -89,11 +88,11 @@ class Worker:
         self._work.release()
         return self._answer("too large", message.encode())
 
-    def _answer(self, status: str, packed: bytes) -> Answer:
+    def _answer(self, status: str, packed: bytes) -> WorkerReply:
         used = os.times()
         seconds = used.user + used.system + used.children_user + used.children_system
         took, self._told_seconds = seconds - self._told_seconds, seconds
-        return Answer(status, packed, took, peak_memory() if self._can_reset else None)
+        return WorkerReply(status, packed, took, peak_memory() if self._can_reset else None)
 
 
 def _require_version(wanted: str) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from os import PathLike
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -98,3 +99,9 @@ def publish_folder(temporary: Path, final: Path) -> None:
         else:
             temporary.rename(final)
         sync_folder(final.parent)
+
+
+# Paths as people give them to the public functions: text or `Path`.
+
+
+StrPath = str | PathLike[str]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 
-from lorasmith.errors import InputError, os_errors
+from lorasmith.errors import DamageError, InputError, LorasmithError, os_errors
+from lorasmith.files.atomic import write_bytes
 from lorasmith.records.base import FileDigest
 
 _SETTLED_SECONDS = 2.0
@@ -152,3 +154,109 @@ def _store(status: os.stat_result, digest: str) -> None:
             )
     except (sqlite3.Error, OSError):
         return
+
+
+# `SHA256SUMS`: what `sha256sum -c` reads, written and read in one strict form; and what lies in a folder.
+
+
+SUMS = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-f]{64})  ([^\n\\]+)")
+
+
+def write_sums(folder: Path, digests: Mapping[str, str]) -> None:
+    """Write name → SHA-256 of all files of a folder, sorted by name."""
+    lines = [f"{sha}  {name}\n" for name, sha in sorted(digests.items())]
+    write_bytes(folder / SUMS, "".join(lines).encode())
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Name → SHA-256; raises `DamageError` for anything but the form that `write_sums` gives."""
+    path = folder / SUMS
+    with os_errors(path, "read"):
+        content = path.read_bytes()
+    found: dict[str, str] = {}
+    try:
+        lines = content.decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise _damaged(path, "it is not UTF-8") from error
+    if lines[-1] != "":
+        raise _damaged(path, "its last line does not end")
+    for number, line in enumerate(lines[:-1], 1):
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise _damaged(path, f"line {number} is no checksum")
+        found[match[2]] = match[1]
+    if list(found) != sorted(found) or len(found) != len(lines) - 1:
+        raise _damaged(path, "its names are not in order")
+    return found
+
+
+def walk(folder: Path, below: str = "") -> dict[str, os.stat_result]:
+    """All that lies below a folder but folders: path → status, links not followed."""
+    found = {}
+    for place, folders, files in os.walk(folder / below):
+        for name in [*files, *(name for name in folders if (Path(place) / name).is_symlink())]:
+            path = Path(place) / name
+            found[path.relative_to(folder).as_posix()] = path.lstat()
+    return found
+
+
+def _damaged(path: Path, why: str) -> DamageError:
+    return DamageError(
+        f"the list of checksums is damaged: {why}",
+        where=path,
+        expected="`sha256  name` lines, sorted by name",
+        remedy="fetch it again",
+    )
+
+
+# `SHA256SUMS` of a run folder: written when a command has ended, so that any later change is found.
+
+
+LOCK = ".lock"
+"""Empty; whoever works on the run holds it open."""
+
+
+def open_seal(run: Path) -> None:
+    """Take the list away before anything below the folder changes: a run without one has not ended."""
+    with os_errors(run / SUMS, "write"):
+        (run / SUMS).unlink(missing_ok=True)
+
+
+def seal_run(run: Path) -> None:
+    """List every file of the run with its SHA-256; what was hashed as a stage's output is not read again.
+
+    Not equal between two runs: it lists `timing.json` and the page that shows the times.
+    """
+    write_sums(run, _digests(run, sealed_names(run)))
+
+
+def reseal(run: Path, changed: Path) -> None:
+    """Bring one file or folder of a sealed run up to date; the lines of all others stay as they are.
+
+    Nothing happens for a run that is not sealed, whose list is damaged, or for a place outside of it.
+    """
+    if not (run / SUMS).is_file() or run.resolve() not in changed.resolve().parents:
+        return
+    place = changed.resolve().relative_to(run.resolve()).as_posix()
+    try:
+        known = read_sums(run)
+    except LorasmithError:
+        return
+
+    def inside(name: str) -> bool:
+        return name == place or name.startswith(f"{place}/")
+
+    kept = {name: sha for name, sha in known.items() if not inside(name)}
+    write_sums(run, {**kept, **_digests(run, [name for name in sealed_names(run) if inside(name)])})
+
+
+def sealed_names(run: Path) -> list[str]:
+    """All files of a run folder but its list and its lock, links and leftovers included."""
+    return sorted(set(walk(run)) - {SUMS, LOCK})
+
+
+def _digests(run: Path, names: list[str]) -> Mapping[str, str]:
+    # A link is no part of a run: it is not listed, and found as what does not belong there.
+    files = [run / name for name in names if not (run / name).is_symlink()]
+    return {file.path: file.sha256 for file in describe(files, run)}

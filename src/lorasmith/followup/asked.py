@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from lorasmith.errors import UsageError
-from lorasmith.files.hub import hub_name
+from lorasmith.hub.cache import hub_name
 from lorasmith.records.base import Part
 
 if TYPE_CHECKING:
-    from lorasmith.followup.compress_settings import CompressSettings
-    from lorasmith.followup.draft_settings import DraftSettings
-    from lorasmith.followup.respond import RespondOptions
-    from lorasmith.followup.speculate import SpeculateOptions
+    from lorasmith.followup.compression.settings import CompressSettings
+    from lorasmith.followup.drafts.trainer import DraftSettings
+    from lorasmith.followup.responses.respond import RespondOptions
+    from lorasmith.followup.speculation.speculate import SpeculateOptions
 
 
 def _several(value: Any) -> Any:
@@ -52,8 +52,8 @@ class RespondAsked(Part):
         self, *, template: str, device: str, device_map: str | None, seed: int, price: float | None
     ) -> RespondOptions:
         """For `respond`."""
-        from lorasmith.followup.respond import RespondOptions
-        from lorasmith.models.sampling import Sampling
+        from lorasmith.followup.responses.respond import RespondOptions
+        from lorasmith.models.generation.decoding import Sampling
 
         return RespondOptions(
             engine=self.engine,
@@ -93,7 +93,7 @@ class DraftAsked(Part):
 
     def settings(self, *, seed: int) -> DraftSettings:
         """For `train_draft`; raises `UsageError` for a value that cannot be."""
-        from lorasmith.followup.draft_settings import DraftSettings
+        from lorasmith.followup.drafts.trainer import DraftSettings
 
         chosen = DraftSettings(**self.model_dump(exclude={"base", "layers"}), seed=seed)
         chosen.check()
@@ -101,7 +101,7 @@ class DraftAsked(Part):
 
     def kept_layers(self, total: int) -> list[int] | None:
         """Of a target of `total` layers; None where the draft begins as a base."""
-        from lorasmith.followup.draft_base import parse_layers
+        from lorasmith.followup.drafts.start import parse_layers
 
         if self.base is not None and self.layers is not None:
             raise UsageError("a draft begins as a base or as layers", expected="followup.draft: one of them")
@@ -126,7 +126,7 @@ class SpeculateAsked(Part):
 
     def options(self, *, template: str, device: str) -> SpeculateOptions:
         """For `speculate`; raises `UsageError` for a value that cannot be."""
-        from lorasmith.followup.speculate import SpeculateOptions
+        from lorasmith.followup.speculation.speculate import SpeculateOptions
 
         chosen = SpeculateOptions(
             self.draft_tokens, self.max_new_tokens, self.limit, template, device, "float32"
@@ -160,7 +160,7 @@ class CompressAsked(Part):
 
     def settings(self, *, seed: int) -> list[CompressSettings]:
         """For `compress`, every combination; raises `UsageError` for values that do not go together."""
-        from lorasmith.followup.compress_settings import every_way
+        from lorasmith.followup.compression.settings import every_way
 
         shared = self.model_dump(include={"iterations", "calibration_rows", "calibration_length"})
         return every_way(self.formats, self.method, self.bits, self.group_size, seed=seed, **shared)
@@ -168,7 +168,7 @@ class CompressAsked(Part):
     @property
     def limits(self) -> dict[str, float]:
         """The gates of `compress`; raises `UsageError` for a target that is no size."""
-        from lorasmith.followup.sizes_plan import parse_size
+        from lorasmith.followup.compression.sizes import parse_size
 
         asked = {
             "perplexity_ratio": self.max_perplexity_ratio,

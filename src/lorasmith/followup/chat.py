@@ -9,17 +9,16 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 from lorasmith.errors import DataError, UsageError
-from lorasmith.files.paths import StrPath
-from lorasmith.followup.respond_engines import DTYPES, generation_route, resolve_dtype
-from lorasmith.followup.speculate import require_same_tokenizer
-from lorasmith.followup.speculate_loop import ModelDrafter, rounds
-from lorasmith.models.arithmetic import Route, resolve_device, use_route
-from lorasmith.models.generate import stop_tokens
+from lorasmith.files.atomic import StrPath
+from lorasmith.followup.responses.engines import DTYPES, generation_route, resolve_dtype
+from lorasmith.followup.speculation.loop import ModelDrafter, rounds
+from lorasmith.followup.speculation.speculate import require_same_tokenizer
+from lorasmith.models.device import Route, resolve_device, use_route
+from lorasmith.models.generation.continuous import Stepper
+from lorasmith.models.generation.decoding import Sampling, choose, stream
+from lorasmith.models.generation.generate import stop_tokens
 from lorasmith.models.load import LoadedModel, load_model
-from lorasmith.models.sampling import Sampling, choose, stream
-from lorasmith.models.stepper import Stepper
-from lorasmith.models.template import frame, resolve_template
-from lorasmith.models.turns import Message, conversation_tokens, require_chat
+from lorasmith.models.text import Message, conversation_tokens, frame, require_chat, resolve_template
 
 DRAFT_TOKENS = 4
 
@@ -176,7 +175,7 @@ def _loader(model: Path, options: ChatOptions) -> tuple[Callable[[Path, Path | N
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerStretch:
     """A stretch of an answer."""
 
     text: str
@@ -184,7 +183,7 @@ class Piece:
     """Whether its tokens are not those of the reference."""
 
 
-def mark_differences(reference: Chat, other: Chat) -> list[Piece]:
+def mark_differences(reference: Chat, other: Chat) -> list[AnswerStretch]:
     """The newest answer of `other` in stretches of tokens that are and are not in the reference's answer."""
     return mark_tokens(
         reference.tokens,
@@ -195,19 +194,19 @@ def mark_differences(reference: Chat, other: Chat) -> list[Piece]:
 
 def mark_tokens(
     reference: Sequence[int], tokens: Sequence[int], decode: Callable[[list[int]], str]
-) -> list[Piece]:
+) -> list[AnswerStretch]:
     """Token ids aligned with those of a reference; text is cut where the decoded beginnings end.
 
     An answer that ends earlier than the reference differs at its end in nothing that could be marked: then
     an empty piece that differs stands last.
     """
-    pieces: list[Piece] = []
+    pieces: list[AnswerStretch] = []
     done = ""
     matcher = SequenceMatcher(None, list(reference), list(tokens), autojunk=False)
     for kind, _, _, _, end in matcher.get_opcodes():
         whole = decode(list(tokens[:end]))
         if kind == "delete" and end < len(tokens):
             continue
-        pieces.append(Piece(whole[len(done) :], kind != "equal"))
+        pieces.append(AnswerStretch(whole[len(done) :], kind != "equal"))
         done = whole
     return pieces

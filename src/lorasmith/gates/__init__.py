@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lorasmith.gates.evaluate import evaluate, join, split_costs
-from lorasmith.gates.guide import GUIDE_GATES
+from lorasmith.gates.evaluate import GUIDE_GATES, evaluate, join, split_costs
 from lorasmith.gates.metrics import METRICS, Measured, Metric
 
 __all__ = ["GUIDE_GATES", "METRICS", "Measured", "Metric", "evaluate", "join", "split_costs"]

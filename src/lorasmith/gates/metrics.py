@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from lorasmith.errors import UsageError
-from lorasmith.gates import tasks
-from lorasmith.gates.missing import NotMeasured
 from lorasmith.records.base import Interval
 from lorasmith.records.dataset import ContaminationRecord
 from lorasmith.records.merging import MergeRecord
@@ -20,7 +18,97 @@ from lorasmith.records.proof import (
     WeightProof,
 )
 from lorasmith.records.release import Gate, StageTiming, TimingRecord
-from lorasmith.records.scoring import GroupMetrics, TaskEffect, TaskResult, ValidationResult
+from lorasmith.records.scoring import GroupMetrics, TaskEffect, TaskMetric, TaskResult, ValidationResult
+
+# Why a gate has no data.
+
+
+class NotMeasured(Exception):
+    """The value is not there; the message says why. Caught by `evaluate`, never shown as an error."""
+
+
+# Accuracy on the benchmarks' own questions, as gates read it.
+
+
+Read = Callable[["Measured", str | None], tuple[float | str, Interval | None]]
+
+MAIN_METRICS = ("accuracy", "exact_match", "pass@1", "f1")
+"""A benchmark with several metrics is judged by the first of these that it has."""
+
+_PAIRS = {"effect": ("adapter", "base"), "merge": ("merged", "adapter")}
+
+
+def accuracy(role: str) -> Read:
+    """A benchmark's main metric, 0..1; over all benchmarks weighted by their scored examples."""
+
+    def read(measured: Measured, group: str | None) -> tuple[float | str, Interval | None]:
+        if role not in measured.tasks:
+            raise NotMeasured(f"the {role} model answered no benchmark questions (--tasks)")
+        found = _main(measured.tasks[role].metrics)
+        if group is None:
+            return _mean([metric for metric in found.values() if metric.value is not None]), None
+        metric = found.get(group.partition("=")[2])
+        if metric is None or metric.value is None:
+            raise NotMeasured(f"no scored answer in {group}")
+        return metric.value, metric.interval
+
+    return read
+
+
+def differences(pair: str) -> dict[str, Read]:
+    """`delta`, `delta_low`, `delta_high`: the second model's accuracy minus the first one's.
+
+    One benchmark is paired example by example and has an interval; over all of them only `delta` is measured.
+    """
+    other, first = _PAIRS[pair]
+
+    def delta(measured: Measured, group: str | None) -> tuple[float | str, Interval | None]:
+        if group is None:
+            (high, _), (low, _) = accuracy(other)(measured, None), accuracy(first)(measured, None)
+            return float(high) - float(low), None
+        effect = _task_effect(measured, pair, group)
+        return effect.delta, effect.interval
+
+    def end(name: str) -> Read:
+        def read(measured: Measured, group: str | None) -> tuple[float | str, Interval | None]:
+            if group is None:
+                raise NotMeasured(
+                    "an interval is measured by benchmark only: give the gate a group, source=…"
+                )
+            interval = _task_effect(measured, pair, group).interval
+            if interval is None:
+                raise NotMeasured("there are too few examples for an interval")
+            return float(getattr(interval, name)), None
+
+        return read
+
+    return {"delta": delta, "delta_low": end("low"), "delta_high": end("high")}
+
+
+def _main(metrics: list[TaskMetric]) -> Mapping[str, TaskMetric]:
+    ranks = {name: rank for rank, name in enumerate(MAIN_METRICS)}
+    ordered = sorted(metrics, key=lambda metric: ranks.get(metric.metric, len(ranks)), reverse=True)
+    return {metric.benchmark: metric for metric in ordered}
+
+
+def _mean(metrics: list[TaskMetric]) -> float:
+    scored = sum(metric.scored for metric in metrics)
+    if not scored:
+        raise NotMeasured("no answer could be scored")
+    return sum((metric.value or 0.0) * metric.scored for metric in metrics) / scored
+
+
+def _task_effect(measured: Measured, pair: str, group: str) -> TaskEffect:
+    if pair not in measured.task_effects:
+        both = " and ".join(_PAIRS[pair])
+        raise NotMeasured(f"{both} did not both answer the benchmarks' questions (--tasks)")
+    ranks = {name: rank for rank, name in enumerate(MAIN_METRICS)}
+    wanted = group.partition("=")[2]
+    found = [effect for effect in measured.task_effects[pair] if effect.benchmark == wanted]
+    if not found:
+        raise NotMeasured(f"no answer that both models have in {group}")
+    return min(found, key=lambda effect: ranks.get(effect.metric, len(ranks)))
+
 
 T = TypeVar("T")
 Value = tuple[float | str, Interval | None]
@@ -195,7 +283,7 @@ METRICS: dict[str, Metric] = {
     **{f"{role}.loss_high": _validation(role, lambda m: (_end(m.interval, "high"), None)) for role in ROLES},
     **{f"{role}.perplexity": _validation(role, lambda m: (m.perplexity, None)) for role in ROLES},
     **{f"{role}.examples": _validation(role, lambda m: (m.examples, None)) for role in ROLES},
-    **{f"{role}.accuracy": Metric(tasks.accuracy(role), ("source",)) for role in ROLES},
+    **{f"{role}.accuracy": Metric(accuracy(role), ("source",)) for role in ROLES},
     "effect.loss_delta": _effect(lambda effect: (effect.loss_delta, effect.interval)),
     "effect.loss_delta_low": _effect(lambda effect: (_end(effect.interval, "low"), None)),
     "effect.loss_delta_high": _effect(lambda effect: (_end(effect.interval, "high"), None)),
@@ -204,7 +292,7 @@ METRICS: dict[str, Metric] = {
     **{
         f"{pair}.accuracy_{name}": Metric(read, ("source",))
         for pair in ("effect", "merge")
-        for name, read in tasks.differences(pair).items()
+        for name, read in differences(pair).items()
     },
     "merge.loss_delta": _behaviour(lambda found: abs(found.loss_delta)),
     "merge.perplexity_delta": _behaviour(lambda found: abs(found.perplexity_delta)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -9,9 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lorasmith.errors import InputError, UsageError, os_errors
+import torch
+
+from lorasmith.adapters.base import Copy
+from lorasmith.checkpoint.adapter import Adapter
+from lorasmith.checkpoint.header import dump_object
+from lorasmith.checkpoint.model import Checkpoint
+from lorasmith.errors import AdapterError, InputError, UsageError, os_errors
 from lorasmith.files.atomic import aside, publish_folder, read_record, write_bytes, write_record
-from lorasmith.files.place import holds_another, require_outside
+from lorasmith.files.output_folder import holds_another, require_outside
+from lorasmith.hub.model_files import OTHER_FILES, TOKENIZER_FILES, fits
+from lorasmith.merging.numbers.rounding import TARGETS, cast
+from lorasmith.merging.plan import Plan
+from lorasmith.merging.tensors import TensorOnDisk
 from lorasmith.records.base import FileDigest, Record
 from lorasmith.records.merging import MergedTensor
 
@@ -110,3 +121,142 @@ class PartialFolder:
                 if file.is_file() and file.relative_to(self.path).as_posix() not in expected:
                     file.unlink()
         publish_folder(self.path, self.output)
+
+
+# The small files that make a merged folder complete: configs, tokenizer, chat template, shard index.
+
+
+_MAIN_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+    "spiece.model",
+)
+_TEMPLATES = ("chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
+
+
+def companions(base: Path, adapters: list[Path]) -> dict[str, Path]:
+    """Name in the merged folder → file to copy.
+
+    The tokenizer is that of the first adapter that has a whole one, else the base's; a chat template
+    beside an adapter counts even where its tokenizer is the base's. Everything else is the base's.
+    """
+    chosen = _matching(base, OTHER_FILES)
+    with_tokenizer = next((folder for folder in adapters if _has_tokenizer(folder)), base)
+    chosen |= _matching(with_tokenizer, TOKENIZER_FILES)
+    if with_tokenizer is base:
+        for folder in adapters:
+            templates = _matching(folder, _TEMPLATES)
+            if templates:
+                chosen = {name: file for name, file in chosen.items() if name not in _TEMPLATES} | templates
+                break
+    return dict(sorted(chosen.items()))
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").is_file() and any(
+        (folder / name).is_file() for name in _MAIN_TOKENIZER_FILES
+    )
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
+    with os_errors(folder, "read"):
+        files = [
+            file
+            for file in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+            if file.is_file()
+        ]
+    names = {file.relative_to(folder).as_posix(): file for file in files}
+    return {name: file for name, file in names.items() if fits(name, patterns)}
+
+
+def merged_config(
+    config: Mapping[str, Any], precision: str, *, untied: bool, vocabulary: int | None
+) -> dict[str, Any]:
+    """The base's config with the merged model's own type, tying and vocabulary, without a quantization."""
+    merged = copy.deepcopy(dict(config))
+    merged.pop("quantization_config", None)
+    parts = [merged] + [part for part in merged.values() if isinstance(part, dict)]
+    if precision != "base":
+        for part in parts:
+            for field in ("dtype", "torch_dtype"):
+                if part.get(field) is not None:
+                    part[field] = precision
+        if "dtype" not in merged and "torch_dtype" not in merged:
+            merged["dtype"] = precision
+    if vocabulary is not None:
+        holders = [part for part in parts if "vocab_size" in part]
+        text = [part for part in holders if part is merged.get("text_config")] or holders[:1] or [merged]
+        for part in text:
+            part["vocab_size"] = vocabulary
+    if untied:
+        for part in parts:
+            if "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = False
+        merged["tie_word_embeddings"] = False
+    return merged
+
+
+def merged_index(base: Checkpoint, plan: Plan) -> bytes | None:
+    """The shard index with every tensor's file and the right `total_size`; None for a single file."""
+    if base.index is None:
+        return None
+    weight_map = {output.name: shard for shard, outputs in plan.shards.items() for output in outputs}
+    metadata = dict(base.index.get("metadata") or {})
+    metadata["total_size"] = sum(output.nbytes for output in plan.outputs)
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(output.elements for output in plan.outputs)
+    return dump_object({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+
+# Is this the base that the adapter was trained on? An adapter that keeps a copy of a weight can tell.
+
+
+_STEP = 1 << 22
+
+
+def check_copies(copies: Sequence[Copy], base: Checkpoint, adapters: Sequence[Adapter]) -> None:
+    """Raise `AdapterError` unless every copy that an adapter keeps equals the base's tensor.
+
+    A copy of a lower precision must be the base's values rounded to it, and the other way round.
+    """
+    for kept_copy in copies:
+        adapter = adapters[kept_copy.adapter]
+        kept = TensorOnDisk(adapter.file.path, adapter.file.tensors[kept_copy.tensor])
+        if kept_copy.base is not None:
+            other = TensorOnDisk(base.shard_of(kept_copy.base).path, base.tensors[kept_copy.base])
+        else:
+            other = TensorOnDisk(adapter.file.path, adapter.file.tensors[str(kept_copy.twin)])
+        common = min(kept.info.elements, other.info.elements)
+        for first in range(0, common, _STEP):
+            count = min(_STEP, common - first)
+            if not _agree(
+                kept.read(first, count), kept.info.dtype, other.read(first, count), other.info.dtype
+            ):
+                raise _differs(kept_copy, adapter)
+
+
+def _differs(copy: Copy, adapter: Adapter) -> AdapterError:
+    if copy.base is None:
+        return AdapterError(
+            f"the adapter stores {copy.twin} twice, with different values",
+            where=adapter.file.path,
+            expected=f"{copy.tensor} equal to it",
+            remedy="save the adapter again",
+        )
+    return AdapterError(
+        f"the adapter's copy of {copy.base} differs from this base's",
+        where=adapter.file.path,
+        expected="the base that the adapter was trained on",
+        remedy="give the model that adapter_config.json names as its base",
+    )
+
+
+def _agree(kept: torch.Tensor, kept_type: str, given: torch.Tensor, given_type: str) -> bool:
+    if torch.equal(kept.to(torch.float64), given.to(torch.float64)):
+        return True
+    down = kept_type in TARGETS and torch.equal(cast(given, TARGETS[kept_type]), kept)
+    up = given_type in TARGETS and torch.equal(cast(kept, TARGETS[given_type]), given)
+    return down or up

@@ -12,14 +12,13 @@ from typing import Any
 from lorasmith.checkpoint.adapter import Adapter
 from lorasmith.checkpoint.model import Checkpoint
 from lorasmith.errors import UsageError
-from lorasmith.files.paths import StrPath
-from lorasmith.merging.calibrate import run_calibration
-from lorasmith.merging.calibration import Calibration, load_calibration
-from lorasmith.merging.effective import Effective
-from lorasmith.merging.feedback import Feedback
-from lorasmith.merging.fitted import Calibrated
+from lorasmith.files.atomic import StrPath
+from lorasmith.merging.calibrated.feedback import Feedback
+from lorasmith.merging.calibrated.fit import run_calibration
+from lorasmith.merging.calibrated.rows import Calibration, Effective, load_calibration
 from lorasmith.merging.plan import Plan
-from lorasmith.models.arithmetic import resolve_device
+from lorasmith.merging.recipes import Calibrated
+from lorasmith.models.device import resolve_device
 from lorasmith.models.layerwise import UnsupportedLayers
 from lorasmith.progress import Progress
 from lorasmith.records.base import Finding

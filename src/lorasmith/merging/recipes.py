@@ -2,28 +2,272 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 
-from lorasmith.adapters.base import Change
+from lorasmith.adapters.base import Change, Rows
 from lorasmith.checkpoint.header import TensorFile
 from lorasmith.errors import AdapterError
-from lorasmith.merging.arithmetic import cast_piece
-from lorasmith.merging.counts import Counts, merged_tensor
-from lorasmith.merging.dither import Stream
-from lorasmith.merging.fitted import Calibrated, Fitted
-from lorasmith.merging.lowrank import LowRank
+from lorasmith.merging.disk import Finish, nothing_left
+from lorasmith.merging.numbers.blocks import (
+    Counts,
+    Open,
+    Products,
+    Undecided,
+    cast_piece,
+    decide,
+    merged_tensor,
+    patch,
+    prepare_products,
+    sum_block,
+)
+from lorasmith.merging.numbers.dither import Thresholds, ThresholdStream
+from lorasmith.merging.numbers.dora import Scaling, decide_scaled, prepare_scaling, scaled_block
+from lorasmith.merging.numbers.rounding import TARGETS, cast, overflow
+from lorasmith.merging.numbers.threads import Workers
 from lorasmith.merging.plan import Output
-from lorasmith.merging.refusals import overflow
-from lorasmith.merging.rounding import TARGETS, cast
-from lorasmith.merging.running import Finish, nothing_left
-from lorasmith.merging.tensors import TORCH_TYPES, Factors, Stored
-from lorasmith.merging.workers import Workers
+from lorasmith.merging.tensors import TORCH_TYPES, Factors, TensorOnDisk
 from lorasmith.records.merging import MergedTensor
 
+# Tensors with an update of low rank: cut into blocks, made in threads, open elements settled.
 
-class Recipe(Protocol):
+
+BLOCK_ELEMENTS = 1 << 18
+"""2 MiB of float64: the few arrays of one block stay in a core's caches."""
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """A rectangle of a piece."""
+
+    offset: int
+    """Of its first element within the piece."""
+    row: int
+    column: int
+    height: int
+    width: int
+    rows: Rows
+
+
+class LowRank:
+    """W + Σ w·s·L·R, scaled to DoRA's magnitude where there is one: correctly rounded, or dithered."""
+
+    def __init__(
+        self,
+        output: Output,
+        change: Change,
+        factors: Factors,
+        base: TensorOnDisk,
+        workers: Workers,
+        stream: ThresholdStream | None = None,
+        fallback: str = "",
+    ) -> None:
+        self._output = output
+        self._change = change
+        self._factors = factors
+        self._base = base
+        self._workers = workers
+        self._stream = stream
+        self._fallback = fallback
+        self._counts = Counts()
+        self._products: dict[int, Products] = {}
+        self._counted: set[int] = set()
+        self._scaling: Scaling | None = None
+        self._width = output.shape[-1] if len(output.shape) > 1 else 1
+        self._height = math.prod(output.shape) // self._width if self._width else 0
+
+    def piece(self, raw: torch.Tensor, first: int, out: torch.Tensor) -> Finish:
+        """The merged values: blocks in threads; at the end, all that is still open at once."""
+        stored = raw.view(TORCH_TYPES[self._output.source.dtype])
+        merged = out.view(TORCH_TYPES[self._output.dtype])
+        blocks = list(self._blocks(first, len(stored)))
+        self._prepare({block.rows.start: block.rows for block in blocks})
+        products = self._products
+
+        def work(block: Rectangle) -> tuple[Counts, Open | None]:
+            here = slice(block.offset, block.offset + block.height * block.width)
+            own = products.get(block.rows.start)
+            shape = (block.height, block.width)
+            return self._make(
+                block, own, first + block.offset, stored[here].view(shape), merged[here].view(shape)
+            )
+
+        made = self._workers.begin(work, blocks)
+
+        def finish() -> None:
+            opened: dict[int, list[tuple[Rectangle, Open]]] = {}
+            for block, (counts, found) in zip(blocks, made(), strict=True):
+                self._counts.add(counts)
+                if found is not None:
+                    opened.setdefault(block.rows.start, []).append((block, found))
+            for start, parts in opened.items():
+                self._settle(products[start], parts, stored, merged)
+
+        return finish
+
+    def _blocks(self, first: int, count: int) -> Iterator[Rectangle]:
+        for offset, row, column, height, width in rectangles(first, count, self._width):
+            while height:
+                rows = rows_at(self._change.rows, row, self._height)
+                part = min(height, rows.stop - row)
+                yield Rectangle(offset, row, column, part, width, rows)
+                offset, row, height = offset + part * width, row + part, height - part
+
+    def _prepare(self, needed: dict[int, Rows]) -> None:
+        """Read the factors of the ranges that a piece needs, and forget those of earlier ones."""
+        self._products = {start: found for start, found in self._products.items() if start in needed}
+        for start, rows in needed.items():
+            if rows.terms and start not in self._products:
+                self._products[start] = prepare_products(rows, self._factors)
+                if self._change.magnitude is None and start not in self._counted:
+                    self._counted.add(start)
+                    self._counts.update_square += self._products[start].update_square
+        if self._change.magnitude is not None and self._scaling is None:
+            self._scaling = prepare_scaling(
+                self._factors(self._change.magnitude),
+                self._change.magnitude_axis,
+                self._products[0],
+                self._base.rows,
+                self._height,
+                max(1, BLOCK_ELEMENTS // self._width),
+                self._output.name,
+            )
+
+    def _make(
+        self,
+        block: Rectangle,
+        products: Products | None,
+        first: int,
+        stored: torch.Tensor,
+        merged: torch.Tensor,
+    ) -> tuple[Counts, Open | None]:
+        """Counts and open elements of one block; `first` is its first element's number in the tensor."""
+        if products is None:
+            values, small = cast_piece(stored, self._output.dtype, self._output.name)
+            merged.copy_(values)
+            return Counts(underflowed=small), None
+        row = block.row - products.start
+        scratch = self._workers.scratch()
+        thresholds = None if self._stream is None else self._stream.take(first, stored.numel())
+        if self._scaling is None:
+            return sum_block(stored, products, row, block.column, merged, scratch, thresholds)
+        return scaled_block(stored, products, self._scaling, row, block.column, merged, scratch, thresholds)
+
+    def _settle(
+        self,
+        products: Products,
+        parts: list[tuple[Rectangle, Open]],
+        stored: torch.Tensor,
+        merged: torch.Tensor,
+    ) -> None:
+        target = TARGETS[self._output.dtype]
+        places = np.concatenate([block.offset + found.places for block, found in parts])
+        opened = Undecided(
+            np.concatenate(
+                [block.row - products.start + found.places // block.width for block, found in parts]
+            ),
+            np.concatenate([block.column + found.places % block.width for block, found in parts]),
+            np.concatenate([found.candidate for _, found in parts]),
+            stored[torch.from_numpy(places)].to(torch.float64).numpy(),
+            _joined([found.thresholds for _, found in parts]),
+        )
+        if self._scaling is None:
+            values, ties = decide(opened, products, target, self._output.name)
+        else:
+            name, read = self._output.name, self._base.rows
+            values, ties = decide_scaled(opened, products, self._scaling, target, name, read)
+        self._counts.add(patch(merged, stored, places, values, target))
+        self._counts.ties += ties
+
+    def result(self) -> MergedTensor:
+        """Formula and counts."""
+        rounding = "nearest" if self._stream is None else "dithered"
+        return merged_tensor(self._output, self._change, self._counts, rounding, self._fallback)
+
+
+def _joined(parts: Sequence[Thresholds | None]) -> Thresholds | None:
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known) if known else None
+
+
+def rows_at(ranges: Sequence[Rows], row: int, count: int) -> Rows:
+    """The range of rows that `row` lies in; one without products between those that have some."""
+    for rows in ranges:
+        if rows.start <= row < rows.stop:
+            return rows
+    before = max((rows.stop for rows in ranges if rows.stop <= row), default=0)
+    after = min((rows.start for rows in ranges if rows.start > row), default=max(count, row + 1))
+    return Rows(before, after, ())
+
+
+def rectangles(first: int, count: int, width: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """Cut the elements `first` … `first + count` of a matrix with `width` columns into rectangles.
+
+    Gives (offset within the stretch, row, column, height, width), each of at most `BLOCK_ELEMENTS` elements.
+    """
+    offset = 0
+    while offset < count:
+        row, column = divmod(first + offset, width)
+        if column or count - offset < width or width > BLOCK_ELEMENTS:
+            height, wide = 1, min(width - column, count - offset, BLOCK_ELEMENTS)
+        else:
+            height, wide = min((count - offset) // width, BLOCK_ELEMENTS // width), width
+        yield offset, row, column, height, wide
+        offset += height * wide
+
+
+# Tensors whose rounding was fitted to calibration rows beforehand, and those for which it could not be.
+
+
+@dataclass
+class Calibrated:
+    """Where the rounded tensors lie, and why others were not calibrated."""
+
+    files: dict[str, Path] = field(default_factory=dict)
+    fallbacks: dict[str, str] = field(default_factory=dict)
+
+
+class Fitted:
+    """A tensor that lies in a file already."""
+
+    def __init__(self, output: Output, plain: LowRank, file: Path) -> None:
+        self._output = output
+        self._plain = plain
+        self._values = load_file(file)[output.name].reshape(-1)
+        self._changed = 0
+
+    def piece(self, raw: torch.Tensor, first: int, out: torch.Tensor) -> Finish:
+        """The fitted values; the plain merge runs beside it for what it counts and refuses."""
+        output, target = self._output, TARGETS[self._output.dtype]
+        plain = self._plain.piece(raw, first, torch.empty_like(out))
+        stored = raw.view(TORCH_TYPES[output.source.dtype])
+        here = self._values[first : first + len(stored)]
+        self._changed += int(torch.count_nonzero(here != cast(stored, target)))
+        out.copy_(here.view(torch.uint8))
+        return plain
+
+    def result(self) -> MergedTensor:
+        """The plain merge's counts with what this rounding moved; an element may move without an update."""
+        found = self._plain.result()
+        updated = found.changed + found.swallowed
+        swallowed = max(0, updated - self._changed)
+        moved = {
+            "changed": self._changed,
+            "swallowed": swallowed,
+            "rounding": "calibrated",
+            "exact_redone": 0,
+        }
+        return found.model_copy(update=moved)
+
+
+class TensorWriter(Protocol):
     """Turns stored bytes into bytes of the merged tensor, one whole number of elements after the other."""
 
     def piece(self, raw: torch.Tensor, first: int, out: torch.Tensor) -> Finish:
@@ -60,7 +304,7 @@ class Plain:
 class Replaced:
     """A tensor, or some of its rows, that the adapter stores itself; also a separated head that keeps W."""
 
-    def __init__(self, output: Output, change: Change, factors: Factors, base: Stored) -> None:
+    def __init__(self, output: Output, change: Change, factors: Factors, base: TensorOnDisk) -> None:
         self._output = output
         self._change = change
         self._base = base
@@ -110,14 +354,14 @@ class Replaced:
         return merged_tensor(self._output, self._change, self._counts)
 
 
-def make_recipe(
+def make_writer(
     output: Output,
     factors: Factors,
     base: TensorFile,
     workers: Workers,
     dither_seed: int | None = None,
     calibrated: Calibrated | None = None,
-) -> Recipe:
+) -> TensorWriter:
     """The recipe of one output tensor; `base` is the file that holds the base's tensor.
 
     With a seed, tensors with products are dithered; what is copied, cast or replaced never is. What was
@@ -126,12 +370,12 @@ def make_recipe(
     change = output.change
     if change is None:
         return Plain(output)
-    stored = Stored(base.path, base.tensors[change.source])
+    stored = TensorOnDisk(base.path, base.tensors[change.source])
     if change.rows:
         if calibrated is not None and output.name in calibrated.files:
             plain = LowRank(output, change, factors, stored, workers)
             return Fitted(output, plain, calibrated.files[output.name])
-        stream = None if dither_seed is None else Stream(dither_seed, output.name)
+        stream = None if dither_seed is None else ThresholdStream(dither_seed, output.name)
         fallback = "" if calibrated is None else calibrated.fallbacks[output.name]
         return LowRank(output, change, factors, stored, workers, stream, fallback)
     return Replaced(output, change, factors, stored)

@@ -11,12 +11,10 @@ import torch
 
 from lorasmith.checkpoint.header import ITEM_BITS, TensorFile, build_header
 from lorasmith.errors import CheckpointError
-from lorasmith.merging.disk import Lanes, Reader
+from lorasmith.merging.disk import Lanes, PendingPieces, Reader, Writer
 from lorasmith.merging.plan import Output
-from lorasmith.merging.recipes import Recipe
-from lorasmith.merging.running import Running
-from lorasmith.merging.tensors import Stored
-from lorasmith.merging.writer import Writer
+from lorasmith.merging.recipes import TensorWriter
+from lorasmith.merging.tensors import TensorOnDisk
 from lorasmith.progress import Advance
 from lorasmith.records.base import FileDigest
 from lorasmith.records.merging import MergedTensor
@@ -46,7 +44,7 @@ def shard_header(outputs: Sequence[Output]) -> tuple[bytes, int]:
 def write_shard(
     source: TensorFile,
     outputs: Sequence[Output],
-    make: Callable[[Output], Recipe],
+    make: Callable[[Output], TensorWriter],
     adapters: Sequence[Path],
     path: Path,
     advance: Advance,
@@ -63,10 +61,10 @@ def write_shard(
     places = [*source.tensors.values(), *[None] * (len(outputs) - len(source.tensors))]
     with (
         Reader(source.path, source.size, lanes, digest=hash_source) as reader,
-        Running() as running,
+        PendingPieces() as running,
         Writer(path, size, lanes, running) as writer,
     ):
-        stream = Stream(reader, running)
+        stream = TensorStream(reader, running)
         stream.skip(source.data_start)
         writer.append(header)
         tensors: list[MergedTensor] = []
@@ -77,7 +75,7 @@ def write_shard(
             else:
                 stream.skip(place.nbytes if place is not None else 0)
                 file = source.path if output.adapter is None else adapters[output.adapter]
-                pieces = _elsewhere(Stored(file, output.source))
+                pieces = _elsewhere(TensorOnDisk(file, output.source))
             for first, raw in pieces:
                 _make(recipe, output, raw, first, writer, advance, running)
             running.add(partial(_note, recipe, tensors))
@@ -88,13 +86,13 @@ def write_shard(
 
 
 def _make(
-    recipe: Recipe,
+    recipe: TensorWriter,
     output: Output,
     raw: torch.Tensor,
     first: int,
     writer: Writer,
     advance: Advance,
-    running: Running,
+    running: PendingPieces,
 ) -> None:
     """Let a recipe write its result straight into the output's buffers, cut where these end."""
     stored_bits, bits = ITEM_BITS[output.source.dtype], ITEM_BITS[output.dtype]
@@ -120,7 +118,7 @@ def _make(
         done += elements
 
 
-def _note(recipe: Recipe, tensors: list[MergedTensor]) -> None:
+def _note(recipe: TensorWriter, tensors: list[MergedTensor]) -> None:
     """Keep the record of a tensor whose pieces are all made."""
     result = recipe.result()
     if result is not None:
@@ -133,10 +131,10 @@ def _view(space: memoryview, bits: int) -> torch.Tensor | None:
     return view if view.data_ptr() % max(1, bits // 8) == 0 else None
 
 
-class Stream:
+class TensorStream:
     """A reader's chunks as one run of bytes, given out in whole numbers of a tensor."""
 
-    def __init__(self, reader: Reader, running: Running) -> None:
+    def __init__(self, reader: Reader, running: PendingPieces) -> None:
         self._chunks = reader.chunks()
         self._path = reader.path
         self._rest = memoryview(b"")
@@ -197,7 +195,7 @@ class Stream:
         return not len(self._rest) and self._next() is None
 
 
-def _elsewhere(stored: Stored) -> Iterator[tuple[int, torch.Tensor]]:
+def _elsewhere(stored: TensorOnDisk) -> Iterator[tuple[int, torch.Tensor]]:
     step = _STEP_BYTES * 8 // ITEM_BITS[stored.info.dtype]
     for first in range(0, stored.info.elements, step):
         values = stored.read(first, min(step, stored.info.elements - first))

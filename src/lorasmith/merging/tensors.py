@@ -26,7 +26,7 @@ _LARGEST_FACTOR = 2.0**128
 _SMALLEST_FACTOR = 2.0**-150
 
 
-class Stored:
+class TensorOnDisk:
     """A tensor on disk, read in stretches."""
 
     def __init__(self, path: Path, info: TensorInfo) -> None:

@@ -14,15 +14,11 @@ from typing import Any
 
 import torch
 
-from lorasmith.models.arithmetic import Route, use_route
-from lorasmith.models.attach import first_line
-from lorasmith.models.batches import Batch, make_batch, plan_batches
-from lorasmith.models.encode import Encoded
-from lorasmith.models.forward import TokenForward
-from lorasmith.models.load import LoadedModel, quiet_libraries
-from lorasmith.models.memory import is_out_of_memory
-from lorasmith.models.packs import make_pack, plan_packs
-from lorasmith.models.tree_attention import UnsupportedAttention
+from lorasmith.models.batches import Batch, make_batch, make_pack, plan_batches, plan_packs
+from lorasmith.models.device import Route, is_out_of_memory, use_route
+from lorasmith.models.forward import TokenForward, UnsupportedAttention
+from lorasmith.models.load import LoadedModel, first_line, quiet_libraries
+from lorasmith.models.text import Encoded
 from lorasmith.records.base import Finding
 
 PACKED, PADDED = LAYOUTS = ("packed", "padded")

@@ -7,6 +7,7 @@ are missing or fit nowhere; both are errors here. Code from a folder is never ru
 from __future__ import annotations
 
 import io
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -17,11 +18,178 @@ from typing import Any
 
 import torch
 
-from lorasmith.errors import AdapterError, CheckpointError, MemoryLimitError, UsageError, os_errors
-from lorasmith.models.absent import absent, absent_file
-from lorasmith.models.attach import attach, first_line, require_resident, some_names
-from lorasmith.models.memory import is_out_of_memory
-from lorasmith.models.unpack import gguf_file, unpacking
+from lorasmith.checkpoint.header import read_object
+from lorasmith.checkpoint.patterns import require_quick
+from lorasmith.errors import (
+    AdapterError,
+    CheckpointError,
+    InputError,
+    MemoryLimitError,
+    UsageError,
+    os_errors,
+)
+from lorasmith.models.device import is_out_of_memory
+
+# Which file of a model or adapter folder is not there: the libraries that load it say so in their words.
+
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def absent_file(folder: Path) -> Path | None:
+    """The first file that a model folder lacks: the folder itself, its config, its weights or one shard."""
+    if not (folder / "config.json").is_file():
+        return folder / "config.json" if folder.is_dir() else folder
+    for name in _WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            return next((shard for shard in _shards(index) if not shard.is_file()), None)
+    if any((folder / name).is_file() for name in _WEIGHTS):
+        return None
+    return folder / _WEIGHTS[0]
+
+
+def absent_adapter_file(folder: Path) -> Path | None:
+    """The same for an adapter."""
+    if not (folder / "adapter_config.json").is_file():
+        return folder / "adapter_config.json" if folder.is_dir() else folder
+    if any((folder / name).is_file() for name in _ADAPTER_WEIGHTS):
+        return None
+    return folder / _ADAPTER_WEIGHTS[0]
+
+
+def absent(kind: type[InputError], what: str, file: Path) -> InputError:
+    """The error for such a file of a `model` or an `adapter`, to be raised from what the library said."""
+    return kind(
+        f"a file of the {what} is not there",
+        where=file,
+        expected=f"a whole {what} folder that stays as it is while it is read",
+        remedy="copy the file again, then give the same command",
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        named = json.loads(index.read_bytes())["weight_map"].values()
+    except (OSError, ValueError, KeyError, AttributeError):  # a damaged index is told by who loads it
+        return []
+    return [index.with_name(str(name)) for name in sorted(set(named))]
+
+
+# Put an adapter unmerged onto a loaded model: PEFT's own forward, and nothing of the file left unused.
+#
+# PEFT only warns of adapter tensors that are missing or fit nowhere; both are errors here.
+
+
+def require_resident(model: Any, adapter: Path) -> None:
+    """PEFT puts an adapter only on weights that lie on a device."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise MemoryLimitError(
+            "the GPUs do not hold the whole model, and an adapter needs all of it there",
+            where=adapter,
+            remedy="use more or larger GPUs, or --device cpu without a device map",
+        )
+
+
+def attach(model: Any, adapter: Path, folder: Path, device: str | None) -> Any:
+    """The model in `folder` with the adapter on it, a `PeftModel`; `AdapterError` if it does not fit."""
+    from peft import PeftModel
+
+    config = adapter / "adapter_config.json"
+    require_quick(read_object(config, AdapterError), [name for name, _ in model.named_modules()], config)
+    try:
+        _grow_embeddings(model, adapter)
+        peft_model = PeftModel.from_pretrained(
+            model, str(adapter), autocast_adapter_dtype=False, torch_device=device
+        )
+        # from_pretrained turns missing keys into a warning and drops the unexpected ones; loading the same
+        # adapter again returns both lists.
+        report = peft_model.load_adapter(
+            str(adapter), "default", autocast_adapter_dtype=False, torch_device=device
+        )
+    except Exception as error:  # PEFT raises KeyError, RuntimeError, ValueError, … by the kind of damage
+        gone = absent_adapter_file(adapter)
+        if gone is not None:
+            raise absent(AdapterError, "adapter", gone) from error
+        raise AdapterError(
+            f"the adapter does not load onto this base: {first_line(error)}",
+            where=adapter,
+            expected=f"an adapter trained on the model in {folder}",
+            remedy="give the base model that the adapter was trained on",
+        ) from error
+    for keys, state in ((report.missing_keys, "missing from"), (report.unexpected_keys, "left over in")):
+        if keys:
+            raise AdapterError(
+                f"{len(keys)} adapter tensors are {state} the file: {some_names(sorted(keys))}",
+                where=adapter,
+                expected="exactly the tensors that adapter_config.json describes, for this base",
+                remedy="give the base model that the adapter was trained on, or save the adapter again",
+            )
+    return peft_model
+
+
+def _grow_embeddings(model: Any, adapter: Path) -> None:
+    """An adapter trained with added tokens carries its own, longer embeddings: make room for them first."""
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        return
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        rows = {
+            tensors.get_slice(key).get_shape()[0]
+            for key in tensors.keys()  # noqa: SIM118 - safe_open is no mapping
+            if key.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight"))
+        }
+    if len(rows) == 1 and rows != {model.get_input_embeddings().weight.shape[0]}:
+        model.resize_token_embeddings(rows.pop(), mean_resizing=False)
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of what a library says; the second where the first only announces it."""
+    text = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    told = text[1] if text[0].endswith(":") and len(text) > 1 else text[0]
+    return f"{type(error).__name__}: {told}"
+
+
+def some_names(names: list[str]) -> str:
+    """The first three of many names."""
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown}, …"
+
+
+# Compressed folders: what tells transformers to multiply their integers out while it loads them.
+
+
+_PACKED = "compressed-tensors"
+
+
+def gguf_file(folder: Path) -> Path | None:
+    """The GGUF file of a folder that has no other weights; its metadata stand for config.json."""
+    files = sorted(folder.glob("*.gguf"))
+    return files[0] if files and not (folder / "config.json").is_file() else None
+
+
+def unpacking(folder: Path) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a folder in GGUF or compressed-tensors; none for any other.
+
+    The stored integers are multiplied out once. So the model computes with the weights that are stored, and
+    what is measured on it is not the error of a kernel.
+    """
+    file = gguf_file(folder)
+    if file is not None:
+        from transformers import GgufConfig
+
+        return {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
+    config = read_object(folder / "config.json", CheckpointError)
+    quantized = config.get("quantization_config")
+    if isinstance(quantized, dict) and quantized.get("quant_method") == _PACKED:
+        from transformers import CompressedTensorsConfig
+
+        return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    return {}
+
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json")
 

@@ -15,20 +15,66 @@ import numpy as np
 import torch
 
 from lorasmith import __version__
-from lorasmith.errors import UsageError
-from lorasmith.files.digests import digest_folder
+from lorasmith.errors import DataError, InputError, UsageError, os_errors
+from lorasmith.files.digests import digest_folder, sha256_file
 from lorasmith.files.journal import Journal
 from lorasmith.files.jsonl import read_examples
-from lorasmith.models.arithmetic import Route, choose_route, resolve_device
 from lorasmith.models.batches import BATCH_TOKENS, BATCH_TOKENS_GPU, Batch
-from lorasmith.models.encode import Encoded, EncodedSet, encode_examples, encoding_findings
-from lorasmith.models.inputs import Inputs
+from lorasmith.models.device import Route, choose_route, resolve_device
 from lorasmith.models.layout import LAYOUTS, choose_layout, lay_out, layout_findings, plan_rows
 from lorasmith.models.load import LoadedModel, check_device_map, load_model
-from lorasmith.models.loglik import check_ids
-from lorasmith.records.base import Finding
+from lorasmith.models.scoring import check_ids
+from lorasmith.models.text import Encoded, EncodedSet, encode_examples, encoding_findings
+from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.dataset import Example
 from lorasmith.records.scoring import ModelIdentity, ScoringSettings
+
+# What a figure is about: model, adapter and test set by their digests, taken before they are read.
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Folders and test set of one piece of work."""
+
+    folders: tuple[Path, ...]
+    """Model, and adapter or merged model where there is one."""
+    test_set: Path
+    digests: tuple[str, ...]
+    """Of the folders."""
+    file: FileDigest
+    """Of the test set."""
+
+    @classmethod
+    def of(cls, folders: Sequence[Path], test_set: Path) -> Inputs:
+        """As they are now; raises `InputError` for what is not there."""
+        file = describe_test_set(test_set)
+        return cls(tuple(folders), test_set, tuple(digest_folder(folder) for folder in folders), file)
+
+    def require_unchanged(self) -> None:
+        """Raise `InputError` where something has changed since.
+
+        To be called once everything is read: a record names what it was made from by these digests.
+        """
+        after = Inputs.of(self.folders, self.test_set)
+        before, now = (*self.digests, self.file.sha256), (*after.digests, after.file.sha256)
+        for path, one, two in zip((*self.folders, self.test_set), before, now, strict=True):
+            if one != two:
+                raise InputError(
+                    "it changed while it was read",
+                    where=path,
+                    expected="inputs that nothing writes to",
+                    remedy="give the same command again when the file is complete",
+                )
+
+
+def describe_test_set(test_set: Path) -> FileDigest:
+    """Name, size and digest of the file, without its folder."""
+    with os_errors(test_set, "read"):
+        if not test_set.is_file():
+            raise DataError("the test set is not a file", where=test_set, expected="a .jsonl file")
+        size = test_set.stat().st_size
+    return FileDigest(path=test_set.name, bytes=size, sha256=sha256_file(test_set))
+
 
 _NO_LIMIT = 1 << 30
 """Length limit, in tokens, of a model whose config names none."""
@@ -123,7 +169,7 @@ class Workload:
         return lay_out(rows, self.rows, self.settings.layout)
 
 
-def prepare(test_set: Path, loaded: LoadedModel, options: ScoringOptions, route: Route) -> Workload:
+def prepare_workload(test_set: Path, loaded: LoadedModel, options: ScoringOptions, route: Route) -> Workload:
     """Read and encode a test set for a model; raises `DataError` for rows that cannot be scored."""
     for name in ("batch_tokens", "batch_size", "limit"):
         value = getattr(options, name)

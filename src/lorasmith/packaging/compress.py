@@ -13,7 +13,7 @@ import zstandard
 from isal import igzip_threaded, isal_zlib
 
 from lorasmith.errors import UsageError
-from lorasmith.packaging.tarstream import BLOCK, Read, Write
+from lorasmith.packaging.archive import BLOCK, Read, Write
 
 _GZIP_LEVEL = 1
 """On bf16 weights level 2 saves 0.2 % and level 3 costs 1 %: see benches/package.py."""
@@ -25,7 +25,7 @@ BROKEN: tuple[type[Exception], ...] = (EOFError, OSError, _IsalError, zstandard.
 """What a reader raises for bytes that are no archive of its kind."""
 
 
-class Target(Protocol):
+class ByteSink(Protocol):
     """Where compressed bytes go."""
 
     def write(self, data: bytes, /) -> int:
@@ -42,7 +42,7 @@ class Compression:
     name: str
     suffix: str
     """Of the archive, after its stem."""
-    writer: Callable[[Target], AbstractContextManager[Write]]
+    writer: Callable[[ByteSink], AbstractContextManager[Write]]
     """Opens a writer of uncompressed bytes on top of a file; the file stays open."""
     reader: Callable[[BinaryIO], AbstractContextManager[Read]]
     """Opens a reader of uncompressed bytes: as many as asked for, fewer only at the end."""
@@ -79,7 +79,7 @@ def _threads() -> int:
 
 
 @contextmanager
-def _write_gzip(target: Target) -> Iterator[Write]:
+def _write_gzip(target: ByteSink) -> Iterator[Write]:
     # Each block is deflated alone with the 32 KiB before it as its dictionary, so the number of threads does
     # not show in the bytes (a test holds this); the header carries no name and no time.
     with igzip_threaded.open(
@@ -97,7 +97,7 @@ def _read_gzip(source: BinaryIO) -> Iterator[Read]:
 
 
 @contextmanager
-def _write_zstd(target: Target) -> Iterator[Write]:
+def _write_zstd(target: ByteSink) -> Iterator[Write]:
     # Jobs are cut by level, not by the number of threads (a test holds this).
     packer = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, threads=_threads(), write_checksum=True)
     with packer.stream_writer(cast(BinaryIO, target), closefd=False) as packed:
@@ -114,7 +114,7 @@ def _read_zstd(source: BinaryIO) -> Iterator[Read]:
 
 
 @contextmanager
-def _write_plain(target: Target) -> Iterator[Write]:
+def _write_plain(target: ByteSink) -> Iterator[Write]:
     yield target.write
 
 

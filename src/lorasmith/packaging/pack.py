@@ -12,16 +12,20 @@ from pathlib import Path
 
 from lorasmith.errors import CheckpointError, UsageError, os_errors
 from lorasmith.files.atomic import aside, publish_folder, write_bytes
-from lorasmith.files.checksums import write_sums
-from lorasmith.files.machine import require_disk
-from lorasmith.packaging.beside import HashBeside
-from lorasmith.packaging.bom import BOM, bill_of_materials
+from lorasmith.files.digests import write_sums
+from lorasmith.machine.resources import require_disk
+from lorasmith.packaging.archive import Advance, ArchiveWriter, HashBeside, Member, write_tar
 from lorasmith.packaging.compress import Compression
 from lorasmith.packaging.compress import compression as find_compression
-from lorasmith.packaging.contents import MODEL, RESULTS, collect, expected_model_digests
-from lorasmith.packaging.parts import ArchiveWriter
+from lorasmith.packaging.contents import (
+    BOM,
+    MODEL,
+    RESULTS,
+    bill_of_materials,
+    collect,
+    expected_model_digests,
+)
 from lorasmith.packaging.signing import Signer, sign_package
-from lorasmith.packaging.tarstream import Advance, Member, write_tar
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest
 from lorasmith.records.release import PackageManifest

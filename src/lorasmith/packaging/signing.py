@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.errors import DamageError, InputError, MachineError, UsageError, os_errors
-from lorasmith.files.checksums import SUMS
+from lorasmith.files.digests import SUMS
 
 SIGNATURE = f"{SUMS}.sig"
 

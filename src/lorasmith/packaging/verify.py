@@ -2,22 +2,288 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from lorasmith.errors import DamageError, InputError, LorasmithError
-from lorasmith.files.checksums import SUMS, walk
-from lorasmith.files.digests import hash_file
+from lorasmith.errors import DamageError, InputError, LorasmithError, os_errors
+from lorasmith.files.atomic import read_record
+from lorasmith.files.digests import LOCK, SUMS, hash_file, read_sums, sealed_names, walk
+from lorasmith.packaging.archive import BLOCK, Advance, JoinedReader, Write, check_names, read_tar
+from lorasmith.packaging.compress import BROKEN, COMPRESSIONS, Compression
 from lorasmith.packaging.contents import RESULTS
-from lorasmith.packaging.opened import Package, check_files, open_package, read_members
 from lorasmith.packaging.pack import MANIFEST
-from lorasmith.packaging.run_check import PACKAGE, check_run, is_run
 from lorasmith.packaging.signing import SIGNATURE, Verifier, check_signature
-from lorasmith.packaging.tarstream import Advance
 from lorasmith.progress import Progress, silent
-from lorasmith.records.base import FileDigest, Finding
+from lorasmith.records.base import FileDigest, Finding, Record
+from lorasmith.records.merging import MergeRecord
+from lorasmith.records.release import PackageManifest, StageRecord
+from lorasmith.records.scoring import TaskResult, ValidationResult
+
+# A package folder opened for reading: a manifest that fits its checksums, archives as streams.
+
+
+@dataclass(frozen=True)
+class Package:
+    """What a package says of itself, with a manifest that fits its checksum."""
+
+    folder: Path
+    manifest: PackageManifest
+    sums: dict[str, str]
+    method: Compression
+
+    def archive(self, name: str) -> FileDigest:
+        """The archive as one file; raises `InputError` for a name that the manifest does not have."""
+        for archive in self.manifest.archives:
+            if archive.path == name:
+                return archive
+        known = ", ".join(archive.path for archive in self.manifest.archives)
+        raise InputError(f"the manifest does not list {name!r}", where=self.folder, expected=known)
+
+    def stem(self, name: str) -> str:
+        """The top folder within an archive."""
+        return name.removesuffix(self.method.suffix)
+
+    def files(self, name: str) -> list[FileDigest]:
+        """The file or the parts that an archive consists of."""
+        return self.manifest.parts.get(name, [self.archive(name)])
+
+    def all_files(self) -> list[FileDigest]:
+        """Of all archives."""
+        return [file for archive in self.manifest.archives for file in self.files(archive.path)]
+
+    def companions(self) -> dict[str, str]:
+        """Name → SHA-256 of what lies beside archives and manifest, such as the bill of materials."""
+        own = {MANIFEST, *(file.path for file in self.all_files())}
+        return {name: sha for name, sha in self.sums.items() if name not in own and "/" not in name}
+
+
+def open_package(folder: Path) -> Package:
+    """Read `SHA256SUMS` and `manifest.json`.
+
+    Raises `InputError` where one is missing, `DamageError` where one is damaged, they contradict each
+    other, or the manifest lists names that must not be written.
+    """
+    for name in (MANIFEST, SUMS):
+        if not (folder / name).is_file():
+            raise InputError(
+                f"{name} is missing",
+                where=folder,
+                expected=f"{MANIFEST} and {SUMS} beside the archives",
+                remedy="fetch it as well: without it nothing can be checked",
+            )
+    sums = read_sums(folder)
+    with os_errors(folder / MANIFEST, "read"):
+        content = (folder / MANIFEST).read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if sums.get(MANIFEST) != found:
+        raise DamageError(
+            "the manifest is damaged",
+            where=folder / MANIFEST,
+            expected=f"SHA-256 {sums.get(MANIFEST)}, found {found}",
+            remedy="fetch it again",
+        )
+    return _check(folder, PackageManifest.from_json(content, folder / MANIFEST), sums)
+
+
+def _check(folder: Path, manifest: PackageManifest, sums: dict[str, str]) -> Package:
+    names = [archive.path for archive in manifest.archives]
+    consistent = (
+        manifest.compression in COMPRESSIONS
+        and len(set(names)) == len(names)
+        and set(manifest.contents) == set(manifest.stream_sha256) == set(names)
+        and set(manifest.parts) <= set(names)
+    )
+    if not consistent:
+        raise DamageError("the manifest contradicts itself", where=folder / MANIFEST)
+    package = Package(folder, manifest, sums, COMPRESSIONS[manifest.compression])
+    for name in names:
+        if not name.endswith(package.method.suffix):
+            raise DamageError(f"the manifest lists {name!r}", expected=f"an archive {package.method.suffix}")
+        check_names(manifest.contents[name], package.stem(name))
+        pieces = package.files(name)
+        if sum(piece.bytes for piece in pieces) != package.archive(name).bytes:
+            raise DamageError(f"the parts of {name} do not add up", where=folder / MANIFEST)
+        for piece in pieces:
+            if "/" in piece.path or not piece.path.startswith(name):
+                raise DamageError(
+                    f"the manifest lists a part called {piece.path!r}", expected=f"{name}.part-…"
+                )
+    return package
+
+
+def check_files(package: Package, name: str, advance: Advance) -> None:
+    """Hash the archive's file or parts; raises `DamageError` for the first that is not as listed."""
+    for piece in package.files(name):
+        path = package.folder / piece.path
+        listed = package.sums.get(piece.path)
+        if listed != piece.sha256:
+            raise DamageError(f"manifest and {SUMS} disagree on {piece.path}", where=package.folder)
+        if path.is_symlink() or not path.is_file():
+            raise DamageError(f"{piece.path} is missing", where=package.folder, remedy="fetch it")
+        with os_errors(path, "read"):
+            size = path.stat().st_size
+        if size != piece.bytes:
+            raise DamageError(
+                f"{piece.path} is {'cut short' if size < piece.bytes else 'too long'}",
+                where=path,
+                expected=f"{piece.bytes} bytes, found {size}",
+                remedy="go on fetching it" if size < piece.bytes else "fetch it again",
+            )
+        found = _hash(path, advance)
+        if found != piece.sha256:
+            raise DamageError(
+                f"{piece.path} is damaged",
+                where=path,
+                expected=f"SHA-256 {piece.sha256}, found {found}",
+                remedy="fetch it again",
+            )
+
+
+def _hash(path: Path, advance: Advance) -> str:
+    digest = hashlib.sha256()
+    with os_errors(path, "read"), path.open("rb") as handle:
+        while block := handle.read(BLOCK):
+            digest.update(block)
+            advance(len(block))
+    return digest.hexdigest()
+
+
+def read_members(
+    package: Package, name: str, open_member: Callable[[FileDigest], Write], advance: Advance
+) -> None:
+    """Unpack one archive into the writers of `open_member`; raises `DamageError` as `read_tar` does."""
+    files = [package.folder / piece.path for piece in package.files(name)]
+    try:
+        with _stream(files) as source, package.method.reader(source) as read:
+            found = read_tar(read, package.manifest.contents[name], open_member, advance)
+    except BROKEN as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DamageError(
+            f"{name} cannot be decompressed: {error}", where=package.folder, remedy="fetch it again"
+        ) from error
+    if found != package.manifest.stream_sha256[name]:
+        raise DamageError(
+            f"the content of {name} is not what the manifest says",
+            where=package.folder,
+            expected=f"tar stream of SHA-256 {package.manifest.stream_sha256[name]}, found {found}",
+        )
+
+
+@contextmanager
+def _stream(files: Sequence[Path]) -> Iterator[io.BufferedReader]:
+    with JoinedReader(files) as joined:
+        yield io.BufferedReader(joined, BLOCK)
+
+
+# A run folder against its list of checksums and its own records: every file is read again.
+
+
+R = TypeVar("R", bound=Record)
+
+PACKAGE = "package"
+"""Below the run folder; whoever checks the run checks it as a package."""
+_ENTRANCE = (f"{PACKAGE}/{SUMS}", f"{PACKAGE}/{SIGNATURE}")
+"""What all other files of a package are checked against is checked with the run."""
+
+
+def is_run(folder: Path) -> bool:
+    """Whether this is a run folder, also one that lost its `run.json` or its list of checksums."""
+    return (folder / "run.json").is_file() or (folder / "stages").is_dir()
+
+
+def check_run(run: Path, progress: Progress) -> list[Finding]:
+    """Findings for files that are missing, added, or not what the list or the records say.
+
+    The archives of a package inside are left out.
+    """
+    expected, findings = _expected(run)
+    findings += _check_list(run, expected)
+    found = walk(run)
+    lock = found.get(LOCK)
+    if lock is not None and (lock.st_size or not stat.S_ISREG(lock.st_mode)):
+        findings.append(_finding("damaged-file", f"{LOCK} is not empty", LOCK))
+    total = sum(found[name].st_size for name in expected if name in found)
+    with progress("Verify", total=total, unit="B") as advance:
+        for name, named in sorted(expected.items()):
+            if name not in found:
+                findings.append(_finding("missing-file", f"{name} is missing", name))
+                continue
+            if not stat.S_ISREG(found[name].st_mode):
+                findings.append(_finding("not-a-file", f"{name} is a link or a device", name))
+                continue
+            sha = hash_file(run / name)
+            for source, wanted in sorted(named.items()):
+                if sha != wanted:
+                    message = f"{name} is not what {source} says"
+                    findings.append(_finding("damaged-file", message, name, f"SHA-256 {wanted}, found {sha}"))
+            advance(found[name].st_size)
+    return findings
+
+
+def _check_list(run: Path, expected: dict[str, dict[str, str]]) -> list[Finding]:
+    """Adds what `SHA256SUMS` says to `expected`; findings for files that it does not list."""
+    if not (run / SUMS).is_file():
+        missing = _finding("not-sealed", f"the run has no {SUMS}: it did not end, or lost it", str(run), SUMS)
+        return [missing.model_copy(update={"remedy": "give the command of the run again"})]
+    try:
+        listed = read_sums(run)
+    except LorasmithError as error:
+        return [_finding("damaged-file", error.found, SUMS, error.expected)]
+    for name, sha in listed.items():
+        if not name.startswith(f"{PACKAGE}/") or name in _ENTRANCE:
+            expected.setdefault(name, {})[SUMS] = sha
+    extra = [name for name in sealed_names(run) if name not in listed and not name.startswith(f"{PACKAGE}/")]
+    findings = [_finding("extra-file", f"{name} does not belong here", name) for name in extra]
+    if not (run / PACKAGE).is_dir() and any(name.startswith(f"{PACKAGE}/") for name in listed):
+        findings.append(_finding("missing-file", f"the folder {PACKAGE} is missing", PACKAGE))
+    return findings
+
+
+def _expected(run: Path) -> tuple[dict[str, dict[str, str]], list[Finding]]:
+    """File → record that names it → SHA-256; and records that cannot be read."""
+    expected: dict[str, dict[str, str]] = {}
+    findings: list[Finding] = []
+
+    def name(file: str, source: Path, sha256: str) -> None:
+        expected.setdefault(file, {})[source.relative_to(run).as_posix()] = sha256
+
+    for path in sorted((run / "stages").glob("*.json")):
+        stage = _read(path, StageRecord, findings)
+        for output in stage.outputs if stage and stage.stage != PACKAGE else []:
+            name(output.path, path, output.sha256)
+    for path in sorted((run / "validation").glob("*.json")):
+        kind: type[TaskResult | ValidationResult] = (
+            TaskResult if path.stem.endswith("_tasks") else ValidationResult
+        )
+        result = _read(path, kind, findings)
+        if result:
+            name(f"validation/{result.per_example.path}", path, result.per_example.sha256)
+            name("testset/test_set.jsonl", path, result.test_set.sha256)
+    path = run / "merged" / "lorasmith_merge.json"
+    merge = _read(path, MergeRecord, findings) if path.is_file() else None
+    for file in merge.files if merge else []:
+        name(f"merged/{file.path}", path, file.sha256)
+    return expected, findings
+
+
+def _read(path: Path, kind: type[R], findings: list[Finding]) -> R | None:
+    try:
+        return read_record(path, kind)
+    except LorasmithError as error:
+        findings.append(_finding("damaged-record", error.found, str(path), error.expected))
+        return None
+
+
+def _finding(code: str, message: str, where: str, expected: str | None = None) -> Finding:
+    return Finding(severity="error", code=code, message=message, where=where, expected=expected)
 
 
 def verify(folder: Path, *, verifier: Verifier | None = None, progress: Progress = silent) -> list[Finding]:
@@ -149,10 +415,6 @@ def damage(error: LorasmithError) -> Finding:
         expected=error.expected,
         remedy=error.remedy,
     )
-
-
-def _finding(code: str, message: str, where: str, expected: str | None = None) -> Finding:
-    return Finding(severity="error", code=code, message=message, where=where, expected=expected)
 
 
 def _below(folder: str, finding: Finding) -> Finding:

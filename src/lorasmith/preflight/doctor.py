@@ -2,31 +2,124 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from packaging.requirements import Requirement
+
 from lorasmith.checkpoint.adapter import Adapter, open_adapter
 from lorasmith.checkpoint.model import Checkpoint, open_checkpoint
-from lorasmith.config import RunConfig
-from lorasmith.errors import InputError, LorasmithError
+from lorasmith.errors import InputError, LorasmithError, MemoryLimitError
 from lorasmith.files.atomic import read_record
-from lorasmith.files.hub import find_cached, hub_name
+from lorasmith.files.digests import cache_folder
 from lorasmith.files.jsonl import read_examples
-from lorasmith.files.machine import available_memory, hardware, human_bytes
-from lorasmith.merging.plan import Plan, make_plan
-from lorasmith.preflight.answers import AnswerSize, answer_size
-from lorasmith.preflight.calibrated import CalibrationSize, calibration_size
-from lorasmith.preflight.environment import disk_check, environment_checks
-from lorasmith.preflight.estimate import estimate, least_memory
-from lorasmith.preflight.followup import estimate_followup
-from lorasmith.preflight.rates import measure_rates
-from lorasmith.preflight.sizes import ModelSize, WorkSize, model_size, work_size
+from lorasmith.hub.cache import find_cached, hub_name
+from lorasmith.machine.resources import available_memory, hardware, human_bytes, require_disk
+from lorasmith.merging.plan import Plan, plan_merge
+from lorasmith.preflight.estimate import estimate, estimate_followup, followup_disk, least_memory
+from lorasmith.preflight.rates import existing, measure_rates
+from lorasmith.preflight.sizes import (
+    AnswerSize,
+    CalibrationSize,
+    ModelSize,
+    WorkSize,
+    answer_size,
+    calibration_size,
+    model_size,
+    work_size,
+)
 from lorasmith.records.dataset import Example
 from lorasmith.records.doctor import Check, DoctorRecord
 from lorasmith.records.release import GateRecord
+from lorasmith.runs.config import RunConfig
+
+# The machine and what is installed on it.
+
+
+_CACHE_BYTES = 50_000_000
+
+
+def environment_checks() -> list[Check]:
+    """Libraries, memory, devices, cache."""
+    return [*_libraries(), _memory(), _devices(), _cache()]
+
+
+def _libraries() -> list[Check]:
+    """Every dependency against the range that lorasmith declares; those of extras may be absent."""
+    wrong, absent, right = [], [], 0
+    for line in requires("lorasmith") or []:
+        needed = Requirement(line)
+        optional = needed.marker is not None and "extra" in str(needed.marker)
+        if needed.marker is not None and not optional and not needed.marker.evaluate():
+            continue
+        try:
+            found = version(needed.name)
+        except PackageNotFoundError:
+            if optional:
+                absent.append(needed.name)
+            else:
+                wrong.append(f"{needed.name} is not installed, {needed.specifier} is needed")
+            continue
+        if needed.specifier.contains(found, prereleases=True):
+            right += 1
+        else:
+            wrong.append(f"{needed.name} {found}, {needed.specifier} is needed")
+    checks = []
+    if wrong:
+        remedy = (
+            "pip install 'lorasmith' into a fresh environment; `make` takes the versions it was tested with"
+        )
+        checks.append(Check(name="libraries", state="error", found="; ".join(wrong), remedy=remedy))
+    else:
+        checks.append(Check(name="libraries", state="ok", found=f"{right} in their declared ranges"))
+    if absent:
+        found = f"not installed: {', '.join(sorted(set(absent)))}"
+        remedy = "needed by extras only: see `pip install 'lorasmith[…]'`"
+        checks.append(Check(name="optional libraries", state="note", found=found, remedy=remedy))
+    return checks
+
+
+def _memory() -> Check:
+    return Check(name="memory", state="ok", found=f"{human_bytes(available_memory())} available")
+
+
+def _devices() -> Check:
+    import torch
+
+    found = []
+    if torch.cuda.is_available():
+        for number in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(number)
+            name = torch.cuda.get_device_name(number)
+            found.append(f"cuda:{number} {name}, {human_bytes(free)} of {human_bytes(total)} free")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    text = "; ".join([*found, f"cpu, {torch.get_num_threads()} threads"])
+    return Check(name="devices", state="ok", found=text)
+
+
+def _cache() -> Check:
+    place = existing(cache_folder())
+    free = shutil.disk_usage(place).free
+    return _space("cache", place, free, _CACHE_BYTES)
+
+
+def _space(name: str, place: Path, free: int, needed: int) -> Check:
+    found = f"{human_bytes(free)} free at {place}, {human_bytes(needed)} needed"
+    if free < needed:
+        return Check(name=name, state="error", found=found, remedy="free some space, or choose another disk")
+    return Check(name=name, state="ok", found=found)
+
+
+def disk_check(output: Path, needed: int) -> Check:
+    """The disk of the run folder against what the run will leave there."""
+    place = existing(output)
+    return _space("disk", place, shutil.disk_usage(place).free, needed)
+
 
 T = TypeVar("T")
 State = Literal["ok", "note", "warning", "error"]
@@ -150,7 +243,7 @@ def _describe_adapter(adapter: Adapter, found: _Findings) -> None:
 
 
 def _plan(config: RunConfig, base: Checkpoint, adapter: Adapter, found: _Findings) -> Plan | None:
-    plan = found.attempt("merge", lambda: make_plan(base, [adapter], [1.0], config.precision))
+    plan = found.attempt("merge", lambda: plan_merge(base, [adapter], [1.0], config.precision))
     if plan is not None:
         changed = len(plan.outputs)
         found.add("merge", "ok", f"every adapter tensor has its place; {changed} tensors will be written")
@@ -226,7 +319,7 @@ def device_memory(device: str) -> tuple[int, str]:
     """Free memory where the models would lie, and the name of that place."""
     import torch
 
-    from lorasmith.models.arithmetic import resolve_device
+    from lorasmith.models.device import resolve_device
 
     place = resolve_device(device)
     if place.type == "cuda":
@@ -244,3 +337,31 @@ def _look_back(run: Path, found: _Findings) -> None:
         if result.verdict != "pass":
             text = f"earlier run: gate {result.gate.name}: {result.verdict}"
             found.add("gates", "note", text, result.reason or result.gate.advice)
+
+
+# What a run refuses to start with: hours would be spent before it fails.
+
+
+def require_machine(config: RunConfig) -> None:
+    """Raise `MemoryLimitError` or `DiskError` where the run could not end; look at headers only.
+
+    Also raises what is wrong with base and adapter (`CheckpointError`, `AdapterError`). A stage that is done
+    needs nothing any more. `config.base` is a folder.
+    """
+    base, adapter = open_checkpoint(Path(config.base)), open_adapter(config.adapter)
+    plan = plan_merge(base, [adapter], [1.0], config.precision)
+    merged = sum(output.nbytes for output in plan.outputs)
+    done = {path.stem for path in (config.output / "stages").glob("*.json")}
+    if "compare" not in done and config.check_memory and config.device_map is None:
+        needed = least_memory(model_size(base, adapter, merged))
+        have, where = device_memory(config.device)
+        if have < needed:
+            raise MemoryLimitError(
+                f"too little memory for this run: {human_bytes(have)} are available on {where}",
+                where=config.base,
+                expected=f"{human_bytes(needed)}: the model in float32",
+                remedy="use a machine with more memory; --no-check-memory tries all the same",
+            )
+    left = merged * len({"merge", "package"} - done) + followup_disk(config, base, merged, done)
+    if left:
+        require_disk(config.output, left, "merge and pack the model")

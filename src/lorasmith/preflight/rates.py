@@ -17,7 +17,7 @@ from lorasmith.preflight.estimate import Rates
 if TYPE_CHECKING:
     import torch
 
-    from lorasmith.models.arithmetic import Route
+    from lorasmith.models.device import Route
 
 _SIDE = 1024
 _ROUNDS = 5
@@ -32,7 +32,7 @@ def measure_rates(folder: Path, device: str = "auto", arithmetic: str = "auto") 
     """Products and reads on the device that would score, writes to the disk where the run would lie, and the
     work of a merge and of packing on this machine's cores.
     """
-    from lorasmith.models.arithmetic import choose_route, resolve_device
+    from lorasmith.models.device import choose_route, resolve_device
 
     place = resolve_device(device)
     route = choose_route(arithmetic, place)
@@ -67,7 +67,7 @@ def existing(folder: Path) -> Path:
 def _flops(route: Route, place: torch.device) -> float:
     import torch
 
-    from lorasmith.models.arithmetic import use_route
+    from lorasmith.models.device import use_route
 
     one, two = (torch.randn(_SIDE, _SIDE, device=place, dtype=route.dtype) for _ in range(2))
     with use_route(route):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, ClassVar, Literal
 
 from lorasmith.records.base import FileDigest, Interval, Part, Record
+from lorasmith.records.dataset import Example
 
 
 class StageRecord(Record):
@@ -129,3 +131,111 @@ class PackageManifest(Record):
     """Archive name → its parts, where it was cut."""
     redacted: dict[str, str] = {}
     """Member → SHA-256 of the run's file that it was made from, where forbidden text was taken out."""
+
+
+# What runs cost: by phase, in all, against plan and budget.
+
+
+class PhaseCost(Part):
+    """One stage of one run, as it last really ran; or what was paid for besides."""
+
+    run: str
+    """Name of the run folder."""
+    phase: str
+    wall_seconds: float
+    cpu_seconds: float | None = None
+    gpu_seconds: float | None = None
+    """None where no GPU tells: then the processor was the device, or nothing is known."""
+    joules: float | None = None
+    """Energy of all devices that tell; None for not measured."""
+    peak_rss_bytes: int | None = None
+    worker_peak_rss_bytes: int | None = None
+    gpu_peak_bytes: int | None = None
+    dollars: float | None
+    """None where no price is known."""
+
+    @property
+    def device_seconds(self) -> float | None:
+        """Of the GPUs where they tell, else of the processors."""
+        return self.cpu_seconds if self.gpu_seconds is None else self.gpu_seconds
+
+
+class RentalCost(Part):
+    """What one rented machine cost, from offer to end."""
+
+    label: str
+    instance: int | None
+    hours: float
+    compute: float
+    disk: float
+    traffic: float
+    """US dollars; their sum is `dollars`."""
+    dollars: float
+    planned: float | None
+    """As estimated before it was rented."""
+
+
+class CostRecord(Record):
+    """The answer of `lorasmith costs`."""
+
+    FORMAT: ClassVar[str] = "lorasmith/costs/1"
+
+    phases: list[PhaseCost]
+    rentals: list[RentalCost] = []
+    """Their dollars are in the phases already."""
+    wall_seconds: float
+    joules: float | None = None
+    """Of all phases that were measured; None where none was."""
+    dollars: float | None
+    """The grand total; None unless the price of every phase is known."""
+    planned: float | None
+    """US dollars that were planned: as given, else as estimated before the machines were rented."""
+    budget: float | None
+    """US dollars that may be spent: as given, else as the runs were given."""
+    within_budget: bool | None
+    """None without a budget or without a total."""
+
+
+# Rows whose text must not be published: they leave the machine as an id, a salted hash and scores.
+#
+# GPQA asks that no example appears in plain text where a crawler could find it: reports and packages obey.
+
+
+REDACTED_SOURCES = frozenset({"gpqa"})
+"""Names of sources, in lower case, whose rows never show their text."""
+
+_KEPT_METADATA = ("source", "domain", "difficulty", "difficulty_from", "record_id")
+
+
+class Redacted(Part):
+    """What stands in place of prompt and response."""
+
+    salt: str
+    sha256: str
+    """Of salt, prompt and response, joined by NUL: who has the row can show that it is the one."""
+
+
+def is_redacted(source: str) -> bool:
+    """Whether rows of this source must not show their text: `GPQA-diamond`, `Idavidrein/gpqa`.
+
+    Wherever the name stands in the source, since a row hidden for nothing costs less than one shown.
+    """
+    return any(hidden in source.lower() for hidden in REDACTED_SOURCES)
+
+
+def salted_sha256(salt: str, prompt: str, response: str) -> str:
+    """The hash that stands for a row's text."""
+    return hashlib.sha256("\0".join((salt, prompt, response)).encode()).hexdigest()
+
+
+def publishable_row(example: Example, salt: str) -> dict[str, Any]:
+    """The row as it may leave the machine: whole, or without its text where its source forbids it."""
+    if not is_redacted(example.metadata.source):
+        return example.model_dump(mode="json")
+    metadata = example.metadata.model_dump(mode="json")
+    redacted = Redacted(salt=salt, sha256=salted_sha256(salt, example.prompt, example.response))
+    return {
+        "id": example.id,
+        "redacted": redacted.model_dump(mode="json"),
+        "metadata": {name: metadata[name] for name in _KEPT_METADATA},
+    }

@@ -15,7 +15,7 @@ class Transfer(Part):
     """Relative to the job's folder: `in/0/base`, `out/0/run`."""
 
 
-class HubModel(Part):
+class HubInput(Part):
     """A model that the other machine fetches from the hub itself."""
 
     repository: str
@@ -39,7 +39,7 @@ class RemoteJob(Record):
     command: list[str]
     """Arguments of `lorasmith` there, with paths relative to the job's folder."""
     inputs: list[Transfer]
-    hub: list[HubModel] = []
+    hub: list[HubInput] = []
     outputs: list[Transfer]
     extras: list[str]
     python: str | None = None

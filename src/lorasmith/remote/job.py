@@ -2,21 +2,85 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 import tempfile
+import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import distribution, distributions
 from pathlib import Path
 from typing import Any
 
+import lorasmith
 from lorasmith.errors import InputError, UsageError, os_errors
 from lorasmith.files.digests import describe, folder_files, hash_file
 from lorasmith.records.base import FileDigest
-from lorasmith.records.remote import HubModel, RemoteJob, Transfer
+from lorasmith.records.remote import HubInput, RemoteJob, Transfer
 from lorasmith.remote.state import own_name
-from lorasmith.remote.wheel import build_wheel, constraints
+
+# The lorasmith that runs here, as a wheel for another machine, and the versions it runs with.
+
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+def build_wheel() -> tuple[str, bytes]:
+    """Name and bytes of a wheel of this very source, whether installed or checked out; always the same bytes.
+
+    The layout is that of the binary distribution format (PEP 427).
+    """
+    source = Path(lorasmith.__file__).parent
+    name = f"lorasmith-{lorasmith.__version__}"
+    about = f"{name}.dist-info"
+    members: dict[str, bytes] = {}
+    for path in sorted(source.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            members[f"lorasmith/{path.relative_to(source).as_posix()}"] = path.read_bytes()
+    installed = distribution("lorasmith")
+    members[f"{about}/METADATA"] = (installed.read_text("METADATA") or "").encode()
+    members[f"{about}/entry_points.txt"] = (installed.read_text("entry_points.txt") or "").encode()
+    members[f"{about}/WHEEL"] = (
+        b"Wheel-Version: 1.0\nGenerator: lorasmith\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    )
+    members[f"{about}/RECORD"] = _record(members, about)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for member, content in members.items():
+            entry = zipfile.ZipInfo(member, _EPOCH)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, content)
+    return f"{name}-py3-none-any.whl", packed.getvalue()
+
+
+def _record(members: dict[str, bytes], about: str) -> bytes:
+    lines = []
+    for member, content in members.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+        lines.append(f"{member},sha256={digest},{len(content)}\n")
+    return "".join([*lines, f"{about}/RECORD,,\n"]).encode()
+
+
+def constraints() -> str:
+    """Every version installed here, one a line, for pip's `-c`.
+
+    Local labels (`+cpu`) are left out: the other machine takes the build that fits its GPU.
+    """
+    found = {
+        (dist.metadata["Name"] or "").lower(): dist.version.split("+")[0]
+        for dist in distributions()
+        if dist.metadata["Name"]
+    }
+    found.pop("lorasmith", None)
+    # What belongs to an environment rather than to the work in it.
+    for name in ("pip", "setuptools", "wheel"):
+        found.pop(name, None)
+    return "".join(f"{name}=={version}\n" for name, version in sorted(found.items()))
+
 
 _TOOL = "in/tool"
 """Where wheel and constraints lie in a job's folder."""
@@ -74,12 +138,12 @@ def make_job(
     )
 
 
-def hub_model(text: str, remote: str) -> HubModel:
+def hub_model(text: str, remote: str) -> HubInput:
     """Read `hub:organisation/name[@revision]`."""
     repository, _, revision = text.removeprefix("hub:").partition("@")
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise UsageError(f"{text!r} names no model of the hub", expected="hub:organisation/name[@revision]")
-    return HubModel(repository=repository, revision=revision or None, remote=remote)
+    return HubInput(repository=repository, revision=revision or None, remote=remote)
 
 
 @contextmanager
@@ -110,7 +174,7 @@ def pack_parcel(job: RemoteJob) -> Iterator[Parcel]:
         yield Parcel(folder, files, f"{_TOOL}/{wheel}")
 
 
-def make_plan(job: RemoteJob, parcel: Parcel, job_folder: str) -> dict[str, Any]:
+def plan_job(job: RemoteJob, parcel: Parcel, job_folder: str) -> dict[str, Any]:
     """What the supervisor is told; `sha256` changes with whatever may change the results."""
     sent = sorted((file.path, file.sha256) for file in parcel.files)
     hub = [model.model_dump() for model in job.hub]

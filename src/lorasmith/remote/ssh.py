@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol, TypeVar
 
 from lorasmith.errors import (
     AccessError,
@@ -21,12 +26,264 @@ from lorasmith.errors import (
     MachineError,
     RemoteError,
     UsageError,
+    os_errors,
 )
-from lorasmith.remote import kept, rsync, supervise, there
-from lorasmith.remote.hostkeys import Confirm, trust
-from lorasmith.remote.process import piped
+from lorasmith.remote.agent import file_store, requests, supervise
 from lorasmith.remote.state import state_folder
-from lorasmith.remote.transport import OnBytes
+
+# Which machine is it? Known hosts, and the first contact with a new one.
+
+
+Confirm = Callable[[str, list[str]], bool]
+"""Asks a person whether the machine named first really has one of these fingerprints."""
+
+
+def trust(
+    host: str,
+    port: int,
+    known_hosts: Path,
+    others: list[Path],
+    *,
+    fingerprints: Sequence[str] = (),
+    confirm: Confirm | None = None,
+) -> list[str]:
+    """Make sure that the machine's key is known: one of `fingerprints`, confirmed, or known before.
+
+    The key goes into `known_hosts`; ssh itself then refuses any other. Returns the fingerprints that were
+    added. Raises `RemoteError` for a machine with other keys than `fingerprints`, `UsageError` for an unknown
+    one where nobody can be asked.
+    """
+    name = host if port == 22 else f"[{host}]:{port}"
+    if not fingerprints and any(_is_known(name, file) for file in (known_hosts, *others)):
+        return []
+    keys = {_fingerprint(key): key for key in _scan(host, port)}
+    if fingerprints:
+        wanted = [text if text.startswith("SHA256:") else f"SHA256:{text}" for text in fingerprints]
+        chosen = [found for found in keys if found in wanted]
+        if not chosen:
+            raise RemoteError(
+                f"this is another machine: its keys are {', '.join(keys)}",
+                where=name,
+                expected=" or ".join(wanted),
+                remedy="do not connect before you know why; the provider's console shows the right key",
+            )
+        _forget(name, known_hosts)
+    elif confirm is not None and confirm(name, list(keys)):
+        chosen = list(keys)
+    else:
+        raise UsageError(
+            f"this machine is not known yet; it shows the keys {', '.join(keys)}",
+            where=name,
+            remedy="compare one of them with what its owner or provider tells, then give --fingerprint",
+        )
+    with os_errors(known_hosts, "write"), known_hosts.open("a") as handle:
+        handle.writelines(f"{keys[found]}\n" for found in chosen)
+    return chosen
+
+
+def _is_known(name: str, file: Path) -> bool:
+    if not file.is_file():
+        return False
+    command = ["ssh-keygen", "-F", name, "-f", str(file)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _forget(name: str, file: Path) -> None:
+    if _is_known(name, file):
+        subprocess.run(["ssh-keygen", "-R", name, "-f", str(file)], capture_output=True, check=True)
+
+
+def _scan(host: str, port: int) -> list[str]:
+    command = ["ssh-keyscan", "-T", "10", "-p", str(port), host]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    keys = [line for line in found.stdout.splitlines() if line and not line.startswith("#")]
+    if not keys:
+        raise ConnectionLostError(
+            f"no ssh server answers: {_last_line(found.stderr) or 'no key was shown'}",
+            where=f"{host}:{port}",
+            remedy="check the address and port, and that the machine is up",
+        )
+    return keys
+
+
+def _fingerprint(key: str) -> str:
+    found = subprocess.run(["ssh-keygen", "-lf", "-"], input=key, capture_output=True, text=True, check=True)
+    return found.stdout.split()[1]
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return lines[-1].strip() if lines else ""
+
+
+# A program with all three pipes in use at once, which ends with the block it is used in.
+
+
+@dataclass
+class Child:
+    """A running program; its messages are complete once the block has ended."""
+
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+    errors: list[bytes] = field(default_factory=list)
+
+    def wait(self) -> int:
+        """Its exit code."""
+        return self.process.wait()
+
+    @property
+    def messages(self) -> str:
+        """What it wrote to standard error."""
+        return b"".join(self.errors).decode(errors="replace")
+
+
+@contextmanager
+def piped(command: Sequence[str], content: bytes) -> Iterator[Child]:
+    """Start `command` with `content` on standard input; killed when the block is left before its end."""
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdin and process.stdout and process.stderr  # all three are pipes
+        child = Child(process, process.stdout)
+        readers = [
+            threading.Thread(target=_feed, args=(process.stdin, content)),
+            threading.Thread(target=_drain, args=(process.stderr, child.errors)),
+        ]
+        for reader in readers:
+            reader.start()
+        try:
+            yield child
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            for reader in readers:
+                reader.join()
+
+
+def _feed(pipe: IO[bytes], content: bytes) -> None:
+    # The other end may be gone already: its exit code and its messages say so.
+    with contextlib.suppress(OSError), pipe:
+        pipe.write(content)
+
+
+def _drain(pipe: IO[bytes], into: list[bytes]) -> None:
+    into.extend(pipe)
+
+
+# How requests and files reach another machine: a small interface, and attempts that are worth repeating.
+
+
+T = TypeVar("T")
+OnBytes = Callable[[int], None]
+"""Called with the bytes moved so far in this attempt."""
+
+
+class Transport(Protocol):
+    """One other machine. Every call raises `ConnectionLostError` when the connection breaks."""
+
+    where: str
+    """For messages: `user@host:port`."""
+
+    def request(self, request: dict[str, Any]) -> dict[str, Any]:
+        """One request to `remote/agent/requests.py` and its answer."""
+
+    def stream(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """A request with several answers, as they come; the last has `ok`."""
+
+    def send(self, source: Path, files: list[str], target: str, on_bytes: OnBytes) -> None:
+        """Copy files below `source` to the same places below `target` there; goes on with partial files."""
+
+    def receive(self, source: str, files: list[str], target: Path, on_bytes: OnBytes) -> None:
+        """The other way round."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How often a broken connection is tried again, with pauses that double."""
+
+    attempts: int = 8
+    """In a row without any progress."""
+    first: float = 1.0
+    longest: float = 30.0
+    """Seconds."""
+    sleep: Callable[[float], None] = time.sleep
+
+    def over(self, attempt: Callable[[Callable[[], None]], T]) -> T:
+        """The result of `attempt`, which calls what it is given when it has got further than before.
+
+        Raises the last `ConnectionLostError` when patience is over.
+        """
+        failed = 0
+
+        def moved() -> None:
+            nonlocal failed
+            failed = 0
+
+        while True:
+            try:
+                return attempt(moved)
+            except ConnectionLostError:
+                failed += 1
+                if failed >= self.attempts:
+                    raise
+                self.sleep(min(self.first * 2 ** (failed - 1), self.longest))
+
+
+def ask(transport: Transport, patience: Patience, request: dict[str, Any]) -> dict[str, Any]:
+    """A request that may be repeated; raises `RemoteError` for what the other machine could not do."""
+    return checked(patience.over(lambda moved: transport.request(request)), transport.where)
+
+
+def checked(answer: dict[str, Any], where: str) -> dict[str, Any]:
+    """The answer, unless the other machine's system refused."""
+    if answer.get("ok"):
+        return answer
+    if answer.get("errno") in (28, 122):  # no space, quota: the numbers of Linux, whatever runs here
+        raise DiskError(
+            f"the other machine's disk is full: {answer['error']}",
+            where=where,
+            remedy="free some space there, or take --folder on a larger disk; what was sent is kept",
+        )
+    raise RemoteError(f"the other machine cannot do it: {answer.get('error')}", where=where)
+
+
+# Files by the system's rsync: continued where an earlier attempt broke off, with progress in bytes.
+
+
+BROKEN = {10, 12, 30, 35, 255, -13, -1}
+"""Exit codes for a broken or silent connection; 255 is ssh's own."""
+FULL = 11
+"""Exit code for an error in file I/O: often all that comes back when the receiving disk is full."""
+
+
+def copy(
+    ssh: list[str], source: str, target: str, files: list[str], silence: int, on_bytes: OnBytes
+) -> tuple[int, str]:
+    """Copy `files` below `source` to the same places below `target`; exit code and messages.
+
+    `ssh`: how to reach the other end. `silence`: seconds without a byte after which it is given up.
+    """
+    command = ["rsync", "-e", shlex.join(ssh), "--secluded-args", "--recursive", "--copy-links", "--times"]
+    # Partial files are continued in place; whether the result is right, SHA-256 decides afterwards.
+    command += ["--partial", "--append-verify", f"--timeout={silence}", "--info=progress2"]
+    command += ["--no-inc-recursive", "--from0", "--files-from=-", source, target]
+    with piped(command, "\0".join(files).encode()) as child:
+        _watch(child.output, on_bytes)
+        code = child.wait()
+    return code, child.messages
+
+
+def _watch(pipe: IO[bytes], on_bytes: OnBytes) -> None:
+    """rsync's progress: bytes moved, at the beginning of each line that a carriage return ends."""
+    rest = b""
+    while piece := pipe.read1(4096) if hasattr(pipe, "read1") else pipe.read(4096):
+        *lines, rest = re.split(rb"[\r\n]", rest + piece)
+        for line in lines:
+            number = line.split(b"%")[0].rsplit(b" ", 1)[0].strip().replace(b",", b"").replace(b".", b"")
+            if number.isdigit():
+                on_bytes(int(number))
+
 
 # The first Python that is new enough; the program comes over standard input, so no argument tells anything.
 _LAUNCH = """for p in python3 python3.14 python3.13 python3.12 python3.11 /venv/main/bin/python \\
@@ -136,7 +393,7 @@ class SshTransport:
         )
 
     def request(self, request: dict[str, Any]) -> dict[str, Any]:
-        """One request to `remote/there.py` and its answer."""
+        """One request to `remote/agent/requests.py` and its answer."""
         last: dict[str, Any] = {}
         for answer in self.stream(request):
             last = answer
@@ -151,8 +408,8 @@ class SshTransport:
         with piped(command, program.encode()) as child:
             finished = False
             for line in child.output:
-                if line.startswith(there.MARK.encode()) and line.endswith(b"\n"):
-                    answer = json.loads(line[len(there.MARK) :])
+                if line.startswith(requests.MARK.encode()) and line.endswith(b"\n"):
+                    answer = json.loads(line[len(requests.MARK) :])
                     self._require_python(answer)
                     finished = "ok" in answer
                     yield answer
@@ -178,16 +435,16 @@ class SshTransport:
 
     def _copy(self, source: str, target: str, files: list[str], on_bytes: OnBytes) -> None:
         ssh = ["ssh", "-F", str(self._config), *self._port()]
-        code, message = rsync.copy(ssh, source, target, files, self.silence, on_bytes)
+        code, message = copy(ssh, source, target, files, self.silence, on_bytes)
         if not code:
             return
-        if code == rsync.FULL or "No space left" in message or "Disk quota" in message:
+        if code == FULL or "No space left" in message or "Disk quota" in message:
             raise DiskError(
                 f"a file cannot be written: the disk is full or fails. {_first(message)}".rstrip(),
                 where=self.where,
                 remedy="free some space and give the same command again; what was copied is kept",
             )
-        if code in rsync.BROKEN:
+        if code in BROKEN:
             raise self._failure(255, message)
         raise RemoteError(f"rsync ended with code {code}: {_first(message)}", where=self.where)
 
@@ -225,7 +482,7 @@ class SshTransport:
 @cache
 def _parts() -> list[tuple[str, str]]:
     """Name and source of what runs there; one imports only from those before it."""
-    return [(part.__name__, inspect.getsource(part)) for part in (kept, there)]
+    return [(part.__name__, inspect.getsource(part)) for part in (file_store, requests)]
 
 
 def _quoted(path: Path) -> str:

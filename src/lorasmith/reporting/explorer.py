@@ -15,9 +15,73 @@ import pyarrow.parquet as pq
 from lorasmith.errors import InputError, os_errors
 from lorasmith.files.jsonl import read_rows
 from lorasmith.records.proof import ExampleComparison
-from lorasmith.records.redaction import is_redacted
-from lorasmith.reporting.load import ROLES, RunRecords
-from lorasmith.reporting.tokens import Pieces
+from lorasmith.records.release import is_redacted
+from lorasmith.reporting.records import ROLES, RunRecords
+
+# Token ids as the pieces of text a reader sees, with the tokenizer that lies beside the merged weights.
+
+
+_BROKEN = "\ufffd"
+"""What decoding gives for a part of a character."""
+
+
+class TokenPieces:
+    """Cuts a response into the text of its tokens; each id is decoded once."""
+
+    def __init__(self, tokenizer: Any | None) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, str] = {}
+        self._anchor = 0
+        self._before = ""
+        if tokenizer is not None:
+            # A first token may lose its leading space when it is decoded alone: decode it after another one.
+            self._anchor = next(
+                (token for token in range(min(tokenizer.get_vocab_size(), 512)) if self._plain(token)), 0
+            )
+            self._before = self._decode([self._anchor])
+
+    @classmethod
+    def load(cls, file: Path) -> TokenPieces:
+        """From a `tokenizer.json`; without one every answer is None."""
+        if not file.is_file():
+            return cls(None)
+        from tokenizers import Tokenizer
+
+        return cls(Tokenizer.from_file(str(file)))
+
+    def of(self, ids: Sequence[int]) -> list[str] | None:
+        """One piece a token; of a character that spans several tokens, the last one has it, the others ''."""
+        if self._tokenizer is None:
+            return None
+        pieces = [self._piece(token) for token in ids]
+        if not any(_BROKEN in piece for piece in pieces):
+            return pieces
+        return self._join_characters(ids)
+
+    def _piece(self, token: int) -> str:
+        if token not in self._known:
+            self._known[token] = self._decode([self._anchor, token])[len(self._before) :]
+        return self._known[token]
+
+    def _join_characters(self, ids: Sequence[int]) -> list[str]:
+        pieces, start = [], 0
+        for end in range(1, len(ids) + 1):
+            text = self._decode([self._anchor, *ids[start:end]])[len(self._before) :]
+            if text.endswith(_BROKEN) and end < len(ids) and end - start < 4:
+                pieces.append("")
+            else:
+                pieces.append(text)
+                start = end
+        return pieces
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)  # type: ignore[union-attr]
+        return text
+
+    def _plain(self, token: int) -> bool:
+        text = self._decode([token])
+        return text.isascii() and text.isalnum()
+
 
 CHUNK = 50
 """Examples in one packed chunk: small enough to open at once, large enough to pack well."""
@@ -84,7 +148,7 @@ def build_explorer(records: RunRecords) -> Explorer | None:
     scored = [row for row in rows if any(row["id"] in table for table in tables.values())]
     if not scored:
         raise InputError("no row of the test set was scored", where=test_set, remedy="validate again")
-    pieces = Pieces.load(records.folder / "merged" / "tokenizer.json")
+    pieces = TokenPieces.load(records.folder / "merged" / "tokenizer.json")
     compared = {entry.id: entry for entry in records.behaviour.examples} if records.behaviour else {}
     details = [_detail(row, tables, pieces) for row in scored]
     chunks, note = _fit(details)
@@ -156,7 +220,9 @@ def _index(
     return index
 
 
-def _detail(row: dict[str, Any], tables: dict[str, dict[str, _Scored]], pieces: Pieces) -> dict[str, Any]:
+def _detail(
+    row: dict[str, Any], tables: dict[str, dict[str, _Scored]], pieces: TokenPieces
+) -> dict[str, Any]:
     """Text and token losses of one example, or neither where its source forbids it."""
     if "redacted" in row or is_redacted(str(row["metadata"].get("source", ""))):
         return {"redacted": True}

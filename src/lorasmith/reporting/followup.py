@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorasmith.records.compression import CompressRecord
-from lorasmith.records.draft import ClassifierReport, GeneratorReport
-from lorasmith.records.followup import RespondRecord, SpeculationSetting, SpeculationSpeed
+from lorasmith.records.followup import (
+    ClassifierReport,
+    GeneratorReport,
+    RespondRecord,
+    SpeculationSetting,
+    SpeculationSpeed,
+)
 from lorasmith.records.scoring import TaskEffect
 from lorasmith.reporting.figures import Axis, linear_axis, log_axis
-from lorasmith.reporting.followup_records import FollowupRecords
+from lorasmith.reporting.records import FollowupRecords
 
 ENDS = {
     "stop": "ended by themselves",

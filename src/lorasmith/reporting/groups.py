@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lorasmith.records.proof import PairedEffect
 from lorasmith.records.scoring import GroupMetrics
 from lorasmith.reporting.figures import Axis, linear_axis, plain
-from lorasmith.reporting.load import RunRecords
+from lorasmith.reporting.records import RunRecords
 
 ALL = "all examples"
 _DIFFICULTY_ORDER = {"easy": 0, "medium": 1, "hard": 2}

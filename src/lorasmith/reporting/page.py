@@ -9,18 +9,23 @@ from typing import Any
 from markupsafe import Markup
 
 from lorasmith.files.atomic import write_bytes
-from lorasmith.files.machine import human_bytes
-from lorasmith.files.spending import costs
-from lorasmith.records.redaction import is_redacted
-from lorasmith.reporting.environment import render_page
+from lorasmith.files.costs import costs
+from lorasmith.machine.resources import human_bytes
+from lorasmith.records.release import is_redacted
 from lorasmith.reporting.explorer import Explorer, build_explorer
 from lorasmith.reporting.fidelity import FLOOR, QUANTILES, divergence_tables, heat_map, shifts
 from lorasmith.reporting.followup import followup_view
 from lorasmith.reporting.groups import effect_tables, model_tables, sort_groups
-from lorasmith.reporting.load import RunRecords, load_run
-from lorasmith.reporting.provenance import GLOSSARY, facts, provenance
-from lorasmith.reporting.tasks import task_table
-from lorasmith.reporting.verdict import claims, headline
+from lorasmith.reporting.records import RunRecords, load_run
+from lorasmith.reporting.sections import (
+    GLOSSARY,
+    claims,
+    facts,
+    headline,
+    provenance,
+    render_page,
+    task_table,
+)
 
 
 def write_report(run: Path, output: Path, *, timings: bool = True) -> None:

@@ -11,12 +11,10 @@ from typing import Any
 from lorasmith.errors import UsageError
 from lorasmith.files.atomic import write_bytes
 from lorasmith.records.scoring import GroupMetrics
-from lorasmith.reporting.environment import render_page
 from lorasmith.reporting.figures import Axis, linear_axis, log_axis, number, plural
 from lorasmith.reporting.groups import ALL, is_idle, sort_groups
-from lorasmith.reporting.load import RunRecords, load_run
-from lorasmith.reporting.provenance import provenance
-from lorasmith.reporting.verdict import Claim, claims
+from lorasmith.reporting.records import RunRecords, load_run
+from lorasmith.reporting.sections import Claim, claims, provenance, render_page
 
 COLOURS = 8
 """Runs beyond this share colours; their names stand beside every mark all the same."""

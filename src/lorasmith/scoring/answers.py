@@ -12,13 +12,11 @@ import numpy.typing as npt
 import torch
 
 from lorasmith.benchmarks.choices import LETTERS
-from lorasmith.executors.base import Executor, Recipe
-from lorasmith.executors.log import ChunkLog
-from lorasmith.files.allocator import keep_memory
+from lorasmith.executors.base import ChunkLog, Executor, WorkSpec
 from lorasmith.files.journal import Journal
-from lorasmith.models.arithmetic import Route, use_route
-from lorasmith.models.encode import Encoded
-from lorasmith.models.generate import (
+from lorasmith.machine.allocator import keep_memory
+from lorasmith.models.device import Route, use_route
+from lorasmith.models.generation.generate import (
     GENERATE_ROWS,
     Generated,
     from_arrays,
@@ -27,13 +25,12 @@ from lorasmith.models.generate import (
     stop_tokens,
     to_arrays,
 )
+from lorasmith.models.hidden_states import Replica
 from lorasmith.models.layout import lay_out
 from lorasmith.models.load import LoadedModel
-from lorasmith.models.loglik import open_forward, raise_non_finite
-from lorasmith.models.replica import Replica
+from lorasmith.models.scoring import RowWork, open_forward, raise_non_finite
 from lorasmith.models.session import Workload
-from lorasmith.models.template import frame, response_tokens
-from lorasmith.models.work import RowWork
+from lorasmith.models.text import Encoded, frame, response_tokens
 from lorasmith.progress import Progress
 
 
@@ -72,7 +69,7 @@ def choice_likelihoods(
     """Per row, the log-probability (nats) of each letter as the beginning of the answer."""
     if not rows:
         return {}
-    recipe = Recipe(OPEN_CHOICES, {"replica": replica, "rows": list(rows)}, replica.gpu)
+    recipe = WorkSpec(OPEN_CHOICES, {"replica": replica, "rows": list(rows)}, replica.gpu)
     found: dict[int, list[float]] = {}
     with (
         open_weighing(loaded, work, rows, route) as weighing,
@@ -151,7 +148,7 @@ def generated_answers(
         together = min(GENERATE_ROWS, work.settings.batch_size or GENERATE_ROWS)
         planned = plan_generation([work.rows[row].ids[: work.rows[row].n_prompt] for row in own], together)
         batches += [tuple(own[place] for place in batch) for batch in planned]
-    recipe = Recipe(OPEN_ANSWERS, {"replica": replica}, replica.gpu)
+    recipe = WorkSpec(OPEN_ANSWERS, {"replica": replica}, replica.gpu)
     found: dict[int, Generated] = {}
     with (
         open_writing(loaded, work, route) as writing,

@@ -3,34 +3,140 @@
 from __future__ import annotations
 
 import hashlib
+import io
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from lorasmith.errors import UsageError, os_errors
-from lorasmith.executors.base import Executor, Local, Recipe
-from lorasmith.executors.log import ChunkLog
-from lorasmith.files.atomic import write_bytes, write_record
-from lorasmith.files.hub import local_model
+from lorasmith.executors.base import ChunkLog, Executor, Local, WorkSpec
+from lorasmith.files.atomic import StrPath, write_bytes, write_record
 from lorasmith.files.journal import Journal
-from lorasmith.files.paths import StrPath
-from lorasmith.models.arithmetic import Route
-from lorasmith.models.inputs import Inputs
+from lorasmith.hub.models import local_model
+from lorasmith.models.device import Route
+from lorasmith.models.hidden_states import OPEN_SCORING, Replica, open_states, scoring_work
 from lorasmith.models.load import LoadedModel
-from lorasmith.models.loglik import Floats, open_forward
-from lorasmith.models.replica import OPEN_SCORING, Replica
+from lorasmith.models.scoring import Floats, open_forward, row_loss
 from lorasmith.models.session import (
+    Inputs,
     ScoringOptions,
     Workload,
     identify,
     open_journal,
-    prepare,
+    prepare_workload,
     route_of,
 )
-from lorasmith.models.states import open_states, scoring_work
+from lorasmith.models.statistics import Array, group_fields, group_rows, mean_interval, perplexity
+from lorasmith.models.text import Encoded
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest
-from lorasmith.records.scoring import ModelIdentity, ValidationResult
-from lorasmith.scoring.aggregate import aggregate, example_table
+from lorasmith.records.dataset import Example
+from lorasmith.records.scoring import GroupMetrics, ModelIdentity, ValidationResult
+
+# From log-probabilities of tokens to loss and perplexity of groups, and the table of rows.
+
+
+WORST = 5
+"""Tokens of each row that are listed with their text: those the model expected least."""
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("domain", pa.string()),
+        ("difficulty", pa.string()),
+        ("tokens", pa.int32()),
+        ("loss", pa.float64()),
+        ("perplexity", pa.float64()),
+        ("truncated", pa.int32()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float32())),
+        (
+            "worst",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("position", pa.int32()),
+                        ("token_id", pa.int32()),
+                        ("text", pa.string()),
+                        ("logprob", pa.float32()),
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+"""Columns of the per-example Parquet file; `position` counts scored tokens from 0."""
+
+
+def group_metrics(losses: Array, tokens: Array, rows: Sequence[int] | None, seed: int) -> GroupMetrics:
+    """Token-weighted loss of the given rows (None: all) from per-row loss sums and token counts."""
+    if rows is not None:
+        losses, tokens = losses[list(rows)], tokens[list(rows)]
+    loss = float(losses.sum() / tokens.sum())
+    return GroupMetrics(
+        examples=len(losses),
+        tokens=int(tokens.sum()),
+        loss=loss,
+        perplexity=perplexity(loss),
+        interval=mean_interval(losses, tokens, seed),
+    )
+
+
+def aggregate(
+    examples: Sequence[Example], logprobs: Sequence[Floats], seed: int
+) -> tuple[GroupMetrics, dict[str, dict[str, GroupMetrics]]]:
+    """Metrics over all rows, and by group and crossing of groups."""
+    losses = np.array([row_loss(row) for row in logprobs])
+    tokens = np.array([len(row) for row in logprobs], dtype=np.float64)
+    overall = group_metrics(losses, tokens, None, seed)
+    grouped = group_rows([group_fields(example) for example in examples])
+    groups = {
+        dimension: {name: group_metrics(losses, tokens, rows, seed) for name, rows in found.items()}
+        for dimension, found in grouped.items()
+    }
+    return overall, groups
+
+
+def example_table(
+    examples: Sequence[Example], encoded: Sequence[Encoded], logprobs: Sequence[Floats], tokenizer: Any
+) -> bytes:
+    """The per-example Parquet file: the same rows give the same bytes."""
+    rows = []
+    for example, tokens, values in zip(examples, encoded, logprobs, strict=True):
+        ids = tokens.ids[tokens.scored_from :]
+        loss = row_loss(values) / len(values)
+        worst = np.argsort(values, kind="stable")[:WORST]
+        rows.append(
+            {
+                "id": example.id,
+                **group_fields(example),
+                "tokens": len(ids),
+                "loss": loss,
+                "perplexity": perplexity(loss),
+                "truncated": tokens.truncated,
+                "token_ids": ids,
+                "logprobs": values,
+                "worst": [
+                    {
+                        "position": int(place),
+                        "token_id": ids[place],
+                        "text": tokenizer.decode([ids[place]]),
+                        "logprob": values[place],
+                    }
+                    for place in worst
+                ],
+            }
+        )
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), sink, compression="zstd")
+    return sink.getvalue()
+
 
 ROLES = ("base", "adapter", "merged")
 
@@ -108,7 +214,7 @@ def validate(
             own = stack.enter_context(open_journal(_journal(output, role), inputs, options))
         route = route_of(options, own)
         loaded = options.load(model, adapter=adapter, dtype=route.dtype)
-        work = prepare(test_set, loaded, options, route)
+        work = prepare_workload(test_set, loaded, options, route)
         inputs.require_unchanged()
         identity = identify(role, model, adapter, loaded)
         journal = own
@@ -116,7 +222,7 @@ def validate(
             kept = open_states(Path(states) / f"{role}.journal", folders, loaded, work, route)
             journal = stack.enter_context(kept)
         replica = Replica.of(work, model, adapter, test_set, options, route)
-        recipe = Recipe(OPEN_SCORING, {"replica": replica, "keep": states is not None}, replica.gpu)
+        recipe = WorkSpec(OPEN_SCORING, {"replica": replica, "keep": states is not None}, replica.gpu)
         logprobs = score(loaded, work, route, f"Validate {role}", journal, progress, where, recipe, log)
         work.findings.extend(log.findings())
         result, table = _result(identity, inputs, loaded, work, logprobs)
@@ -174,7 +280,7 @@ def score(
     journal: Journal | None,
     progress: Progress,
     executor: Executor,
-    recipe: Recipe,
+    recipe: WorkSpec,
     log: ChunkLog,
 ) -> list[Floats]:
     """Log-probabilities of the scored tokens of every row, in the order of the test set.

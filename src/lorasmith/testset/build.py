@@ -5,19 +5,112 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lorasmith.benchmarks.base import Benchmark
-from lorasmith.benchmarks.discover import Candidate, Found, read_folder
+from lorasmith.benchmarks.base import Benchmark, SourceRow
+from lorasmith.benchmarks.discover import Candidate, FolderContents, read_folder, reject
 from lorasmith.benchmarks.registry import BENCHMARKS, by_name, choose
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.atomic import write_record
 from lorasmith.files.jsonl import write_examples
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import Finding
-from lorasmith.records.dataset import DatasetFindings, DatasetStatistics, Example, Metadata
+from lorasmith.records.dataset import DatasetFindings, DatasetStatistics, Example, Metadata, RejectedRow
 from lorasmith.testset import difficulty as policies
-from lorasmith.testset.duplicates import across_benchmarks, within_benchmark
+from lorasmith.testset.overlap import normalise, repeats, shingles, tokens
+from lorasmith.testset.rows import count, digest
 from lorasmith.testset.sampling import allocate, require_size, sort_key
-from lorasmith.testset.statistics import count, digest
+
+# Drop repeated questions of a benchmark before sampling, and find questions that two benchmarks share.
+
+
+_SHINGLE = 3
+_NEARLY = 0.9
+"""Jaccard similarity of runs of three words and signs. One number changed in a problem of 60 words gives
+0.90, in a shorter one less: those are other questions and stay."""
+_TELLING_WORDS = 8
+"""Shorter questions ("Which of the following is true?") stand in several benchmarks by chance."""
+
+Keyed = tuple[bytes, Candidate]
+
+
+def within_benchmark(
+    name: str, keyed: Sequence[Keyed]
+) -> tuple[list[Keyed], list[Finding], list[RejectedRow]]:
+    """Keep the first of each question in the order given; returns kept rows, findings, rejected rows.
+
+    Two different questions under one record id are an error: one of them is not what it says.
+    """
+    kept: list[Keyed] = []
+    findings: list[Finding] = []
+    rejected: list[RejectedRow] = []
+    questions: set[tuple[str, str]] = set()
+    ids: dict[str, SourceRow] = {}
+    repeated = 0
+    for key, candidate in keyed:
+        item, row = candidate.item, candidate.row
+        question = (item.scope, normalise(item.question))
+        if question in questions:
+            repeated += 1
+            rejected.append(reject(name, row, "the same question stands in another row"))
+        elif item.record_id in ids:
+            other = ids[item.record_id]
+            rejected.append(reject(name, row, "another question has the same id"))
+            findings.append(
+                Finding(
+                    severity="error",
+                    code="duplicate-id",
+                    message=f"two different rows of {name} have the id {item.record_id!r}",
+                    where=f"{row.file}:{row.number}",
+                    expected=f"each id once (also {other.file}:{other.number})",
+                    remedy="replace the file with the published one",
+                )
+            )
+        else:
+            questions.add(question)
+            ids[item.record_id] = row
+            kept.append((key, candidate))
+    kept, near = _without_near(name, kept)
+    if repeated or near:
+        message = f"{repeated} repeated and {len(near)} nearly repeated questions of {name} were dropped"
+        findings.append(Finding(severity="note", code="duplicates-dropped", message=message))
+    return kept, findings, rejected + near
+
+
+def _without_near(name: str, keyed: Sequence[Keyed]) -> tuple[list[Keyed], list[RejectedRow]]:
+    items = [candidate.item for _, candidate in keyed]
+    flags = repeats(
+        [shingles(tokens(item.question), _SHINGLE) for item in items],
+        [item.scope for item in items],
+        _NEARLY,
+    )
+    reason = "nearly the same question stands in another row"
+    kept = [pair for pair, repeated in zip(keyed, flags, strict=True) if not repeated]
+    dropped = [pair[1].row for pair, repeated in zip(keyed, flags, strict=True) if repeated]
+    return kept, [reject(name, row, reason) for row in dropped]
+
+
+def across_benchmarks(candidates: Mapping[str, Sequence[Candidate]]) -> list[Finding]:
+    """One error for each pair of benchmarks that hold the same question: one file is not what it says."""
+    seen: dict[str, tuple[str, SourceRow]] = {}
+    shared: dict[tuple[str, str], list[tuple[SourceRow, SourceRow]]] = {}
+    for name in sorted(candidates):
+        for candidate in candidates[name]:
+            question = normalise(candidate.item.question)
+            if question.count(" ") + 1 < _TELLING_WORDS:
+                continue
+            other, row = seen.setdefault(question, (name, candidate.row))
+            if other != name:
+                shared.setdefault((other, name), []).append((row, candidate.row))
+    return [
+        Finding(
+            severity="error",
+            code="same-question",
+            message=f"{len(rows)} questions stand under both {first} and {second}",
+            where=f"{rows[0][0].file}:{rows[0][0].number} and {rows[0][1].file}:{rows[0][1].number}",
+            expected="each question under one benchmark",
+            remedy="replace the wrong file with the published one",
+        )
+        for (first, second), rows in sorted(shared.items())
+    ]
 
 
 def build(
@@ -89,7 +182,7 @@ def _sizes(asked: int | Mapping[str, int], wanted: Sequence[Benchmark]) -> dict[
     return sizes
 
 
-def _report_absent(wanted: Sequence[Benchmark], found: Found, root: Path) -> None:
+def _report_absent(wanted: Sequence[Benchmark], found: FolderContents, root: Path) -> None:
     for benchmark in wanted:
         if not found.candidates[benchmark.name]:
             found.findings.append(
@@ -104,7 +197,7 @@ def _report_absent(wanted: Sequence[Benchmark], found: Found, root: Path) -> Non
             )
 
 
-def _sample(benchmark: Benchmark, found: Found, size: int, seed: int) -> list[Candidate]:
+def _sample(benchmark: Benchmark, found: FolderContents, size: int, seed: int) -> list[Candidate]:
     """`size` rows, shared among the strata (subdomain and own difficulty), in the order of their hashes.
 
     The strata do not depend on the difficulty policy, so another policy relabels the same rows.
@@ -160,13 +253,13 @@ def _example(benchmark: Benchmark, candidate: Candidate, policy: str) -> Example
     )
 
 
-def _write_findings(output: Path, found: Found) -> None:
+def _write_findings(output: Path, found: FolderContents) -> None:
     rejected = sorted(found.rejected, key=lambda row: (row.benchmark, row.file, row.row))
     record = DatasetFindings(findings=found.findings, rejected=rejected)
     write_record(output.parent / "findings.json", record)
 
 
-def _stop_on_errors(found: Found, output: Path, strict: bool, examples: Sequence[Example]) -> None:
+def _stop_on_errors(found: FolderContents, output: Path, strict: bool, examples: Sequence[Example]) -> None:
     errors = [finding for finding in found.findings if finding.severity == "error"]
     if errors and (strict or not examples):
         first = errors[0]

@@ -10,8 +10,8 @@ from lorasmith.files.atomic import write_record
 from lorasmith.files.jsonl import read_examples, write_examples
 from lorasmith.progress import Progress, silent
 from lorasmith.records.dataset import ContaminationRecord, Example
-from lorasmith.testset.matching import Matcher, Settings
-from lorasmith.testset.statistics import describe, digest
+from lorasmith.testset.overlap import Matcher, Settings
+from lorasmith.testset.rows import describe, digest
 
 
 def check(

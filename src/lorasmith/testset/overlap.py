@@ -9,11 +9,24 @@ with a chance below 10^-5.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import heapq
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lorasmith.errors import UsageError
+from lorasmith.files.jsonl import read_rows
+from lorasmith.records.dataset import ContaminationHit, Example
+from lorasmith.testset import rows as training_rows
 
 Words = Sequence[str]
 U64 = NDArray[np.uint64]
@@ -98,3 +111,246 @@ class GramIndex:
         code = np.repeat(rows, repeat) * len(self.grams) + self.owners[index]
         codes, shared = np.unique(code, return_counts=True)
         return Hits(codes // len(self.grams), codes % len(self.grams), shared.astype(np.int64))
+
+
+# One form of a text for comparing: case and spacing do not make two questions different.
+
+
+_WORD = re.compile(r"\w+")
+_TOKEN = re.compile(r"\w+|[^\w\s]")
+
+
+def normalise(text: str) -> str:
+    """Lower case, composed characters (NFKC), single spaces.
+
+    Punctuation stays: `x + 1` and `x - 1`, or "(" and "<" in a task on brackets, are different questions.
+    """
+    return " ".join(_plain(text).split())
+
+
+def words(text: str) -> list[str]:
+    """The words of the normalised text, as n-gram comparisons use them: letters and digits of all scripts."""
+    return _WORD.findall(_plain(text))
+
+
+def tokens(text: str) -> list[str]:
+    """The words and every single sign of the normalised text."""
+    return _TOKEN.findall(_plain(text))
+
+
+def _plain(text: str) -> str:
+    return text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).lower()
+
+
+# Near duplicates among many texts, exactly: pairs whose word shingles have a high Jaccard similarity.
+#
+# Prefix filtering (Chaudhuri et al. 2006; Xiao et al. 2008, "PPJoin"): with the shingles of every text in
+# one order, rarest first, two texts with similarity ≥ t share a shingle among the first |A| - ⌈t·|A|⌉ + 1 of
+# each. So only few pairs are compared, and none is missed.
+
+
+Shingles = frozenset[tuple[str, ...]]
+
+
+def shingles(tokens: Sequence[str], n: int) -> Shingles:
+    """All runs of n tokens; a shorter text is one shingle of its own."""
+    if len(tokens) < n:
+        return frozenset([tuple(tokens)])
+    return frozenset(tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1))
+
+
+def jaccard(first: Shingles, second: Shingles) -> float:
+    """Shared part of both sets: 1 for equal ones, 0 for nothing in common."""
+    shared = len(first & second)
+    return shared / (len(first) + len(second) - shared)
+
+
+def repeats(texts: Sequence[Shingles], scopes: Sequence[str], threshold: float) -> list[bool]:
+    """Whether an earlier text of the same scope that is kept has a similarity of at least `threshold`."""
+    common = Counter(shingle for text in texts for shingle in text)
+    starts: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+    found: list[bool] = []
+    for index, (text, scope) in enumerate(zip(texts, scopes, strict=True)):
+        ordered = sorted(text, key=lambda shingle: (common[shingle], shingle))
+        prefix = ordered[: len(ordered) - math.ceil(threshold * len(ordered)) + 1]
+        candidates = {other for shingle in prefix for other in starts.get((scope, shingle), ())}
+        repeated = any(
+            min(len(texts[other]), len(text)) >= threshold * max(len(texts[other]), len(text))
+            and jaccard(texts[other], text) >= threshold
+            for other in candidates
+        )
+        found.append(repeated)
+        if not repeated:
+            for shingle in prefix:
+                starts.setdefault((scope, shingle), []).append(index)
+    return found
+
+
+# Compare a stream of training rows with a few test rows, block by block.
+
+
+_BLOCK_WORDS = 1 << 18
+_LISTED_HITS = 10
+"""Per test row and kind: a row that stands in the training data a million times needs no million lines."""
+_SHORTEST = 8
+"""Shorter texts are compared as a whole only; Brown et al. use n-grams of 8 to 13 words as well."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What counts as the same."""
+
+    ngram: int = 13
+    """In words; a test row with fewer words (but 8 at least) is looked for as a whole."""
+    shingle: int = 3
+    """In words."""
+    similarity: float = 0.8
+    """Jaccard similarity of the prompts' shingles: 1 is equal, 0 has nothing in common."""
+    common: float = 0.5
+    """Runs of `ngram` words in more than this part of the test rows (and in 4 at least) are instructions:
+    their words count for nothing."""
+
+    def __post_init__(self) -> None:
+        if self.ngram < 2 or self.shingle < 1:
+            raise UsageError("n-grams need 2 words at least, shingles 1")
+        if not 0 < self.similarity <= 1 or not 0 < self.common <= 1:
+            raise UsageError("similarity and common parts lie above 0 and not above 1")
+
+    def as_parameters(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _TrainRow(NamedTuple):
+    name: str
+    forms: tuple[str, str]
+    words: list[str]
+    """Of prompt and response."""
+    prompt_words: int
+
+
+class Matcher:
+    """Holds the test rows; `read` streams training files past them."""
+
+    def __init__(self, examples: Sequence[Example], settings: Settings) -> None:
+        self.settings = settings
+        self.ids = [example.id for example in examples]
+        self.prompts = [words(example.prompt) for example in examples]
+        self.texts = [
+            prompt + words(example.response) for prompt, example in zip(self.prompts, examples, strict=True)
+        ]
+        self.exact: dict[str, list[int]] = {}
+        for index, example in enumerate(examples):
+            for form in _forms(example.prompt, example.response):
+                self.exact.setdefault(form, []).append(index)
+        self.numbers = {word: number_of(word) for text in self.texts for word in text}
+        self.indices = self._ngram_indices()
+        self.shingles = GramIndex([numbers_of(prompt) for prompt in self.prompts], settings.shingle)
+        self.counts: Counter[str] = Counter(exact=0, ngram=0, near=0)
+        self.best: dict[tuple[int, str], list[tuple[float, str, str]]] = {}
+
+    def _ngram_indices(self) -> list[GramIndex]:
+        """One index per length: the set one, and the own length of each shorter row."""
+        n = self.settings.ngram
+        numbers = self._without_instructions()
+        lengths = [min(n, len(text)) if len(text) >= min(n, _SHORTEST) else 0 for text in self.texts]
+
+        def of_length(length: int) -> list[U64]:
+            return [own if have == length else own[:0] for own, have in zip(numbers, lengths, strict=True)]
+
+        return [GramIndex(of_length(length), length) for length in sorted(set(lengths) - {0})]
+
+    def _without_instructions(self) -> list[U64]:
+        """The numbers of each test row's words, with gaps in place of what most test rows say alike."""
+        n = self.settings.ngram
+        numbers = [numbers_of(text) for text in self.texts]
+        rows = Counter(gram for own in numbers for gram in set(grams(own, n)[1].tolist()))
+        limit = max(3, self.settings.common * len(numbers))
+        common = np.array([gram for gram, count in rows.items() if count > limit], np.uint64)
+        for own in numbers:
+            starts, hashes = grams(own, n)
+            for start in starts[np.isin(hashes, common)]:
+                own[start : start + n] = 0
+        return numbers
+
+    def read(self, path: Path) -> int:
+        """Compare every row of a training file; returns how many there were."""
+        count = 0
+        for block in _blocks(path):
+            count += len(block)
+            self._compare(path, block)
+        return count
+
+    def _compare(self, path: Path, block: list[_TrainRow]) -> None:
+        flat: list[int] = []
+        lengths: list[int] = []
+        lookup = self.numbers.get
+        for row in block:
+            for text in {text for form in row.forms for text in self.exact.get(form, ())}:
+                self._hit("exact", text, 1.0, row.name, path)
+            flat.extend(map(lookup, row.words, repeat(0)))
+            flat.append(0)
+            lengths.append(len(row.words) + 1)
+        numbers = np.array(flat, np.uint64)
+        rows = np.repeat(np.arange(len(block), dtype=np.int32), lengths)
+        for index in self.indices:
+            hits = index.find(numbers, rows)
+            for place, text, shared in zip(hits.row, hits.text, hits.shared, strict=True):
+                score = float(shared / index.grams[text])
+                self._hit("ngram", int(text), score, block[place].name, path)
+        self._near(path, block, numbers, rows)
+
+    def _near(self, path: Path, block: list[_TrainRow], numbers: U64, rows: NDArray[np.int32]) -> None:
+        """Jaccard ≥ t needs at least t · (shingles of the test prompt) in common: few pairs get that far."""
+        hits = self.shingles.find(numbers, rows)
+        enough = hits.shared >= self.settings.similarity * self.shingles.grams[hits.text]
+        for place, index in zip(hits.row[enough], hits.text[enough], strict=True):
+            row = block[place]
+            own = shingles(self.prompts[index], self.settings.shingle)
+            other = shingles(row.words[: row.prompt_words], self.settings.shingle)
+            similarity = jaccard(own, other)
+            if similarity >= self.settings.similarity:
+                self._hit("near", int(index), similarity, row.name, path)
+
+    def _hit(self, kind: str, index: int, score: float, train_id: str, path: Path) -> None:
+        self.counts[kind] += 1
+        best = self.best.setdefault((index, kind), [])
+        heapq.heappush(best, (score, train_id, path.name))
+        if len(best) > _LISTED_HITS:
+            heapq.heappop(best)
+
+    def affected(self) -> set[str]:
+        """The ids of all contaminated test rows."""
+        return {self.ids[index] for index, _ in self.best}
+
+    def hits(self) -> list[ContaminationHit]:
+        """The strongest hits, by test row, kind and score."""
+        return [
+            ContaminationHit(
+                kind=kind, test_id=self.ids[index], train_id=train_id, train_file=file, score=round(score, 6)
+            )
+            for (index, kind), best in sorted(self.best.items())
+            for score, train_id, file in sorted(best, key=lambda hit: (-hit[0], hit[1], hit[2]))
+        ]
+
+
+def _blocks(path: Path) -> Iterator[list[_TrainRow]]:
+    """The rows in blocks of many words."""
+    block: list[_TrainRow] = []
+    size = 0
+    for number, row in read_rows(path):
+        prompt, response = training_rows.texts(row, f"{path}:{number}")
+        first = words(prompt)
+        text = first + words(response)
+        name = str(row.get("id") or f"line {number}")
+        block.append(_TrainRow(name, _forms(prompt, response), text, len(first)))
+        size += len(text)
+        if size >= _BLOCK_WORDS:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+def _forms(prompt: str, response: str) -> tuple[str, str]:
+    first = normalise(prompt)
+    return first, f"{first} {normalise(response)}"

@@ -9,17 +9,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lorasmith.errors import DataError, UsageError, os_errors
-from lorasmith.files import sniff
+from lorasmith.files import jsonl
 from lorasmith.files.atomic import atomic_file, read_record, write_record
 from lorasmith.files.jsonl import parse_row, read_lines, write_examples
-from lorasmith.files.machine import require_disk
+from lorasmith.machine.resources import require_disk
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.dataset import SplitRecord
-from lorasmith.testset.reservoir import Choice, Reservoir, scan
-from lorasmith.testset.rows import to_example
-from lorasmith.testset.sampling import allocate, require_size
-from lorasmith.testset.statistics import digest
+from lorasmith.testset.rows import digest, to_example
+from lorasmith.testset.sampling import Choice, Reservoir, allocate, require_size, scan
 
 INDEPENDENCE = (
     "a hold-out is independent only if the training has not seen it: a model that was trained on this file "
@@ -165,7 +163,7 @@ def _remove(train: Path, lines: set[int], record: SplitRecord, backup: bool, out
     """
     require_disk(train.parent, train.stat().st_size, "rewrite the training file")
     saved = _backup(train) if backup else None
-    packed = sniff.is_gzip(train)
+    packed = jsonl.is_gzip(train)
     with atomic_file(train.with_name(f".{train.name}.split")) as handle:
         target = gzip.GzipFile(filename="", mode="wb", fileobj=handle, mtime=0) if packed else handle
         for number, line in read_lines(train, "one JSON object a line"):

@@ -17,17 +17,16 @@ from torch.nn.functional import cross_entropy
 
 import lorasmith
 from lorasmith.errors import DataError, UsageError
-from lorasmith.files.atomic import aside, publish_folder, write_bytes, write_record
+from lorasmith.files.atomic import StrPath, aside, publish_folder, write_bytes, write_record
 from lorasmith.files.digests import describe, digest_folder
 from lorasmith.files.jsonl import read_examples
-from lorasmith.files.paths import StrPath
-from lorasmith.files.place import require_own_place
-from lorasmith.models.arithmetic import resolve_device
-from lorasmith.models.encode import Encoded, encode_examples
+from lorasmith.files.output_folder import require_own_place
+from lorasmith.models.batches import split_batch
+from lorasmith.models.device import resolve_device
 from lorasmith.models.load import load_model, quiet_libraries
-from lorasmith.models.parts import split_batch
+from lorasmith.models.text import Encoded, encode_examples
 from lorasmith.progress import Progress, silent
-from lorasmith.records.training import TrainRecord
+from lorasmith.records.followup import TrainRecord
 from lorasmith.training.settings import TrainSettings
 
 RECORD = "lorasmith_train.json"

@@ -1,0 +1,1 @@
+"""The commands that work on other machines, by ssh or rented."""

@@ -1,0 +1,288 @@
+"""`lorasmith remote run | attach | status | logs | fetch | stop`: any command on any machine by ssh."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorasmith.cli.options import AsJson
+from lorasmith.cli.remote.rentals import (
+    Disk,
+    Hours,
+    Image,
+    MaxHours,
+    MaxPrice,
+    choose_offer,
+    needs,
+    open_renter,
+)
+from lorasmith.errors import UsageError
+
+if TYPE_CHECKING:
+    from lorasmith.cli.remote.command import RemoteCommand
+    from lorasmith.records.remote import RemoteJob, RemoteStatus, Rental
+    from lorasmith.remote.session import Session
+    from lorasmith.remote.ssh import SshTransport
+
+
+# A job on another machine as the commands see it: connected, shown in the terminal, ended with its code.
+
+
+def open_job(name: str | None) -> Session:
+    """The session of a job that this machine remembers."""
+    from lorasmith.remote.state import find_job
+
+    return open_session(find_job(name), None)
+
+
+def open_session(job: RemoteJob, fingerprint: str | None) -> Session:
+    """A connection to the job's machine, its key checked."""
+    from lorasmith.remote.ssh import Host, Patience, SshTransport
+    from lorasmith.remote.state import rental_at, rental_hosts
+
+    user, _, name = job.host.rpartition("@")
+    identity = Path(job.identity) if job.identity else None
+    rental = rental_at(name, job.port)  # then its keys were pinned at the first contact
+    known_hosts = rental_hosts(rental.label) if rental else None
+    host = Host(name, user or None, job.port)
+    transport = SshTransport(host, identity=identity, known_hosts=known_hosts)
+    transport.trust(fingerprint=fingerprint, confirm=confirm_key if _interactive() else None)
+    session = new_session(transport, job)
+    session.patience = Patience(attempts=2)
+    session.check()  # a machine that is not there shows at once; later, broken connections are waited for
+    session.patience = Patience()
+    return session
+
+
+def new_session(transport: SshTransport, job: RemoteJob) -> Session:
+    """A session that shows what it does in the terminal."""
+    from lorasmith.cli.console import bar
+    from lorasmith.remote.session import Session
+
+    return Session(transport, job, progress=bar, say=say)
+
+
+def say(line: str) -> None:
+    """What the other machine tells."""
+    typer.echo(line)
+
+
+def confirm_key(name: str, prints: list[str]) -> bool:
+    """Ask whether this is the right machine."""
+    shown = "\n  ".join(prints)
+    typer.echo(f"This machine is not known yet: {name}. It shows the keys\n  {shown}", err=True)
+    return typer.confirm("Is one of them what its owner or provider tells?", err=True)
+
+
+def ended(found: RemoteStatus) -> None:
+    """End with the command's own exit code."""
+    if found.code in (0, 1):
+        typer.echo("done: results fetched and verified")
+    raise typer.Exit(found.code if found.code is not None else 3)
+
+
+def _interactive() -> bool:
+    import sys
+
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def follow(session: Session, rental: Rental | None, *, needs_gpu: bool) -> RemoteStatus:
+    """Run the job; on a rented machine it is seen that somebody is there, under the caps of the rental."""
+    if rental is None:
+        return session.run(needs_gpu=needs_gpu)
+    import time
+
+    from lorasmith.remote.rental.job import Heartbeat
+    from lorasmith.remote.rental.rent import Caps
+
+    caps = Caps(rental.max_price, rental.max_cost, rental.max_hours)
+    with Heartbeat(session.transport, rental.label) as pulse:
+        session.alive = lambda: caps.require_left(pulse.rental, time.time())
+        return session.run(needs_gpu=needs_gpu)
+
+
+def report_again(found: RemoteCommand) -> None:
+    """A run's own page, now that it is known what the machine cost."""
+    if found.name != "run":
+        return
+    from lorasmith.files.digests import reseal
+    from lorasmith.runs.steps import report
+
+    for run in (Path(item.local) for item in found.outputs):
+        if (run / "report.html").is_file():
+            report(run)
+            reseal(run, run / "report.html")
+
+
+Identity = Annotated[
+    Path | None, typer.Option(help="Private key for ssh. [ssh's own choice]", metavar="FILE")
+]
+Fingerprint = Annotated[
+    str | None, typer.Option(help="SHA256:… of the machine's host key, for the first contact.")
+]
+JobName = Annotated[str | None, typer.Argument(help="Id of the job, or its beginning. [the newest]")]
+
+
+def run(
+    command: Annotated[list[str], typer.Argument(help="After --: any lorasmith command with local paths.")],
+    host: Annotated[str | None, typer.Option(help="user@host or user@host:port.")] = None,
+    vast: Annotated[
+        str | None,
+        typer.Option(help='Rent a machine for it: conditions such as "gpu_name=H100_SXM num_gpus=1".'),
+    ] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(help="With --vast: US dollars in all at most; needed.")
+    ] = None,
+    max_price: MaxPrice = 4.0,
+    max_hours: MaxHours = 6.0,
+    offer: Annotated[
+        int | None, typer.Option(help="With --vast: number of the offer. [the cheapest]")
+    ] = None,
+    hours: Hours = None,
+    disk: Disk = None,
+    image: Image = None,
+    identity: Identity = None,
+    fingerprint: Fingerprint = None,
+    folder: Annotated[str, typer.Option(help="lorasmith's folder there.")] = "~/.lorasmith",
+    remote_python: Annotated[
+        str | None,
+        typer.Option(help="An interpreter there with lorasmith's dependencies, instead of installing them."),
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of a variable to pass on, such as HF_TOKEN; its value is never written."),
+    ] = None,
+) -> None:
+    """Run a command on another machine: upload, run detached, fetch, and verify every result.
+
+    Lost connections are opened again. Given again after an interruption, the same command goes on where it
+    was. A model given as hub:organisation/name[@revision] is fetched from the hub there. With --vast a
+    machine is rented, and destroyed in every ending. The exit code is that of the command.
+
+    Example: `lorasmith remote run --host root@1.2.3.4:40022 -- run --base base --adapter adapter
+    --test-set test.jsonl --output run`
+    """
+    from lorasmith.cli.remote.command import read_command
+    from lorasmith.remote.job import make_job, require_free_outputs, require_inputs
+    from lorasmith.remote.rental.job import own_key, remember_outputs, run_rented
+    from lorasmith.remote.rental.rent import IMAGE
+    from lorasmith.remote.session import value_of
+    from lorasmith.remote.ssh import parse_host
+    from lorasmith.remote.state import rental_at
+
+    if (host is None) == (vast is None):
+        raise UsageError("where should it run?", expected="either --host user@machine or --vast CONDITIONS")
+    found = read_command(command)
+
+    def make(login: str, port: int | None, key: str | None, price: float | None) -> RemoteJob:
+        return make_job(
+            login,
+            port,
+            found.at_price(price),
+            found.inputs,
+            found.outputs,
+            folder=folder,
+            identity=key,
+            hub=found.hub,
+            extras=found.extras,
+            python=remote_python,
+            environment=env or [],
+        )
+
+    if host is not None:
+        place = parse_host(host)
+        rental = rental_at(place.name, place.port)
+        key = identity or (own_key() if rental else None)
+        price = rental.price_per_hour if rental else None
+        job = make(place.login, place.port, str(key.absolute()) if key else None, price)
+        if rental:
+            remember_outputs(rental.label, job)
+        ended(follow(open_session(job, fingerprint), rental, needs_gpu=found.needs_gpu))
+    if max_cost is None:
+        raise UsageError("--vast spends money", expected="--max-cost, in US dollars")
+    # What would fail there in a quarter of an hour fails here, before money is spent.
+    require_inputs(found.inputs)
+    require_free_outputs(found.outputs)
+    for name in env or []:
+        value_of(name)
+    need = needs(found, hours, disk)
+    renter = open_renter(max_price, max_cost, max_hours)
+    chosen = choose_offer(renter, str(vast), offer, need.disk)
+    status = run_rented(
+        renter,
+        chosen,
+        partial(make, price=chosen.price_per_hour),
+        new_session,
+        disk=need.disk,
+        image=image or IMAGE,
+        needs_gpu=found.needs_gpu,
+        planned=need.estimate(chosen).dollars,
+        outputs=[item.local for item in found.outputs],
+    )
+    report_again(found)
+    ended(status)
+
+
+def attach(job: JobName = None) -> None:
+    """Follow a job that runs on another machine, then fetch and verify its results.
+
+    Example: `lorasmith remote attach`
+    """
+    session = open_job(job)
+    ended(session.finish(session.attach()))
+
+
+def status(job: JobName = None, as_json: AsJson = False) -> None:
+    """Where a job on another machine stands.
+
+    Example: `lorasmith remote status`
+    """
+    from lorasmith.cli.console import console
+
+    session = open_job(job)
+    found = session.status()
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2))
+        return
+    screen = console()
+    code = "" if found.code is None else f", exit code {found.code}"
+    reason = f" ({found.reason})" if found.reason else ""
+    seconds = "" if found.seconds is None else f", {found.seconds:,.0f} s"
+    screen.print(f"{session.job.id} on {session.transport.where}: {found.phase}{code}{seconds}{reason}")
+    screen.print(f"  lorasmith {' '.join(session.job.command)}", markup=False, soft_wrap=True)
+    if session.job.fetched:
+        screen.print("  results are here and verified")
+
+
+def logs(job: JobName = None) -> None:
+    """Print what a job has written so far, and follow it while it runs.
+
+    Example: `lorasmith remote logs`
+    """
+    open_job(job).attach()
+
+
+def fetch(job: JobName = None) -> None:
+    """Fetch the results of a job that has ended, and verify every SHA-256.
+
+    Example: `lorasmith remote fetch`
+    """
+    session = open_job(job)
+    ended(session.finish(session.status()))
+
+
+def stop(job: JobName = None) -> None:
+    """Stop a job as Ctrl-C would; `remote run` with the same command goes on with it.
+
+    Example: `lorasmith remote stop`
+    """
+    found = open_job(job).stop()
+    typer.echo(f"{found.phase}" + (f": {found.reason}" if found.reason else ""))
+
+
+for _command in (attach, status, logs, fetch, stop):
+    _command.works_without_arguments = True  # type: ignore[attr-defined]

@@ -1,0 +1,337 @@
+"""`lorasmith remote offers | up | down | list | reap`: machines for rent on Vast.ai."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorasmith.errors import LorasmithError, UsageError
+
+if TYPE_CHECKING:
+    from lorasmith.cli.remote.command import RemoteCommand
+    from lorasmith.preflight.sizes import ModelSize, WorkSize
+    from lorasmith.records.remote import Rental
+    from lorasmith.remote.rental.job import Estimate
+    from lorasmith.remote.rental.provider import Offer
+    from lorasmith.remote.rental.rent import Renter
+
+
+# Choosing a machine to rent: the provider under caps, and what a command would take on an offer.
+
+
+_NO_CAP = 1e9
+DEFAULT_HOURS = 0.5
+"""Of work, where neither the command nor the person tells: the guide's figure for a 7B model on an H100."""
+_GPU_SHARE = 0.5
+"""Part of a GPU's stated rate that products reach: a guess, since GPUs were not measured."""
+_DISK_BYTES = 500e6
+"""Per second to the disk of a rented machine: a guess as well."""
+
+
+def open_renter(max_price: float, max_cost: float, max_hours: float) -> Renter:
+    """The provider with the account's key, under caps."""
+    import os
+
+    from lorasmith.remote.rental.rent import Caps, Renter
+    from lorasmith.remote.rental.vast import URL, Vast, read_key
+
+    for flag, value in (("--max-price", max_price), ("--max-cost", max_cost), ("--max-hours", max_hours)):
+        if not value > 0:
+            raise UsageError(f"{flag} {value:g} allows nothing", expected=f"{flag} above 0")
+    provider = Vast(read_key(), url=os.environ.get("LORASMITH_VAST_URL", URL))
+    return Renter(provider, Caps(max_price, max_cost, max_hours), say=typer.echo)
+
+
+def looking_renter() -> Renter:
+    """For commands that rent nothing."""
+    return open_renter(_NO_CAP, _NO_CAP, _NO_CAP)
+
+
+def choose_offer(renter: Renter, query: str, number: int | None, disk: float) -> Offer:
+    """The offer with this number, else the cheapest within the caps; raises `UsageError` for none."""
+    known = renter.provider.offers(query, disk)
+    require_offers(known, query)
+    if number is not None:
+        known = [offer for offer in known if offer.id == number]
+        require_offers(known, f"offer {number}")
+    renter.caps.require(known[0])
+    return known[0]
+
+
+def require_offers(known: list[Offer], query: str) -> None:
+    """Raise `UsageError` where nothing is offered."""
+    if not known:
+        raise UsageError(
+            "nothing is offered under these conditions",
+            where=query or "vast.ai",
+            remedy="ask for less: another GPU, fewer of them, less disk, a lower reliability",
+        )
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a command needs of a rented machine."""
+
+    sent_gb: float
+    fetched_gb: float
+    disk: float
+    """GB: environment, inputs, and results of twice their size."""
+    hours: float | None = None
+    """Of work as the person says; None to work it out for each offer."""
+    sizes: tuple[ModelSize, WorkSize] | None = None
+    """Of a run whose models and test set are here."""
+
+    def work_hours(self, offer: Offer) -> float:
+        """As the person says, else by the formulas of `lorasmith doctor`, else half an hour."""
+        if self.hours is not None:
+            return self.hours
+        if self.sizes is None or not offer.flops:
+            return DEFAULT_HOURS
+        from lorasmith.preflight.estimate import Rates, estimate
+
+        rates = Rates(flops=_GPU_SHARE * offer.flops, write_bytes=_DISK_BYTES)
+        return sum(stage.seconds for stage in estimate(*self.sizes, rates)) / 3600
+
+    def estimate(self, offer: Offer) -> Estimate:
+        """Hours and dollars on this offer, set-up and traffic included."""
+        from lorasmith.remote.rental.job import estimate
+
+        return estimate(offer, self.work_hours(offer), self.sent_gb, self.fetched_gb)
+
+    @property
+    def basis(self) -> str:
+        """Where the hours come from."""
+        if self.hours is not None:
+            return f"{self.hours:g} h of work"
+        if self.sizes is not None:
+            return (
+                f"work estimated from {self.sizes[1].tokens:,} tokens and {_GPU_SHARE:.0%} of each GPU's rate"
+            )
+        return f"{DEFAULT_HOURS:g} h of work assumed (--hours)"
+
+
+def needs(found: RemoteCommand | None, hours: float | None, disk: float | None) -> Need:
+    """What the command sends and fetches, and how much it has to do. Models of the hub count 20 GB each."""
+    from lorasmith.remote.rental.job import size_gb
+
+    sent = size_gb(found.inputs) if found else 0.0
+    hub = 20.0 * len(found.hub) if found else 0.0
+    space = disk or 25.0 + 3 * (sent + hub)
+    sizes = _sizes(found.values) if found and found.name == "run" and not found.hub else None
+    return Need(sent, 2 * sent, space, hours, sizes)
+
+
+def _sizes(values: dict[str, Any]) -> tuple[ModelSize, WorkSize] | None:
+    """Of a run; None where its files cannot be read: the run itself will say what is wrong with them."""
+    from lorasmith.checkpoint.adapter import open_adapter
+    from lorasmith.checkpoint.model import open_checkpoint
+    from lorasmith.files.jsonl import read_examples
+    from lorasmith.preflight.sizes import model_size, work_size
+
+    try:
+        base = open_checkpoint(Path(values["base"]))
+        adapter = open_adapter(Path(values["adapter"]))
+        rows = read_examples(Path(values["test_set"]))
+    except (LorasmithError, TypeError):
+        return None
+    return model_size(base, adapter, base.total_bytes), work_size(rows, base.folder)
+
+
+Query = Annotated[str, typer.Option(help='Conditions on offers: "gpu_name=H100_SXM num_gpus=1".')]
+MaxPrice = Annotated[float, typer.Option(help="US dollars an hour at most.")]
+MaxCost = Annotated[float, typer.Option(help="US dollars in all at most; the machine is destroyed at it.")]
+MaxHours = Annotated[float, typer.Option(help="Hours at most; the machine is destroyed at them.")]
+Disk = Annotated[float | None, typer.Option(help="GB of disk. [what the command needs]")]
+Hours = Annotated[
+    float | None, typer.Option(help="Of the work itself, for the estimate. [worked out from a run's sizes]")
+]
+Image = Annotated[str | None, typer.Option(help="Docker image. [the provider's own]")]
+
+
+def offers(
+    command: Annotated[
+        list[str] | None, typer.Argument(help="After --: the command, so that its data is counted.")
+    ] = None,
+    query: Query = "",
+    hours: Hours = None,
+    disk: Disk = None,
+    limit: Annotated[int, typer.Option(help="Offers to show.")] = 15,
+) -> None:
+    """Offers of Vast.ai, with what this run would cost on each: set-up, work, disk and traffic.
+
+    Example: `lorasmith remote offers --query "gpu_name=H100_SXM" --hours 0.5`
+    """
+    from lorasmith.cli.console import console, table
+    from lorasmith.cli.remote.command import read_command
+
+    need = needs(read_command(command) if command else None, hours, disk)
+    known = looking_renter().provider.offers(query, need.disk)[:limit]
+    require_offers(known, query)
+    rows = []
+    for offer in known:
+        cost = need.estimate(offer)
+        rows.append(
+            (
+                str(offer.id),
+                f"{offer.gpus} × {offer.gpu}",
+                f"{offer.gpu_memory / 1e9:.0f} GB",
+                f"${offer.price_per_hour:.3f}",
+                f"{offer.reliability:.1%}",
+                f"{offer.disk:.0f} GB",
+                f"{offer.download:,.0f}/{offer.upload:,.0f}",
+                offer.place,
+                f"{cost.hours:.2f} h",
+                f"${cost.dollars:.2f}",
+            )
+        )
+    machine = ("offer", "GPU", "memory", "per hour", "reliability", "disk", "Mbit/s ↓/↑", "place")
+    columns = (*machine, "time", "cost")
+    copied = f"{need.sent_gb:.1f} GB there, {need.fetched_gb:.1f} GB back"
+    title = f"{need.basis}, {copied}, {need.disk:.0f} GB of disk"
+    console().print(table(title, columns, rows))
+
+
+def up(
+    max_cost: MaxCost,
+    query: Query = "",
+    offer: Annotated[int | None, typer.Option(help="Number of the offer. [the cheapest]")] = None,
+    max_price: MaxPrice = 4.0,
+    max_hours: MaxHours = 6.0,
+    disk: Disk = None,
+    image: Image = None,
+) -> None:
+    """Rent a machine and say how to reach it; it destroys itself at the caps, or after 30 idle minutes.
+
+    Example: `lorasmith remote up --query "gpu_name=RTX_4090" --max-cost 2`
+    """
+    from lorasmith.remote.rental.job import open_transport, own_key
+    from lorasmith.remote.rental.rent import IMAGE
+
+    renter = open_renter(max_price, max_cost, max_hours)
+    space = disk or 60.0
+    chosen = choose_offer(renter, query, offer, space)
+    with renter.rented(chosen, keep=True, disk=space, image=image or IMAGE) as rental:
+        found = renter.wait_until_running(rental)
+        transport = open_transport(renter, rental, found)
+    typer.echo(f"{rental.label}: instance {found.id} runs, ${rental.price_per_hour:.3f} an hour")
+    known = f"-o UserKnownHostsFile={transport.known_hosts}"
+    typer.echo(f"  ssh -i {own_key()} {known} -p {found.port} root@{found.host}")
+    typer.echo(f"  lorasmith remote run --host root@{found.host}:{found.port} -- COMMAND")
+    typer.echo(f"  give it back with: lorasmith remote down {rental.label}")
+
+
+def down(
+    name: Annotated[str, typer.Argument(help="Label or number of the instance.")],
+) -> None:
+    """Destroy a rented machine, and confirm that it is gone.
+
+    Example: `lorasmith remote down lorasmith-0a1b2c3d4e5f`
+    """
+    from pathlib import Path
+
+    from lorasmith.remote.rental.job import record_rentals
+    from lorasmith.remote.state import open_rentals
+
+    found = [rental for rental in open_rentals() if name in (rental.label, str(rental.instance))]
+    if not found:
+        known = ", ".join(rental.label for rental in open_rentals()) or "none"
+        raise UsageError(f"this computer rents nothing called {name!r}", expected=f"one of: {known}")
+    gone = open_renter(found[0].max_price, found[0].max_cost, found[0].max_hours).give_back(found[0])
+    for place in gone.outputs:
+        record_rentals(Path(place))
+    typer.echo(f"{gone.label}: {gone.state}, {_spent(gone)}")
+
+
+def list_(
+    past: Annotated[
+        bool, typer.Option("--past", help="What this computer rented before, computed and billed.")
+    ] = False,
+) -> None:
+    """All instances of the account, and which of them lorasmith rented.
+
+    With --past: rentals that have ended, what they cost by lorasmith's count, and what the provider billed.
+
+    Example: `lorasmith remote list`
+    """
+    from lorasmith.cli.console import console, table
+    from lorasmith.remote.rental.rent import PREFIX
+
+    provider = looking_renter().provider
+    if past:
+        console().print(table("Rentals that have ended", *_past(provider.charges)))
+        return
+    found = provider.instances()
+    rows = [
+        (
+            str(one.id),
+            one.label,
+            one.status,
+            f"${one.price_per_hour:.3f}",
+            f"{one.host}:{one.port}" if one.host else "",
+            "lorasmith" if one.label.startswith(PREFIX) else "",
+        )
+        for one in found
+    ]
+    console().print(table(f"{len(found)} instances", ("id", "label", "state", "per hour", "ssh", "by"), rows))
+
+
+def _past(
+    charges: Callable[[float, float], dict[int, float]],
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    from lorasmith.files.costs import rental_cost
+    from lorasmith.remote.state import rentals
+
+    ended = [one for one in rentals() if one.state == "gone" and one.gone_at is not None]
+    billed: dict[int, float] = {}
+    if ended:
+        billed = charges(min(one.asked_at for one in ended), max(one.gone_at or 0.0 for one in ended))
+    rows: list[tuple[str, ...]] = []
+    for rental in sorted(ended, key=lambda one: one.asked_at):
+        cost = rental_cost(rental)
+        bill = billed.get(rental.instance) if rental.instance is not None else None
+        rows.append(
+            (
+                rental.label,
+                str(rental.instance or "–"),
+                f"{cost.hours:.2f} h",
+                f"${cost.compute + cost.disk:.3f}",
+                f"${cost.traffic:.3f}",
+                f"${cost.dollars:.3f}",
+                "not billed yet" if bill is None else f"${bill:.3f}",
+                "" if bill is None else f"${bill - cost.dollars:+.3f}",
+            )
+        )
+    columns = ("label", "id", "time", "machine", "traffic", "computed", "billed", "difference")
+    return columns, rows
+
+
+def reap(
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also what lorasmith rented from other computers.")
+    ] = False,
+) -> None:
+    """Destroy every machine that lorasmith rented and that is not known to be gone.
+
+    Example: `lorasmith remote reap`
+    """
+    found = looking_renter().reap(everything=everything)
+    for rental in found:
+        what = "gone" if rental.state == "gone" else "not seen; its watchdog ends it, ask again later"
+        typer.echo(f"{rental.label}: {what}")
+    typer.echo(f"{len(found)} looked after" if found else "nothing is rented")
+
+
+def _spent(rental: Rental) -> str:
+    from lorasmith.files.costs import rental_cost
+
+    cost = rental_cost(rental)
+    return f"{cost.hours:.2f} h, ${cost.dollars:.2f}, ${cost.traffic:.2f} of it for traffic"
+
+
+_BARE: tuple[Any, ...] = (offers, list_, reap)
+for _command in _BARE:
+    _command.works_without_arguments = True

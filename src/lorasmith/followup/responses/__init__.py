@@ -1,0 +1,1 @@
+"""Answers of a model to every row of a file, resumable by row."""

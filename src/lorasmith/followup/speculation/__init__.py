@@ -1,0 +1,1 @@
+"""Whether speculative decoding with a draft model pays."""

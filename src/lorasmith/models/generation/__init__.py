@@ -1,0 +1,1 @@
+"""Text from a model: greedy and sampled decoding, one prompt or many at once."""

@@ -1,0 +1,1 @@
+"""The proof of the weights: a recomputation that shares no code with the merge."""

@@ -1,0 +1,1 @@
+"""Rented machines: search, rent, watch, end, under caps on money."""

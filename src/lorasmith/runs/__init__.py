@@ -1,0 +1,1 @@
+"""A run: its steps, their order, its folder, and what became of them."""

@@ -1,0 +1,133 @@
+"""Compress a model in one way or in several, each measured against the original as a merge is."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import lorasmith
+from lorasmith.errors import os_errors
+from lorasmith.files.atomic import StrPath, read_record, write_record
+from lorasmith.files.digests import digest_folder, sha256_file
+from lorasmith.files.jsonl import read_examples
+from lorasmith.followup.compression.compress import compress as quantize
+from lorasmith.followup.compression.compress import prepare_compression
+from lorasmith.followup.compression.settings import CompressOptions, CompressSettings, check_different
+from lorasmith.followup.compression.table import recommend
+from lorasmith.gates.metrics import MAIN_METRICS
+from lorasmith.models.device import resolve_device
+from lorasmith.progress import Progress, silent
+from lorasmith.proving.behaviour.compare import compare_pair
+from lorasmith.records.compression import CompressionsRecord, CompressRecord, TaskQuality
+from lorasmith.records.scoring import TaskResult
+from lorasmith.scoring.paired import paired_quality
+from lorasmith.scoring.tasks import answerable, evaluate_tasks
+
+RECORD = "compressions.json"
+
+
+def compress(
+    model: StrPath,
+    output: StrPath,
+    *,
+    settings: CompressSettings | None = None,
+    options: CompressOptions | None = None,
+    progress: Progress = silent,
+) -> CompressRecord:
+    """Quantize the model in a folder, write it to `output`, measure what it lost on the options' test set.
+
+    Token by token in float32 and, unless `options.tasks` is off, on the benchmarks' questions. A finished
+    output of the same inputs and settings is kept; a killed measuring goes on. What is raised stands at
+    `followup.compress.compress`.
+    """
+    chosen = options or CompressOptions()
+    return quantize(
+        model,
+        output,
+        settings=settings,
+        options=chosen,
+        compare=compare_pair,
+        ask=ask_pair if chosen.tasks else None,
+        progress=progress,
+    )
+
+
+def compress_several(
+    model: StrPath,
+    output: StrPath,
+    ways: Sequence[CompressSettings],
+    *,
+    options: CompressOptions | None = None,
+    progress: Progress = silent,
+) -> CompressionsRecord:
+    """Compress a model in several ways, each to a folder of its own below `output`, and say which to take.
+
+    Writes `compressions.json` beside the folders. The original is run and asked once for all. Raises what
+    `compress` does, for any of the ways before the first is begun, and `UsageError` for ways that are the
+    same.
+    """
+    check_different(ways)
+    place, chosen = Path(output), options or CompressOptions()
+    for way in ways:
+        prepare_compression(Path(model), way, chosen)
+    with os_errors(place, "write"):
+        place.mkdir(parents=True, exist_ok=True)
+    work = Path(chosen.work) if chosen.work is not None else place / ".measuring"
+    shared = replace(chosen, work=work)
+    found = [
+        compress(model, place / way.name, settings=way, options=shared, progress=progress) for way in ways
+    ]
+    names = [way.name for way in ways]
+    recommended, reason = recommend(names, found)
+    record = CompressionsRecord(folders=names, compressed=found, recommended=recommended, reason=reason)
+    write_record(place / RECORD, record)
+    if chosen.work is None:
+        shutil.rmtree(work, ignore_errors=True)
+    return record
+
+
+def ask_pair(
+    model: Path,
+    compressed: Path,
+    test_set: Path,
+    *,
+    work: Path,
+    device: str,
+    limit: int | None,
+    progress: Progress,
+) -> TaskQuality | None:
+    """The benchmarks' questions to an original and to what was made of it.
+
+    Answers stay in `work`, so that the original is asked once for all that is made of it. None where the rows
+    hold no question, or none has a verdict for both models.
+    """
+    examples = read_examples(test_set)[:limit]
+    if not any(answerable(example) for example in examples):
+        return None
+    answers = work / f"tasks-{lorasmith.__version__}"
+    tables = []
+    for role, folder in (("original", model), ("compressed", compressed)):
+        if not _answered(answers, role, folder, test_set, device, limit):
+            evaluate_tasks(
+                folder, test_set, answers, role=role, device=device, limit=limit, progress=progress
+            )
+        tables.append(answers / f"{role}_tasks.parquet")
+    return paired_quality(tables[0], tables[1], examples, MAIN_METRICS)
+
+
+def _answered(answers: Path, role: str, model: Path, test_set: Path, device: str, limit: int | None) -> bool:
+    """Whether these very questions were put to this very model before."""
+    place = answers / f"{role}_tasks.json"
+    if not place.is_file():
+        return False
+    found = read_record(place, TaskResult)
+    table = answers / found.per_example.path
+    return (
+        found.model.model_sha256 == digest_folder(model)
+        and found.test_set.sha256 == sha256_file(test_set)
+        and (found.settings.limit, found.settings.device) == (limit, resolve_device(device).type)
+        and table.is_file()
+        and sha256_file(table) == found.per_example.sha256
+    )

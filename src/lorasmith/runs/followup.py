@@ -1,0 +1,351 @@
+"""What comes after the release, where it is asked for: responses, draft model, speculation, fewer bits.
+
+Only records go into the package; responses, draft and compressed models stay in the run folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lorasmith
+from lorasmith.checkpoint.model import open_checkpoint, text_config
+from lorasmith.errors import InputError, UsageError, os_errors
+from lorasmith.files.atomic import publish_folder
+from lorasmith.files.digests import digest_path
+from lorasmith.followup.asked import CompressAsked, DraftAsked, FollowupAsked, RespondAsked, SpeculateAsked
+from lorasmith.hub.models import local_model
+from lorasmith.progress import Progress
+from lorasmith.records.base import Record
+from lorasmith.records.compression import CompressRecord
+from lorasmith.records.followup import DraftRecord, RespondRecord, SpeculationRecord
+from lorasmith.runs.config import RunConfig
+from lorasmith.runs.results import COMPRESS_RECORD, COMPRESSED, DRAFT, FOLLOWUP, RESPONSES, SPECULATION
+from lorasmith.runs.stages import Stage
+from lorasmith.runs.step import RunContext, Step
+
+if TYPE_CHECKING:
+    from lorasmith.followup.compression.settings import CompressOptions
+
+
+# Where the follow-up steps read and write, what is no longer theirs, what is refused before a run begins.
+
+
+WORK = ".followup"
+"""Below the run folder: what a killed step goes on from, in a folder for each set of inputs and settings."""
+
+
+def work_folder(run: Path, stage: Stage) -> Path:
+    """Where a step begins or goes on; the leftovers of the same step with other inputs are removed."""
+    asked = {name: digest_path(path) for name, path in stage.inputs.items()}
+    body = json.dumps([stage.version, asked, dict(stage.parameters)], sort_keys=True, default=str)
+    name = f"{stage.name}-{hashlib.sha256(body.encode()).hexdigest()[:16]}"
+    folder = run / WORK / name
+    with os_errors(folder, "write"):
+        for other in (run / WORK).glob(f"{stage.name}-*"):
+            if other.name != name:
+                shutil.rmtree(other, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (run / FOLLOWUP).mkdir(exist_ok=True)
+    return folder
+
+
+def response_data(config: RunConfig) -> Path:
+    """The rows that are answered; raises `UsageError` where there are none."""
+    asked = config.followup.respond if config.followup else None
+    if asked is not None and asked.data is not None:
+        return asked.data
+    if not config.train:
+        raise UsageError(
+            "there are no rows to answer", remedy="give --train FILE.jsonl, or followup.respond.data"
+        )
+    return config.train[0]
+
+
+def forget_unasked(config: RunConfig) -> None:
+    """Remove what an earlier command left of steps that are not asked for now: it is no part of this run."""
+    asked, run = config.followup or FollowupAsked(), config.output
+    places = {"respond": [RESPONSES, "responses.timing.json", "responses.chunks.jsonl"], "draft": [DRAFT]}
+    places["speculate"] = [SPECULATION, "speculation.timing.json"]
+    for name, (record, *others) in places.items():
+        if name in asked.named:
+            continue
+        place = run / record if name == "speculate" else (run / record).parent
+        for path in (place, *(run / FOLLOWUP / other for other in others), run / "stages" / f"{name}.json"):
+            _remove(path)
+    wanted = {way.name for way in asked.compress.settings(seed=config.seed)} if asked.compress else set()
+    for path in (*(run / COMPRESSED).glob("*"), *(run / "stages").glob("compress-*.json")):
+        if path.name.removeprefix("compress-").removesuffix(".json") not in wanted:
+            _remove(path)
+    for folder in (run / COMPRESSED, run / FOLLOWUP):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _remove(path: Path) -> None:
+    with os_errors(path, "remove"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def with_local_draft(config: RunConfig, progress: Progress) -> RunConfig:
+    """The config with the draft's base as a folder, downloaded where it is a name of the hub."""
+    asked = config.followup
+    if asked is None or asked.draft is None or asked.draft.base is None:
+        return config
+    draft = asked.draft.model_copy(update={"base": local_model(asked.draft.base, progress=progress)})
+    return config.model_copy(update={"followup": asked.model_copy(update={"draft": draft})})
+
+
+def check_followup(config: RunConfig) -> None:
+    """Refuse now what would fail after hours; nothing is loaded but tokenizers. `config.base` is a folder."""
+    asked = config.followup
+    if asked is None:
+        return
+    if asked.respond is not None:
+        data = response_data(config)
+        if not data.is_file():
+            raise InputError("followup.respond.data does not exist", where=data, expected="a JSONL file")
+        from lorasmith.followup.responses.rows import read_prompts
+
+        read_prompts(data, asked.respond.limit)
+    if asked.draft is not None:
+        if asked.respond is None:
+            raise UsageError(
+                "a draft model learns from responses, which are not asked for",
+                remedy="ask for respond as well: --followup respond,draft",
+            )
+        _check_draft(asked.draft, config)
+    if asked.speculate is not None:
+        asked.speculate.options(template=config.template, device=config.device)
+    if asked.compress is not None:
+        _check_compress(asked.compress, config)
+        if find_spec("auto_round") is None:
+            raise InputError(
+                "compression needs auto-round, which is not installed",
+                remedy="pip install 'lorasmith[compress]'",
+            )
+
+
+def _check_compress(asked: CompressAsked, config: RunConfig) -> None:
+    """The base has the shapes of the merged model, so what its files refuse the merged model's would."""
+    from lorasmith.followup.compression.compress import prepare_compression
+
+    if "calibrated" in asked.method and not config.train:
+        raise UsageError("calibrated compression needs rows", remedy="give --train FILE.jsonl")
+    options = compress_options(asked, config, config.test_set)
+    for way in asked.settings(seed=config.seed):
+        prepare_compression(Path(config.base), way, options)
+
+
+def compress_options(asked: CompressAsked, config: RunConfig, test_set: Path) -> CompressOptions:
+    """What every format of a run has in common; they share what the original model gave."""
+    from lorasmith.followup.compression.settings import CompressOptions
+
+    return CompressOptions(
+        calibration=config.train[0] if "calibrated" in asked.method else None,
+        test_set=test_set,
+        tasks=config.tasks,
+        limit=asked.limit,
+        limits=asked.limits,
+        device=config.device,
+        work=config.output / WORK / "measuring",
+    )
+
+
+def layer_count(folder: Path) -> int:
+    """Of the model in a folder, by its config."""
+    found = text_config(open_checkpoint(folder).config)
+    count = found.get("num_hidden_layers", found.get("n_layer"))
+    if not isinstance(count, int):
+        raise UsageError("the config does not say how many layers there are", where=folder)
+    return count
+
+
+def _check_draft(asked: DraftAsked, config: RunConfig) -> None:
+    asked.settings(seed=config.seed)
+    asked.kept_layers(layer_count(Path(config.base)))
+    if asked.base is None:
+        return
+    from lorasmith.followup.drafts.start import require_same_tokenizer
+    from lorasmith.models.load import load_tokenizer
+
+    open_checkpoint(asked.base)
+    ours, theirs = load_tokenizer(asked.base), load_tokenizer(Path(config.base))
+    require_same_tokenizer(ours, theirs, asked.base, Path(config.base))
+
+
+def follow_up(run: RunContext) -> list[Step]:
+    """The steps that `[followup]` names, in the order in which they need each other."""
+    asked = run.config.followup or FollowupAsked()
+    steps = []
+    if asked.respond is not None:
+        steps.append(_respond(run, asked.respond))
+    if asked.draft is not None:
+        steps.append(_draft(run, asked.draft))
+    if asked.speculate is not None:
+        steps.append(_speculate(run, asked.speculate, drafted=asked.draft is not None))
+    if asked.compress is not None:
+        steps += _compress(run, asked.compress)
+    return steps
+
+
+def packed_records(run: RunContext) -> dict[str, type[Record]]:
+    """The records that the steps leave for the package, below the run folder."""
+    return {name: kind for step in follow_up(run) for name, kind in step.shows.items()}
+
+
+def _respond(run: RunContext, asked: RespondAsked) -> Step:
+    config = run.config
+    data = response_data(config)
+    own: dict[str, Any] = {
+        name: getattr(config, name) for name in ("template", "device", "device_map", "seed")
+    }
+    stage = Stage(
+        name="respond",
+        inputs={"model": run.merged, "data": data},
+        parameters={**asked.model_dump(mode="json", exclude={"data"}), **own},
+        outputs=[str(Path(RESPONSES).parent)],
+        action=lambda: _answer(run, data, stage, asked.options(**own, price=config.price_per_hour)),
+    )
+    return Step("Responses of the merged model", stage, {RESPONSES: RespondRecord})
+
+
+def _answer(run: RunContext, data: Path, stage: Stage, options: Any) -> None:
+    """Answer all rows, those that failed once more, and put aside what differs between two runs."""
+    from dataclasses import replace
+
+    from lorasmith.followup.responses.respond import choose_engine
+
+    final = run.folder / RESPONSES
+    work = work_folder(run.folder, stage)
+    engine = choose_engine(run.merged, None, options, run.executor)
+    with run.progress("Respond", total=_count(data, options.limit), unit="row") as advance:
+        ask = partial(
+            lorasmith.respond, run.merged, data, work / "responses.jsonl",
+            watcher=_Follow(run, advance), engine=engine,
+        )  # fmt: skip
+        if ask(options=options).failed:
+            ask(options=replace(options, retry_failed=True))
+    for ending in ("timing.json", "chunks.jsonl"):  # of this machine or cluster, not of what it wrote
+        aside = work / f"responses.{ending}"
+        if aside.is_file():
+            aside.replace(run.folder / FOLLOWUP / aside.name)
+    publish_folder(work, final.parent)
+
+
+def _count(data: Path, limit: int | None) -> int:
+    from lorasmith.followup.responses.rows import read_prompts
+
+    return len(read_prompts(data, limit))
+
+
+class _Follow:
+    """Shows rows as a bar, and at once what may save hours."""
+
+    def __init__(self, run: RunContext, advance: Any) -> None:
+        self.run, self.advance = run, advance
+
+    def began(self, rows: int, done: int) -> None:
+        self.advance(done)
+
+    def moved(self, rows: int, tokens: int) -> None:
+        self.advance(rows)
+
+    def found(self, finding: object) -> None:
+        self.run.show("respond", finding)
+
+
+def _draft(run: RunContext, asked: DraftAsked) -> Step:
+    config = run.config
+    responses = run.folder / Path(RESPONSES).parent
+    stage = Stage(
+        name="draft",
+        inputs={"target": run.merged, "responses": responses, **({"base": asked.base} if asked.base else {})},
+        parameters={
+            **asked.model_dump(mode="json", exclude={"base"}),
+            "device": config.device,
+            "seed": config.seed,
+        },
+        outputs=[str(Path(DRAFT).parent)],
+        action=lambda: _train(run, responses, stage, asked),
+    )
+    return Step("Train a draft model", stage, {DRAFT: DraftRecord})
+
+
+def _train(run: RunContext, responses: Path, stage: Stage, asked: DraftAsked) -> None:
+    work = work_folder(run.folder, stage)
+    made = work / "draft"
+    lorasmith.train_draft(
+        run.merged,
+        responses / Path(RESPONSES).with_suffix(".jsonl").name,
+        made,
+        base=asked.base,
+        layers=asked.kept_layers(layer_count(run.merged)),
+        settings=asked.settings(seed=run.config.seed),
+        device=run.config.device,
+        progress=run.progress,
+    )
+    publish_folder(made, (run.folder / DRAFT).parent)
+
+
+def _speculate(run: RunContext, asked: SpeculateAsked, *, drafted: bool) -> Step:
+    config = run.config
+    draft = (run.folder / DRAFT).parent if drafted else None
+    own = {"template": config.template, "device": config.device}
+    stage = Stage(
+        name="speculate",
+        inputs={"target": run.merged, "prompts": run.test_set, **({"draft": draft} if draft else {})},
+        parameters={**asked.model_dump(mode="json"), **own},
+        outputs=[SPECULATION],
+        action=lambda: lorasmith.speculate(
+            run.merged,
+            run.test_set,
+            draft=draft,
+            output=run.folder / SPECULATION,
+            options=asked.options(**own),
+            progress=run.progress,
+        ),
+    )
+    return Step("Test speculative decoding", stage, {SPECULATION: SpeculationRecord})
+
+
+def _compress(run: RunContext, asked: CompressAsked) -> list[Step]:
+    config = run.config
+    options = compress_options(asked, config, run.test_set)
+    steps = []
+    for settings in asked.settings(seed=config.seed):
+        inputs = {"model": run.merged, "test_set": run.test_set}
+        if settings.method == "calibrated":
+            inputs["calibration"] = config.train[0]
+        place = f"{COMPRESSED}/{settings.name}"
+        stage = Stage(
+            name=f"compress-{settings.name}",
+            inputs=inputs,
+            parameters={
+                **vars(settings),
+                "limit": asked.limit,
+                "limits": asked.limits,
+                "tasks": config.tasks,
+                "device": config.device,
+            },
+            outputs=[place],
+            action=partial(
+                lorasmith.compress,
+                run.merged,
+                run.folder / place,
+                settings=settings,
+                options=options,
+                progress=run.progress,
+            ),
+        )
+        shows = {f"{place}/{COMPRESS_RECORD}": CompressRecord}
+        steps.append(Step(f"Compress to {settings.format} ({settings.method})", stage, shows))
+    return steps

@@ -1,0 +1,191 @@
+"""What each rounding gives on this model and these rows, and which to take: merge, measure, remove, next."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+import lorasmith
+from lorasmith.errors import CheckpointError, UsageError, os_errors
+from lorasmith.files.atomic import StrPath, write_record
+from lorasmith.merging.calibrated.rows import TOKENS
+from lorasmith.models.layerwise import UnsupportedLayers
+from lorasmith.progress import Progress, silent
+from lorasmith.records.base import FileDigest, Finding
+from lorasmith.records.merging import MergeRecord, Range16, RoundingFound, RoundingsRecord
+from lorasmith.records.proof import BehaviourProof
+
+RECORD = "roundings.json"
+CLOSE = 1.25
+"""A mode with a mean KL within this factor of the best is as good: the simpler one is then taken."""
+
+_PLAIN: tuple[tuple[str, str, str], ...] = (
+    ("nearest", "base", "nearest"),
+    ("dithered", "base", "dithered"),
+    ("calibrated", "base", "calibrated"),
+    ("float16", "float16", "nearest"),
+)
+"""Name, precision and rounding, simplest first."""
+
+_ACTIVATIONS = Finding(
+    severity="warning",
+    code="float16-activations",
+    message="float16 weights are usually run in float16, whose largest number is 65,504: activations may "
+    "overflow where bfloat16's would not, and this comparison, in float32, cannot see it",
+    remedy="try the model in its serving engine on long prompts, or take a bfloat16 mode",
+)
+
+
+def compare_roundings(
+    base: StrPath,
+    adapter: StrPath,
+    test_set: StrPath,
+    output: StrPath,
+    *,
+    calibration: StrPath | Sequence[StrPath] | None = None,
+    calibration_tokens: int = TOKENS,
+    seed: int = 0,
+    template: str = "auto",
+    device: str = "auto",
+    limit: int | None = None,
+    progress: Progress = silent,
+) -> RoundingsRecord:
+    """Merge in every mode, compare each result with the adapter on `test_set`, and recommend one.
+
+    The folder `output` gets `roundings.json`; a merged model lies in it only while it is measured. Calibrated
+    rounding is measured where rows are given, on `calibration_tokens` of them. Raises what `merge` and
+    `compare` raise; a float16 that the model does not fit into, and a model that cannot be run layer by
+    layer, are findings.
+    """
+    place = Path(output)
+    with os_errors(place, "write"):
+        place.mkdir(parents=True, exist_ok=True)
+    if any(file.name not in (RECORD, "merged", "states") for file in place.iterdir()):
+        raise UsageError("the folder holds other things", where=place, expected="a new folder")
+    found: list[RoundingFound] = []
+    findings: list[Finding] = []
+    proof: BehaviourProof | None = None
+    # Calibrated rounding is the one that refuses rows: what is wrong with them is told at once.
+    for name, precision, rounding in sorted(_PLAIN, key=lambda mode: mode[2] != "calibrated"):
+        if rounding == "calibrated" and calibration is None:
+            continue
+        options: dict[str, Any] = {"seed": seed, "template": template, "device": device}
+        if rounding == "calibrated":
+            options |= {"calibration": calibration, "calibration_tokens": calibration_tokens}
+            options |= {"test_set": test_set}
+        merged = place / "merged"
+        try:
+            record = lorasmith.merge(
+                base, adapter, merged, precision=precision, rounding=rounding, progress=progress, **options
+            )
+        except UnsupportedLayers as error:
+            findings.append(_not_calibrated(error.found, error.remedy or ""))
+            continue
+        except CheckpointError as error:
+            if precision != "float16":
+                raise
+            findings.append(_does_not_fit(error))
+            continue
+        proof = lorasmith.compare(
+            base,
+            adapter,
+            merged,
+            test_set,
+            template=template,
+            device=device,
+            limit=limit,
+            states=place / "states",
+            progress=progress,
+        )
+        fits = float16_range(merged) if precision == "float16" else None
+        found.append(_found(name, record, proof, fits))
+        with os_errors(merged, "remove"):
+            shutil.rmtree(merged)
+    assert proof is not None
+    shutil.rmtree(place / "states", ignore_errors=True)
+    if calibration is None:
+        remedy = "give the training file: --calibration"
+        findings.append(_not_calibrated("no rows were given", remedy))
+    order = [name for name, *_ in _PLAIN]
+    found.sort(key=lambda one: order.index(one.name))
+    result = _judge(found, findings, proof.test_set)
+    write_record(place / RECORD, result)
+    return result
+
+
+def _found(name: str, record: MergeRecord, proof: BehaviourProof, fits: Range16 | None) -> RoundingFound:
+    overall = proof.overall
+    return RoundingFound(
+        name=name,
+        precision=record.precision,
+        rounding=record.rounding,
+        bytes=sum(file.bytes for file in record.files),
+        swallowed_fraction=record.swallowed_fraction,
+        loss_delta=overall.loss_delta,
+        loss_delta_interval=overall.loss_delta_interval,
+        kl=overall.kl,
+        top1_agreement=overall.top1_agreement,
+        grade=proof.grade,
+        float16=fits,
+    )
+
+
+def float16_range(folder: Path) -> Range16:
+    """How the weights of a float16 model lie in its range."""
+    numbers = subnormal = 0
+    largest = 0.0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                values = tensors.get_tensor(name)
+                if values.dtype == torch.float16 and values.numel():
+                    size = values.abs()
+                    numbers += values.numel()
+                    subnormal += int(((size > 0) & (size < torch.finfo(torch.float16).tiny)).sum())
+                    largest = max(largest, float(size.max()))
+    return Range16(numbers=numbers, subnormal=subnormal, largest=largest)
+
+
+def _does_not_fit(error: CheckpointError) -> Finding:
+    return Finding(
+        severity="warning",
+        code="float16-overflow",
+        message=f"the model does not fit into float16: {error.found}",
+        remedy="take a bfloat16 mode",
+    )
+
+
+def _not_calibrated(why: str, remedy: str) -> Finding:
+    return Finding(
+        severity="note",
+        code="not-calibrated",
+        message=f"calibrated rounding was not measured: {why}",
+        remedy=remedy,
+    )
+
+
+def _judge(found: Sequence[RoundingFound], findings: list[Finding], test_set: FileDigest) -> RoundingsRecord:
+    """The simplest of the modes that are about as near as the nearest; float16 only where nothing else is."""
+    own = [one for one in found if one.float16 is None]
+    best = min(one.kl.mean for one in own)
+    chosen = next(one for one in own if one.kl.mean <= CLOSE * best)
+    plain = own[0]
+    ratio = plain.kl.mean / chosen.kl.mean if chosen.kl.mean else 1.0
+    reason = (
+        f"{chosen.name}: mean KL {chosen.kl.mean:.1e} against {plain.kl.mean:.1e} for nearest"
+        + (f", {ratio:.1f} times nearer" if chosen is not plain else "")
+        + f"; loss Δ {chosen.loss_delta:+.1e}, the same next token at {chosen.top1_agreement:.2%}"
+    )
+    half = next((one for one in found if one.float16 is not None), None)
+    if half is not None:
+        findings = [*findings, _ACTIVATIONS]
+        if half.kl.mean < chosen.kl.mean:
+            reason += f". float16 is nearer still ({half.kl.mean:.1e}) if it is served in a way that is safe"
+    return RoundingsRecord(
+        test_set=test_set, modes=list(found), recommended=chosen.name, reason=reason, findings=findings
+    )

@@ -1,0 +1,103 @@
+"""One heading of the run, and what all of them are told: config, progress, places in the run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lorasmith.executors.base import Executor
+from lorasmith.executors.choose import make_executor
+from lorasmith.options import ClusterOptions
+from lorasmith.progress import Progress
+from lorasmith.records.base import Record
+from lorasmith.runs.config import RunConfig
+from lorasmith.runs.stages import Stage
+
+STATES = ".states"
+"""Below the run folder while it runs: what validations leave for the comparison."""
+
+MEASURED = (
+    "validation/base.json",
+    "validation/adapter.json",
+    "validation/merged.json",
+    "merged/lorasmith_merge.json",
+    "proof/weights.json",
+    "proof/behaviour.json",
+    "proof/comparison.json",
+    "testset/contamination.json",
+)
+"""Records that gates and the card are made from."""
+
+_SCORING = (
+    "template",
+    "loss_on",
+    "end_of_turn",
+    "device",
+    "device_map",
+    "arithmetic",
+    "batch_tokens",
+    "batch_size",
+    "max_length",
+    "strict",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage under its heading, and the records that tell what came of it."""
+
+    title: str
+    stage: Stage
+    shows: Mapping[str, type[Record]]
+    """File below the run folder → its kind of record."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """A run as its steps see it."""
+
+    config: RunConfig
+    progress: Progress
+    show: Callable[[str, object], None] = lambda stage, found: None
+    """Told at once what a stage finds while it runs; what it leaves is shown when it ends."""
+
+    @cached_property
+    def executor(self) -> Executor:
+        """Where models run over rows and shards are merged."""
+        config = self.config
+        names = ClusterOptions.model_fields
+        return make_executor(ClusterOptions.make({name: getattr(config, name) for name in names}))
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.config.output
+
+    @property
+    def test_set(self) -> Path:
+        """The run's own copy."""
+        return self.folder / "testset" / "test_set.jsonl"
+
+    @property
+    def merged(self) -> Path:
+        """The merged model."""
+        return self.folder / "merged"
+
+    @property
+    def models(self) -> dict[str, Path]:
+        """Base and adapter, as inputs of a stage."""
+        return {"base": self.config.base, "adapter": self.config.adapter}
+
+    @property
+    def scoring(self) -> dict[str, Any]:
+        """Options that validation and comparison share."""
+        return {name: getattr(self.config, name) for name in _SCORING}
+
+
+def numbered(name: str, paths: tuple[Path, ...]) -> dict[str, Path]:
+    """Several files as inputs of a stage."""
+    return {f"{name} {number}": path for number, path in enumerate(paths, 1)}
