@@ -114,7 +114,7 @@ def _command(result: int) -> list[str]:
     """The same Python without site packages; the environment variables given are all it has."""
     source = str(Path(lorasmith.__file__).parents[1])
     start = (
-        f"import sys; sys.path.insert(0, {source!r}); from lorasmith.benchmarks import jail; "
+        f"import sys; sys.path.insert(0, {source!r}); from {__package__} import jail; "
         f"sys.path.pop(0); jail.main({result})"
     )
     return [os.path.realpath(sys.executable), "-s", "-S", "-P", "-c", start]
