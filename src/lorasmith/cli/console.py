@@ -131,5 +131,5 @@ def show_records(**records: Record) -> None:
     """Several records as one JSON object, each under its name."""
     import json
 
-    found = {name: json.loads(record.to_json()) for name, record in records.items()}
-    sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    bodies = {name: json.loads(record.to_json()) for name, record in records.items()}
+    sys.stdout.write(json.dumps(bodies, indent=2, ensure_ascii=False) + "\n")

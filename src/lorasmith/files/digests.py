@@ -81,26 +81,26 @@ def folder_files(folder: Path) -> list[Path]:
     with os_errors(folder, "read"):
         if not folder.is_dir():
             raise InputError("there is no such folder", where=folder, expected="a folder")
-        found = [
+        files = [
             file
             for file in folder.rglob("*")
             if file.is_file()
             and file != folder / CARD
             and not any(part.startswith(".") for part in file.relative_to(folder).parts)
         ]
-    return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
+    return sorted(files, key=lambda file: file.relative_to(folder).as_posix())
 
 
 def describe(files: Iterable[Path], relative_to: Path, *, rehash: bool = False) -> list[FileDigest]:
     """Path, size and SHA-256 of each file."""
-    found = []
+    digests = []
     for file in files:
         digest = sha256_file(file, rehash=rehash)
         path = file.relative_to(relative_to).as_posix()
         with os_errors(file, "read"):
             size = file.stat().st_size
-        found.append(FileDigest(path=path, bytes=size, sha256=digest))
-    return found
+        digests.append(FileDigest(path=path, bytes=size, sha256=digest))
+    return digests
 
 
 def combine(digests: Iterable[FileDigest]) -> str:
@@ -115,7 +115,7 @@ def digest_folder(folder: Path, *, rehash: bool = False) -> str:
 
 
 def digest_path(path: Path, *, rehash: bool = False) -> str:
-    """Of a file or a folder."""
+    """SHA-256 of a file, or one for all files of a folder."""
     return digest_folder(path, rehash=rehash) if path.is_dir() else sha256_file(path, rehash=rehash)
 
 
@@ -174,7 +174,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     path = folder / SUMS
     with os_errors(path, "read"):
         content = path.read_bytes()
-    found: dict[str, str] = {}
+    sums: dict[str, str] = {}
     try:
         lines = content.decode().split("\n")
     except UnicodeDecodeError as error:
@@ -185,20 +185,20 @@ def read_sums(folder: Path) -> dict[str, str]:
         match = _LINE.fullmatch(line)
         if match is None:
             raise _damaged(path, f"line {number} is no checksum")
-        found[match[2]] = match[1]
-    if list(found) != sorted(found) or len(found) != len(lines) - 1:
+        sums[match[2]] = match[1]
+    if list(sums) != sorted(sums) or len(sums) != len(lines) - 1:
         raise _damaged(path, "its names are not in order")
-    return found
+    return sums
 
 
 def walk(folder: Path, below: str = "") -> dict[str, os.stat_result]:
     """All that lies below a folder but folders: path → status, links not followed."""
-    found = {}
+    statuses = {}
     for place, folders, files in os.walk(folder / below):
         for name in [*files, *(name for name in folders if (Path(place) / name).is_symlink())]:
             path = Path(place) / name
-            found[path.relative_to(folder).as_posix()] = path.lstat()
-    return found
+            statuses[path.relative_to(folder).as_posix()] = path.lstat()
+    return statuses
 
 
 def _damaged(path: Path, why: str) -> DamageError:

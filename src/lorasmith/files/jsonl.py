@@ -33,7 +33,7 @@ class WrongContent:
 
 
 def is_gzip(path: Path) -> bool:
-    """By content: people rename."""
+    """Whether the file is gzip by its content: people rename."""
     with os_errors(path, "read"), path.open("rb") as handle:
         return handle.read(2) == b"\x1f\x8b"
 

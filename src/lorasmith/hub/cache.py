@@ -36,10 +36,10 @@ class Origin:
 def hub_name(named: StrPath) -> HubModel | None:
     """What a name means on the hub; None for an existing path and for what cannot be a name there."""
     text = fspath(named)
-    found = _NAME.fullmatch(text)
-    if found is None or Path(text).exists():
+    match = _NAME.fullmatch(text)
+    if match is None or Path(text).exists():
         return None
-    return HubModel(found["repository"], found["revision"] or "main")
+    return HubModel(match["repository"], match["revision"] or "main")
 
 
 def cache_of(repository: str) -> Path:

@@ -36,9 +36,9 @@ class _Remote:
     name: str
     size: int
     sha256: str | None
-    """Of a file in large-file storage."""
+    """SHA-256 of a file in large-file storage; None for any other."""
     blob: str | None
-    """Git's hash of any other."""
+    """Git's hash of a file outside large-file storage."""
 
 
 def download(model: HubModel, progress: Progress) -> Path:

@@ -89,7 +89,7 @@ class Packages:
     """The energy counters of the processor packages; each runs over, after minutes to hours."""
 
     def __init__(self, root: Path | None = None, *, without: Collection[str] = ()) -> None:
-        """Below `root`, by default the system's; none where `without` names those of this machine."""
+        """Find the counters below `root`, by default the system's; none where `without` names these."""
         self._counters: dict[Path, int] = {}
         """Counter → the value at which it begins anew, in microjoules."""
         name = f"processors of {machine_name()}"
@@ -104,15 +104,15 @@ class Packages:
                     self._counters[zone / "energy_uj"] = int((zone / "max_energy_range_uj").read_text())
 
         self.names = [name] if self._counters else []
-        """Of all packages of this machine together."""
+        """The name under which all packages of this machine are counted together."""
 
     def read(self) -> dict[Path, int]:
         """Each counter in microjoules; one that cannot be read any more is left out."""
-        found = {}
+        values = {}
         for counter in self._counters:
             with suppress(OSError, ValueError):
-                found[counter] = int(counter.read_text())
-        return found
+                values[counter] = int(counter.read_text())
+        return values
 
     def used(self, before: dict[Path, int], after: dict[Path, int]) -> float | None:
         """Joules between two readings, of which at most one overflow lies in between; None for no counter."""
@@ -133,7 +133,7 @@ SAMPLE_SECONDS = 0.5
 
 @dataclass
 class Usage:
-    """Of one stage; what no device tells is None."""
+    """Device time, memory and energy of one stage; what no device tells is None."""
 
     gpu_seconds: float | None = None
     """Sum over the GPUs of utilisation times time, sampled."""
@@ -141,7 +141,7 @@ class Usage:
     """Most memory in use on all GPUs at a time, sampled."""
     gpu_joules: float | None = None
     cpu_joules: float | None = None
-    """Of all devices that this process can see, whoever used them."""
+    """Energy of all devices that this process can see, whoever used them."""
 
 
 class Meter:
@@ -171,12 +171,12 @@ class Meter:
 
         def sample() -> None:
             nonlocal counters, last
-            now, found = time.perf_counter(), self._packages.read()
+            now, reading = time.perf_counter(), self._packages.read()
             share = self._gpus.busy()
             busy.append(None if share is None else share * (now - last))
-            energy.append(self._packages.used(counters, found))
+            energy.append(self._packages.used(counters, reading))
             memory.append(self._gpus.memory())
-            counters, last = found, now
+            counters, last = reading, now
 
         def keep_sampling() -> None:
             while not over.wait(self._seconds):
@@ -197,7 +197,7 @@ class Meter:
 
 
 def _sum(parts: list[float | None]) -> float | None:
-    """None where one is missing: the sum of the others would look like the whole."""
+    """The sum of all parts, or None where one is missing: the sum of the others would look like the whole."""
     known = [part for part in parts if part is not None]
     return round(sum(known), 3) if len(known) == len(parts) else None
 
@@ -218,11 +218,11 @@ def this_machine() -> Meter:
 
 @dataclass
 class WorkerUsage:
-    """Of one stage."""
+    """Processor time and memory that a cluster's workers took for one stage."""
 
     cpu_seconds: float = 0.0
     peak_rss_bytes: int | None = None
-    """Of the largest of the processes; None where there is none, or none tells."""
+    """Peak memory of the largest of the processes; None where there is none, or none tells."""
     machines: list[Usage | None] = field(default_factory=list)
     """Each machine's devices; None for one that was lost with its counts."""
 
@@ -236,20 +236,20 @@ class WorkerUsage:
             return here
         if len(known) < len(self.machines):
             return Usage()
-        found = Usage()
-        for name in vars(found):
+        together = Usage()
+        for name in vars(together):
             values = [value for one in (here, *known) if (value := getattr(one, name)) is not None]
-            setattr(found, name, round(sum(values), 3) if values else None)
-        return found
+            setattr(together, name, round(sum(values), 3) if values else None)
+        return together
 
 
 _open: list[WorkerUsage] = []
-"""Of the stages under way, the innermost last."""
+"""The stages under way, the innermost last."""
 
 
 @contextmanager
 def counted() -> Iterator[WorkerUsage]:
-    """What is noted within the block."""
+    """Gather what other processes and machines report within the block."""
     _open.append(WorkerUsage())
     try:
         yield _open[-1]
@@ -258,7 +258,7 @@ def counted() -> Iterator[WorkerUsage]:
 
 
 def note_process(cpu_seconds: float, peak_rss_bytes: int | None) -> None:
-    """Another process took so much more for the stage, and had at most so much memory."""
+    """Add another process's time to the stage under way, and its peak memory where that is the largest."""
     for stage in _open[-1:]:
         stage.cpu_seconds += cpu_seconds
         if peak_rss_bytes is not None:

@@ -40,7 +40,7 @@ class Member:
     content: Path | bytes
 
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         if isinstance(self.content, bytes):
             return len(self.content)
         with os_errors(self.content, "read"):
@@ -137,10 +137,10 @@ def read_tar(
     stream = hashlib.sha256()
     for member in sorted(members, key=lambda member: member.path.encode()):
         header = _header(member.path, member.bytes)
-        found = _exactly(read, len(header), member.path)
-        if found != header:
-            raise _foreign(found, member)
-        stream.update(found)
+        actual = _exactly(read, len(header), member.path)
+        if actual != header:
+            raise _foreign(actual, member)
+        stream.update(actual)
         digest = hashlib.sha256()
         write = open_member(member)
         left = member.bytes
@@ -185,12 +185,12 @@ def _foreign(header: bytes, member: FileDigest) -> DamageError:
     try:
         info = tarfile.TarInfo.frombuf(header[:512], "utf-8", "replace")
     except tarfile.HeaderError:
-        found = "something that is no tar header"
+        entry = "something that is no tar header"
     else:
         kind = _KINDS.get(info.type, "an entry")
-        found = f"{kind} called {info.name!r} of {info.size} bytes, mode {info.mode:o}, date {info.mtime}"
+        entry = f"{kind} called {info.name!r} of {info.size} bytes, mode {info.mode:o}, date {info.mtime}"
     return DamageError(
-        f"the archive holds {found}",
+        f"the archive holds {entry}",
         expected=f"the file {member.path!r} of {member.bytes} bytes, without owner or date",
         remedy="do not use it; fetch the package again",
     )
@@ -203,7 +203,7 @@ _WAITING = 8
 """Pieces that may wait: the memory that they take, against a thread that idles."""
 
 
-class HashBeside:
+class BackgroundHash:
     """Give it the pieces of a stream in order; after the block it knows their SHA-256.
 
     hashlib lets go of the interpreter's lock, so that hashing and compressing share the cores: with fast
@@ -220,7 +220,7 @@ class HashBeside:
         self._pieces.put(piece)
 
     def hexdigest(self) -> str:
-        """Of all pieces; only after the block."""
+        """SHA-256 of all pieces; known only after the block."""
         return self._digest.hexdigest()
 
     def __enter__(self) -> Self:
@@ -301,7 +301,7 @@ class ArchiveWriter:
             self._handle.flush()
 
     def digest(self) -> FileDigest:
-        """Of the archive as one file."""
+        """Size and SHA-256 of the archive as one file."""
         return FileDigest(path=self._path.name, bytes=self.bytes, sha256=self._whole.hexdigest())
 
     def __enter__(self) -> Self:
@@ -343,7 +343,7 @@ class JoinedReader(io.RawIOBase):
         self._handle: IO[bytes] | None = None
 
     def readable(self) -> bool:
-        """It is."""
+        """Readable, which `io.BufferedReader` asks for."""
         return True
 
     def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]

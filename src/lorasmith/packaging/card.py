@@ -41,7 +41,7 @@ class Licence:
 
 
 def base_licence(base: Path) -> Licence:
-    """From the base's own model card, else from a licence file that lies beside its weights."""
+    """The licence by the base's own model card, else from a licence file that lies beside its weights."""
     from huggingface_hub.repocard import metadata_load
 
     files = sorted(
@@ -52,10 +52,10 @@ def base_licence(base: Path) -> Licence:
     card = base / CARD
     if card.is_file():
         try:
-            found = metadata_load(card) or {}
+            metadata = metadata_load(card) or {}
         except Exception:  # any YAML error: a card that cannot be read says nothing
-            found = {}
-        fields = {key: found[key] for key in _LICENCE_KEYS if isinstance(found.get(key), str)}
+            metadata = {}
+        fields = {key: metadata[key] for key in _LICENCE_KEYS if isinstance(metadata.get(key), str)}
         if fields:
             return Licence(fields, "the base's model card")
     if files:
@@ -80,18 +80,18 @@ def base_name(base: Path, adapter: Path, given: str | None = None) -> str | None
 
 def evaluations(merged: ValidationResult, tasks: TaskResult | None) -> list[EvalResult]:
     """The merged model's figures, each with the set it was measured on."""
-    found = _results("all examples", "lorasmith-test-set", merged.overall, merged)
+    figures = _results("all examples", "lorasmith-test-set", merged.overall, merged)
     for name, metrics in merged.groups.get("source", {}).items():
-        found += _results(name, dataset_id(name), metrics, merged)
+        figures += _results(name, dataset_id(name), metrics, merged)
     for metric in tasks.metrics if tasks else []:
         if metric.value is not None:
             about = {"scored": metric.scored, "unscored": metric.unscored, "method": metric.method}
-            found.append(
+            figures.append(
                 _result(metric.benchmark, dataset_id(metric.benchmark), merged, about).made(
                     metric.metric, metric.value, f"{metric.metric} ({metric.method})"
                 )
             )
-    return found
+    return figures
 
 
 def dataset_id(source: str) -> str:
@@ -198,11 +198,11 @@ def _weights(proof: WeightProof | None) -> str:
 def _behaviour(proof: BehaviourProof | None) -> str:
     if proof is None or proof.grade not in _BEHAVIOUR:
         return "**Behaviour: not measured**: adapter and merged model were not compared."
-    found = proof.overall
+    overall = proof.overall
     return (
-        f"**Behaviour: {proof.grade}**: {_BEHAVIOUR[proof.grade]} (over {count(found.tokens, 'token')}: "
-        f"loss Δ {found.loss_delta:+.2e}, mean KL {found.kl.mean:.2e} nats, the same likeliest token at "
-        f"{found.top1_agreement:.2%})."
+        f"**Behaviour: {proof.grade}**: {_BEHAVIOUR[proof.grade]} (over {count(overall.tokens, 'token')}: "
+        f"loss Δ {overall.loss_delta:+.2e}, mean KL {overall.kl.mean:.2e} nats, the same likeliest token at "
+        f"{overall.top1_agreement:.2%})."
     )
 
 
@@ -325,38 +325,38 @@ def _tasks(records: CardRecords) -> str:
             values.setdefault((metric.benchmark, metric.metric), {})[role] = text
     roles = list(records.tasks)
     lines = [f"| benchmark | metric | {' | '.join(roles)} |", "|---|---|" + "---:|" * len(roles)]
-    for (benchmark, name), found in values.items():
-        cells = " | ".join(found.get(role, "–") for role in roles)
+    for (benchmark, name), by_role in values.items():
+        cells = " | ".join(by_role.get(role, "–") for role in roles)
         lines.append(f"| {plain(benchmark)} | {plain(name)} | {cells} |")
     return "\n".join(lines)
 
 
 def _limits(records: CardRecords) -> str:
     merged = records.validations["merged"]
-    found = [
+    limits = [
         f"The figures hold for the {count(merged.overall.examples, 'example')} of this test set; nothing "
         "else was measured, such as safety, bias, other languages or long conversations."
     ]
     check = records.contamination
     if check is None or check.verdict == "not checked":
-        found.append("The test set was not compared with the training data: it may hold rows of it.")
+        limits.append("The test set was not compared with the training data: it may hold rows of it.")
     elif check.verdict == "contaminated":
-        found.append("The test set holds rows of the training data: the adapter's figures are too good.")
+        limits.append("The test set holds rows of the training data: the adapter's figures are too good.")
     else:
-        found.append(f"No row of the test set was found in the {check.rows_train:,} training rows given.")
+        limits.append(f"No row of the test set was found in the {check.rows_train:,} training rows given.")
     if merged.partial:
-        found.append("Only a part of the test set was scored.")
+        limits.append("Only a part of the test set was scored.")
     if merged.truncated:
-        found.append(f"{count(merged.truncated, 'row')} of the test set were cut at the longest length.")
+        limits.append(f"{count(merged.truncated, 'row')} of the test set were cut at the longest length.")
     if records.behaviour and records.behaviour.grade == "drifted":
-        found.append(f"The merged model is not the adapter: {'; '.join(records.behaviour.reasons)}.")
+        limits.append(f"The merged model is not the adapter: {'; '.join(records.behaviour.reasons)}.")
     for result in records.gates.gates if records.gates else []:
         if result.verdict != "pass":
-            found.append(f"Gate {plain(result.gate.name)}: {result.verdict}.")
+            limits.append(f"Gate {plain(result.gate.name)}: {result.verdict}.")
     hurt = _hurt_groups(records)
     if hurt:
-        found.append(f"The adapter hurts on {', '.join(plain(name) for name in hurt)}.")
-    return "\n".join(f"- {text}" for text in found)
+        limits.append(f"The adapter hurts on {', '.join(plain(name) for name in hurt)}.")
+    return "\n".join(f"- {text}" for text in limits)
 
 
 def _hurt_groups(records: CardRecords) -> list[str]:
@@ -399,11 +399,11 @@ ROLES = ("base", "adapter", "merged")
 
 @dataclass(frozen=True)
 class CardRecords:
-    """What the card tells of."""
+    """The records that the card tells of; None or left out where a run has none."""
 
     merge: MergeRecord
     validations: dict[str, ValidationResult]
-    """By role; the merged model's is always there."""
+    """Validations by role; the merged model's is always there."""
     tasks: dict[str, TaskResult]
     weights: WeightProof | None
     behaviour: BehaviourProof | None
@@ -452,15 +452,15 @@ def card_text(records: CardRecords, licence: Licence, base_model: str | None, na
 
 
 def load_card_records(run: Path) -> CardRecords:
-    """Everything that is there; merge and validation of the merged model must be."""
+    """Read every record that is there; merge and validation of the merged model must be."""
     validation, proof = run / "validation", run / "proof"
     validations = {role: _read(validation / f"{role}.json", ValidationResult) for role in ROLES}
     validations["merged"] = read_record(validation / "merged.json", ValidationResult)
     tasks = {role: _read(validation / f"{role}_tasks.json", TaskResult) for role in ROLES}
     return CardRecords(
         merge=read_record(run / "merged" / "lorasmith_merge.json", MergeRecord),
-        validations={role: found for role, found in validations.items() if found},
-        tasks={role: found for role, found in tasks.items() if found},
+        validations={role: result for role, result in validations.items() if result},
+        tasks={role: result for role, result in tasks.items() if result},
         weights=_read(proof / "weights.json", WeightProof),
         behaviour=_read(proof / "behaviour.json", BehaviourProof),
         comparison=_read(proof / "comparison.json", ComparisonRecord),

@@ -41,7 +41,7 @@ class Compression:
 
     name: str
     suffix: str
-    """Of the archive, after its stem."""
+    """Ending of the archive's name, after its stem."""
     writer: Callable[[ByteSink], AbstractContextManager[Write]]
     """Opens a writer of uncompressed bytes on top of a file; the file stays open."""
     reader: Callable[[BinaryIO], AbstractContextManager[Read]]
@@ -133,8 +133,8 @@ COMPRESSIONS = {
 }
 
 
-def compression(name: str) -> Compression:
-    """Look one up; raises `UsageError` for an unknown name."""
+def find_compression(name: str) -> Compression:
+    """The compression of this name; raises `UsageError` for an unknown name."""
     if name not in COMPRESSIONS:
         raise UsageError(
             f"there is no compression {name!r}", expected=f"one of {', '.join(sorted(COMPRESSIONS))}"

@@ -175,10 +175,10 @@ def model_files(folder: Path) -> list[str]:
     """
     record = read_record(folder / MERGE_RECORD, MergeRecord)
     written = {digest.path for digest in record.files} | {MERGE_RECORD}
-    found = {file.relative_to(folder).as_posix() for file in folder_files(folder)}
-    missing, extra = sorted(written - found), sorted(found - written)
+    present = {file.relative_to(folder).as_posix() for file in folder_files(folder)}
+    missing, extra = sorted(written - present), sorted(present - written)
     if (folder / CARD).is_file():
-        found.add(CARD)
+        present.add(CARD)
     if missing or extra:
         state = f"{missing[0]} is missing" if missing else f"{extra[0]} is not from the merge"
         raise CheckpointError(
@@ -187,10 +187,10 @@ def model_files(folder: Path) -> list[str]:
             expected=f"the files that {MERGE_RECORD} lists",
             remedy="merge again",
         )
-    for path in sorted(found):
+    for path in sorted(present):
         if (folder / path).is_symlink():
             raise CheckpointError("a link cannot be packed", where=folder / path, expected="a file")
-    return sorted(found)
+    return sorted(present)
 
 
 def expected_model_digests(run: Path) -> dict[str, str]:
@@ -204,7 +204,7 @@ def expected_model_digests(run: Path) -> dict[str, str]:
 
 BOM = "bom.cdx.json"
 _NAMESPACE = uuid.UUID("5c9de7c1-6a4c-5a50-9a3e-6f1f2c1f6c3e")
-"""Of serial numbers: the same model always gets the same one."""
+"""Namespace of the serial numbers: the same model always gets the same one."""
 
 
 def bill_of_materials(run: Path, model: list[FileDigest], archive: FileDigest) -> bytes:
@@ -311,10 +311,10 @@ def _card(result: ValidationResult, merge: MergeRecord) -> dict[str, Any]:
 
 
 def _metric(name: str, group: GroupMetrics, part: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"type": name, "value": repr(getattr(group, name)), "slice": part}
+    metric: dict[str, Any] = {"type": name, "value": repr(getattr(group, name)), "slice": part}
     if name == "loss" and group.interval:
-        found["confidenceInterval"] = {
+        metric["confidenceInterval"] = {
             "lowerBound": repr(group.interval.low),
             "upperBound": repr(group.interval.high),
         }
-    return found
+    return metric

@@ -14,9 +14,8 @@ from lorasmith.errors import CheckpointError, UsageError, os_errors
 from lorasmith.files.atomic import aside, publish_folder, write_bytes
 from lorasmith.files.digests import write_sums
 from lorasmith.machine.resources import require_disk
-from lorasmith.packaging.archive import Advance, ArchiveWriter, HashBeside, Member, write_tar
-from lorasmith.packaging.compress import Compression
-from lorasmith.packaging.compress import compression as find_compression
+from lorasmith.packaging.archive import Advance, ArchiveWriter, BackgroundHash, Member, write_tar
+from lorasmith.packaging.compress import Compression, find_compression
 from lorasmith.packaging.contents import (
     BOM,
     MODEL,
@@ -136,7 +135,7 @@ def write_archive(
     """Write one archive in one piece or in parts, hashing members, tar stream and files on the way."""
     with (
         os_errors(path, "write"),
-        HashBeside() as stream,
+        BackgroundHash() as stream,
         ArchiveWriter(path, part_size) as target,
         method.writer(target) as pack_bytes,
     ):

@@ -170,11 +170,11 @@ def open_questions(run: Path, files: list[FileDigest]) -> list[str]:
 
     Raises `CheckpointError` when the proof is one of another folder.
     """
-    found = []
+    problems = []
     try:
         proof = read_record(run / "proof" / "weights.json", WeightProof)
     except LorasmithError:
-        found.append("its weights were not proved")
+        problems.append("its weights were not proved")
     else:
         if proof.merged_sha256 != combine(file for file in files if file.path != CARD):
             raise CheckpointError(
@@ -184,23 +184,23 @@ def open_questions(run: Path, files: list[FileDigest]) -> list[str]:
                 remedy="run again: what changed is done again",
             )
         if proof.grade == "different":
-            found.append("its weights are not the merge")
+            problems.append("its weights are not the merge")
     try:
         gates = read_record(run / "gates.json", GateRecord)
     except LorasmithError:
-        found.append("its gates were not judged")
+        problems.append("its gates were not judged")
     else:
         failed = [result.gate.name for result in gates.gates if result.verdict != "pass"]
         if failed:
-            found.append(f"gates that did not pass: {', '.join(failed)}")
+            problems.append(f"gates that did not pass: {', '.join(failed)}")
     try:
         contamination = read_record(run / "testset" / "contamination.json", ContaminationRecord)
     except LorasmithError:
-        found.append("its test set was not checked for training rows")
+        problems.append("its test set was not checked for training rows")
     else:
         if contamination.verdict == "contaminated":
-            found.append("its test set holds training rows")
-    return found
+            problems.append("its test set holds training rows")
+    return problems
 
 
 def _checked_files(run: Path, progress: Progress) -> list[FileDigest]:
@@ -215,7 +215,7 @@ def _checked_files(run: Path, progress: Progress) -> list[FileDigest]:
         )
     record = read_record(folder / MERGE_RECORD, MergeRecord)
     expected = {file.path: file.sha256 for file in record.files}
-    found = []
+    digests = []
     total = sum((folder / name).stat().st_size for name in names)
     with progress("Check the model", total=total, unit="B") as advance:
         for name in names:
@@ -228,9 +228,9 @@ def _checked_files(run: Path, progress: Progress) -> list[FileDigest]:
                     expected=f"SHA-256 {expected[name]}, found {digest.sha256}",
                     remedy="run again: the merge is done again",
                 )
-            found.append(digest)
+            digests.append(digest)
             advance(digest.bytes)
-    return found
+    return digests
 
 
 def _remote_files(api: HfApi, repository: str) -> dict[str, str] | None:

@@ -21,7 +21,7 @@ class Signer:
     """Who signs: the holder of a private key (PEM, elliptic curve), or a person known to Sigstore."""
 
     key: Path | None
-    """None for Sigstore, which asks in a browser or takes the credentials of a CI system."""
+    """The private key; None for Sigstore, which asks in a browser or takes the credentials of a CI system."""
     password: str | None = None
 
 

@@ -86,15 +86,15 @@ def _select(archives: Sequence[Path], verifier: Verifier | None) -> tuple[Packag
         if path.is_dir():
             names += [archive.path for archive in package.manifest.archives]
             continue
-        found = [
+        meant = [
             archive.path
             for archive in package.manifest.archives
             if path.name in {archive.path, *(piece.path for piece in package.files(archive.path))}
         ]
-        if not found and path.name != MANIFEST:
+        if not meant and path.name != MANIFEST:
             known = ", ".join(archive.path for archive in package.manifest.archives)
             raise InputError(f"the manifest does not list {path.name!r}", where=path, expected=known)
-        names += found or [archive.path for archive in package.manifest.archives]
+        names += meant or [archive.path for archive in package.manifest.archives]
     return package, list(dict.fromkeys(names))
 
 
@@ -188,7 +188,7 @@ def _publish(
 
 def _companions(package: Package) -> dict[str, bytes]:
     """What was fetched beside archives and manifest; raises `DamageError` for what is not as listed."""
-    found = {}
+    contents = {}
     for name, sha in package.companions().items():
         path = package.folder / name
         if not path.exists():
@@ -197,8 +197,8 @@ def _companions(package: Package) -> dict[str, bytes]:
             content = path.read_bytes()
         if path.is_symlink() or hashlib.sha256(content).hexdigest() != sha:
             raise DamageError(f"{name} is damaged", where=path, expected=f"SHA-256 {sha}")
-        found[name] = content
-    return found
+        contents[name] = content
+    return contents
 
 
 def _describe(package: Package, stems: set[str], companions: dict[str, bytes], output: Path) -> None:

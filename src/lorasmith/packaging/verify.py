@@ -55,7 +55,7 @@ class Package:
         return self.manifest.parts.get(name, [self.archive(name)])
 
     def all_files(self) -> list[FileDigest]:
-        """Of all archives."""
+        """The files and parts of all archives."""
         return [file for archive in self.manifest.archives for file in self.files(archive.path)]
 
     def companions(self) -> dict[str, str]:
@@ -81,12 +81,12 @@ def open_package(folder: Path) -> Package:
     sums = read_sums(folder)
     with os_errors(folder / MANIFEST, "read"):
         content = (folder / MANIFEST).read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if sums.get(MANIFEST) != found:
+    sha = hashlib.sha256(content).hexdigest()
+    if sums.get(MANIFEST) != sha:
         raise DamageError(
             "the manifest is damaged",
             where=folder / MANIFEST,
-            expected=f"SHA-256 {sums.get(MANIFEST)}, found {found}",
+            expected=f"SHA-256 {sums.get(MANIFEST)}, found {sha}",
             remedy="fetch it again",
         )
     return _check(folder, PackageManifest.from_json(content, folder / MANIFEST), sums)
@@ -136,12 +136,12 @@ def check_files(package: Package, name: str, advance: Advance) -> None:
                 expected=f"{piece.bytes} bytes, found {size}",
                 remedy="go on fetching it" if size < piece.bytes else "fetch it again",
             )
-        found = _hash(path, advance)
-        if found != piece.sha256:
+        sha = _hash(path, advance)
+        if sha != piece.sha256:
             raise DamageError(
                 f"{piece.path} is damaged",
                 where=path,
-                expected=f"SHA-256 {piece.sha256}, found {found}",
+                expected=f"SHA-256 {piece.sha256}, found {sha}",
                 remedy="fetch it again",
             )
 
@@ -162,18 +162,18 @@ def read_members(
     files = [package.folder / piece.path for piece in package.files(name)]
     try:
         with _stream(files) as source, package.method.reader(source) as read:
-            found = read_tar(read, package.manifest.contents[name], open_member, advance)
+            stream = read_tar(read, package.manifest.contents[name], open_member, advance)
     except BROKEN as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise DamageError(
             f"{name} cannot be decompressed: {error}", where=package.folder, remedy="fetch it again"
         ) from error
-    if found != package.manifest.stream_sha256[name]:
+    if stream != package.manifest.stream_sha256[name]:
         raise DamageError(
             f"the content of {name} is not what the manifest says",
             where=package.folder,
-            expected=f"tar stream of SHA-256 {package.manifest.stream_sha256[name]}, found {found}",
+            expected=f"tar stream of SHA-256 {package.manifest.stream_sha256[name]}, found {stream}",
         )
 
 
@@ -206,17 +206,17 @@ def check_run(run: Path, progress: Progress) -> list[Finding]:
     """
     expected, findings = _expected(run)
     findings += _check_list(run, expected)
-    found = walk(run)
-    lock = found.get(LOCK)
+    present = walk(run)
+    lock = present.get(LOCK)
     if lock is not None and (lock.st_size or not stat.S_ISREG(lock.st_mode)):
         findings.append(_finding("damaged-file", f"{LOCK} is not empty", LOCK))
-    total = sum(found[name].st_size for name in expected if name in found)
+    total = sum(present[name].st_size for name in expected if name in present)
     with progress("Verify", total=total, unit="B") as advance:
         for name, named in sorted(expected.items()):
-            if name not in found:
+            if name not in present:
                 findings.append(_finding("missing-file", f"{name} is missing", name))
                 continue
-            if not stat.S_ISREG(found[name].st_mode):
+            if not stat.S_ISREG(present[name].st_mode):
                 findings.append(_finding("not-a-file", f"{name} is a link or a device", name))
                 continue
             sha = hash_file(run / name)
@@ -224,7 +224,7 @@ def check_run(run: Path, progress: Progress) -> list[Finding]:
                 if sha != wanted:
                     message = f"{name} is not what {source} says"
                     findings.append(_finding("damaged-file", message, name, f"SHA-256 {wanted}, found {sha}"))
-            advance(found[name].st_size)
+            advance(present[name].st_size)
     return findings
 
 
@@ -334,17 +334,17 @@ def _verify_package(folder: Path, verifier: Verifier | None, progress: Progress)
         for archive in package.manifest.archives
         if any(name.startswith(f"{package.stem(archive.path)}/") for name in package.sums)
     ]
-    found = walk(folder)
-    found.pop(SUMS, None)
-    signature = found.pop(SIGNATURE, None)
+    present = walk(folder)
+    present.pop(SUMS, None)
+    signature = present.pop(SIGNATURE, None)
     if unpacked:
-        findings = _compare(folder, package.sums, found)
+        findings = _compare(folder, package.sums, present)
         for name in unpacked:
             listed = {member.path: member.sha256 for member in package.manifest.contents[name]}
             if any(package.sums.get(path) != sha for path, sha in listed.items()):
                 findings.append(_finding("contradiction", f"{SUMS} and {MANIFEST} disagree on {name}", SUMS))
         return findings
-    findings = _verify_archives(package, found, progress)
+    findings = _verify_archives(package, present, progress)
     if signature is not None and verifier is None:
         findings.append(
             Finding(
@@ -358,11 +358,13 @@ def _verify_package(folder: Path, verifier: Verifier | None, progress: Progress)
     return findings
 
 
-def _verify_archives(package: Package, found: dict[str, os.stat_result], progress: Progress) -> list[Finding]:
+def _verify_archives(
+    package: Package, present: dict[str, os.stat_result], progress: Progress
+) -> list[Finding]:
     pieces = {piece.path for piece in package.all_files()}
     others = {name: sha for name, sha in package.sums.items() if name not in pieces}
     findings = _compare(
-        package.folder, others, {name: at for name, at in found.items() if name not in pieces}
+        package.folder, others, {name: at for name, at in present.items() if name not in pieces}
     )
     findings += [
         _finding("contradiction", f"{SUMS} does not list {name}", SUMS)
@@ -387,14 +389,14 @@ def _verify_archive(package: Package, name: str, advance: Advance) -> list[Findi
     return []
 
 
-def _compare(folder: Path, expected: dict[str, str], found: dict[str, os.stat_result]) -> list[Finding]:
+def _compare(folder: Path, expected: dict[str, str], present: dict[str, os.stat_result]) -> list[Finding]:
     findings = []
-    for name in sorted(set(expected) | set(found)):
-        if name not in found:
+    for name in sorted(set(expected) | set(present)):
+        if name not in present:
             findings.append(_finding("missing-file", f"{name} is missing", name))
         elif name not in expected:
             findings.append(_finding("extra-file", f"{name} does not belong here", name))
-        elif not stat.S_ISREG(found[name].st_mode):
+        elif not stat.S_ISREG(present[name].st_mode):
             findings.append(_finding("not-a-file", f"{name} is a link or a device", name))
         else:
             sha = hash_file(folder / name)

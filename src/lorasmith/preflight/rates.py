@@ -95,12 +95,12 @@ def _packing() -> float:
     """Random bfloat16 weights through the archives' compressor, hashed as members and stream are."""
     import torch
 
-    from lorasmith.packaging.compress import compression
+    from lorasmith.packaging.compress import find_compression
 
     block = torch.randn(_SIDE, _SIDE // 2).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
 
     def pack() -> None:
-        with compression("gzip").writer(io.BytesIO()) as write:
+        with find_compression("gzip").writer(io.BytesIO()) as write:
             for _ in range(_PACKED // len(block)):
                 for _ in range(2):
                     hashlib.sha256(block)

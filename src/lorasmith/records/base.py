@@ -34,10 +34,10 @@ class Record(Part):
             body = json.loads(text)
         except ValueError as error:
             raise InputError(f"not JSON: {error}", where=where, expected=f"a {cls.FORMAT} record") from error
-        found = body.pop("format", None) if isinstance(body, dict) else None
-        if found != cls.FORMAT:
+        format_name = body.pop("format", None) if isinstance(body, dict) else None
+        if format_name != cls.FORMAT:
             raise InputError(
-                f"this is not a {cls.FORMAT} record: its format is {found!r}",
+                f"this is not a {cls.FORMAT} record: its format is {format_name!r}",
                 where=where,
                 expected=f'"format": "{cls.FORMAT}"',
                 remedy="give a file written by this version of lorasmith, or run the stage again",

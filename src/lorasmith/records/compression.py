@@ -21,7 +21,7 @@ class PlannedSize(Part):
     embeddings: str
     """`16 bits` where they stay as they are, else the type that they are quantized to."""
     bytes: int
-    """Of all tensors. Tokenizer, configuration and headers come on top: some megabytes."""
+    """Size of all tensors. Tokenizer, configuration and headers come on top: some megabytes."""
     bits_per_weight: float
     """8 · bytes / parameters."""
     fits: bool | None = None
@@ -37,12 +37,12 @@ class SizePlan(Record):
 
     architecture: str
     parameters: int
-    """Tied tensors once."""
+    """Number of parameters, tied tensors counted once."""
     embedding_parameters: int
-    """Of embedding and output head."""
+    """Parameters of embedding and output head."""
     tied: bool
     bytes: int
-    """Of the tensors as they are."""
+    """Size of the tensors as they are."""
     target_bytes: int | None = None
     target_bits_per_weight: float | None = None
     """What the target leaves for each parameter."""
@@ -70,11 +70,11 @@ class TaskQuality(Part):
     @property
     def named(self) -> list[tuple[str, TaskEffect]]:
         """What a table shows: all questions, each benchmark's metrics, each domain and difficulty."""
-        found = [("all questions", self.overall)]
-        found += [(f"{effect.benchmark}, {effect.metric}", effect) for effect in self.metrics]
+        rows = [("all questions", self.overall)]
+        rows += [(f"{effect.benchmark}, {effect.metric}", effect) for effect in self.metrics]
         for kind in ("domain", "difficulty"):
-            found += [(f"{kind} {name}", effect) for name, effect in self.groups.get(kind, {}).items()]
-        return found
+            rows += [(f"{kind} {name}", effect) for name, effect in self.groups.get(kind, {}).items()]
+        return rows
 
 
 class CompressRecord(Record):
@@ -84,9 +84,9 @@ class CompressRecord(Record):
 
     lorasmith_version: str
     versions: dict[str, str]
-    """Of auto-round and the libraries that computed with it."""
+    """Versions of auto-round and the libraries that computed with it."""
     model_sha256: str
-    """Of the model that was compressed."""
+    """Digest of the model that was compressed."""
     file_format: str
     """`compressed-tensors`, `gguf:q4_0`, …"""
     method: str
@@ -100,9 +100,9 @@ class CompressRecord(Record):
     """Samples that the file gave; None for round-to-nearest."""
     parameters: int
     original_bytes: int
-    """Of the weight files before."""
+    """Size of the weight files before."""
     bytes: int
-    """Of the weight files after."""
+    """Size of the weight files after."""
     planned_bytes: int
     """What the plan gave for the tensors alone."""
     bits_per_weight: float
@@ -123,7 +123,7 @@ class CompressRecord(Record):
 
     @property
     def kind(self) -> str:
-        """For a table: `gguf q4_k_m`, `compressed-tensors int4 g64`."""
+        """The method and its settings in a table's words: `gguf q4_k_m`, `compressed-tensors int4 g64`."""
         if self.file_format.startswith("gguf:"):
             return self.file_format.replace(":", " ")
         return f"{self.file_format} int{self.bits} g{self.group_size}"
@@ -135,9 +135,9 @@ class CompressionsRecord(Record):
     FORMAT: ClassVar[str] = "lorasmith/compressions/1"
 
     folders: list[str]
-    """Of each way, below the record's folder."""
+    """The folder of each compressed model, below the record's own."""
     compressed: list[CompressRecord]
-    """In the order of `folders`."""
+    """The record of each compressed model, in the order of `folders`."""
     recommended: str | None
     """Folder of the smallest that passes every gate; None where none does, or nothing was measured."""
     reason: str

@@ -24,7 +24,7 @@ class Metadata(Part):
     """The row's own id in its source."""
     file: str = ""
     sha256: str = ""
-    """Of the source row's canonical JSON."""
+    """SHA-256 of the source row's canonical JSON."""
 
     def extra(self) -> dict[str, Any]:
         """What the benchmark added (choices, golds, tests, …)."""
@@ -71,7 +71,7 @@ class RejectedRow(Part):
     row: int
     reason: str
     sha256: str = ""
-    """Of the row's canonical JSON, to find it again in one's own copy."""
+    """SHA-256 of the row's canonical JSON, to find it again in one's own copy."""
 
 
 class DatasetFindings(Record):

@@ -132,7 +132,7 @@ class SpeculationDifference(Part):
     place: int
     """Token of the response, from 0."""
     margin: float
-    """Between the two best logits of the reference there."""
+    """Distance between the two best logits of the reference there."""
     noise: float
     """Largest difference of a logit between both ways, measured over all prompts where the texts agree."""
     tie: bool
@@ -240,9 +240,9 @@ class DraftRecord(Record):
     lorasmith_version: str
     target_sha256: str
     base_sha256: str | None = None
-    """Of the small base; None for a draft that was cut from the target."""
+    """Digest of the small base; None for a draft that was cut from the target."""
     layers: list[int] | None = None
-    """Of the target, where the draft was cut from it."""
+    """The target's layers that were taken, where the draft was cut from it."""
     responses: FileDigest
     logprobs: FileDigest | None = None
     """The stored probabilities beside the responses."""
@@ -265,7 +265,7 @@ class DraftRecord(Record):
     """Weighted loss of each step."""
     validations: list[DraftStep]
     before: GeneratorReport
-    """On the held-out rows, before any training."""
+    """Quality on the held-out rows before any training."""
     generator: GeneratorReport
     classifier: ClassifierReport | None = None
     files: list[FileDigest] = []

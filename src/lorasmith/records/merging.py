@@ -100,7 +100,7 @@ class Range16(Part):
     subnormal: int
     """Weights below 2⁻¹⁴ in size, which keep fewer than 11 bits; some processors take them for zero."""
     largest: float
-    """Of 65,504."""
+    """The largest absolute weight; float16 reaches to 65,504."""
 
 
 class RoundingFound(Part):
@@ -117,7 +117,7 @@ class RoundingFound(Part):
     kl: KLStatistics
     top1_agreement: float
     grade: str
-    """Of the behaviour proof."""
+    """The grade of the behaviour proof."""
     float16: Range16 | None = None
 
 

@@ -71,7 +71,7 @@ class KLStatistics(Part):
 
     mean: float
     standard_error: float | None
-    """Of the mean, with examples as clusters of tokens; None for a single example."""
+    """Standard error of the mean, with examples as clusters of tokens; None for a single example."""
     median: float
     q90: float
     q95: float
@@ -136,7 +136,7 @@ class Divergence(Part):
     position: int
     """First token that differs, from 0."""
     text_a: str
-    """From there on, shortened."""
+    """The text from the first difference on, shortened."""
     text_b: str
 
 
@@ -199,7 +199,7 @@ class BehaviourProof(Record):
     flips: list[Flip]
     examples: list[ExampleComparison] = []
     generation: GenerationComparison | None = None
-    """Only where it was asked for."""
+    """How both models generate, where that was asked for."""
     partial: bool = False
     """True when only a part of the test set was compared (`limit`)."""
     findings: list[Finding] = []
@@ -216,7 +216,7 @@ class PairedEffect(Part):
     """loss_b − loss_a: negative when B is better."""
     perplexity_delta: float
     interval: Interval | None
-    """Of `loss_delta`; None for a single example."""
+    """Confidence interval of `loss_delta`; None for a single example."""
     p_value: float = 1.0
     """That there is no effect, by flipping the signs of the examples' differences."""
     verdict: str

@@ -43,7 +43,7 @@ class GateResult(Part):
     gate: Gate
     measured: float | str | None
     interval: Interval | None = None
-    """Of `measured`, where its record has one."""
+    """Confidence interval of `measured`, where its record has one."""
     verdict: Literal["pass", "fail", "not measured"]
     reason: str = ""
     """Why nothing was measured."""
@@ -65,11 +65,11 @@ class StageTiming(Part):
     stage: str
     wall_seconds: float
     cpu_seconds: float
-    """Of this process, its children, and a cluster's workers."""
+    """Processor time of this process, its children, and a cluster's workers."""
     peak_rss_bytes: int | None
     """Largest resident memory of this process while the stage ran; None where the system does not tell."""
     worker_peak_rss_bytes: int | None = None
-    """Of a cluster's largest worker; None without one."""
+    """Peak memory of a cluster's largest worker; None without one."""
     gpu_seconds: float | None = None
     """Busy time of all GPUs: their utilisation times time, sampled. None where none tells."""
     gpu_peak_bytes: int | None = None
@@ -97,9 +97,9 @@ class TimingRecord(Record):
 
     hardware: dict[str, Any]
     price_per_hour: float | None = None
-    """In dollars, where the command named it."""
+    """Dollars per hour, where the command named a price."""
     budget: float | None = None
-    """In dollars, where the command named one."""
+    """Dollars allowed, where the command named a budget."""
     unfinished_seconds: float = 0.0
     """Wall time of attempts at a stage that were stopped, interrupted or failed: paid for as well."""
     stages: list[StageTiming]
@@ -156,7 +156,7 @@ class PhaseCost(Part):
 
     @property
     def device_seconds(self) -> float | None:
-        """Of the GPUs where they tell, else of the processors."""
+        """Time of the GPUs where they tell, else of the processors."""
         return self.cpu_seconds if self.gpu_seconds is None else self.gpu_seconds
 
 
@@ -185,7 +185,7 @@ class CostRecord(Record):
     """Their dollars are in the phases already."""
     wall_seconds: float
     joules: float | None = None
-    """Of all phases that were measured; None where none was."""
+    """Energy of all phases that were measured; None where none was."""
     dollars: float | None
     """The grand total; None unless the price of every phase is known."""
     planned: float | None
@@ -212,7 +212,7 @@ class Redacted(Part):
 
     salt: str
     sha256: str
-    """Of salt, prompt and response, joined by NUL: who has the row can show that it is the one."""
+    """SHA-256 of salt, prompt and response, joined by NUL: who has the row can show that it is the one."""
 
 
 def is_redacted(source: str) -> bool:

@@ -106,7 +106,7 @@ class Rental(Record):
     gone_at: float | None = None
     host: str | None = None
     port: int | None = None
-    """Of its ssh server, once it had one."""
+    """Port of its ssh server, once it had one."""
     host_keys: list[str] = []
     """SHA-256 fingerprints of the ssh server; no other is accepted for as long as it is rented."""
     host_key_from: Literal["the instance's log", "first contact"] | None = None

@@ -29,7 +29,7 @@ class ScoringSettings(Part):
     end_of_turn: bool = True
     """Whether the token that ends the response is scored as well."""
     max_length: int
-    """In tokens; longer rows are counted in `truncated`."""
+    """Longest row in tokens; longer rows are cut and counted in `truncated`."""
     arithmetic: str
     """Data type and route of the arithmetic, such as `float32` or `float32 (oneDNN)`."""
     device: str
@@ -44,9 +44,9 @@ class ScoringSettings(Part):
     limit: int | None = None
     """Rows that were scored at most, where that was asked for; see `partial`."""
     shuffle_seed: int | None = None
-    """Of the choice of those rows; the first ones without it."""
+    """Seed of the choice of those rows; without it the first ones are taken."""
     seed: int = 0
-    """Of the bootstrap."""
+    """Seed of the bootstrap."""
 
 
 class GroupMetrics(Part):
@@ -59,7 +59,7 @@ class GroupMetrics(Part):
     perplexity: float
     """exp(loss)."""
     interval: Interval | None = None
-    """Of the loss, by bootstrap over examples."""
+    """Confidence interval of the loss, by bootstrap over examples."""
 
 
 class ValidationResult(Record):
@@ -149,9 +149,9 @@ class Conditions(Part):
     features: list[str] = []
     """Vector and matrix instructions of the processor and the set that torch uses; a GPU's capability."""
     versions: dict[str, str] = {}
-    """Of the libraries that compute."""
+    """Versions of the libraries that compute."""
     threads: int
-    """Of each worker."""
+    """Threads of each worker."""
 
     @property
     def label(self) -> str:
