@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lorasmith.proving.weights.judge import exact_sum
-from lorasmith.proving.weights.quick import candidates, element_values, still_doubtful
+from lorasmith.proving.weights.quick import Unsettled, element_values, settle
 from tests.proving.small import round_fraction
 from tests.proving.test_weights_exact import block
 
@@ -35,8 +35,9 @@ def test_only_what_is_certainly_right_is_let_go(grid: str) -> None:
     assert found.dtype == made.grid.dtype
     stored = found.view(made.grid.stored_as)
     stored[torch.from_numpy(wrong)] += torch.tensor([1, -1] * 150, dtype=stored.dtype)
-    made = replace(made, found=found.reshape(40, 60))
-    kept = still_doubtful(made, candidates(made, every, source.reshape(-1), made.found.reshape(-1)))
+    made = replace(made, stored=found.reshape(40, 60))
+    unsettled = Unsettled(every, np.zeros(len(every)), source.reshape(-1), made.stored.reshape(-1))
+    kept = settle(made, unsettled, np.full(len(every), np.inf))
     assert set(wrong) <= set(kept)
     # float64 leaves open about one in 2^(52 − fraction bits) of the others: none here.
     assert len(kept) == len(wrong)
@@ -47,5 +48,5 @@ def test_only_what_is_certainly_right_is_let_go(grid: str) -> None:
 
 def test_no_positions_are_no_work() -> None:
     made = block(Fraction(1), torch.ones(2, 1), torch.ones(1, 2), torch.ones(2, 2), "BF16")
-    none = candidates(made, np.zeros(0, np.int64), made.source[0, :0], made.found[0, :0])
-    assert len(still_doubtful(made, none)) == 0
+    none = Unsettled(np.zeros(0, np.int64), np.zeros(0), made.source[0, :0], made.stored[0, :0])
+    assert len(settle(made, none, np.zeros(0))) == 0

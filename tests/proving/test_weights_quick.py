@@ -33,7 +33,7 @@ def test_the_wrong_side_of_a_midpoint_is_never_accepted(grid: str, update: float
     half = 2.0 ** -(GRIDS[grid].fraction_bits + 1)
     # A source that takes the sum to the midpoint above m, up to float32's rounding of the source itself.
     source = (wanted.double() + half - left.double() @ right.double()).float()
-    made = replace(block(Fraction(1), left, right, source, grid), found=wanted)
+    made = replace(block(Fraction(1), left, right, source, grid), stored=wanted)
     assert quick_type(made.grid, RANK, source.dtype) == torch.float32
     flat = source.double().reshape(-1).tolist()
     truth = [exact_sum(made.terms, flat[k], *divmod(k, COLUMNS)) for k in range(len(flat))]
@@ -50,7 +50,7 @@ def test_what_is_far_from_every_midpoint_is_accepted() -> None:
     right = torch.randn(RANK, COLUMNS, generator=generator) / 100
     stored = (1.25 + 0.5 * torch.rand(ROWS, COLUMNS, generator=generator)).bfloat16()
     source = (stored.double() - left.double() @ right.double()).float()
-    made = replace(block(Fraction(1), left, right, source, "BF16"), found=stored)
+    made = replace(block(Fraction(1), left, right, source, "BF16"), stored=stored)
     assert len(doubtful(made)) == 0
     # Not so what no bound can hold for.
     odd = torch.where(torch.arange(COLUMNS) == 7, torch.nan, source)
@@ -75,5 +75,5 @@ def test_factors_in_float64_are_not_rounded_where_float64_is_asked_for() -> None
     ]
     terms = tuple(one.terms[0] for one in blocks)
     assert all(term.right_quick.dtype == torch.float32 for term in terms)
-    made = replace(blocks[0], terms=terms, found=stored)
+    made = replace(blocks[0], terms=terms, stored=stored)
     assert len(doubtful(made)) == ROWS * COLUMNS

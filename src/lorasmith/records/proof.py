@@ -1,4 +1,4 @@
-"""Records of the two proofs: of the weights, and of the behaviour."""
+"""Records of the proof of the weights and of the proof of the behaviour."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TensorProof(Part):
     redone: int = 0
     """Elements decided by exact arithmetic."""
     dtype: str = ""
-    """As stored in the merged model, in the words of a safetensors header."""
+    """Type that the merged model stores it in, in the words of a safetensors header."""
     ulps: dict[str, int] = {}
     """Wrong elements by distance: `1`, `2-3`, `4-15`, `16-255`, `256-65535`, `65536-`."""
     note: str = ""
@@ -218,7 +218,7 @@ class PairedEffect(Part):
     interval: Interval | None
     """Confidence interval of `loss_delta`; None for a single example."""
     p_value: float = 1.0
-    """That there is no effect, by flipping the signs of the examples' differences."""
+    """Probability of a difference as large without any effect, by flipping the signs of the examples' own."""
     verdict: str
     """`helps`, `no clear effect` or `hurts`: where the interval lies against 0, and whether p < 0.05."""
 

@@ -57,13 +57,13 @@ def show_weights(proof: WeightProof, console: Console) -> None:
     if proof.differences and shown:
         rows = [
             (
-                plain(found.tensor),
-                plain(str(found.index)),
-                str(found.found),
-                str(found.expected),
-                str(found.ulps),
+                plain(one.tensor),
+                plain(str(one.index)),
+                str(one.found),
+                str(one.expected),
+                str(one.ulps),
             )
-            for found in proof.differences[:10]
+            for one in proof.differences[:10]
         ]
         columns = ("tensor", "index", "found", "expected", "ulps")
         console.print(table("First differences", columns, rows))
@@ -90,10 +90,9 @@ def show_behaviour(proof: BehaviourProof, console: Console) -> None:
     console.print(f"Behaviour: [{colour}]{proof.grade}[/] on {proof.overall.tokens:,} tokens{part}")
     for reason in proof.reasons:
         console.print(f"  {reason}", markup=False, soft_wrap=True)
-    found, floor, serving = proof.overall, proof.floor, proof.serving
-    against = [(found, "measured"), (floor, "noise floor")]
-    if serving:
-        against.append((serving, f"adapter in {proof.serving_layouts[-1].split(', ')[-1]}"))
+    against = [(proof.overall, "measured"), (proof.floor, "noise floor")]
+    if proof.serving:
+        against.append((proof.serving, f"adapter in {proof.serving_layouts[-1].split(', ')[-1]}"))
     rows = [
         (name, *(show(other) if other else "not measured" for other, _ in against))
         for name, show in _COMPARED
@@ -111,27 +110,27 @@ def show_behaviour(proof: BehaviourProof, console: Console) -> None:
     show_findings(proof.findings, console)
 
 
-def _kl_mean(found: TokenComparison) -> str:
-    error = found.kl.standard_error
-    return f"{found.kl.mean:.2e}" + ("" if error is None else f" ± {error:.0e}")
+def _kl_mean(pair: TokenComparison) -> str:
+    error = pair.kl.standard_error
+    return f"{pair.kl.mean:.2e}" + ("" if error is None else f" ± {error:.0e}")
 
 
 _COMPARED: tuple[tuple[str, Callable[[TokenComparison], str]], ...] = (
-    ("tokens", lambda found: f"{found.tokens:,}"),
-    ("loss Δ", lambda found: f"{found.loss_delta:+.2e}"),
-    ("perplexity Δ", lambda found: f"{found.perplexity_delta:+.2e}"),
-    ("perplexity ratio", lambda found: f"{found.perplexity_ratio:.6f}"),
+    ("tokens", lambda pair: f"{pair.tokens:,}"),
+    ("loss Δ", lambda pair: f"{pair.loss_delta:+.2e}"),
+    ("perplexity Δ", lambda pair: f"{pair.perplexity_delta:+.2e}"),
+    ("perplexity ratio", lambda pair: f"{pair.perplexity_ratio:.6f}"),
     ("mean KL", _kl_mean),
-    ("median KL", lambda found: f"{found.kl.median:.2e}"),
-    ("90 % KL", lambda found: f"{found.kl.q90:.2e}"),
-    ("95 % KL", lambda found: f"{found.kl.q95:.2e}"),
-    ("99 % KL", lambda found: f"{found.kl.q99:.2e}"),
-    ("99.9 % KL", lambda found: f"{found.kl.q999:.2e}"),
-    ("largest KL", lambda found: f"{found.kl.max:.2e}"),
-    ("mean Δp", lambda found: f"{found.delta_p_mean:+.2e}"),
-    ("RMS Δp", lambda found: f"{found.delta_p_rms:.2e}"),
-    ("largest |Δ log p|", lambda found: f"{found.max_abs_delta:.2e}"),
-    ("top-1 agreement", lambda found: f"{found.top1_agreement:.2%}"),
+    ("median KL", lambda pair: f"{pair.kl.median:.2e}"),
+    ("90 % KL", lambda pair: f"{pair.kl.q90:.2e}"),
+    ("95 % KL", lambda pair: f"{pair.kl.q95:.2e}"),
+    ("99 % KL", lambda pair: f"{pair.kl.q99:.2e}"),
+    ("99.9 % KL", lambda pair: f"{pair.kl.q999:.2e}"),
+    ("largest KL", lambda pair: f"{pair.kl.max:.2e}"),
+    ("mean Δp", lambda pair: f"{pair.delta_p_mean:+.2e}"),
+    ("RMS Δp", lambda pair: f"{pair.delta_p_rms:.2e}"),
+    ("largest |Δ log p|", lambda pair: f"{pair.max_abs_delta:.2e}"),
+    ("top-1 agreement", lambda pair: f"{pair.top1_agreement:.2%}"),
 )
 
 
@@ -141,14 +140,14 @@ def _show_sources(proof: BehaviourProof, console: Console) -> None:
     rows = [
         (
             plain(name),
-            f"{found.tokens:,}",
-            f"{found.loss_delta:+.2e}",
-            _kl_mean(found),
-            f"{found.kl.q999:.2e}",
-            f"{found.top1_agreement:.2%}",
+            f"{pair.tokens:,}",
+            f"{pair.loss_delta:+.2e}",
+            _kl_mean(pair),
+            f"{pair.kl.q999:.2e}",
+            f"{pair.top1_agreement:.2%}",
             *([f"{wrote[name].same} of {wrote[name].examples}"] if name in wrote else []),
         )
-        for name, found in sources.items()
+        for name, pair in sources.items()
     ]
     if len(rows) > 1:
         columns: tuple[str, ...] = ("source", "tokens", "loss Δ", "mean KL", "99.9 % KL", "top-1")
@@ -186,11 +185,11 @@ def show_comparison(record: ComparisonRecord, console: Console) -> None:
     columns = ("", "Δ", "95 % interval", "p", "verdict")
     console.print(table("Effects on the loss", columns, rows))
     for kind, title in (("effect", "adapter against base"), ("merge", "merged against adapter")):
-        found = record.task_effects.get(kind, [])
-        if found:
+        effects_on_tasks = record.task_effects.get(kind, [])
+        if effects_on_tasks:
             metrics = [
                 (plain(f"{one.benchmark} {one.metric}"), f"{one.delta:+.2%}", *_judged(one, "{:+.2%}"))
-                for one in found
+                for one in effects_on_tasks
             ]
             console.print(table(f"Effects on the benchmarks' own metrics, {title}", columns, metrics))
 
@@ -201,7 +200,7 @@ def _effect_row(name: str, effect: PairedEffect) -> tuple[str, ...]:
 
 def _judged(effect: PairedEffect | TaskEffect, number: str) -> tuple[str, str, str]:
     """Interval, p-value and verdict."""
-    found = effect.interval
+    interval = effect.interval
     colour = {"helps": "green", "hurts": "red"}.get(effect.verdict)
-    span = f"{number.format(found.low)} to {number.format(found.high)}" if found else "not measured"
+    span = f"{number.format(interval.low)} to {number.format(interval.high)}" if interval else "not measured"
     return span, f"{effect.p_value:.2g}", f"[{colour}]{effect.verdict}[/]" if colour else effect.verdict

@@ -86,8 +86,8 @@ def find(path: str, leaf: str, names: Iterable[str]) -> list[str]:
     A name that fits as it is wins over all other spellings.
     """
     known = names if isinstance(names, dict | set | frozenset) else set(names)
-    found = [f"{spelling}{leaf}" for spelling in spellings(f"{path}.") if f"{spelling}{leaf}" in known]
-    return found[:1] if found and found[0] == f"{path}.{leaf}" else found
+    fitting = [f"{spelling}{leaf}" for spelling in spellings(f"{path}.") if f"{spelling}{leaf}" in known]
+    return fitting[:1] if fitting and fitting[0] == f"{path}.{leaf}" else fitting
 
 
 def expert_names(path: str, part: str, names: Iterable[str]) -> dict[int, str]:
@@ -161,13 +161,13 @@ def first_fitting(patterns: Sequence[str], names: Iterable[str]) -> dict[str, st
     if few and all(_PLAIN.fullmatch(pattern) for pattern in patterns):
         whole = [(pattern, re.compile(rf"(.*\.)?({pattern})$")) for pattern in patterns]
         return {name: next((text for text, one in whole if one.match(name)), None) for name in wanted}
-    found: dict[str, str | None] = {}
+    fitting: dict[str, str | None] = {}
     for start in range(0, len(wanted), _NAMES_AT_ONCE):
         part = wanted[start : start + _NAMES_AT_ONCE]
         places = _ask(patterns, part)
         for name, place in zip(part, places, strict=True):
-            found[name] = None if place is None else patterns[place]
-    return found
+            fitting[name] = None if place is None else patterns[place]
+    return fitting
 
 
 def _ask(patterns: Sequence[str], names: Sequence[str]) -> list[int | None]:
@@ -295,10 +295,10 @@ class Adapter:
             asked = [module, *self.modules, *parameters]
             new = [name for name in asked if (kind, name) not in self.fitting]
             try:
-                found = first_fitting(list(values), new)
+                patterns = first_fitting(list(values), new)
             except PatternError as error:
                 raise self.refuse(f"{kind}: {error}", "names of modules, or simple patterns") from error
-            self.fitting.update({(kind, name): pattern for name, pattern in found.items()})
+            self.fitting.update({(kind, name): pattern for name, pattern in patterns.items()})
         pattern = self.fitting[kind, module]
         return otherwise if pattern is None else values[pattern]
 

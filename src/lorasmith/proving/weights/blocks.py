@@ -1,4 +1,4 @@
-"""The sum S + Σ c·L·R over rows of a matrix, in floating point with a bound.
+"""Rows of a matrix with what goes into their formula: the sum S + Σ c·L·R in floating point with a bound.
 
 Error bound (Higham, Accuracy and Stability of Numerical Algorithms, 3.1): a sum of n products in any order
 is off by at most γ(n)·Σ|products|, γ(n) = n·u/(1 − n·u), u half the distance from 1 to the next number.
@@ -17,12 +17,8 @@ import torch
 from lorasmith.errors import AdapterError
 from lorasmith.proving.weights.rounding import Floats, Grid, Ints
 
-# DoRA: the factor m/‖V‖ that scales each row or column of V = W + c·B·A, with a bound and in squares.
-#
-# As in arXiv 2402.09353 (eq. 5) and PEFT's unmerged forward: the norm is taken over one output's weights.
-
-
 UNIT = 2.0**-53
+"""Half the distance from 1 to the next number of float64."""
 _GROUP = 64
 """Squares are summed in groups of this many, then the groups: the bound on a sum grows with either count."""
 
@@ -34,7 +30,11 @@ def gamma(products: float, unit: float) -> float:
 
 @dataclass(frozen=True)
 class Gain:
-    """Factors in float64 with one relative bound, and what decides an element exactly."""
+    """DoRA's factors m/‖V‖, which scale each row or column of V = W + c·B·A.
+
+    As in arXiv 2402.09353 (eq. 5) and PEFT's unmerged forward: the norm is taken over one output's weights.
+    They are known in float64 with one relative bound, and exactly by their squares.
+    """
 
     values: torch.Tensor
     """[rows, 1] or [1, columns]."""
@@ -119,17 +119,17 @@ class RowBlock:
     grid: Grid
     start: int
     """Row of the whole matrix that the block begins with."""
-    found: torch.Tensor
-    """[rows, columns] in the grid's type."""
+    stored: torch.Tensor
+    """What the merge stores, [rows, columns] in the grid's type."""
     source: torch.Tensor
-    """[rows, columns] in its own type."""
+    """What the merge was made from, [rows, columns] in its own type."""
     terms: tuple[LoadedTerm, ...]
     magnitudes: torch.Tensor | None = None
     """DoRA with one norm per row: m for the block's rows."""
     gain: Gain | None = None
     """DoRA with one norm per column."""
     seed: int | None = None
-    """Of a dithered merge."""
+    """Seed of a dithered merge."""
 
 
 def prepare_block(
@@ -147,7 +147,7 @@ def prepare_block(
 def sums(
     source: torch.Tensor, terms: Sequence[LoadedTerm], start: int, kind: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """S + Σ c·L·R of rows from `start` on, the bound of `prepare`, and the relative bound b.
+    """S + Σ c·L·R of rows from `start` on, the bound of `prepare_block`, and the relative bound b.
 
     An element is off by at most b·(|S| + the bound on its row).
     """
@@ -159,9 +159,6 @@ def sums(
     # To the additions come c·L in two roundings or three, R in one, and the product.
     rank = sum(term.right.shape[0] for term in terms)
     return x, reach, gamma(rank + 6, torch.finfo(kind).eps / 2)
-
-
-# What was found in a block, added up to a tensor and to a model.
 
 
 FIRST = 16
@@ -184,7 +181,7 @@ class Wrong:
 
 @dataclass
 class Tally:
-    """What was found in a block, a tensor, or a model."""
+    """Counts of wrong elements in a block, a tensor, or a model."""
 
     elements: int = 0
     wrong: int = 0

@@ -34,14 +34,11 @@ from lorasmith.proving.weights.blocks import (
     sums,
 )
 from lorasmith.proving.weights.dither import Dither, doubtful_dithered, make_dither
+from lorasmith.proving.weights.formula import Expected, Term
 from lorasmith.proving.weights.judge import exact_sum, judge_elements, row_gain
 from lorasmith.proving.weights.model_folder import DTYPES, Index, ProvenTensor
-from lorasmith.proving.weights.placement import Expected, Term
 from lorasmith.proving.weights.quick import doubtful, quick_type
 from lorasmith.proving.weights.rounding import GRIDS, Ints
-
-# Rows of a merged tensor against their formula, or against the base's where nothing is to change.
-
 
 _SLOW_ELEMENTS = 1 << 13
 """Elements judged slowly at a time, so that memory stays small when all are wrong."""
@@ -51,7 +48,7 @@ def compare(block: RowBlock) -> Tally:
     """Check every element of the block."""
     if block.magnitudes is not None:
         block = replace(block, gain=row_gain(block, block.magnitudes))
-    tally = Tally(elements=block.found.numel())
+    tally = Tally(elements=block.stored.numel())
     dither = _dither_of(block)
     open_ = doubtful(block) if dither is None else doubtful_dithered(block, dither)
     for start in range(0, len(open_), _SLOW_ELEMENTS):
@@ -63,33 +60,36 @@ def _dither_of(block: RowBlock) -> Dither | None:
     """The stream of a dithered tensor; rows that nothing is added to are rounded to nearest all the same."""
     if block.seed is None or not (block.terms or block.gain):
         return None
-    return make_dither(block.seed, block.name, block.found.shape[1])
+    return make_dither(block.seed, block.name, block.stored.shape[1])
 
 
-def compare_bytes(found: torch.Tensor, source: torch.Tensor, first_row: int) -> Tally:
-    """Of a tensor that nothing changes: it has the base's bytes, signs of zeros and NaNs included.
+def compare_bytes(stored: torch.Tensor, source: torch.Tensor, first_row: int) -> Tally:
+    """Check a tensor that nothing changes: it has the base's bytes, signs of zeros and NaNs included.
 
     Both are matrices of one type. The distance of integers is their difference, of numbers the count of
     numbers between.
     """
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[found.dtype.itemsize]
-    a, b = found.view(integer), source.view(integer)
+    # Compared as integers, because NaN is unequal to itself and the two zeros are equal.
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[stored.dtype.itemsize]
+    a, b = stored.view(integer), source.view(integer)
     if torch.equal(a, b):
-        return Tally(elements=found.numel())
+        return Tally(elements=stored.numel())
     flat = a.ne(b).reshape(-1).nonzero().view(-1)
-    tally = Tally(elements=found.numel())
-    found, source = found.reshape(-1)[flat], source.reshape(-1)[flat]
-    tally.count(np.maximum(_steps(found, source), 1))
+    tally = Tally(elements=stored.numel())
+    stored, source = stored.reshape(-1)[flat], source.reshape(-1)[flat]
+    tally.count(np.maximum(_steps(stored, source), 1))
     for k in range(min(FIRST, len(flat))):
         row, column = divmod(int(flat[k]), a.shape[1])
-        far = int(np.maximum(_steps(found[k : k + 1], source[k : k + 1]), 1)[0])
-        tally.first.append(Wrong(first_row + row, column, _show(found[k]), _show(source[k]), far))
+        far = int(np.maximum(_steps(stored[k : k + 1], source[k : k + 1]), 1)[0])
+        tally.first.append(Wrong(first_row + row, column, _show(stored[k]), _show(source[k]), far))
     return tally
 
 
 def _steps(a: torch.Tensor, b: torch.Tensor) -> Ints:
     """Distances of stored numbers of one type, at most 2⁶²."""
     if a.dtype.is_floating_point:
+        # Read as integers, floating-point numbers of one sign stand in their order; the negative ones are
+        # turned over, so that both signs stand in one line.
         width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
         least = torch.iinfo(width).min
         a, b = (torch.where(bits < 0, least - 1 - bits, bits) for bits in (a.view(width), b.view(width)))
@@ -100,9 +100,6 @@ def _steps(a: torch.Tensor, b: torch.Tensor) -> Ints:
 def _show(value: torch.Tensor) -> float | str:
     number = float(value)
     return number if math.isfinite(number) else str(number)
-
-
-# The check cut into parts that a thread can hold: every element of a tensor, with what its formula needs.
 
 
 _READ_ELEMENTS = 1 << 22
@@ -118,7 +115,7 @@ class Task:
     """A part of one tensor."""
 
     expected: Expected
-    found: ProvenTensor
+    stored: ProvenTensor
     index: Index
     first_row: int
     terms: tuple[LoadedTerm, ...]
@@ -128,19 +125,19 @@ class Task:
 
 def tasks(pairs: Iterable[tuple[Expected, ProvenTensor]]) -> Iterator[Task]:
     """The parts of stored tensors of the right shape, in order, each with the factors that it needs."""
-    for expected, found in pairs:
-        terms = tuple(_load(term, expected, found) for term in expected.terms)
+    for expected, stored in pairs:
+        terms = tuple(_load(term, expected, stored) for term in expected.terms)
         magnitudes, gain = None, None
         if expected.magnitude:
             magnitudes = expected.magnitude.stored.whole().reshape(-1)
             if not expected.magnitude.per_row:
                 gain = _column_gain(expected, terms, magnitudes)
-        for index, first_row in parts(found.shape, _READ_ELEMENTS):
-            yield Task(expected, found, index, first_row, terms, magnitudes, gain)
+        for index, first_row in parts(stored.shape, _READ_ELEMENTS):
+            yield Task(expected, stored, index, first_row, terms, magnitudes, gain)
 
 
 def _column_gain(expected: Expected, terms: tuple[LoadedTerm, ...], magnitudes: torch.Tensor) -> Gain:
-    """Norms over all rows, before any block can be checked."""
+    """The gain of each column, whose norms take all rows: known before any block can be checked."""
     source = expected.source
     squares = torch.zeros(source.columns, dtype=torch.float64)
     reaches, bound, blocks = torch.zeros(1, dtype=torch.float64), 0.0, 0
@@ -197,13 +194,13 @@ def whole(stored: ProvenTensor) -> torch.Tensor:
     return stored.whole()
 
 
-def _load(term: Term, expected: Expected, found: ProvenTensor) -> LoadedTerm:
+def _load(term: Term, expected: Expected, stored: ProvenTensor) -> LoadedTerm:
     left = term.left.view(whole(term.left.stored))
     right = torch.ones(1, 1) if term.right is None else term.right.view(whole(term.right.stored))
     for factor in (left, right):
         if not bool(torch.isfinite(factor).all()):
             raise AdapterError(
-                f"a factor of the update of {found.name!r} is not finite",
+                f"a factor of the update of {stored.name!r} is not finite",
                 where=term.left.stored.file,
                 expected="finite numbers",
                 remedy="take a checkpoint of the training from before it diverged",
@@ -211,11 +208,11 @@ def _load(term: Term, expected: Expected, found: ProvenTensor) -> LoadedTerm:
         sizes = factor.abs()
         if factor.dtype == torch.float64 and bool(((sizes > 0) & (sizes < _LEAST_FACTOR)).any()):
             raise AdapterError(
-                f"a factor of the update of {found.name!r} holds numbers below {_LEAST_FACTOR:.0e}",
+                f"a factor of the update of {stored.name!r} holds numbers below {_LEAST_FACTOR:.0e}",
                 where=term.left.stored.file,
                 expected="larger numbers, or zeros: products of such numbers vanish in float64",
             )
-    grid = GRIDS[found.dtype]
+    grid = GRIDS[stored.dtype]
     kind = quick_type(grid, left.shape[1], DTYPES[expected.source.dtype])
     norms = torch.linalg.vector_norm(right.to(torch.float64), dim=0)
     return LoadedTerm(
@@ -232,32 +229,32 @@ def _load(term: Term, expected: Expected, found: ProvenTensor) -> LoadedTerm:
 
 def fetch(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows of the part as they are in the merge, and as they are in what it was made from."""
-    return task.found.rows(task.index), task.expected.source.rows(task.index)
+    return task.stored.rows(task.index), task.expected.source.rows(task.index)
 
 
-def run(task: Task, found: torch.Tensor, own: torch.Tensor) -> Tally:
+def run(task: Task, stored: torch.Tensor, own: torch.Tensor) -> Tally:
     """Check every element of the part, with the rows that `fetch` gave."""
     tally = Tally()
-    same = task.found.dtype == task.expected.source.dtype
-    for start, end, source in _segments(task, own, len(found)):
+    same = task.stored.dtype == task.expected.source.dtype
+    for start, end, source in _segments(task, own, len(stored)):
         row = task.first_row + start
-        if same and source.dtype == found.dtype and not task.terms and not task.expected.magnitude:
-            tally.add(compare_bytes(found[start:end], source, row))
+        if same and source.dtype == stored.dtype and not task.terms and not task.expected.magnitude:
+            tally.add(compare_bytes(stored[start:end], source, row))
             continue
         for low, high in _cuts(task, row, row + len(source)):
-            tally.add(compare(_block(task, found, source, row, low, high)))
+            tally.add(compare(_block(task, stored, source, row, low, high)))
     return tally
 
 
-def _block(task: Task, found: torch.Tensor, source: torch.Tensor, row: int, low: int, high: int) -> RowBlock:
+def _block(task: Task, stored: torch.Tensor, source: torch.Tensor, row: int, low: int, high: int) -> RowBlock:
     """The block of rows `low` to `high` of the matrix; `source` begins at `row`."""
     terms = tuple(term for term in task.terms if term.first_row <= low < term.first_row + term.left.shape[0])
     per_row = task.magnitudes is not None and task.gain is None
     return RowBlock(
-        task.found.name,
-        GRIDS[task.found.dtype],
+        task.stored.name,
+        GRIDS[task.stored.dtype],
         low,
-        found[low - task.first_row : high - task.first_row],
+        stored[low - task.first_row : high - task.first_row],
         source[low - row : high - row],
         terms,
         task.magnitudes[low:high] if per_row and task.magnitudes is not None else None,
@@ -287,7 +284,7 @@ def _cuts(task: Task, first: int, last: int) -> Iterator[tuple[int, int]]:
         for edge in (term.first_row, term.first_row + term.left.shape[0]):
             if first < edge < last:
                 edges.add(edge)
-    step = max(1, (_NORM_ELEMENTS if task.expected.magnitude else _READ_ELEMENTS) // task.found.columns)
+    step = max(1, (_NORM_ELEMENTS if task.expected.magnitude else _READ_ELEMENTS) // task.stored.columns)
     for low, high in pairwise(sorted(edges)):
         for start in range(low, high, step):
             yield start, min(start + step, high)
@@ -305,10 +302,10 @@ _WAITING = 8
 
 @dataclass
 class Checked:
-    """One tensor and what was found in it."""
+    """One tensor of the merge, and the tally of its elements."""
 
     expected: Expected
-    found: ProvenTensor
+    stored: ProvenTensor
     tally: Tally
 
 
@@ -359,7 +356,7 @@ def _one_thread_per_operation() -> Iterator[None]:
 
 def _start(readers: ThreadPoolExecutor, pool: ThreadPoolExecutor, task: Task) -> Future[Tally]:
     """On threads of its own, or here and now where handing it over would take longer than doing it."""
-    if task.found.elements > _HANDED_OVER:
+    if task.stored.elements > _HANDED_OVER:
         rows = readers.submit(fetch, task)
         return pool.submit(lambda: run(task, *rows.result()))
     done: Future[Tally] = Future()
@@ -374,8 +371,8 @@ def _collect(
     task, future = waiting.popleft()
     tally = future.result()
     if advance:
-        advance(tally.elements * DTYPES[task.found.dtype].itemsize)
-    if current is not None and current.found == task.found:
+        advance(tally.elements * DTYPES[task.stored.dtype].itemsize)
+    if current is not None and current.stored == task.stored:
         current.tally.add(tally)
         return current, None
-    return Checked(task.expected, task.found, tally), current
+    return Checked(task.expected, task.stored, tally), current

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from lorasmith.proving.weights.blocks import RowBlock, sums
-from lorasmith.proving.weights.rounding import Floats, Ints
+from lorasmith.proving.weights.rounding import Floats, Ints, judge_rounding
 
 Words = npt.NDArray[np.uint64]
 
@@ -89,15 +89,16 @@ def _multiply(constant: np.uint64, x: Words) -> tuple[Words, Words]:
 
 def doubtful_dithered(block: RowBlock, dither: Dither) -> Ints:
     """Flat positions, ascending, of the elements that are not certainly what their threshold asks for."""
-    rows, columns = block.found.shape
+    rows, columns = block.stored.shape
     step = max(1, _STEP_ELEMENTS // columns)
-    found = [_step(block, dither, start, min(start + step, rows)) for start in range(0, rows, step)]
-    return np.concatenate(found)
+    return np.concatenate(
+        [_step(block, dither, start, min(start + step, rows)) for start in range(0, rows, step)]
+    )
 
 
 def _step(block: RowBlock, dither: Dither, start: int, end: int) -> Ints:
-    """The error bound is that of `weights_terms.sums`; what it does not settle is named, never rejected."""
-    grid, stored, source = block.grid, block.found[start:end], block.source[start:end]
+    """The error bound is that of `blocks.sums`; what it does not settle is named, never rejected."""
+    stored, source = block.stored[start:end], block.source[start:end]
     first = block.start + start
     values, reach, bound = sums(source, block.terms, first, torch.float64)
     size = (source.to(torch.float64).abs_() + reach).numpy()
@@ -108,14 +109,8 @@ def _step(block: RowBlock, dither: Dither, start: int, end: int) -> Ints:
         gain = (block.gain.values[start:end] if per_row else block.gain.values).numpy()
         x = x * gain
         error = error * np.abs(gain) * (1 + 2.0**-20) + np.abs(x) * (block.gain.error + 2.0**-50)
-    magnitude, negative = grid.magnitudes(stored)
-    known = (magnitude > 0) & (magnitude < grid.infinity)
-    inside = np.where(known, magnitude, 1)
-    here = grid.value(inside)
-    beyond = np.where(negative, -x, x) - here
-    down, up = (2.0 * half for half in grid.half_steps(inside))
+    magnitude, negative = block.grid.magnitudes(stored)
     share = dither.rows(first, block.start + end)
-    # One unit in the last place of x more, for the subtraction.
-    error = error + np.abs(x) * 2.0**-52
-    sure = known & (beyond + error < share * up) & (beyond - error > -(1.0 - share) * down)
-    return np.flatnonzero(~sure) + start * block.found.shape[1]
+    # The sign of a zero counts only where x is exact, which none is here.
+    verdict = judge_rounding(block.grid, magnitude, negative, x, error, negative, share)
+    return np.flatnonzero(~verdict.right) + start * block.stored.shape[1]

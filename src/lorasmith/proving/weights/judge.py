@@ -27,8 +27,6 @@ from lorasmith.proving.weights.dither import Dither
 from lorasmith.proving.weights.quick import element_values
 from lorasmith.proving.weights.rounding import Floats, Grid, Ints, Mask
 
-# Elements that floating point leaves open: is float64 exact here after all, and if not, rational numbers.
-
 
 def float64_is_exact(block: RowBlock, source: Floats, size: Floats, rows: Ints, cols: Ints) -> Mask:
     """Where every sum and product of the formula is a number of float64, so that nothing was rounded.
@@ -42,7 +40,7 @@ def float64_is_exact(block: RowBlock, source: Floats, size: Floats, rows: Ints, 
         factor = float(term.factor)
         if Fraction(factor) != term.factor:
             return np.zeros(len(source), np.bool_)
-        left = term.left_rows(block.start, len(block.found))[torch.from_numpy(rows)].double().numpy()
+        left = term.left_rows(block.start, len(block.stored))[torch.from_numpy(rows)].double().numpy()
         right = term.right_columns[torch.from_numpy(cols)].double().numpy()
         bits = _last_bit(left) * _last_bit(right)
         granule = np.minimum(granule, bits.min(axis=1) * min(_last_bit(np.array([factor]))[0], 1.0))
@@ -95,6 +93,7 @@ def exact_sum(terms: Sequence[LoadedTerm], source: float, row: int, col: int) ->
 
 
 def row_gain(block: RowBlock, magnitudes: torch.Tensor) -> Gain:
+    """The gain of each row of a block, whose norm takes the row alone."""
     v, reach, bound = sums(block.source, block.terms, block.start, torch.float64)
     squares, error = sum_of_squares(v)
     columns = v.shape[1]
@@ -118,18 +117,18 @@ class _Elements:
     """Some elements of a block; all [n]."""
 
     rows: Ints
-    """Of the block."""
+    """Rows within the block."""
     cols: Ints
     magnitude: Ints
     negative: Mask
     source: Floats
     x: Floats
     error: Floats
-    """A bound on that of x."""
+    """A bound on the error of x."""
     size: Floats
     """A bound on Σ|summands|."""
     share: Floats | None
-    """Of a dithered merge."""
+    """The share t of each element, where the merge is dithered."""
 
     def judge(self, grid: Grid) -> rounding.Verdict:
         """Whether what is stored is right, as far as x and its error tell."""
@@ -140,7 +139,7 @@ class _Elements:
 
 
 def judge_elements(block: RowBlock, flat: Ints, dither: Dither | None) -> Tally:
-    """What is found at these flat positions of the block."""
+    """Check the elements at these flat positions of the block, and tally those that are wrong."""
     grid, these = block.grid, _read(block, flat, dither)
     finite = np.isfinite(these.source)
     verdict = _verdict(block, these, finite)
@@ -167,9 +166,9 @@ def judge_elements(block: RowBlock, flat: Ints, dither: Dither | None) -> Tally:
 
 
 def _read(block: RowBlock, flat: Ints, dither: Dither | None) -> _Elements:
-    rows, cols = np.divmod(flat, block.found.shape[1])
+    rows, cols = np.divmod(flat, block.stored.shape[1])
     at = torch.from_numpy(flat)
-    magnitude, negative = block.grid.magnitudes(block.found.reshape(-1).index_select(0, at))
+    magnitude, negative = block.grid.magnitudes(block.stored.reshape(-1).index_select(0, at))
     source = block.source.reshape(-1).index_select(0, at).to(torch.float64).numpy()
     if block.terms and not np.isfinite(source).all():
         raise CheckpointError(f"the base's tensor {block.name!r} is not finite", expected="finite numbers")
@@ -198,8 +197,8 @@ def _verdict(block: RowBlock, these: _Elements, finite: Mask) -> rounding.Verdic
 def _kept(grid: Grid, these: _Elements) -> Mask:
     """Infinities and NaNs that a buffer holds on purpose stay what they are when its precision changes."""
     infinite = np.where(these.negative, -np.inf, np.inf)
-    found = np.where(these.magnitude > grid.infinity, np.nan, infinite)
-    same = (found == these.source) | (np.isnan(found) & np.isnan(these.source))
+    stored = np.where(these.magnitude > grid.infinity, np.nan, infinite)
+    same = (stored == these.source) | (np.isnan(stored) & np.isnan(these.source))
     kept: Mask = same & (these.magnitude >= grid.infinity)
     return kept
 
@@ -209,8 +208,9 @@ def _decide(block: RowBlock, these: _Elements, k: int, guess: int) -> tuple[int,
     share = None if these.share is None else Fraction(float(these.share[k]))
     place = int(these.rows[k]), int(these.cols[k])
     wanted, zero = decide(block, float(these.source[k]), *place, guess, share)
-    found = int(these.magnitude[k]), bool(these.negative[k])
-    right = found[0] < block.grid.infinity and ((zero and found == (0, False)) or found == wanted)
+    stored = int(these.magnitude[k]), bool(these.negative[k])
+    # A sum that is exactly zero has no sign of its own, so that +0 is right beside the base's -0.
+    right = stored[0] < block.grid.infinity and ((zero and stored == (0, False)) or stored == wanted)
     return *wanted, right
 
 
@@ -246,10 +246,10 @@ def _explain(
     nothing = np.zeros_like(source)
     base = rounding.judge_rounding(grid, magnitude, negative, source, nothing, np.signbit(source))
     tally.stale = int(base.right.sum())
-    found = np.where(negative, -1.0, 1.0) * grid.value(np.minimum(magnitude, grid.infinity))
+    stored = np.where(negative, -1.0, 1.0) * grid.value(np.minimum(magnitude, grid.infinity))
     update = x - source
-    tally.near = int((np.abs(found - x) <= size * 2.0 ** (1 - grid.fraction_bits)).sum())
+    tally.near = int((np.abs(stored - x) <= size * 2.0 ** (1 - grid.fraction_bits)).sum())
     with np.errstate(all="ignore"):
-        moved, wanted = float(((found - source) * update).sum()), float((update * update).sum())
+        moved, wanted = float(((stored - source) * update).sum()), float((update * update).sum())
     if np.isfinite(moved) and np.isfinite(wanted):
         tally.moved, tally.wanted = moved, wanted

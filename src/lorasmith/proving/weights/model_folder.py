@@ -170,9 +170,9 @@ class ProvenFile:
 
     def _next(self) -> memoryview | None:
         """What stands at the hash's place, taken out; parts that lie behind it are let go."""
-        found = self._waiting.pop(self._hashed, None)
-        if found is not None:
-            return found
+        part = self._waiting.pop(self._hashed, None)
+        if part is not None:
+            return part
         for start in [start for start in self._waiting if start < self._hashed]:
             part = self._waiting.pop(start)
             if start + len(part) > self._hashed:
@@ -229,7 +229,7 @@ class ProvenTensor:
 
     @property
     def file(self) -> Path:
-        """Where it is."""
+        """The file that it stands in."""
         return self.source.path
 
     @property
@@ -410,10 +410,10 @@ def _read_header(folder: TensorFolder, path: Path, released: bool) -> Iterator[t
     folder.files.append(file)
     try:
         with os_errors(path, "read"), safe_open(path, framework="pt") as handle:
-            found = []
+            described = []
             for name in handle.offset_keys():
                 part = handle.get_slice(name)
-                found.append((name, part.get_dtype(), tuple(part.get_shape())))
+                described.append((name, part.get_dtype(), tuple(part.get_shape())))
             kind = (handle.metadata() or {}).get("format")
     except SafetensorError as error:
         folder.problem("damaged-file", f"this is no intact safetensors file: {error}", path)
@@ -424,7 +424,7 @@ def _read_header(folder: TensorFolder, path: Path, released: bool) -> Iterator[t
     if released and kind != "pt":
         folder.problem("wrong-metadata", f"the header's format is {kind!r}", path, "'pt'")
     start = file.data_start
-    for name, dtype, shape in found:
+    for name, dtype, shape in described:
         if dtype not in DTYPES:
             folder.problem("unknown-dtype", f"tensor {name!r} is stored as {dtype}", path)
         if dtype not in BYTES:

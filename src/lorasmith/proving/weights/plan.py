@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from lorasmith.proving.weights import adapter as names
-from lorasmith.proving.weights import placement as experts
-from lorasmith.proving.weights.adapter import Adapter
+from lorasmith.proving.weights import experts
+from lorasmith.proving.weights.adapter import Adapter, find, is_embedding, is_head, is_named
+from lorasmith.proving.weights.formula import Expected, Factor, Magnitude, Term, transposed
 from lorasmith.proving.weights.model_folder import ProvenTensor, TensorFolder
-from lorasmith.proving.weights.placement import Expected, Factor, Magnitude, Term, Ties, transposed
+from lorasmith.proving.weights.ties import Ties
 from lorasmith.records.base import Finding
 
 CONV1D = frozenset(("c_attn", "c_proj", "c_fc", "q_attn"))
@@ -39,12 +39,12 @@ class Plan:
 
     def target(self, adapter: Adapter, path: str, leaf: str) -> Expected:
         """What becomes of a module's tensor; raises `AdapterError` where the base has no such module."""
-        found = names.find(path, leaf, self.expected)
-        if len(found) == 1:
-            return self.expected[found[0]]
+        fitting = find(path, leaf, self.expected)
+        if len(fitting) == 1:
+            return self.expected[fitting[0]]
         raise adapter.refuse(
-            f"the base has {'no' if not found else 'more than one'} tensor for {path + '.' + leaf!r}",
-            ", ".join(found) if found else "a base with this module",
+            f"the base has {'no' if not fitting else 'more than one'} tensor for {path + '.' + leaf!r}",
+            ", ".join(fitting) if fitting else "a base with this module",
             "check that this is the base the adapter was trained on",
         )
 
@@ -98,7 +98,7 @@ def _place(plan: Plan, adapter: Adapter, module: str, roles: Mapping[str, Proven
     if "copy" in roles:
         _take_copy(plan, adapter, module, roles["copy"])
     if "A" in roles:
-        if names.find(module, "weight", plan.expected) and f"{module}.base_layer" not in adapter.modules:
+        if find(module, "weight", plan.expected) and f"{module}.base_layer" not in adapter.modules:
             _place_linear(plan, adapter, module, roles)
         else:
             _place_experts(plan, adapter, module)
@@ -112,7 +112,7 @@ def _place(plan: Plan, adapter: Adapter, module: str, roles: Mapping[str, Proven
 
 def _place_linear(plan: Plan, adapter: Adapter, module: str, roles: Mapping[str, ProvenTensor]) -> None:
     target, a, b = plan.target(adapter, module, "weight"), plan.use(roles["A"]), plan.use(roles["B"])
-    if names.is_named(f"{module}.weight", adapter.config.get("target_parameters")):
+    if is_named(f"{module}.weight", adapter.config.get("target_parameters")):
         module = f"{module}.weight"  # no longer a Conv1D: PEFT takes parameters as they are stored
     turned = plan.model_type in CONV1D_TYPES and module.rpartition(".")[2] in CONV1D
     wanted = target.source.shape[::-1] if turned else target.source.shape
@@ -188,18 +188,16 @@ def _place_experts(plan: Plan, adapter: Adapter, module: str) -> None:
             raise adapter.refuse(f"{path!r} has {', '.join(sorted(roles))}", "lora_A and lora_B alone")
         pairs.append((plan.use(roles["A"]), plan.use(roles["B"])))
         path += ".base_layer"
-    found = experts.stacks(module, plan.expected)
-    if not found:
+    stacks = experts.stacks(module, plan.expected)
+    if not stacks:
         plan.target(adapter, module, "weight")
-    experts.place(adapter, module, pairs[::-1], found, plan.model_type)
+    experts.place(adapter, module, pairs[::-1], stacks, plan.model_type)
 
 
 def _replace(adapter: Adapter, target: Expected, stored: ProvenTensor) -> None:
     path, old, new = target.name.rpartition(".")[0], target.source.shape, stored.shape
     # Only a vocabulary may change its size: rows of the embedding and of the head.
-    resized = (
-        len(old) == len(new) == 2 and new[1] == old[1] and (names.is_embedding(path) or names.is_head(path))
-    )
+    resized = len(old) == len(new) == 2 and new[1] == old[1] and (is_embedding(path) or is_head(path))
     if new != old and not resized:
         raise adapter.refuse(f"{stored.name!r} has shape {list(new)}", f"{list(old)}, as in the base")
     if target.replaced:

@@ -60,7 +60,7 @@ def prove(
     plan.ties.settle(merged_folder.tensors)
     report = Report(claims, merged_folder)
     pairs = report.match(plan.expected)
-    with progress("Prove the weights", total=sum(found.bytes for _, found in pairs), unit="B") as advance:
+    with progress("Prove the weights", total=sum(stored.bytes for _, stored in pairs), unit="B") as advance:
         for checked in check(pairs, advance=advance):
             report.take(checked)
     identity = Identity(
@@ -83,16 +83,16 @@ def prove(
 def _describe(folder: Path, opened: TensorFolder) -> list[FileDigest]:
     """All files of a model folder; weights with the digest of the very bytes that were checked."""
     known = {file.path: file for file in opened.files}
-    found = []
+    described = []
     for path in digests.folder_files(folder):
         if path not in known:
-            found += digests.describe([path], folder, rehash=True)
+            described += digests.describe([path], folder, rehash=True)
             continue
         sha256 = known[path].digest()
         digests.remember_sha256(path, sha256)
         name = path.relative_to(folder).as_posix()
-        found.append(FileDigest(path=name, bytes=known[path].size, sha256=sha256))
-    return found
+        described.append(FileDigest(path=name, bytes=known[path].size, sha256=sha256))
+    return described
 
 
 def _factors(asked: Sequence[float] | None, claims: Claims, adapters: int) -> list[float]:

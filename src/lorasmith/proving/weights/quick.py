@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,15 +18,13 @@ import torch
 from lorasmith.proving.weights.blocks import UNIT, RowBlock, gamma, prepare_block
 from lorasmith.proving.weights.rounding import Floats, Grid, Ints
 
-# The formula at single elements, in float64 with a bound: for what a look at whole rows leaves open.
-
 
 def element_values(block: RowBlock, source: Floats, rows: Ints, cols: Ints) -> tuple[Floats, Floats, Floats]:
     """x, a bound on its error, and a bound on Σ|summands|, each [n], where the base holds `source`."""
     x, reach, rank = source.copy(), np.zeros(len(source)), 0
     for term in block.terms:
         # NumPy's `take` is several times as fast as torch's indexing.
-        left = term.left_rows(block.start, len(block.found)).to(torch.float64)
+        left = term.left_rows(block.start, len(block.stored)).to(torch.float64)
         factor = float(term.factor)
         products = np.einsum("ij,ij->i", left.numpy().take(rows, axis=0), term.columns64.take(cols, axis=0))
         x += products * factor
@@ -47,49 +45,58 @@ def element_values(block: RowBlock, source: Floats, rows: Ints, cols: Ints) -> t
     return x, error, size
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """Elements that are looked at one by one, and how far x may be from the stored number m; all [n]."""
+class Unsettled(NamedTuple):
+    """Elements that a look at whole rows did not accept; all [n]."""
 
     positions: Ints
-    """Flat, in the block."""
-    rows: Ints
-    cols: Ints
-    source: Floats
-    stored: Floats
-    down: Floats
-    """Distance from |m| to the midpoint towards zero; 0 where nothing may be accepted: zeros, infinities."""
-    up: Floats
+    """Flat positions in the block."""
+    beyond: Floats
+    """x − m as that look computed it, m being the number that the merge stores."""
+    source: torch.Tensor
+    """What the base stores there."""
+    stored: torch.Tensor
+    """What the merge stores there."""
 
-    def only(self, chosen: Ints) -> Candidates:
-        """Those at these places."""
-        return Candidates(*(getattr(self, part.name).take(chosen) for part in fields(self)))
-
-    def open(self, distance: Floats, error: Floats) -> Ints:
-        """Places where x − m, known to an error, may lie outside the interval; a NaN is one of them."""
-        beyond = np.where(self.stored < 0, -distance, distance)
-        return np.flatnonzero(~((beyond + error < self.up) & (beyond - error > -self.down)))
+    def part(self, chosen: slice) -> Unsettled:
+        """Those of a part."""
+        return Unsettled(
+            self.positions[chosen], self.beyond[chosen], self.source[chosen], self.stored[chosen]
+        )
 
 
-def candidates(block: RowBlock, positions: Ints, source: torch.Tensor, stored: torch.Tensor) -> Candidates:
-    """The elements at these flat positions, with what base and merge store there."""
-    grid, columns = block.grid, block.found.shape[1]
-    rows = positions // columns
-    magnitude, _ = grid.magnitudes(stored)
-    known = (magnitude > 0) & (magnitude < grid.infinity)
-    down, up = grid.half_steps(np.where(known, magnitude, 1))
-    values = (source.to(torch.float64).numpy(), stored.to(torch.float64).numpy())
-    return Candidates(positions, rows, positions - rows * columns, *values, down * known, up * known)
+def _join(steps: Iterable[Unsettled]) -> Unsettled:
+    positions, beyond, source, stored = zip(*steps, strict=True)
+    return Unsettled(np.concatenate(positions), np.concatenate(beyond), torch.cat(source), torch.cat(stored))
 
 
-def still_doubtful(block: RowBlock, chosen: Candidates) -> Ints:
-    """Flat positions, in the same order, of those that float64 does not show to be right either."""
-    x, error, _ = element_values(block, chosen.source, chosen.rows, chosen.cols)
+def settle(block: RowBlock, left: Unsettled, error: Floats) -> Ints:
+    """Flat positions, in the same order, of those that are not shown to be right one by one either.
+
+    Each has both ends of its own interval: powers of two, whose interval is wider on the far side, are much
+    of what a look at whole rows leaves. If that look's x − m, known to `error`, does not settle it, float64
+    may.
+    """
+    magnitude, _ = block.grid.magnitudes(left.stored)
+    # Zeros and infinities have no interval here, so that none of them is accepted.
+    known = (magnitude > 0) & (magnitude < block.grid.infinity)
+    down, up = (half * known for half in block.grid.half_steps(np.where(known, magnitude, 1)))
+    m = left.stored.to(torch.float64).numpy()
+    rest = _outside(m, left.beyond, error, down, up)
+    if not len(rest):
+        return rest
+    positions, m = left.positions.take(rest), m.take(rest)
+    rows = positions // block.stored.shape[1]
+    source = left.source.to(torch.float64).numpy().take(rest)
+    x, error, _ = element_values(block, source, rows, positions - rows * block.stored.shape[1])
     # One unit in the last place of x more, for the subtraction.
-    return chosen.positions.take(chosen.open(x - chosen.stored, error + np.abs(x) * 2.0**-52))
+    error = error + np.abs(x) * 2.0**-52
+    return positions.take(_outside(m, x - m, error, down.take(rest), up.take(rest)))
 
 
-# The quick test's working memory: fresh pages for every step would cost more than the arithmetic.
+def _outside(m: Floats, beyond: Floats, error: Floats, down: Floats, up: Floats) -> Ints:
+    """Places where x − m, known to an error, may lie beyond a midpoint; a NaN is one of them."""
+    away = np.where(m < 0, -beyond, beyond)
+    return np.flatnonzero(~((away + error < up) & (away - error > -down)))
 
 
 _EXPONENT = {torch.float32: 0xFF << 23, torch.float64: 0x7FF << 52}
@@ -100,7 +107,7 @@ _local = threading.local()
 
 @dataclass(frozen=True)
 class Numbers:
-    """The same memory for NumPy, whose operations cost less to call; flat, and more that it alone uses."""
+    """The working memory as NumPy sees it, whose operations cost less to call; flat."""
 
     x: Any
     power: Any
@@ -114,6 +121,7 @@ class Numbers:
 
 def workspace(kind: torch.dtype, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor, Numbers]:
     """Two matrices of a shape and what goes with them: this thread's, overwritten at its next call."""
+    # Fresh pages for every step would cost more than the arithmetic.
     held = _local.__dict__.setdefault("held", {})
     memory, views = held.get(kind, (None, {}))
     if memory is None or memory.shape[1] < shape.numel():
@@ -139,7 +147,7 @@ _STEP_BYTES = 1 << 20
 _ELEMENTS = 1 << 13
 """Looked at again together: their factors stay in a core's cache."""
 _LEAST_SHARE = 2.0**-10
-"""Of the row's bound, that is kept for every column: what may underflow is told by rows alone."""
+"""Least share of the row's bound that is kept for a column: what may underflow is told by rows alone."""
 _RANK_FOR_FLOAT32 = 64
 """Above it the bound of float32 leaves too much to the slow test."""
 
@@ -155,11 +163,11 @@ class Shares:
     """A bound on the error of a computed x − m: what it grows by with each of three sizes."""
 
     stored: float
-    """Of |m|."""
+    """Growth with |m|."""
     distance: float
-    """Of the computed |x − m|."""
+    """Growth with the computed |x − m|."""
     reach: float
-    """Of the bound on Σ|c·L|·|R|."""
+    """Growth with the bound on Σ|c·L|·|R|."""
 
 
 def error_shares(block: RowBlock, kind: torch.dtype) -> Shares:
@@ -185,7 +193,7 @@ def error_shares(block: RowBlock, kind: torch.dtype) -> Shares:
 
 def doubtful(block: RowBlock) -> Ints:
     """Flat positions, ascending, of the elements of the block that are not certainly right."""
-    rows, columns = block.found.shape
+    rows, columns = block.stored.shape
     rank = sum(term.right.shape[0] for term in block.terms)
     kind = torch.float64 if block.gain else quick_type(block.grid, rank, block.source.dtype)
     shares = error_shares(block, kind)
@@ -213,8 +221,12 @@ def doubtful(block: RowBlock) -> Ints:
         left = _join(_FirstLook(block, lefts, rights, factor, offset, least).steps())
         kept = [left.positions[:0]]
         for start in range(0, len(left.positions), _ELEMENTS):
-            some = left.only(slice(start, start + _ELEMENTS))
-            kept.append(_look_again(block, some, reach[:, 0].numpy(), across.numpy(), shares, tiny))
+            some = left.part(slice(start, start + _ELEMENTS))
+            row_reach = reach[:, 0].numpy().take(some.positions // columns)
+            sizes = np.abs(some.stored.to(torch.float64).numpy()), np.abs(some.beyond)
+            error = shares.stored * sizes[0] + shares.distance * sizes[1]
+            error += shares.reach * row_reach * across.numpy().take(some.positions % columns) + tiny
+            kept.append(settle(block, some, error * (1 + 2.0**-20)))
     return np.concatenate(kept)
 
 
@@ -226,27 +238,7 @@ def _across(block: RowBlock) -> torch.Tensor:
     if len(block.terms) == 1 and not block.gain:
         term = block.terms[0]
         return term.right_norms / (term.right_norm or 1.0)
-    return torch.ones(block.found.shape[1], dtype=torch.float64)
-
-
-class _Left(NamedTuple):
-    """What a step leaves open, taken while it is in the cache; all [n]."""
-
-    positions: Ints
-    """Flat, in the block."""
-    beyond: Floats
-    """The computed x − m."""
-    source: torch.Tensor
-    stored: torch.Tensor
-
-    def only(self, part: slice) -> _Left:
-        """Those of a part."""
-        return _Left(self.positions[part], self.beyond[part], self.source[part], self.stored[part])
-
-
-def _join(steps: Iterable[_Left]) -> _Left:
-    positions, beyond, source, stored = zip(*steps, strict=True)
-    return _Left(np.concatenate(positions), np.concatenate(beyond), torch.cat(source), torch.cat(stored))
+    return torch.ones(block.stored.shape[1], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -266,16 +258,16 @@ class _FirstLook:
     across: torch.Tensor
     """[columns]"""
 
-    def steps(self) -> Iterator[_Left]:
+    def steps(self) -> Iterator[Unsettled]:
         """What is left of each step; the steps are small enough for the cache."""
-        rows, columns = self.block.found.shape
-        source, stored = self.block.source.reshape(-1), self.block.found.reshape(-1)
+        rows, columns = self.block.stored.shape
+        source, stored = self.block.source.reshape(-1), self.block.stored.reshape(-1)
         step = max(1, _STEP_BYTES // self.offset.itemsize // columns)
         for start in range(0, rows, step):
             rest, beyond = self._step(start, min(start + step, rows))
             positions = rest + start * columns
             at = torch.from_numpy(positions)
-            yield _Left(positions, beyond, source.index_select(0, at), stored.index_select(0, at))
+            yield Unsettled(positions, beyond, source.index_select(0, at), stored.index_select(0, at))
 
     def _step(self, start: int, end: int) -> tuple[Ints, Floats]:
         """Flat positions in the step of what is not accepted, and x − m there.
@@ -285,7 +277,7 @@ class _FirstLook:
         block, gain = self.block, self.block.gain
         x, power, numbers = workspace(self.offset.dtype, block.source[start:end].shape)
         x.copy_(block.source[start:end])
-        power.copy_(block.found[start:end])
+        power.copy_(block.stored[start:end])
         if not gain:
             np.subtract(numbers.x, numbers.power, out=numbers.x)
         for left, right in zip(self.lefts, self.rights, strict=True):
@@ -301,19 +293,3 @@ class _FirstLook:
         np.less(numbers.distance, numbers.power, out=numbers.mask)
         rest = np.flatnonzero(np.logical_not(numbers.mask, out=numbers.mask))
         return rest, numbers.x.take(rest).astype(np.float64)
-
-
-def _look_again(
-    block: RowBlock, some: _Left, reach: Floats, across: Floats, shares: Shares, tiny: float
-) -> Ints:
-    """Positions still doubtful when both ends of each one's own interval are looked at, then in float64.
-
-    Powers of two, whose interval is wider on the far side, are much of what the first look leaves.
-    """
-    chosen, beyond = candidates(block, some.positions, some.source, some.stored), some.beyond
-    reach = reach.take(chosen.rows) * across.take(chosen.cols)
-    # |m| is less than half a step times 2 to the width of the significand and one.
-    size = chosen.up * 2.0 ** (block.grid.fraction_bits + 2)
-    error = shares.stored * size + shares.distance * np.abs(beyond) + shares.reach * reach
-    left = chosen.open(beyond, (1 + 2.0**-20) * (error + tiny))
-    return still_doubtful(block, chosen.only(left)) if len(left) else chosen.positions[left]

@@ -9,8 +9,8 @@ from lorasmith.files import digests
 from lorasmith.proving.weights.blocks import BUCKETS, Tally
 from lorasmith.proving.weights.check import Checked, check
 from lorasmith.proving.weights.claims import RECORD, Claims, Identity
+from lorasmith.proving.weights.formula import Expected
 from lorasmith.proving.weights.model_folder import ProvenTensor, TensorFolder
-from lorasmith.proving.weights.placement import Expected
 from lorasmith.proving.weights.rounding import GRIDS
 from lorasmith.records.base import Finding
 from lorasmith.records.proof import Difference, TensorProof, WeightProof
@@ -27,7 +27,7 @@ _FLOATS = frozenset((*GRIDS, "F64"))
 
 
 class Report:
-    """Collects what is found in a merge."""
+    """Collects what the checks say of a merge."""
 
     def __init__(self, claims: Claims, merged: TensorFolder) -> None:
         self.claims = claims
@@ -47,15 +47,15 @@ class Report:
             if name not in self.merged.tensors:
                 self._whole(name, "missing", want.source.elements, "", "not in the merge")
         pairs = []
-        for name, found in self.merged.tensors.items():
+        for name, stored in self.merged.tensors.items():
             want_or_none = expected.get(name)
             if want_or_none is None:
-                self._whole(name, "extra", found.elements, found.dtype, "in neither base nor adapter")
-            elif self._comparable(want_or_none, found):
-                if found.elements:
-                    pairs.append((want_or_none, found))
+                self._whole(name, "extra", stored.elements, stored.dtype, "in neither base nor adapter")
+            elif self._comparable(want_or_none, stored):
+                if stored.elements:
+                    pairs.append((want_or_none, stored))
                 else:
-                    self.take(Checked(want_or_none, found, Tally()))
+                    self.take(Checked(want_or_none, stored, Tally()))
         return pairs
 
     def _claim(self, want: Expected) -> None:
@@ -70,33 +70,33 @@ class Report:
             if claimed not in ("base", *_NAMES):
                 self._note("record-disagrees", f"unknown precision {claimed!r}", RECORD)
             return claimed
-        stored = [
+        pairs = [
             (want.dtype, self.merged.tensors[name].dtype)
             for name, want in expected.items()
             if name in self.merged.tensors and want.dtype in _FLOATS
         ]
-        types = {found for _, found in stored}
-        if len(types) == 1 and any(base != found for base, found in stored):
+        types = {merged for _, merged in pairs}
+        if len(types) == 1 and any(base != merged for base, merged in pairs):
             return next((name for name, short in _NAMES.items() if short in types), "base")
         return "base"
 
-    def _comparable(self, want: Expected, found: ProvenTensor) -> bool:
+    def _comparable(self, want: Expected, stored: ProvenTensor) -> bool:
         wanted = want.dtype if want.dtype not in _FLOATS else _NAMES.get(self.precision, want.dtype)
-        if found.shape != want.source.shape:
-            self._whole(found.name, want.kind, found.elements, found.dtype, f"shape {list(found.shape)}")
+        if stored.shape != want.source.shape:
+            self._whole(stored.name, want.kind, stored.elements, stored.dtype, f"shape {list(stored.shape)}")
             return False
-        if found.dtype != wanted:
-            self._note("wrong-dtype", f"stored as {found.dtype}, not {wanted}", found.name)
-        if found.dtype == "F64" and want.kind == "merged":
+        if stored.dtype != wanted:
+            self._note("wrong-dtype", f"stored as {stored.dtype}, not {wanted}", stored.name)
+        if stored.dtype == "F64" and want.kind == "merged":
             raise CheckpointError(
-                f"the base stores {found.name!r} as float64, whose rounding cannot be checked",
+                f"the base stores {stored.name!r} as float64, whose rounding cannot be checked",
                 where=want.source.file,
                 remedy="merge with --precision float32",
             )
-        both_float = want.source.dtype in _FLOATS and found.dtype in GRIDS
-        if both_float or (found.dtype == want.source.dtype and want.kind != "merged"):
+        both_float = want.source.dtype in _FLOATS and stored.dtype in GRIDS
+        if both_float or (stored.dtype == want.source.dtype and want.kind != "merged"):
             return True
-        self._whole(found.name, want.kind, found.elements, found.dtype, f"stored as {found.dtype}")
+        self._whole(stored.name, want.kind, stored.elements, stored.dtype, f"stored as {stored.dtype}")
         return False
 
     def _whole(self, name: str, kind: str, elements: int, dtype: str, note: str) -> None:
@@ -113,19 +113,19 @@ class Report:
 
     def take(self, checked: Checked) -> None:
         """Enter a tensor whose elements were all compared."""
-        want, found, tally = checked.expected, checked.found, checked.tally
-        kind = "cast" if want.kind == "copied" and found.dtype != want.source.dtype else want.kind
+        want, stored, tally = checked.expected, checked.stored, checked.tally
+        kind = "cast" if want.kind == "copied" and stored.dtype != want.source.dtype else want.kind
         bounded = tally.wrong == 0 or self._is_bounded(want, tally)
         note = "" if bounded else self._explain(checked, kind)
         self.tensors.append(
             TensorProof(
-                name=found.name,
+                name=stored.name,
                 kind=kind,
-                elements=found.elements,
+                elements=stored.elements,
                 wrong=tally.wrong,
                 max_ulps=tally.max_ulps,
                 redone=tally.redone,
-                dtype=found.dtype,
+                dtype=stored.dtype,
                 ulps=_table(tally),
                 note=note,
                 rounding=want.rounding,
@@ -133,10 +133,10 @@ class Report:
         )
         for wrong in tally.first[:PER_TENSOR]:
             if len(self.differences) < DIFFERENCES:
-                index = _unflatten(found.shape, wrong.row, wrong.column)
+                index = _unflatten(stored.shape, wrong.row, wrong.column)
                 self.differences.append(
                     Difference(
-                        tensor=found.name,
+                        tensor=stored.name,
                         index=index,
                         found=wrong.found,
                         expected=wrong.expected,
@@ -149,7 +149,7 @@ class Report:
 
     def _explain(self, checked: Checked, kind: str) -> str:
         """Tell an auditor what the tool seems to have done; also kept as a finding over all such tensors."""
-        tally, found = checked.tally, checked.found
+        tally, stored = checked.tally, checked.stored
         if kind != "merged":
             code, text = "tensor-differs", "differs from what it should have been taken over from"
         elif tally.stale == tally.wrong and self._is_base(checked):
@@ -165,15 +165,15 @@ class Report:
             code, text = "wrong-values", "wrong values"
             ratio = tally.moved / tally.wanted if tally.wanted > 0 else 0.0
             if abs(ratio) > 0.02 and abs(ratio - 1) > 0.02:
-                self._note(code, text, found.name)
+                self._note(code, text, stored.name)
                 return f"{text}: the update looks applied {ratio:.3g} times"
-        self._note(code, text, found.name)
+        self._note(code, text, stored.name)
         return text
 
     def _is_base(self, checked: Checked) -> bool:
         want = checked.expected
         plain = Expected(want.name, want.dtype, want.source, replaced=want.replaced)
-        return all(again.tally.wrong == 0 for again in check([(plain, checked.found)]))
+        return all(again.tally.wrong == 0 for again in check([(plain, checked.stored)]))
 
     def finish(self, identity: Identity, used: int, total: int) -> WeightProof:
         """Grade, and make the record."""

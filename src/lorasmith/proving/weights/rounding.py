@@ -33,7 +33,7 @@ class Grid:
     """The numbers of one floating-point format, counted upwards from zero by `magnitude`."""
 
     name: str
-    """As in a safetensors header."""
+    """Its name in a safetensors header."""
     dtype: torch.dtype
     stored_as: torch.dtype
     """The integer type of the same width."""
@@ -74,8 +74,8 @@ class Grid:
         normal = bits - ((1023 - self.bias) << self.fraction_bits)
         smallest_normal = 1 << self.fraction_bits
         subnormal = np.minimum(x * 2.0 ** (self.bias + self.fraction_bits - 1), smallest_normal)
-        found = np.where(normal >= smallest_normal, normal, subnormal.astype(np.int64))
-        return np.minimum(found, self.infinity)
+        magnitude = np.where(normal >= smallest_normal, normal, subnormal.astype(np.int64))
+        return np.minimum(magnitude, self.infinity)
 
     def midpoint(self, magnitude: Ints) -> Floats:
         """Halfway between a magnitude's number and the next."""
@@ -114,7 +114,7 @@ GRIDS = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of each of a list of elements: certainly right, certainly wrong, or (neither) open."""
+    """What is known of each of a list of elements: certainly right, certainly wrong, or (neither) open."""
 
     right: Mask
     wrong: Mask
@@ -175,9 +175,9 @@ def nearest(grid: Grid, x: Floats, base_sign: Mask, share: Floats | None = None)
 
 def ulps(magnitude: Ints, negative: Mask, expected: Ints, expected_negative: Mask) -> Ints:
     """How many stored numbers lie between two, the second included; +0 and -0 count as two numbers."""
-    found = np.where(negative, -magnitude - 1, magnitude)
+    stored = np.where(negative, -magnitude - 1, magnitude)
     wanted = np.where(expected_negative, -expected - 1, expected)
-    return np.abs(found - wanted)
+    return np.abs(stored - wanted)
 
 
 def exact_nearest(
