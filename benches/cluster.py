@@ -1,6 +1,6 @@
 """Validation over Ray with 1, 2 and 4 workers of one thread each, against one process of one thread.
 
-    OMP_NUM_THREADS=1 python benches/cluster.py --model BASE --rows 40
+    OMP_NUM_THREADS=1 python -m benches.cluster --model BASE --rows 40
 
 Prints speed-up and overhead, the cost of starting, of handing out a chunk and of looking at 1,000 workers,
 and what follows for so many: an arithmetic projection, not a measurement.
@@ -52,7 +52,7 @@ class Nothing(Unsplittable):
 
 @contextmanager
 def open_nothing() -> Iterator[Nothing]:
-    """The recipe of `Nothing`."""
+    """Open `Nothing`."""
     yield Nothing()
 
 
@@ -94,11 +94,13 @@ def write_rows(path: Path, count: int) -> None:
 
 def hand_out(workers: int, chunks: int) -> tuple[float, float]:
     """Seconds to start the workers, and seconds for each chunk of no work at all."""
-    recipe = WorkSpec("benches.cluster:open_nothing", {})
+    from benches.cluster import open_nothing  # not that of `__main__`, which no worker can import
+
+    spec = WorkSpec(open_nothing, {})
     began = time.perf_counter()
     first = None
-    for _ in Cluster(threads=1, workers=workers).work_through(
-        [(number,) for number in range(chunks)], Nothing(), None, recipe
+    for _ in Cluster(threads=1, workers=workers).map_chunks(
+        [(number,) for number in range(chunks)], Nothing(), None, spec
     ):
         first = first or time.perf_counter()
     ended = time.perf_counter()

@@ -1,14 +1,12 @@
-"""An executor that makes the work from its recipe as a cluster's worker does, in this process."""
+"""An executor that makes the work from its `WorkSpec` as a cluster's worker does, in this process."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lorasmith import __version__
 from lorasmith.executors.base import ChunkLog, ChunkQueue, WorkSpec, kept
-from lorasmith.executors.worker import Worker, WorkerReply, unpack_error
+from lorasmith.executors.worker import Worker, WorkerReply, pack_spec, unpack_error
 from lorasmith.files.journal import Journal, Rows
 from lorasmith.records.scoring import Conditions
 
@@ -16,7 +14,7 @@ from lorasmith.records.scoring import Conditions
 class Nearby:
     """A cluster without Ray."""
 
-    elsewhere = True
+    remote = True
 
     def __init__(self) -> None:
         self.opened: list[str] = []
@@ -26,26 +24,25 @@ class Nearby:
 
     def __exit__(self, *error: object) -> None: ...
 
-    def places(self, recipe: WorkSpec) -> int:
+    def places(self, spec: WorkSpec) -> int:
         return 2
 
-    def work_through(
+    def map_chunks(
         self,
         chunks: Iterable[Rows],
         work: Any,
         journal: Journal | None,
-        recipe: WorkSpec,
+        spec: WorkSpec,
         log: ChunkLog | None = None,
     ) -> Iterator[tuple[Rows, Any]]:
         log = log or ChunkLog()
         waiting = ChunkQueue(chunks, work, journal)
         yield from kept(journal, work, log)
-        self.opened.append(recipe.function.partition(":")[2])
-        made = {"version": __version__, "function": recipe.function, "arguments": dict(recipe.arguments)}
+        self.opened.append(spec.function.__name__)
         worker = Worker()
-        conditions = Conditions.model_validate_json(answered(worker.open(pickle.dumps(made))))
+        conditions = Conditions.model_validate_json(answered(worker.open(pack_spec(spec))))
         while rows := waiting.take():
-            packed = answered(worker.run(rows, recipe.parcel(rows) if recipe.parcel else None))
+            packed = answered(worker.run(rows, spec.parcel(rows) if spec.parcel else None))
             if journal:
                 journal.add(rows, packed, waiting.limit, conditions.model_dump())
             log.note(rows, conditions)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 from lorasmith.errors import MemoryLimitError
-from lorasmith.executors.base import ChunkLog, map_chunks
+from lorasmith.executors.base import ChunkLog, WorkSpec, import_function, map_chunks
 from lorasmith.files.journal import Journal, Rows
 from lorasmith.models.batches import halve
 from lorasmith.models.device import is_out_of_memory
 from lorasmith.records.scoring import ChunkRecord, Conditions
+from tests.executors.squares import open_squares
 
 
 @dataclass
@@ -159,3 +163,19 @@ def test_one_kind_of_machine_needs_no_word(tmp_path: Path) -> None:
     assert not log.findings()
     log.write(tmp_path / "chunks.jsonl", wanted=False)
     assert not (tmp_path / "chunks.jsonl").exists()
+
+
+def test_work_that_no_worker_could_import_is_refused_at_once() -> None:
+    def local() -> Any:
+        """A function of this test."""
+
+    class Opener:
+        def opened(self) -> Any:
+            """A method, whose object would have to travel as well."""
+
+    main = ModuleType("__main__")
+    exec("def opened(): ...", vars(main))
+    for function in (lambda: None, local, Opener().opened, partial(open_squares, largest=1), main.opened):
+        with pytest.raises(TypeError, match="a worker can import"):
+            WorkSpec(function, {})
+    assert import_function(*WorkSpec(open_squares, {}).place) is open_squares

@@ -17,7 +17,8 @@ import torch
 
 import lorasmith
 from lorasmith.errors import CheckpointError, DataError, MemoryLimitError, RemoteError
-from lorasmith.executors.base import ChunkLog, Local, WorkSpec, make_executor, map_chunks
+from lorasmith.executors.base import ChunkLog, Local, WorkSpec, map_chunks
+from lorasmith.executors.choose import make_executor
 from lorasmith.executors.ray import Cluster, join
 from lorasmith.files.journal import Journal
 from lorasmith.models.hidden_states import Replica
@@ -25,7 +26,7 @@ from lorasmith.models.session import ScoringOptions, prepare_workload
 from lorasmith.options import ClusterOptions
 from lorasmith.records.scoring import ChunkRecord
 from tests.executors.nodes import add_node
-from tests.executors.squares import Squares
+from tests.executors.squares import Squares, open_squares
 from tests.tiny import save_adapter, save_base, tiny_rows
 
 ray = pytest.importorskip("ray")
@@ -49,9 +50,9 @@ def chunk_records(path: Path) -> list[ChunkRecord]:
 
 
 def through(executor: Cluster, journal: Journal | None = None, **settings: Any) -> dict[int, int]:
-    recipe = WorkSpec("tests.executors.squares:open_squares", settings)
+    spec = WorkSpec(open_squares, settings)
     found: dict[int, int] = {}
-    for rows, values in executor.work_through(CHUNKS, Squares(**settings), journal, recipe):
+    for rows, values in executor.map_chunks(CHUNKS, Squares(**settings), journal, spec):
         assert not set(rows) & set(found), "a row came twice"
         found.update(zip(rows, values, strict=True))
     return found
@@ -68,16 +69,16 @@ def test_all_chunks_come_from_all_nodes(cluster: Any, tmp_path: Path) -> None:
 
 
 def test_a_parcel_travels_with_its_chunk(cluster: Any) -> None:
-    recipe = WorkSpec("tests.executors.squares:open_squares", {}, parcel=lambda rows: {"bonus": sum(rows)})
-    for rows, values in Cluster(threads=1, workers=1).work_through(CHUNKS[:4], Squares(), None, recipe):
+    spec = WorkSpec(open_squares, {}, parcel=lambda rows: {"bonus": sum(rows)})
+    for rows, values in Cluster(threads=1, workers=1).map_chunks(CHUNKS[:4], Squares(), None, spec):
         assert values == [row * row + sum(rows) for row in rows]
 
 
 def test_workers_stay_within_a_block(cluster: Any) -> None:
     with Cluster(threads=1, workers=1) as executor:
         assert through(executor) == through(executor) == WANTED
-        assert executor._crew is not None and len(executor._crew._workers) == 1
-    assert executor._crew is None
+        assert executor._pool is not None and len(executor._pool._workers) == 1
+    assert executor._pool is None
 
 
 def test_a_node_that_dies_costs_its_chunk_in_flight_only(cluster: Any, tmp_path: Path) -> None:
@@ -90,8 +91,8 @@ def test_a_node_that_dies_costs_its_chunk_in_flight_only(cluster: Any, tmp_path:
         with Journal(tmp_path / f"journal{number}", "key", {}) as journal:
             found: dict[int, int] = {}
             settings = {"marks": str(marks), "awaited": extra.node_id}
-            recipe = WorkSpec("tests.executors.squares:open_squares", settings)
-            for rows, values in executor.work_through(CHUNKS, Squares(), journal, recipe):
+            spec = WorkSpec(open_squares, settings)
+            for rows, values in executor.map_chunks(CHUNKS, Squares(), journal, spec):
                 found.update(zip(rows, values, strict=True))
                 if extra is not None:  # it is at work on a chunk, or no other would have come to its end
                     cluster.remove_node(extra, allow_graceful=False)
@@ -106,10 +107,10 @@ def test_a_node_that_dies_costs_its_chunk_in_flight_only(cluster: Any, tmp_path:
 def test_a_cluster_that_grows_is_used(cluster: Any, tmp_path: Path) -> None:
     """More workers than there is room for wait, which an autoscaler answers, and work when room comes."""
     settings = {"marks": str(tmp_path), "nodes": 3}
-    recipe = WorkSpec("tests.executors.squares:open_squares", settings)
+    spec = WorkSpec(open_squares, settings)
     found: dict[int, int] = {}
     extra = None
-    for rows, values in Cluster(threads=1, workers=3).work_through(CHUNKS, Squares(), None, recipe):
+    for rows, values in Cluster(threads=1, workers=3).map_chunks(CHUNKS, Squares(), None, spec):
         found.update(zip(rows, values, strict=True))
         extra = extra or add_node(cluster)
     cluster.remove_node(extra)
@@ -206,8 +207,8 @@ def test_workers_of_several_kinds_are_labelled(cluster: Any, tmp_path: Path) -> 
     marks.mkdir()
     settings = {"marks": str(marks), "nodes": 3}  # each of them takes part
     log, work = ChunkLog(), Squares()
-    recipe = WorkSpec("tests.executors.squares:open_squares", settings)
-    found = dict(Cluster(threads=1, workers=3).work_through(CHUNKS, work, None, recipe, log))
+    spec = WorkSpec(open_squares, settings)
+    found = dict(Cluster(threads=1, workers=3).map_chunks(CHUNKS, work, None, spec, log))
     cluster.remove_node(extra)
     assert {row for rows in found for row in rows} == set(WANTED)
     assert {kind.split("; ")[1] for kind in log.kinds()} == {"other", "usual"}
@@ -223,8 +224,8 @@ def test_a_validation_that_began_under_other_conditions_says_so(
     base, adapter, test_set = scored
 
     class Breaks(Local):
-        def work_through(self, *arguments: Any) -> Any:
-            for count, found in enumerate(super().work_through(*arguments)):
+        def map_chunks(self, *arguments: Any) -> Any:
+            for count, found in enumerate(super().map_chunks(*arguments)):
                 if count == 3:
                     raise KeyboardInterrupt
                 yield found
@@ -251,7 +252,7 @@ def test_a_validation_that_began_under_other_conditions_says_so(
 def test_executors_by_name() -> None:
     cluster = ClusterOptions(executor="ray", ray_address="auto", workers=3)
     assert isinstance(make_executor(cluster), Cluster)
-    assert make_executor(ClusterOptions()).places(WorkSpec("", {})) == 1
+    assert make_executor(ClusterOptions()).places(WorkSpec(open_squares, {})) == 1
     assert np.isfinite(Cluster().start_seconds)
 
 

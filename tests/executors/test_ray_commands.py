@@ -59,7 +59,7 @@ def chunks(path: Path) -> list[ChunkRecord]:
 
 def kill_all(executor: Cluster) -> bool:
     """Kill every worker, whatever it is at; whether there was one."""
-    workers = executor._crew._workers if executor._crew else []
+    workers = executor._pool._workers if executor._pool else []
     for worker in workers:
         ray.kill(worker)
     return bool(workers)

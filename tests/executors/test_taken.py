@@ -13,7 +13,7 @@ from lorasmith.executors.ray import Cluster
 from lorasmith.machine import meter
 from lorasmith.machine.meter import Packages, this_machine
 from lorasmith.runs.stages import measure
-from tests.executors.squares import Squares, add_joule, give_counters
+from tests.executors.squares import Squares, add_joule, give_counters, open_squares
 
 ray = pytest.importorskip("ray")
 
@@ -21,11 +21,11 @@ CHUNKS = [(number,) for number in range(12)]
 
 
 def work(executor: Cluster, *, kill: bool = False, **settings: Any) -> None:
-    recipe = WorkSpec("tests.executors.squares:open_squares", settings)
-    for _ in executor.work_through(CHUNKS, Squares(**settings), None, recipe):
-        if kill and executor._crew:
+    spec = WorkSpec(open_squares, settings)
+    for _ in executor.map_chunks(CHUNKS, Squares(**settings), None, spec):
+        if kill and executor._pool:
             kill = False
-            ray.kill(executor._crew._workers[0])
+            ray.kill(executor._pool._workers[0])
 
 
 def test_processor_time_and_memory_of_the_workers_are_the_stages(cluster: Any) -> None:

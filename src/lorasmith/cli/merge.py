@@ -71,7 +71,7 @@ def merge(
     from lorasmith.errors import UsageError
 
     if compare_roundings:
-        if executor.elsewhere:
+        if executor.remote:
             raise UsageError("--compare-roundings measures in one process", expected="no --executor ray")
         options: dict[str, Any] = {"calibration": calibration, "calibration_tokens": calibration_tokens}
         options |= {"seed": seed, "template": template, "device": device}

@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -248,10 +249,10 @@ def _attempt(rows: Rows, work: ChunkWork[R]) -> R | _TooLarge:
 
 @dataclass(frozen=True)
 class WorkSpec:
-    """How a worker makes the work itself: a context manager by its place, and arguments that can be sent."""
+    """How a worker makes the work itself: by a function that it imports, with arguments that can be sent."""
 
-    function: str
-    """`package.module:function`."""
+    function: Callable[..., AbstractContextManager[Any]]
+    """A function at the top level of a module; what it opens is the work."""
     arguments: Mapping[str, Any]
     gpu: bool = False
     """Whether the work computes on a GPU; a worker then gets one unless told otherwise."""
@@ -259,44 +260,66 @@ class WorkSpec:
     """What a chunk needs besides its rows: made here, sent with it, given to the work's `take` before it
     runs. Without it a worker reads what it needs from storage."""
 
+    def __post_init__(self) -> None:
+        """Raise `TypeError` for a function that no other process could import, such as a lambda."""
+        try:
+            module, name = self.place
+            # What is `__main__` here is another module in a worker.
+            importable = module != "__main__" and import_function(module, name) is self.function
+        except (ImportError, AttributeError):
+            importable = False
+        if not importable:
+            raise TypeError(f"{self.function!r} is not a function that a worker can import")
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """The function's module, and its name there."""
+        return self.function.__module__, self.function.__qualname__
+
+
+def import_function(module: str, name: str) -> Callable[..., AbstractContextManager[Any]]:
+    """The function of that name; raises `ImportError` or `AttributeError` where there is none."""
+    function: Callable[..., AbstractContextManager[Any]] = getattr(import_module(module), name)
+    return function
+
 
 class Executor(AbstractContextManager["Executor"], Protocol):
     """Computes chunks. Inside a `with` block its workers stay for the next piece of work."""
 
-    elsewhere: bool
-    """Whether the work is made anew from its recipe, in other processes."""
+    remote: bool
+    """Whether the work is made anew from its `WorkSpec`, in other processes."""
 
-    def work_through(
+    def map_chunks(
         self,
         chunks: Iterable[Rows],
         work: ChunkWork[R],
         journal: Journal | None,
-        recipe: WorkSpec,
+        spec: WorkSpec,
         log: ChunkLog | None = None,
     ) -> Iterator[tuple[Rows, R]]:
         """Each chunk with its result, in any order; `log` hears what each was computed under."""
 
-    def places(self, recipe: WorkSpec) -> int:
+    def places(self, spec: WorkSpec) -> int:
         """How many chunks can be under way at once."""
 
 
 class Local:
     """This process."""
 
-    elsewhere = False
+    remote = False
 
-    def work_through(
+    def map_chunks(
         self,
         chunks: Iterable[Rows],
         work: ChunkWork[R],
         journal: Journal | None,
-        recipe: WorkSpec,
+        spec: WorkSpec,
         log: ChunkLog | None = None,
     ) -> Iterator[tuple[Rows, R]]:
         """Each chunk with its result, in the order of the chunks."""
         return map_chunks(chunks, work, journal, log)
 
-    def places(self, recipe: WorkSpec) -> int:
+    def places(self, spec: WorkSpec) -> int:
         """One."""
         return 1
 

@@ -7,7 +7,6 @@ packed results travel, at most one chunk's for each worker at a time.
 
 from __future__ import annotations
 
-import pickle
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -16,10 +15,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeVar
 
-from lorasmith import __version__
 from lorasmith.errors import MachineError, RemoteError
 from lorasmith.executors.base import ChunkLog, ChunkQueue, ChunkWork, WorkSpec, kept
-from lorasmith.executors.worker import Worker, WorkerReply, unpack_error
+from lorasmith.executors.worker import Worker, WorkerReply, pack_spec, unpack_error
 from lorasmith.files.journal import Journal, Rows
 from lorasmith.machine.meter import note_machine, note_process, this_machine
 from lorasmith.records.scoring import Conditions
@@ -52,9 +50,9 @@ class WorkerPool:
         )
         self._workers: list[Any] = []
 
-    def results(self, waiting: ChunkQueue, recipe: WorkSpec, wanted: int) -> Iterator[Result]:
+    def results(self, waiting: ChunkQueue, spec: WorkSpec, wanted: int) -> Iterator[Result]:
         """Every chunk with its packed result, as they are done; `wanted` workers at most are put to it."""
-        return _Piece(self, waiting, recipe).results(wanted)
+        return _Piece(self, waiting, spec).results(wanted)
 
     def first(self, count: int) -> list[Any]:
         """So many workers, new ones where there are too few."""
@@ -88,10 +86,9 @@ class WorkerPool:
 class _Piece:
     """One piece of work, and what the workers have of it."""
 
-    def __init__(self, crew: WorkerPool, waiting: ChunkQueue, recipe: WorkSpec) -> None:
-        self._crew, self._ray, self._waiting, self._recipe = crew, crew._ray, waiting, recipe
-        made = {"version": __version__, "function": recipe.function, "arguments": dict(recipe.arguments)}
-        self._packed = self._ray.put(pickle.dumps(made))  # one copy for all workers
+    def __init__(self, pool: WorkerPool, waiting: ChunkQueue, spec: WorkSpec) -> None:
+        self._pool, self._ray, self._waiting, self._spec = pool, pool._ray, waiting, spec
+        self._packed = self._ray.put(pack_spec(spec))  # one copy for all workers
         self._pending: dict[Any, tuple[Any, Rows | None]] = {}
         """What is awaited → the worker, and its chunk or None while it makes the work."""
         self._conditions: dict[Any, Conditions] = {}
@@ -104,16 +101,16 @@ class _Piece:
         """Workers that count what their machine's devices take, one for each machine that has some."""
 
     def results(self, wanted: int) -> Iterator[Result]:
-        """See `Crew.results`."""
-        for worker in self._crew.first(wanted):
+        """See `WorkerPool.results`."""
+        for worker in self._pool.first(wanted):
             self._open(worker)
         waited = 0.0
         while self._give() or self._waiting:
             done = self._answered()
             if not done:
                 waited += _WAIT_SECONDS
-                if not self._conditions and waited >= self._crew._start_seconds:
-                    raise self._crew.nobody()
+                if not self._conditions and waited >= self._pool._start_seconds:
+                    raise self._pool.nobody()
             for reference in done:
                 finished = self._take(reference, wanted)
                 if finished is not None:
@@ -137,7 +134,7 @@ class _Piece:
         """Hand chunks to idle workers; whether any chunk is under way."""
         while self._idle and (rows := self._waiting.take()):
             worker = self._idle.pop()
-            parcel = self._recipe.parcel(rows) if self._recipe.parcel else None
+            parcel = self._spec.parcel(rows) if self._spec.parcel else None
             self._pending[worker.run.remote(rows, parcel)] = (worker, rows)
         return any(rows is not None for _, rows in self._pending.values())
 
@@ -191,7 +188,7 @@ class _Piece:
                     remedy="their memory may be too small: give smaller batches, or larger machines",
                 ) from error
             self._waiting.again(rows)
-        self._open(self._crew.replace(worker))
+        self._open(self._pool.replace(worker))
 
 
 R = TypeVar("R")
@@ -214,15 +211,15 @@ class Cluster:
     """Of each worker; by default one where the work computes on a GPU."""
     start_seconds: float = 600.0
     """How long the first worker may take to come, as where a cluster grows on demand."""
-    elsewhere: bool = True
-    _crew: WorkerPool | None = field(default=None, repr=False)
+    remote: bool = True
+    _pool: WorkerPool | None = field(default=None, repr=False)
     _blocks: int = 0
     _losses: int = 0
 
     @property
     def losses(self) -> int:
         """Workers lost so far."""
-        return self._losses + (self._crew.losses if self._crew else 0)
+        return self._losses + (self._pool.losses if self._pool else 0)
 
     def __enter__(self) -> Cluster:
         self._blocks += 1
@@ -232,15 +229,15 @@ class Cluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._blocks -= 1
-        if self._crew is not None and (error is not None or not self._blocks):
-            self._dismiss(self._crew)
+        if self._pool is not None and (error is not None or not self._blocks):
+            self._dismiss(self._pool)
 
-    def work_through(
+    def map_chunks(
         self,
         chunks: Iterable[Rows],
         work: ChunkWork[R],
         journal: Journal | None,
-        recipe: WorkSpec,
+        spec: WorkSpec,
         log: ChunkLog | None = None,
     ) -> Iterator[tuple[Rows, R]]:
         """Each chunk with its result, as they come; a split chunk comes as its parts.
@@ -254,10 +251,10 @@ class Cluster:
         yield from kept(journal, work, log)
         if not waiting:
             return
-        wanted = max(1, min(self.places(recipe), len(waiting)))
-        crew, alone = self._crew_for(recipe), not self._blocks
+        wanted = max(1, min(self.places(spec), len(waiting)))
+        pool, alone = self._pool_for(spec), not self._blocks
         try:
-            for rows, packed, conditions in crew.results(waiting, recipe, wanted):
+            for rows, packed, conditions in pool.results(waiting, spec, wanted):
                 if journal:
                     journal.add(rows, packed, waiting.limit, conditions.model_dump())
                 log.note(rows, conditions)
@@ -267,16 +264,16 @@ class Cluster:
             raise
         finally:
             if alone:
-                self._dismiss(crew)
+                self._dismiss(pool)
 
-    def places(self, recipe: WorkSpec) -> int:
+    def places(self, spec: WorkSpec) -> int:
         """The number asked for, else of how many workers the cluster's machines have room for now."""
         join(self.address)
         if self.workers is not None:
             return self.workers
         import ray
 
-        threads, gpus = self._threads(), self._gpus(recipe)
+        threads, gpus = self._threads(), self._gpus(spec)
         room = 0
         for node in ray.nodes():
             if node["Alive"]:
@@ -285,20 +282,20 @@ class Cluster:
                 room += min(fits, int(has.get("GPU", 0) / gpus)) if gpus else fits
         return max(1, room)
 
-    def _crew_for(self, recipe: WorkSpec) -> WorkerPool:
-        gpus = self._gpus(recipe)
-        if self._crew is not None and self._crew.gpus != gpus:
-            self._dismiss(self._crew)
-        if self._crew is None:
-            self._crew = WorkerPool(self._threads(), gpus, self.start_seconds)
-        return self._crew
+    def _pool_for(self, spec: WorkSpec) -> WorkerPool:
+        gpus = self._gpus(spec)
+        if self._pool is not None and self._pool.gpus != gpus:
+            self._dismiss(self._pool)
+        if self._pool is None:
+            self._pool = WorkerPool(self._threads(), gpus, self.start_seconds)
+        return self._pool
 
-    def _dismiss(self, crew: WorkerPool) -> None:
+    def _dismiss(self, pool: WorkerPool) -> None:
         """Send workers away. Work that was broken off may come late to it, when others have taken over."""
-        crew.dismiss()
-        if self._crew is crew:
-            self._losses += crew.losses
-            self._crew = None
+        pool.dismiss()
+        if self._pool is pool:
+            self._losses += pool.losses
+            self._pool = None
 
     def _threads(self) -> int:
         if self.threads is not None:
@@ -307,8 +304,8 @@ class Cluster:
 
         return torch.get_num_threads()
 
-    def _gpus(self, recipe: WorkSpec) -> float:
-        return self.gpus if self.gpus is not None else float(recipe.gpu)
+    def _gpus(self, spec: WorkSpec) -> float:
+        return self.gpus if self.gpus is not None else float(spec.gpu)
 
 
 def join(address: str | None) -> None:

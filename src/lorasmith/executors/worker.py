@@ -1,8 +1,7 @@
-"""The far end: a process of the cluster that makes the work from its recipe and runs chunks of it."""
+"""The far end: a process of the cluster that makes the work from its `WorkSpec` and runs chunks of it."""
 
 from __future__ import annotations
 
-import importlib
 import os
 import pickle
 from contextlib import ExitStack
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 from lorasmith import __version__, errors
 from lorasmith.errors import LorasmithError, MachineError, RemoteError
+from lorasmith.executors.base import WorkSpec, import_function
 from lorasmith.files.journal import Rows
 from lorasmith.machine.meter import Gpus, Meter, Packages, Usage, this_machine
 from lorasmith.machine.resources import peak_memory, reset_peak_memory, return_memory
@@ -45,12 +45,10 @@ class Worker:
         self._stack = ExitStack()
         return_memory()
         self._can_reset = reset_peak_memory()
-        recipe = pickle.loads(packed)
+        version, place, arguments = pickle.loads(packed)
         try:
-            _require_version(recipe["version"])
-            module, _, name = recipe["function"].partition(":")
-            make = getattr(importlib.import_module(module), name)
-            self._work = self._stack.enter_context(make(**recipe["arguments"]))
+            _require_version(version)
+            self._work = self._stack.enter_context(import_function(*place)(**pickle.loads(arguments)))
         except LorasmithError as error:
             return self._answer("failed", pack_error(error))
         answer = self._answer("done", self._work.conditions().model_dump_json().encode())
@@ -93,6 +91,14 @@ class Worker:
         seconds = used.user + used.system + used.children_user + used.children_system
         took, self._told_seconds = seconds - self._told_seconds, seconds
         return WorkerReply(status, packed, took, peak_memory() if self._can_reset else None)
+
+
+def pack_spec(spec: WorkSpec) -> bytes:
+    """What `Worker.open` takes.
+
+    Function and arguments are unpacked only after the version is compared: another version may lack them.
+    """
+    return pickle.dumps((__version__, spec.place, pickle.dumps(dict(spec.arguments))))
 
 
 def _require_version(wanted: str) -> None:

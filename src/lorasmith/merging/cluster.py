@@ -47,10 +47,6 @@ from lorasmith.records.scoring import Conditions
 # A worker's part of a merge: any shard of it, into the folder that all machines see.
 
 
-OPEN_MERGING = "lorasmith.merging.cluster:open_merging"
-"""Where a worker finds the function below."""
-
-
 class ShardMade(Record):
     """What a worker sends back."""
 
@@ -236,10 +232,10 @@ def write_elsewhere(
     finished = [partial.done(shard.path.name) for shard in base.shards]
     missing = sorted((n for n, done in enumerate(finished) if done is None), key=lambda n: (-sizes[n], n))
     direct = True
-    recipe = WorkSpec(OPEN_MERGING, {"job": job})
+    spec = WorkSpec(open_merging, {"job": job})
     with progress("Merge", total=sum(sizes), unit="B") as advance, executor:
         advance(sum(size for size, done in zip(sizes, finished, strict=True) if done is not None))
-        for (number,), made in executor.work_through([(n,) for n in missing], Merging(), None, recipe):
+        for (number,), made in executor.map_chunks([(n,) for n in missing], Merging(), None, spec):
             name = base.shards[number].path.name
             if known.get(name, made.done.source_sha256) != made.done.source_sha256:
                 raise CheckpointError(

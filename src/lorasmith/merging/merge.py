@@ -225,7 +225,7 @@ def merge(
         seed=seed,
         device=device,
     )
-    elsewhere = executor is not None and executor.elsewhere
+    elsewhere = executor is not None and executor.remote
     if elsewhere:
         refuse_calibrated(mode)
     with only_one(output, "merge"):

@@ -125,10 +125,6 @@ class KeptStates:
 # A model of its own for a worker elsewhere: made from what can be sent, not from what is in memory here.
 
 
-OPEN_SCORING = "lorasmith.models.hidden_states:open_scoring"
-"""Where a worker finds the function below."""
-
-
 @dataclass(frozen=True)
 class Replica:
     """What makes the same model and the same rows in another process.

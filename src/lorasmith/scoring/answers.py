@@ -50,10 +50,6 @@ RULES: dict[str, Rules] = {
 }
 """Benchmarks answered by generation; those with choices are answered by likelihood."""
 
-OPEN_CHOICES = "lorasmith.scoring.answers:open_choices"
-OPEN_ANSWERS = "lorasmith.scoring.answers:open_answers"
-"""Where a worker finds the functions of these names."""
-
 
 def choice_likelihoods(
     loaded: LoadedModel,
@@ -69,7 +65,7 @@ def choice_likelihoods(
     """Per row, the log-probability (nats) of each letter as the beginning of the answer."""
     if not rows:
         return {}
-    recipe = WorkSpec(OPEN_CHOICES, {"replica": replica, "rows": list(rows)}, replica.gpu)
+    spec = WorkSpec(open_choices, {"replica": replica, "rows": list(rows)}, replica.gpu)
     found: dict[int, list[float]] = {}
     with (
         open_weighing(loaded, work, rows, route) as weighing,
@@ -77,7 +73,7 @@ def choice_likelihoods(
     ):
         plan = work.plan([weighing.encoded[row] for row in rows])
         batches = [tuple(rows[place] for place in batch) for batch in plan]
-        for batch, values in executor.work_through(batches, weighing, journal, recipe, log):
+        for batch, values in executor.map_chunks(batches, weighing, journal, spec, log):
             found.update(zip(batch, values.tolist(), strict=True))
             advance(len(batch))
     return found
@@ -148,13 +144,13 @@ def generated_answers(
         together = min(GENERATE_ROWS, work.settings.batch_size or GENERATE_ROWS)
         planned = plan_generation([work.rows[row].ids[: work.rows[row].n_prompt] for row in own], together)
         batches += [tuple(own[place] for place in batch) for batch in planned]
-    recipe = WorkSpec(OPEN_ANSWERS, {"replica": replica}, replica.gpu)
+    spec = WorkSpec(open_answers, {"replica": replica}, replica.gpu)
     found: dict[int, Generated] = {}
     with (
         open_writing(loaded, work, route) as writing,
         progress("Write answers", total=len(rows), unit="row") as advance,
     ):
-        for batch, texts in executor.work_through(batches, writing, journal, recipe, log):
+        for batch, texts in executor.map_chunks(batches, writing, journal, spec, log):
             found.update(zip(batch, texts, strict=True))
             advance(len(batch))
     return found

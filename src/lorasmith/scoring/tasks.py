@@ -214,7 +214,7 @@ def evaluate_tasks(
             partial=work.partial,
             findings=_findings(work, len(known)),
         )
-        log.write(output / f"{role}_tasks.chunks.jsonl", wanted=where.elsewhere)
+        log.write(output / f"{role}_tasks.chunks.jsonl", wanted=where.remote)
         write_bytes(output / f"{role}_tasks.parquet", table)
         write_record(output / f"{role}_tasks.json", result)
         for journal in journals:

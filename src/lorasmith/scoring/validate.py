@@ -19,7 +19,7 @@ from lorasmith.files.atomic import StrPath, write_bytes, write_record
 from lorasmith.files.journal import Journal
 from lorasmith.hub.models import local_model
 from lorasmith.models.device import Route
-from lorasmith.models.hidden_states import OPEN_SCORING, Replica, open_states, scoring_work
+from lorasmith.models.hidden_states import Replica, open_scoring, open_states, scoring_work
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.scoring import Floats, open_forward, row_loss
 from lorasmith.models.session import (
@@ -222,11 +222,11 @@ def validate(
             kept = open_states(Path(states) / f"{role}.journal", folders, loaded, work, route)
             journal = stack.enter_context(kept)
         replica = Replica.of(work, model, adapter, test_set, options, route)
-        recipe = WorkSpec(OPEN_SCORING, {"replica": replica, "keep": states is not None}, replica.gpu)
-        logprobs = score(loaded, work, route, f"Validate {role}", journal, progress, where, recipe, log)
+        spec = WorkSpec(open_scoring, {"replica": replica, "keep": states is not None}, replica.gpu)
+        logprobs = score(loaded, work, route, f"Validate {role}", journal, progress, where, spec, log)
         work.findings.extend(log.findings())
         result, table = _result(identity, inputs, loaded, work, logprobs)
-        log.write(output / f"{role}.chunks.jsonl", wanted=where.elsewhere)
+        log.write(output / f"{role}.chunks.jsonl", wanted=where.remote)
         write_bytes(output / f"{role}.parquet", table)
         write_record(output / f"{role}.json", result)
         if own and not keep_journal:
@@ -280,20 +280,20 @@ def score(
     journal: Journal | None,
     progress: Progress,
     executor: Executor,
-    recipe: WorkSpec,
+    spec: WorkSpec,
     log: ChunkLog,
 ) -> list[Floats]:
     """Log-probabilities of the scored tokens of every row, in the order of the test set.
 
-    The journal gets the hidden states as well where the recipe says `keep`.
+    The journal gets the hidden states as well where the arguments of `spec` say `keep`.
     """
     found: dict[int, Floats] = {}
     with (
         open_forward(loaded, work.rows, route) as forward,
         progress(label, total=work.tokens, unit="tok") as advance,
     ):
-        scoring = scoring_work(forward, work, keep=recipe.arguments["keep"])
-        for rows, (values, _) in executor.work_through(work.batches(), scoring, journal, recipe, log):
+        scoring = scoring_work(forward, work, keep=spec.arguments["keep"])
+        for rows, (values, _) in executor.map_chunks(work.batches(), scoring, journal, spec, log):
             found.update(zip(rows, values, strict=True))
             advance(sum(len(work.rows[row].ids) for row in rows))
     return [found[row] for row in range(len(work.rows))]

@@ -33,8 +33,6 @@ from lorasmith.models.hidden_states import files_digest, require_same_files
 from lorasmith.models.load import context_of, load_tokenizer, quiet_libraries, require_file
 from lorasmith.records.scoring import Conditions
 
-OPEN_RESPONDING = "lorasmith.followup.responses.cluster:open_responding"
-"""Where a worker finds the function below."""
 ROUNDS = 8
 """A group is so many times the rows under way at once. With lengths spread exponentially and cut at 1,024,
 its slots are then busy four fifths of the steps (two thirds with 4, simulated), and nine tenths where most
@@ -105,17 +103,17 @@ class ClusterEngine(Engine):
         on_tokens: Callable[[int], None],
     ) -> Iterator[GeneratedAnswer]:
         every = {request.index: request for request in requests}
-        recipe = WorkSpec(
-            OPEN_RESPONDING,
+        spec = WorkSpec(
+            open_responding,
             {**self.arguments, "limits": limits, "sampling": sampling},
             self.gpu,
             parcel=lambda rows: [every[row] for row in rows],
         )
         order, work = list(every), Responding(None, limits, sampling)
         with self.executor as executor:
-            size = self.group_rows or group_size(len(order), self.slots, executor.places(recipe))
+            size = self.group_rows or group_size(len(order), self.slots, executor.places(spec))
             groups = [tuple(order[start : start + size]) for start in range(0, len(order), size)]
-            for rows, answers in executor.work_through(groups, work, None, recipe, self.log):
+            for rows, answers in executor.map_chunks(groups, work, None, spec, self.log):
                 on_tokens(sum(len(answer.tokens) + (answer.end is not None) for answer in answers))
                 for row in rows:
                     del every[row]

@@ -125,7 +125,7 @@ def choose_engine(
         "dtype": options.dtype,
         "batch_size": options.batch_size,
     }
-    if executor is None or not executor.elsewhere:
+    if executor is None or not executor.remote:
         return open_engine(options.engine, model, adapter, **chosen)
     if options.engine != "transformers":
         raise UsageError(f"the {options.engine} engine does not run on a cluster", expected="transformers")

@@ -20,7 +20,7 @@ from lorasmith.files.atomic import StrPath, write_record
 from lorasmith.files.journal import Journal
 from lorasmith.hub.models import local_model
 from lorasmith.models.device import Route, release_memory
-from lorasmith.models.hidden_states import OPEN_SCORING, Replica, open_states
+from lorasmith.models.hidden_states import Replica, open_scoring, open_states
 from lorasmith.models.load import LoadedModel, has_tokenizer, load_tokenizer, require_file
 from lorasmith.models.session import (
     Inputs,
@@ -235,9 +235,9 @@ def generation_of(asked: Comparison, a: AdapterRun, b: MergedRun) -> GenerationC
 def _side(
     asked: Comparison, part: str, work: Workload, loaded: LoadedModel, journal: Journal, replica: Replica
 ) -> Side:
-    recipe = WorkSpec(OPEN_SCORING, {"replica": replica, "keep": True}, replica.gpu)
+    spec = WorkSpec(open_scoring, {"replica": replica, "keep": True}, replica.gpu)
     label, log = f"Run {part}", asked.log.part(part)
-    return run_side(loaded, work, asked.route, journal, label, asked.progress, asked.executor, recipe, log)
+    return run_side(loaded, work, asked.route, journal, label, asked.progress, asked.executor, spec, log)
 
 
 def _texts(
@@ -382,7 +382,7 @@ def compare(
         )
         if output is not None:
             chunks = output.with_name(output.name.removesuffix(".json") + ".chunks.jsonl")
-            log.write(chunks, wanted=where.elsewhere)
+            log.write(chunks, wanted=where.remote)
             write_record(output, proof)
         for kept in (journal, *text_journals.values()):
             if kept:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from lorasmith.errors import UsageError
-from lorasmith.executors.base import ChunkLog, Executor, Local, WorkSpec, map_chunks
+from lorasmith.executors.base import ChunkLog, Executor, WorkSpec, map_chunks
 from lorasmith.files.journal import Journal, Rows
 from lorasmith.machine.allocator import keep_memory
 from lorasmith.models.batches import make_batch, plan_batches
@@ -87,21 +87,25 @@ def run_side(
     label: str,
     progress: Progress,
     executor: Executor | None = None,
-    recipe: WorkSpec | None = None,
+    spec: WorkSpec | None = None,
     log: ChunkLog | None = None,
 ) -> Side:
     """Fill the journal with the hidden states of all rows, where they are not in it; needs no model after.
 
-    An `executor` elsewhere needs the `recipe` of the work.
+    `spec` makes the same work for an `executor` that is remote.
     """
-    where, how = executor or Local(), recipe or WorkSpec("", {})
     with keep_memory(), use_route(route):
         forward = examine(loaded, work.rows)
         kept = KeptStates(journal, work.rows)
         if not all(row in kept for row in range(len(work.rows))):
             scoring = scoring_work(forward, work, keep=True)
             with progress(label, total=work.tokens, unit="tok") as advance:
-                for rows, _ in where.work_through(work.batches(), scoring, journal, how, log):
+                batches = work.batches()
+                if executor is None or spec is None:
+                    scored = map_chunks(batches, scoring, journal, log)
+                else:
+                    scored = executor.map_chunks(batches, scoring, journal, spec, log)
+                for rows, _ in scored:
                     advance(sum(len(work.rows[row].ids) for row in rows))
             kept = KeptStates(journal, work.rows)
         elif log is not None:

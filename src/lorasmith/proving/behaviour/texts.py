@@ -32,7 +32,6 @@ from lorasmith.records.proof import Divergence, GenerationComparison, Generation
 FLOOR_EXAMPLES = 16
 """Examples that the adapter answers once more alone: a text can turn on a tie that rounding breaks."""
 
-OPEN_TEXTS = "lorasmith.proving.behaviour.texts:open_texts"
 """Where a worker finds the function of this name."""
 
 _SHOWN = 12
@@ -67,13 +66,13 @@ def write_texts(
 
     One journal keeps the texts written in batches, the other those written alone.
     """
-    recipe = WorkSpec(OPEN_TEXTS, {"replica": replica, "max_new_tokens": max_new_tokens}, replica.gpu)
+    spec = WorkSpec(open_texts, {"replica": replica, "max_new_tokens": max_new_tokens}, replica.gpu)
     prompts = [row.ids[: row.n_prompt] for row in work.rows]
     found: dict[int, Generated] = {}
     with open_writing(work, model, route, max_new_tokens) as writing:
         with progress(label, total=len(prompts), unit="row") as advance:
             plan = plan_generation(prompts)
-            for rows, texts in executor.work_through(plan, writing, journals[0], recipe, log):
+            for rows, texts in executor.map_chunks(plan, writing, journals[0], spec, log):
                 found.update(zip(rows, texts, strict=True))
                 advance(len(rows))
         singles = [(row,) for row in range(min(FLOOR_EXAMPLES, len(prompts)))]

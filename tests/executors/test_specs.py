@@ -1,4 +1,4 @@
-"""Comparison, task metrics and responses made elsewhere from their recipes: the bytes of one process."""
+"""Comparison, task metrics and responses computed in other processes: the bytes of one process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROWS = 10
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recipes")
+    folder = tmp_path_factory.mktemp("specs")
     save_base(folder / "base")
     save_adapter(folder / "adapter", folder / "base")
     lorasmith.merge(folder / "base", folder / "adapter", folder / "merged")
@@ -57,11 +57,11 @@ def test_states_of_two_kinds_of_machines_label_a_comparison(place: Path, tmp_pat
     """The adapter was validated under one kind of conditions, the merged model under another."""
 
     class Otherwise(Nearby):
-        def work_through(self, *arguments: Any) -> Any:
+        def map_chunks(self, *arguments: Any) -> Any:
             with pytest.MonkeyPatch.context() as patch:
                 kind = "lorasmith.models.scoring.conditions_of"
                 patch.setattr(kind, lambda device: real(device).model_copy(update={"processor": "another"}))
-                yield from super().work_through(*arguments)
+                yield from super().map_chunks(*arguments)
 
     from lorasmith.models.device import conditions_of as real
 
@@ -112,9 +112,9 @@ def test_a_cluster_knows_of_a_model_what_its_engine_knows(
 
 def test_responses_made_under_several_conditions_are_labelled(place: Path, tmp_path: Path) -> None:
     class Alternating(Nearby):
-        def work_through(self, *arguments: Any) -> Any:
+        def map_chunks(self, *arguments: Any) -> Any:
             log = arguments[-1]
-            for count, (rows, answers) in enumerate(super().work_through(*arguments)):
+            for count, (rows, answers) in enumerate(super().map_chunks(*arguments)):
                 log.note(rows, Conditions(device="cpu", processor=f"kind {count % 2}", threads=1))
                 yield rows, answers
 
@@ -138,9 +138,9 @@ class Elsewhere(Nearby):
         super().__init__()
         self.processor = processor
 
-    def work_through(self, *arguments: Any) -> Any:
+    def map_chunks(self, *arguments: Any) -> Any:
         log = arguments[-1]
-        for rows, answers in super().work_through(*arguments):
+        for rows, answers in super().map_chunks(*arguments):
             log.note(rows, Conditions(device="cpu", processor=self.processor, threads=1))
             yield rows, answers
 
