@@ -29,19 +29,19 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from lorasmith.followup import respond_store, respond_work
+from lorasmith.followup.responses import output, work
 from lorasmith.followup.responses.respond import RespondOptions, respond
-place, output, number = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-respond_work.GROUP_ROWS = int(sys.argv[4])
-add, seen = respond_store.Store.add, []
+place, target, number = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+work.GROUP_ROWS = int(sys.argv[4])
+add, seen = output.ResponseJournal.add, []
 def dying(self, *args, **more):
     add(self, *args, **more)
     seen.append(1)
     if len(seen) == number:
         os.kill(os.getpid(), signal.SIGKILL)
-respond_store.Store.add = dying
+output.ResponseJournal.add = dying
 options = RespondOptions(**json.loads(sys.argv[5]))
-respond(place / "base", place / "data.jsonl", output, options=options)
+respond(place / "base", place / "data.jsonl", target, options=options)
 """
 
 

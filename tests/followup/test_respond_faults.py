@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from lorasmith.errors import BusyError, DiskError, UsageError
 from lorasmith.files.atomic import read_record
-from lorasmith.followup.responses.output import Store
+from lorasmith.followup.responses.output import ResponseJournal
 from lorasmith.followup.responses.respond import RespondOptions, respond
 from lorasmith.models.generation.decoding import Sampling
 from lorasmith.records.followup import RespondRecord
@@ -93,23 +94,25 @@ def test_a_foreign_or_changed_output_is_left_alone(answering: Path, tmp_path: Pa
 
 
 def test_two_processes_do_not_write_one_output(answering: Path, tmp_path: Path) -> None:
-    with Store(tmp_path / ".r.jsonl.journal", {}), pytest.raises(BusyError):
-        Store(tmp_path / ".r.jsonl.journal", {})
+    with ResponseJournal(tmp_path / ".r.jsonl.journal", {}), pytest.raises(BusyError):
+        ResponseJournal(tmp_path / ".r.jsonl.journal", {})
 
 
 def test_a_full_disk_loses_no_finished_row(answering: Path, tmp_path: Path) -> None:
     first, second = Scripted(), Scripted()
-    append = Store._append
+    write, written = os.write, []
 
-    def full(self: Store, content: bytes) -> int:
-        if len(self.rows) == 4:
-            self._handle.write(content[:20])  # the rest found no room
-            self._handle.flush()
+    def full(file: int, content: bytes) -> int:
+        written.append(file)
+        if len(written) == 6:  # the head and four rows found room, of the fifth a part
+            return write(file, content[:20])
+        if len(written) > 6:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return append(self, content)
+        return write(file, content)
 
-    with patch.object(Store, "_append", full), pytest.raises(DiskError, match="disk is full"):
+    with patch("lorasmith.files.journal.os.write", full), pytest.raises(DiskError, match="disk is full"):
         scripted(answering, tmp_path, first)
+    assert (tmp_path / ".r.jsonl.journal").read_bytes().endswith(b"}\n\n")  # no torn row hides the next ones
     scripted(answering, tmp_path, second)
     assert sorted(first.asked[:4] + second.asked) == list(range(COUNT))
 

@@ -1,34 +1,168 @@
-"""Results of finished chunks on disk, so that a killed run goes on after the last of them.
+"""A journal on disk: finished work is kept entry by entry, so that a killed command goes on after the last.
 
-One file: a line of JSON that says whose results these are, then for each chunk a line of JSON with its
-rows, its length, its checksum and what computed it, the packed result, and a line end. A damaged or
-unfinished end is cut off.
+One file: a line of JSON that says whose entries these are, then for each entry a line of JSON with its
+length and a checksum, its packed bytes, and a line end. `JournalFile` is that file, whatever the entries
+tell of; `Journal` holds results of chunks of rows in one, and `followup/responses` the rows it answered.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from filelock import lock_descriptor
 
 from lorasmith.errors import BusyError, os_errors
 
-# Lines of JSON with a checksum of themselves and of the bytes that follow them; a file under one process.
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one entry stands in the file."""
+
+    start: int
+    line_bytes: int
+    """Length of its line of JSON."""
+    packed_bytes: int
+    """Length of what follows the line."""
 
 
-def sealed_line(body: Mapping[str, Any], packed: bytes = b"") -> bytes:
-    """A line of JSON with the checksum of itself and of what follows it."""
+class JournalFile:
+    """An open journal of any kind, under one process. Use it, or what holds it, as a context manager."""
+
+    def __init__(
+        self,
+        path: Path,
+        head: Mapping[str, Any],
+        *,
+        busy: str = "another process works on the same output",
+        remedy: str = "wait until it ends, or choose another output",
+        sync_seconds: float = 0.0,
+    ) -> None:
+        """Keep the file's own head where that has the `format` of `head`, else begin anew with `head`.
+
+        Entries may stay unsynced for `sync_seconds`: a kill loses none of them, a power cut may. Raises
+        `BusyError` (`busy`, `remedy`) when another process has the journal open.
+        """
+        self.path, self._sync_seconds = path, sync_seconds
+        self._synced = time.monotonic()
+        self.head: dict[str, Any] = dict(head)
+        with os_errors(path, "write"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # No buffer of Python's for what is appended: after a failed write it would try again on closing.
+            self._fd: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            try:
+                # The kernel frees this lock with the process, so none is left behind by a kill.
+                if not lock_descriptor(self._fd, blocking=False):
+                    raise BusyError(busy, where=path.parent, remedy=remedy)
+                with os.fdopen(os.dup(self._fd), "rb") as file:
+                    file.seek(0)
+                    kept = _sound(file.readline())
+                    self._first_entry = file.tell()
+                if kept is None or kept.get("format") != head["format"]:
+                    self.restart(head)
+                else:
+                    self.head = kept
+            except BaseException:
+                self.close()
+                raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file and free its lock."""
+        if self._fd is not None:
+            handle, self._fd = self._fd, None
+            with os_errors(self.path, "write"):
+                os.close(handle)
+
+    def remove(self) -> None:
+        """Delete the file: what it held is in the output now."""
+        with os_errors(self.path, "remove"):
+            self.path.unlink(missing_ok=True)
+
+    def restart(self, head: Mapping[str, Any]) -> None:
+        """Drop every entry and begin with another head."""
+        with os_errors(self.path, "write"):
+            os.truncate(self._open, 0)
+            self.head = dict(head)
+            self._write(_sealed_line(head))
+            self._sync()
+            self._first_entry = os.fstat(self._open).st_size
+
+    def entries(self) -> Iterator[tuple[Entry, dict[str, Any]]]:
+        """Every entry with what its line says. What follows the last sound one is cut off at the end."""
+        with os_errors(self.path, "read"), os.fdopen(os.dup(self._open), "rb") as file:
+            end = file.seek(self._first_entry)
+            while (sealed := _read_sealed(file)) is not None:
+                body, packed_bytes = sealed
+                start, end = end, file.tell()
+                # One byte is the entry's line end.
+                yield Entry(start, end - start - packed_bytes - 1, packed_bytes), body
+            # A torn entry is what a kill leaves. Appending behind it would hide all later entries.
+            os.truncate(self._open, end)
+
+    def append(self, body: Mapping[str, Any], packed: bytes = b"") -> Entry:
+        """Write an entry; it is whole in the file when this returns, and not there at all when it raises."""
+        line = _sealed_line({**body, "bytes": len(packed)}, packed)
+        with os_errors(self.path, "write"):
+            start = os.fstat(self._open).st_size
+            try:
+                self._write(line + packed + b"\n")
+            except OSError:
+                os.truncate(self._open, start)  # a full disk leaves no torn entry that hides the next one
+                raise
+            if time.monotonic() - self._synced >= self._sync_seconds:
+                self._sync()
+        return Entry(start, len(line), len(packed))
+
+    def body(self, entry: Entry) -> dict[str, Any]:
+        """What an entry's line says."""
+        body: dict[str, Any] = json.loads(self._read(entry.start, entry.line_bytes))
+        return body
+
+    def packed(self, entry: Entry) -> bytes:
+        """The bytes behind an entry's line."""
+        return self._read(entry.start + entry.line_bytes, entry.packed_bytes)
+
+    @property
+    def _open(self) -> int:
+        assert self._fd is not None, "the journal is closed"
+        return self._fd
+
+    def _read(self, start: int, size: int) -> bytes:
+        with os_errors(self.path, "read"):
+            return os.pread(self._open, size, start)
+
+    def _write(self, content: bytes) -> None:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(self._open, rest) :]
+
+    def _sync(self) -> None:
+        os.fsync(self._open)
+        self._synced = time.monotonic()
+
+
+def _sealed_line(body: Mapping[str, Any], packed: bytes = b"") -> bytes:
+    """A line of JSON with the checksum of itself and of the bytes that follow it."""
     text = json.dumps(body)
     return json.dumps({**body, "crc": zlib.crc32(text.encode() + packed)}).encode() + b"\n"
 
 
-def sound(line: bytes, packed: bytes = b"") -> dict[str, Any] | None:
+def _sound(line: bytes, packed: bytes = b"") -> dict[str, Any] | None:
     """The line's content when the checksum is right, else None."""
     body = _parse(line)
     if body is None or body.pop("crc", None) != zlib.crc32(json.dumps(body).encode() + packed):
@@ -36,67 +170,60 @@ def sound(line: bytes, packed: bytes = b"") -> dict[str, Any] | None:
     return body
 
 
-def read_sealed(file: BinaryIO) -> tuple[dict[str, Any], bytes] | None:
-    """The next line and the bytes that its `bytes` tells of, to their line end; None where that is torn."""
+def _read_sealed(file: BinaryIO) -> tuple[dict[str, Any], int] | None:
+    """The next entry's body and the length of its packed bytes; None where it is torn or damaged."""
     line = file.readline()
     body = _parse(line)
-    if body is None or not isinstance(body.get("bytes"), int):
+    if body is None or not isinstance(body.get("bytes"), int) or body["bytes"] < 0:
         return None
     packed = file.read(body["bytes"])
-    content = sound(line, packed)
-    return None if content is None or file.read(1) != b"\n" else (content, packed)
-
-
-def lock_file(file: BinaryIO, *, found: str, where: Path, remedy: str) -> None:
-    """Take an open file's lock, which the kernel frees with the process; `BusyError` where it is held."""
-    if not lock_descriptor(file.fileno(), blocking=False):
-        raise BusyError(found, where=where, remedy=remedy)
+    content = _sound(line, packed)
+    return None if content is None or file.read(1) != b"\n" else (content, len(packed))
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         body = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return body if line.endswith(b"\n") and isinstance(body, dict) else None
 
 
 Rows = tuple[int, ...]
 
-_FORMAT = "lorasmith/journal/1"
-
 
 class Journal:
-    """An open journal; one process at a time. Use as a context manager."""
+    """Results of finished chunks of rows, and what computed each. Use as a context manager."""
 
     def __init__(self, path: Path, key: str, notes: Mapping[str, Any]) -> None:
         """`key` names inputs and settings: results under another key are dropped. `notes` are kept with it.
 
         Raises `BusyError` when another process has the journal open.
         """
-        self.path = path
         self.limit: int | None = None
         """Smallest size that did not fit in memory so far."""
-        self._found: dict[Rows, tuple[int, int]] = {}
+        self._chunks: dict[Rows, Entry] = {}
         self._made_by: dict[Rows, Mapping[str, Any]] = {}
         self._rows: set[int] = set()
-        with os_errors(path, "write"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle: BinaryIO = path.open("a+b")
-            self._lock()
-            kept = self._read(key)
-            self.notes: dict[str, Any] = kept if kept is not None else self._begin(key, notes)
+        head = {"format": "lorasmith/journal/1", "key": key, "notes": dict(notes)}
+        self._file = JournalFile(path, head)
+        if self._file.head.get("key") != key:
+            self._file.restart(head)
+        self.notes: dict[str, Any] = dict(self._file.head["notes"])
+        for entry, body in self._file.entries():
+            self.limit = body["limit"]
+            self._remember(tuple(body["rows"]), entry, body.get("made_by"))
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._handle.close()
+        self._file.close()
 
     def __contains__(self, rows: Rows) -> bool:
-        return rows in self._found
+        return rows in self._chunks
 
     def touches(self, rows: Rows) -> bool:
         """Whether some of these rows are done."""
@@ -109,12 +236,11 @@ class Journal:
 
     def chunks(self) -> list[Rows]:
         """The rows of every chunk, in the order of their making."""
-        return list(self._found)
+        return list(self._chunks)
 
     def read(self, rows: Rows) -> bytes:
         """The packed result of one chunk; KeyError when it is not there."""
-        start, size = self._found[rows]
-        return os.pread(self._handle.fileno(), size, start)
+        return self._file.packed(self._chunks[rows])
 
     def made_by(self, rows: Rows) -> Mapping[str, Any] | None:
         """What computed a chunk, as `add` was told."""
@@ -124,66 +250,15 @@ class Journal:
         self, rows: Rows, packed: bytes, limit: int | None, made_by: Mapping[str, Any] | None = None
     ) -> None:
         """Write a result, and what computed it, and sync it to disk."""
-        body = {"rows": rows, "bytes": len(packed), "limit": limit, "made_by": made_by}
-        with os_errors(self.path, "write"):
-            start = self._handle.seek(0, os.SEEK_END)
-            line = sealed_line(body, packed)
-            self._handle.write(line + packed + b"\n")
-            self._sync()
-        self._remember(rows, start + len(line), len(packed), made_by)
+        entry = self._file.append({"rows": rows, "limit": limit, "made_by": made_by}, packed)
+        self._remember(rows, entry, made_by)
 
     def remove(self) -> None:
-        """Delete it: what it held is in the results now."""
-        with os_errors(self.path, "remove"):
-            self.path.unlink(missing_ok=True)
+        """Delete the journal: what it held is in the results now."""
+        self._file.remove()
 
-    def _lock(self) -> None:
-        try:
-            lock_file(
-                self._handle,
-                found="another process works on the same output",
-                where=self.path.parent,
-                remedy="wait until it ends, or choose another output",
-            )
-        except BusyError:
-            self._handle.close()
-            raise
-
-    def _sync(self) -> None:
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
-
-    def _remember(self, rows: Rows, start: int, size: int, made_by: Mapping[str, Any] | None) -> None:
-        self._found[rows] = (start, size)
+    def _remember(self, rows: Rows, entry: Entry, made_by: Mapping[str, Any] | None) -> None:
+        self._chunks[rows] = entry
         if made_by is not None:
             self._made_by[rows] = made_by
         self._rows.update(rows)
-
-    def _begin(self, key: str, notes: Mapping[str, Any]) -> dict[str, Any]:
-        self._handle.truncate(0)
-        self._handle.write(sealed_line({"format": _FORMAT, "key": key, "notes": dict(notes)}))
-        self._sync()
-        return dict(notes)
-
-    def _read(self, key: str) -> dict[str, Any] | None:
-        """The notes under this key, sound entries remembered and the rest cut off; None for another key."""
-        self._handle.seek(0)
-        head = sound(self._handle.readline())
-        if head is None or head.get("format") != _FORMAT or head.get("key") != key:
-            return None
-        end = self._handle.tell()
-        while entry := self._read_entry():
-            rows, start, body = entry
-            self.limit = body["limit"]
-            self._remember(rows, start, body["bytes"], body.get("made_by"))
-            end = self._handle.tell()
-        self._handle.truncate(end)
-        return dict(head["notes"])
-
-    def _read_entry(self) -> tuple[Rows, int, Mapping[str, Any]] | None:
-        entry = read_sealed(self._handle)
-        if entry is None:
-            return None
-        body, packed = entry
-        start = self._handle.tell() - len(packed) - 1
-        return tuple(body["rows"]), start, body

@@ -1,34 +1,29 @@
-"""The finished output: responses in the data's order, log-probabilities as Parquet, failed rows aside."""
+"""Responses on disk: a journal while they are made, then files in the data's order.
+
+The journal keeps each response as soon as its row ends, so that a kill costs the rows under way. The output
+is written from it at the end: responses, log-probabilities as Parquet, failed rows aside.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, Self
 
 import numpy as np
 
-from lorasmith.errors import BusyError, UsageError, os_errors
+from lorasmith.errors import UsageError
 from lorasmith.files.atomic import atomic_file, read_record
 from lorasmith.files.digests import describe
-from lorasmith.files.journal import lock_file, read_sealed, sealed_line, sound
+from lorasmith.files.journal import Entry, JournalFile
 from lorasmith.files.jsonl import read_rows
 from lorasmith.models.scoring import Arrays, pack_arrays, unpack_arrays
 from lorasmith.records.base import FileDigest
 from lorasmith.records.followup import RespondRecord, RespondSettings
 from lorasmith.records.scoring import Conditions
-
-# Where responses are kept while they are made: each one on disk as soon as its row ends.
-#
-# One file beside the output: a line of JSON with the settings, then for each row a line of JSON with its
-# key, length and checksum, the row's log-probabilities, and a line end. Conditions that rows were made under
-# have a line before the first of these rows. A torn end, as a kill leaves it, is cut off.
-
 
 _FORMAT = "lorasmith/respond-journal/1"
 _SYNC_SECONDS = 1.0
@@ -46,50 +41,52 @@ class AnswersOrigin:
 
 @dataclass(frozen=True)
 class FinishedRow:
-    """A finished row: where it stands in the file."""
+    """A row that has its answer, or failed."""
 
-    start: int
-    size: int
-    packed: int
+    entry: Entry
     failed: bool
 
 
-class Store:
-    """The open file; one process at a time. Use as a context manager."""
+class ResponseJournal:
+    """Responses while they are made, each on disk as soon as its row ends. Use as a context manager.
+
+    An entry is a finished row with its log-probabilities, or the conditions that the rows after it were made
+    under: they stand in the file once, and rows tell their number.
+    """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Raises `UsageError` for a file of other settings, `BusyError` for one that is in use."""
-        self.path = path
         self.rows: dict[str, FinishedRow] = {}
+        """Finished rows by key."""
         self.origins: dict[str, AnswersOrigin] = {}
-        """Of those rows of which it is known."""
+        """Where answers come from, by key, as far as it is known."""
         self._conditions: list[Conditions] = []
-        """Numbered as they are in the file."""
-        self._synced = time.monotonic()
-        with os_errors(path, "write"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle: BinaryIO = path.open("a+b")
-            self._lock()
-            head = self._read_head()
-            if head is None:
-                self._handle.truncate(0)
-                self._append(sealed_line({"format": _FORMAT, "settings": dict(settings)}))
-                self._sync()
-                return
-            if head.get("settings") != dict(settings):
-                self._handle.close()
-                raise mixed_settings(path, head.get("settings"), settings)
-            self._read_rows()
+        self._file = JournalFile(
+            path,
+            {"format": _FORMAT, "settings": dict(settings)},
+            busy="another process writes to the same output",
+            remedy="wait until it ends, or choose another --output",
+            sync_seconds=_SYNC_SECONDS,
+        )
+        if self._file.head.get("settings") != dict(settings):
+            self._file.close()
+            raise mixed_settings(path, self._file.head.get("settings"), settings)
+        for entry, body in self._file.entries():
+            if "conditions" in body:
+                self._conditions.append(Conditions.model_validate(body["conditions"]))
+                continue
+            key = body["row"]["key"]
+            self.rows[key] = FinishedRow(entry, bool(body["failed"]))
+            if "made_by" in body:
+                self.origins[key] = AnswersOrigin(body["group"], self._conditions[body["made_by"]])
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with os_errors(self.path, "write"):
-            if not self._handle.closed:
-                self._handle.close()
+        self._file.close()
 
     def add(
         self,
@@ -100,90 +97,30 @@ class Store:
         origin: AnswersOrigin | None = None,
     ) -> None:
         """Keep a finished row; `row["key"]` names it."""
-        packed = pack_arrays(arrays)
-        body = {"row": dict(row), "failed": failed, "bytes": len(packed)}
-        with os_errors(self.path, "write"):
-            if origin is not None:
-                body |= {"group": origin.group, "made_by": self._number(origin.conditions)}
-                self.origins[row["key"]] = origin
-            line = sealed_line(body, packed)
-            start = self._append(line + packed + b"\n")
-            if time.monotonic() - self._synced >= _SYNC_SECONDS:
-                self._sync()
-        self.rows[row["key"]] = FinishedRow(start, len(line), len(packed), failed)
+        body: dict[str, Any] = {"row": dict(row), "failed": failed}
+        if origin is not None:
+            body |= {"group": origin.group, "made_by": self._number(origin.conditions)}
+            self.origins[row["key"]] = origin
+        self.rows[row["key"]] = FinishedRow(self._file.append(body, pack_arrays(arrays)), failed)
 
     def _number(self, conditions: Conditions) -> int:
-        """Of these conditions in the file, into which they are written the first time."""
+        """The number of these conditions in the file, into which they are written the first time."""
         if conditions not in self._conditions:
-            self._append(sealed_line({"conditions": conditions.model_dump(mode="json"), "bytes": 0}) + b"\n")
+            self._file.append({"conditions": conditions.model_dump(mode="json")})
             self._conditions.append(conditions)
         return self._conditions.index(conditions)
 
     def row(self, key: str) -> dict[str, Any]:
         """A finished row as it was given to `add`."""
-        stored = self.rows[key]
-        with os_errors(self.path, "read"):
-            line = os.pread(self._handle.fileno(), stored.size, stored.start)
-        return dict(json.loads(line)["row"])
+        return dict(self._file.body(self.rows[key].entry)["row"])
 
     def arrays(self, key: str) -> Arrays:
-        """Its arrays."""
-        stored = self.rows[key]
-        with os_errors(self.path, "read"):
-            packed = os.pread(self._handle.fileno(), stored.packed, stored.start + stored.size)
-        return unpack_arrays(packed)
+        """The arrays that were given to `add` with a row."""
+        return unpack_arrays(self._file.packed(self.rows[key].entry))
 
     def remove(self) -> None:
-        """Delete it: what it held is in the output now."""
-        with os_errors(self.path, "remove"):
-            self.path.unlink(missing_ok=True)
-
-    def _lock(self) -> None:
-        try:
-            lock_file(
-                self._handle,
-                found="another process writes to the same output",
-                where=self.path.parent,
-                remedy="wait until it ends, or choose another --output",
-            )
-        except BusyError:
-            self._handle.close()
-            raise
-
-    def _append(self, content: bytes) -> int:
-        start = self._handle.seek(0, os.SEEK_END)
-        try:
-            self._handle.write(content)
-            self._handle.flush()
-        except OSError:
-            os.ftruncate(self._handle.fileno(), start)  # a full disk leaves no torn row behind
-            raise
-        return start
-
-    def _sync(self) -> None:
-        os.fsync(self._handle.fileno())
-        self._synced = time.monotonic()
-
-    def _read_head(self) -> dict[str, Any] | None:
-        self._handle.seek(0)
-        head = sound(self._handle.readline())
-        return head if head is not None and head.get("format") == _FORMAT else None
-
-    def _read_rows(self) -> None:
-        end = start = self._handle.tell()
-        while entry := read_sealed(self._handle):
-            body, packed = entry
-            end = self._handle.tell()
-            line = end - start - len(packed) - 1
-            if "conditions" in body:
-                self._conditions.append(Conditions.model_validate(body["conditions"]))
-            else:
-                key = body["row"]["key"]
-                self.rows[key] = FinishedRow(start, line, len(packed), bool(body["failed"]))
-                if "made_by" in body:
-                    self.origins[key] = AnswersOrigin(body["group"], self._conditions[body["made_by"]])
-            start = end
-        self._handle.truncate(end)
+        """Delete the journal: what it held is in the output now."""
+        self._file.remove()
 
 
 def mixed_settings(where: Path, before: Any, now: Mapping[str, Any]) -> UsageError:
@@ -233,7 +170,7 @@ class Places:
         return self._beside(".chunks.jsonl")
 
     @property
-    def store(self) -> Path:
+    def journal(self) -> Path:
         return self.output.with_name(f".{self.output.name}.journal")
 
 
@@ -245,7 +182,7 @@ def earlier_rows(places: Places, settings: RespondSettings) -> dict[str, dict[st
     """
     if not places.output.exists():
         return {}
-    begun = places.store.exists()
+    begun = places.journal.exists()
     if not places.record.exists():
         if begun:
             return {}  # killed while it was published: the journal still has every row
@@ -282,9 +219,9 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> FileDigest:
 
 
 def write_logprobs(
-    path: Path, keys: Iterable[str], store: Store, names: Mapping[str, Mapping[str, Any]]
+    path: Path, keys: Iterable[str], journal: ResponseJournal, names: Mapping[str, Mapping[str, Any]]
 ) -> FileDigest:
-    """The Parquet file: rows of an earlier output first, as they were, then those of the store."""
+    """The Parquet file: rows of an earlier output first, as they were, then those of the journal."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -294,10 +231,10 @@ def write_logprobs(
             with pq.ParquetFile(earlier) as file:
                 for number in range(file.num_row_groups):
                     kept = file.read_row_group(number)
-                    fresh = [key not in store.rows for key in kept["key"].to_pylist()]
+                    fresh = [key not in journal.rows for key in kept["key"].to_pylist()]
                     writer.write_table(kept.filter(pa.array(fresh)).cast(_schema()))
-        for group in _groups(key for key in keys if key in store.rows):
-            writer.write_table(_table([(names[key], store.arrays(key)) for key in group]))
+        for group in _groups(key for key in keys if key in journal.rows):
+            writer.write_table(_table([(names[key], journal.arrays(key)) for key in group]))
     return describe([path], path.parent)[0]
 
 

@@ -13,7 +13,7 @@ from lorasmith.files.atomic import StrPath, write_record
 from lorasmith.files.digests import digest_folder, sha256_file
 from lorasmith.followup.responses.cluster import ClusterEngine
 from lorasmith.followup.responses.engines import Engine, open_engine
-from lorasmith.followup.responses.output import Places, Store, earlier_rows
+from lorasmith.followup.responses.output import Places, ResponseJournal, earlier_rows
 from lorasmith.followup.responses.rows import read_prompts
 from lorasmith.followup.responses.work import (
     GROUP_ROWS,
@@ -85,7 +85,7 @@ def respond(
     `DataError` for a file without prompts. `engine` is one already loaded.
 
     `executor` is where rows are answered; this process by default. On a cluster, groups of rows are the
-    chunks of work (`respond_cluster.group_size`): a lost worker costs its group. Greedy texts are those of
+    chunks of work (`cluster.group_size`): a lost worker costs its group. Greedy texts are those of
     one process, log-probabilities are with `whole_groups`. `NAME.chunks.jsonl` tells of each group what
     computed it, those of commands that were broken off included; a finding says where that differs.
     """
@@ -98,8 +98,8 @@ def respond(
     around = frame(engine.tokenizer, options.template, end_of_turn=False)
     settings = _settings(model, adapter, engine, around, options)
     earlier = earlier_rows(places, settings)  # refuses a foreign output before anything is written
-    with Store(places.store, settings.model_dump()) as store:
-        work = ResponseWork(rows, settings, places, store, engine, around, earlier)
+    with ResponseJournal(places.journal, settings.model_dump()) as journal:
+        work = ResponseWork(rows, settings, places, journal, engine, around, earlier)
         work.watcher = watcher or UnwatchedRows()
         work.whole_groups = options.whole_groups and options.top_logprobs > 0
         if options.retry_failed:
@@ -111,7 +111,7 @@ def respond(
         if work.new_rows:
             speed = speed_since_start(work.new_rows, work.new_tokens, seconds, options.price_per_hour)
             write_record(places.timing, speed)
-        store.remove()
+        journal.remove()
     return record
 
 

@@ -19,7 +19,7 @@ from lorasmith.followup.responses.engines import Engine, Made
 from lorasmith.followup.responses.output import (
     AnswersOrigin,
     Places,
-    Store,
+    ResponseJournal,
     answer_arrays,
     earlier_failures,
     write_jsonl,
@@ -250,18 +250,18 @@ class ResponseWork:
         rows: list[Row],
         settings: RespondSettings,
         places: Places,
-        store: Store,
+        journal: ResponseJournal,
         engine: Engine,
         around: Frame,
         earlier: dict[str, dict[str, Any]],
     ) -> None:
-        self.rows, self.settings, self.places, self.store = rows, settings, places, store
+        self.rows, self.settings, self.places, self.journal = rows, settings, places, journal
         self.engine, self.around = engine, around
         self.watcher: RespondWatcher = UnwatchedRows()
         self.keys = [row.key(settings) for row in rows]
         self.earlier = earlier
         known = earlier_failures(places) if places.record.exists() else {}
-        known.update({key: store.row(key) for key, kept in store.rows.items() if kept.failed})
+        known.update({key: journal.row(key) for key, kept in journal.rows.items() if kept.failed})
         present = set(self.keys) - set(earlier)
         self.failures = {key: row for key, row in known.items() if key in present}
         """Rows of this data that failed; one that was mended in the data is another row."""
@@ -281,14 +281,14 @@ class ResponseWork:
     def forget_failures(self) -> None:
         """Try rows again that failed before."""
         self.failures.clear()
-        for key in [key for key, kept in self.store.rows.items() if kept.failed]:
-            del self.store.rows[key]
+        for key in [key for key, kept in self.journal.rows.items() if kept.failed]:
+            del self.journal.rows[key]
 
     def finished(self, key: str) -> dict[str, Any] | None:
         """The output row of a key, of this command or an earlier one."""
-        kept = self.store.rows.get(key)
+        kept = self.journal.rows.get(key)
         if kept is not None and not kept.failed:
-            return self.store.row(key)
+            return self.journal.row(key)
         return self.earlier.get(key)
 
     def run(self) -> None:
@@ -299,7 +299,7 @@ class ResponseWork:
         groups = [ready[start : start + size] for start in range(0, len(ready), size)]
         groups = [group for group in groups if any(self._missing(self.keys[index]) for index in group)]
         for index in (index for group in groups for index in group):
-            self.store.rows.pop(self.keys[index], None)  # the rest of a group that a kill tore
+            self.journal.rows.pop(self.keys[index], None)  # the rest of a group that a kill tore
         for index, key in enumerate(self.keys):
             row = self.finished(key)
             if row is not None:
@@ -359,7 +359,7 @@ class ResponseWork:
         prompt = self.prompts.pop(index)
         arrays = answer_arrays(prompt, answer) if self.settings.top_logprobs else []
         row = self._row(index, answer, len(prompt))
-        self.store.add(row, arrays, origin=origin_of(self.engine.made(), self.keys))
+        self.journal.add(row, arrays, origin=origin_of(self.engine.made(), self.keys))
         self.new_rows += 1
         self._note(index, row)
         self.watcher.moved(1, 0)
@@ -391,7 +391,7 @@ class ResponseWork:
             "key": self.keys[index],
             "input": row.value,
         }
-        self.store.add(body, [], failed=True)
+        self.journal.add(body, [], failed=True)
         self.failures[self.keys[index]] = body
         self.watcher.moved(1, 0)
 
@@ -420,11 +420,11 @@ class ResponseWork:
     def publish(self, data: FileDigest) -> RespondRecord:
         """Write output, log-probabilities, failed rows, what computed them, and last the record."""
         done = [key for key in self.keys if self.finished(key) is not None]
-        log = chunk_log(self.keys, done, {**earlier_origins(self.places), **self.store.origins})
+        log = chunk_log(self.keys, done, {**earlier_origins(self.places), **self.journal.origins})
         self.findings += log.findings()
         log.write(self.places.chunks, wanted=self.engine.cuts or self.places.chunks.exists(), keys=self.keys)
         listed = set(done)
-        other = [key for key in [*self.earlier, *self.store.rows] if key not in listed]
+        other = [key for key in [*self.earlier, *self.journal.rows] if key not in listed]
         kept = [key for key in dict.fromkeys(other) if self.finished(key) is not None]
         if kept:
             self.findings.append(not_in_data(len(kept)))
@@ -432,8 +432,8 @@ class ResponseWork:
         output = write_jsonl(self.places.output, (self._finished(key) for key in every))
         logprobs = None
         if self.settings.top_logprobs:
-            names = {key: self._finished(key) for key in every if key in self.store.rows}
-            logprobs = write_logprobs(self.places.logprobs, every, self.store, names)
+            names = {key: self._finished(key) for key in every if key in self.journal.rows}
+            logprobs = write_logprobs(self.places.logprobs, every, self.journal, names)
         if self.failures:
             order = {key: place for place, key in enumerate(self.keys)}
             failed = sorted(self.failures.values(), key=lambda row: order.get(row["key"], len(order)))
