@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lorasmith.errors import CheckpointError, DataError, UsageError
 from lorasmith.files.digests import digest_folder
-from lorasmith.merging import recipes
+from lorasmith.merging import writers
 from lorasmith.merging.calibrated import fit
 from lorasmith.merging.merge import merge
 from lorasmith.proving.weights.prove import prove
@@ -124,7 +124,7 @@ def test_tensors_of_many_blocks_are_made_in_threads(
     inputs: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calibrated(inputs, tmp_path / "whole")
-    monkeypatch.setattr(recipes, "BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr(writers, "BLOCK_ELEMENTS", 100)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(2))
     calibrated(inputs, tmp_path / "blocks")
     assert digest_folder(tmp_path / "whole") == digest_folder(tmp_path / "blocks")

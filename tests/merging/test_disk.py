@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorasmith.errors import CheckpointError
+from lorasmith.errors import CheckpointError, MemoryLimitError
 from lorasmith.files.digests import digest_folder
 from lorasmith.merging import disk
-from lorasmith.merging.disk import Lanes, PendingPieces, Reader, Writer
+from lorasmith.merging.disk import FileReader, FileWriter, Lanes, PendingPieces
 from lorasmith.merging.merge import merge
 from lorasmith.merging.numbers.threads import Workers
 from tests.tiny import save_adapter, save_base
@@ -43,8 +43,8 @@ def test_a_file_copied_through_the_buffers_is_the_same(
     content = random.Random(size).randbytes(size)
     (tmp_path / "in").write_bytes(content)
     with (
-        Reader(tmp_path / "in", size, lanes, digest=True) as reader,
-        Writer(tmp_path / "out", size, lanes, PendingPieces()) as writer,
+        FileReader(tmp_path / "in", size, lanes, digest=True) as reader,
+        FileWriter(tmp_path / "out", size, lanes, PendingPieces()) as writer,
     ):
         for chunk in reader.chunks():
             writer.append(chunk)
@@ -58,7 +58,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path, lanes: Lanes) -> N
     (tmp_path / "in").write_bytes(bytes(100_000))
     with (
         pytest.raises(CheckpointError, match="ended while it was read"),
-        Reader(tmp_path / "in", 200_000, lanes, digest=True) as reader,
+        FileReader(tmp_path / "in", 200_000, lanes, digest=True) as reader,
     ):
         for _ in reader.chunks():
             pass
@@ -187,15 +187,16 @@ def test_a_piece_that_fails_ends_the_merge_when_no_thread_is_at_work_any_more(
         return begin(self, fails, parts)
 
     stray: list[set[int]] = []
-    close = Reader.close
+    close = FileReader.close
 
-    def closed(self: Reader) -> None:
+    def closed(self: FileReader) -> None:
         stray.append(set(at_work))
         close(self)
 
     monkeypatch.setattr(Workers, "begin", failing)
-    monkeypatch.setattr(Reader, "close", closed)
-    with pytest.raises(MemoryError, match="piece 20"):
+    monkeypatch.setattr(FileReader, "close", closed)
+    with pytest.raises(MemoryLimitError, match="too little memory to merge a shard") as stopped:
         merge(base, adapter, tmp_path / "out")
+    assert str(stopped.value.__cause__) == "piece 20"
     assert stray == [set()]
     assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from lorasmith.errors import CheckpointError, UsageError
 from lorasmith.files.digests import digest_folder
-from lorasmith.merging import disk, recipes
+from lorasmith.merging import disk, writers
 from lorasmith.merging.merge import merge
 from lorasmith.merging.numbers.dither import ThresholdStream, dither_expansion, dither_reals
 from lorasmith.merging.numbers.exact import dither_rational
@@ -175,7 +175,7 @@ def test_neither_threads_nor_blocks_nor_shards_change_a_byte(
     for number, (threads, block, chunk) in enumerate(
         [(1, 1 << 17, 1 << 24), (2, 100, 1 << 12), (3, 7, 1 << 13)]
     ):
-        monkeypatch.setattr(recipes, "BLOCK_ELEMENTS", block)
+        monkeypatch.setattr(writers, "BLOCK_ELEMENTS", block)
         monkeypatch.setattr(disk, "BUFFER_BYTES", chunk)
         monkeypatch.setattr("os.sched_getaffinity", lambda _, count=threads: range(count))
         merge(one, adapter, tmp_path / f"out{number}", rounding="dithered", seed=1)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lorasmith.files.digests import digest_folder
-from lorasmith.merging import disk, recipes
+from lorasmith.merging import disk, writers
 from lorasmith.merging.merge import merge
 from tests.merging.planted import NAMES, PREFIX, logits, plant, tensors_of
 from tests.merging.reference import merged_value, nearest
@@ -124,7 +124,7 @@ def test_neither_threads_nor_block_sizes_change_a_byte(
             [(1, 1 << 17, 1 << 24), (2, 100, 1 << 12), (3, 7, 1 << 13)]
         ):
             torch.set_num_threads(threads)
-            monkeypatch.setattr(recipes, "BLOCK_ELEMENTS", block)
+            monkeypatch.setattr(writers, "BLOCK_ELEMENTS", block)
             monkeypatch.setattr(disk, "BUFFER_BYTES", chunk)
             monkeypatch.setattr("os.sched_getaffinity", lambda _, count=threads: range(count))
             merge(base, adapter, tmp_path / f"out{number}")

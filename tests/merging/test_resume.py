@@ -123,15 +123,15 @@ def test_finished_shards_are_not_made_again(
     def stop_after_one(*arguments: Any) -> Any:
         if made:
             raise KeyboardInterrupt
-        made.append(arguments[4].name)
+        made.append(arguments[0].path.name)
         return real(*arguments)
 
-    monkeypatch.setattr("lorasmith.merging.merge.write_shard", stop_after_one)
+    monkeypatch.setattr("lorasmith.merging.shards.write_shard", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
         merge(base, adapter, output)
     first = tmp_path / ".out.partial" / made[0]
     written = first.stat().st_ino
-    monkeypatch.setattr("lorasmith.merging.merge.write_shard", real)
+    monkeypatch.setattr("lorasmith.merging.shards.write_shard", real)
     merge(base, adapter, output)
     assert (output / made[0]).stat().st_ino == written
     assert digest_folder(output) == expected

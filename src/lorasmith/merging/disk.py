@@ -1,4 +1,4 @@
-"""Large files past the page cache: threads and page-aligned buffers, and the reader that uses them.
+"""Large files past the page cache: threads, page-aligned buffers, a reader and a writer that use them.
 
 A merge reads and writes each byte once, so the cache only costs memory and time. Direct I/O needs buffers,
 offsets and lengths that are multiples of a block; where a file system has none, the same calls go through the
@@ -64,7 +64,7 @@ def open_file(path: Path, flags: int) -> tuple[int, bool]:
     return os.open(path, flags | os.O_CLOEXEC, 0o666), False
 
 
-class Reader:
+class FileReader:
     """A file from its first byte to its last, hashed on the way."""
 
     def __init__(self, path: Path, size: int, lanes: Lanes, *, digest: bool) -> None:
@@ -120,12 +120,13 @@ class Reader:
                 self._hashed[slot] = self._lanes.hashing_in.submit(self._digest.update, chunk)
             yield chunk
 
-    def finish(self) -> str | None:
-        """SHA-256 of the whole file, if it was asked for."""
+    def finish(self) -> str:
+        """SHA-256 of the whole file, which must have been asked for."""
+        assert self._digest is not None
         for job in self._hashed:
             if job is not None:
                 job.result()
-        return self._digest.hexdigest() if self._digest is not None else None
+        return self._digest.hexdigest()
 
     def close(self) -> None:
         """Wait for reads under way and close the file."""
@@ -139,16 +140,13 @@ class Reader:
                     hashed.result()
         os.close(self._handle)
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> FileReader:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-# Pieces that threads are still at work on, while the next ones are read and begun.
 
 
 Finish = Callable[[], None]
@@ -189,21 +187,18 @@ class PendingPieces:
                 self._jobs.popleft()()
 
 
-# The merged file: pieces put one after the other, hashed and written behind in threads.
-
-
-class Writer:
+class FileWriter:
     """A new file of a known size, filled from its first byte to its last, hashed on the way and synced.
 
     A full buffer goes to the disk when the one after it is full as well: until then, threads may be at work
     on pieces of it.
     """
 
-    def __init__(self, path: Path, size: int, lanes: Lanes, running: PendingPieces) -> None:
+    def __init__(self, path: Path, size: int, lanes: Lanes, pending: PendingPieces) -> None:
         self.path = path
         self.size = size
         self._lanes = lanes
-        self._running = running
+        self._pending = pending
         self._digest = hashlib.sha256()
         with os_errors(path, "write"):
             path.unlink(missing_ok=True)
@@ -253,7 +248,7 @@ class Writer:
     def _turn(self) -> None:
         """Go on to the next buffer, as soon as that is free."""
         self._flush()
-        self._full = (self._slot, self._used, self._running.begun)
+        self._full = (self._slot, self._used, self._pending.begun)
         self._used = 0
         self._slot = (self._slot + 1) % DEPTH
         for job in self._busy[self._slot] or ():
@@ -264,7 +259,7 @@ class Writer:
         if self._full is None:
             return
         slot, used, begun = self._full
-        self._running.finish(begun)
+        self._pending.finish(begun)
         buffer = self._lanes.outputs[slot]
         hashed = self._lanes.hashing_out.submit(self._digest.update, buffer[:used])
         written = self._lanes.writing.submit(self._write, buffer, used, self._offset)
@@ -302,7 +297,7 @@ class Writer:
                     job.result()
         os.close(self._handle)
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> FileWriter:
         return self
 
     def __exit__(

@@ -15,9 +15,10 @@ import torch
 from lorasmith.adapters.base import Copy
 from lorasmith.checkpoint.adapter import Adapter
 from lorasmith.checkpoint.header import dump_object
-from lorasmith.checkpoint.model import Checkpoint
+from lorasmith.checkpoint.model import INDEX, Checkpoint
 from lorasmith.errors import AdapterError, InputError, UsageError, os_errors
 from lorasmith.files.atomic import aside, publish_folder, read_record, write_bytes, write_record
+from lorasmith.files.digests import describe
 from lorasmith.files.output_folder import holds_another, require_outside
 from lorasmith.hub.model_files import OTHER_FILES, TOKENIZER_FILES, fits
 from lorasmith.merging.numbers.rounding import TARGETS, cast
@@ -105,9 +106,9 @@ class PartialFolder:
             return None
         return record if file.stat().st_size == record.file.bytes else None
 
-    def finish_shard(self, shard: str, record: ShardDone) -> None:
+    def finish_shard(self, shard: ShardDone) -> None:
         """Note that a synced shard is whole."""
-        write_record(self._state / f"{shard}.json", record)
+        write_record(self._state / f"{shard.file.path}.json", shard)
 
     def write(self, name: str, content: bytes) -> None:
         """A small file of the merged folder."""
@@ -137,7 +138,7 @@ _MAIN_TOKENIZER_FILES = (
 _TEMPLATES = ("chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
 
 
-def companions(base: Path, adapters: list[Path]) -> dict[str, Path]:
+def companions(base: Path, adapters: Sequence[Path]) -> dict[str, Path]:
     """Name in the merged folder → file to copy.
 
     The tokenizer is that of the first adapter that has a whole one, else the base's; a chat template
@@ -209,6 +210,23 @@ def merged_index(base: Checkpoint, plan: Plan) -> bytes | None:
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(output.elements for output in plan.outputs)
     return dump_object({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def write_small_files(
+    base: Checkpoint, adapters: Sequence[Path], plan: Plan, precision: str, partial: PartialFolder
+) -> list[FileDigest]:
+    """Write them into the partial folder."""
+    config = merged_config(base.config, precision, untied=plan.untied, vocabulary=plan.vocabulary)
+    contents = {"config.json": dump_object(config)}
+    index = merged_index(base, plan)
+    if index is not None:
+        contents[INDEX] = index
+    for name, file in companions(base.folder, adapters).items():
+        with os_errors(file, "read"):
+            contents[name] = file.read_bytes()
+    for name, content in contents.items():
+        partial.write(name, content)
+    return describe([partial.path / name for name in sorted(contents)], partial.path, rehash=True)
 
 
 # Is this the base that the adapter was trained on? An adapter that keeps a copy of a weight can tell.

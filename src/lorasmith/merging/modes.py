@@ -17,7 +17,7 @@ from lorasmith.merging.calibrated.feedback import Feedback
 from lorasmith.merging.calibrated.fit import run_calibration
 from lorasmith.merging.calibrated.rows import Calibration, Effective, load_calibration
 from lorasmith.merging.plan import Plan
-from lorasmith.merging.recipes import Calibrated
+from lorasmith.merging.writers import Calibrated
 from lorasmith.models.device import resolve_device
 from lorasmith.models.layerwise import UnsupportedLayers
 from lorasmith.progress import Progress
@@ -53,6 +53,16 @@ class Mode:
         versions = [version(name) for name in ("torch", "transformers")]
         device = resolve_device(self.device).type
         return [self.asked, self.seed, self.rows.rows, device, asdict(Feedback()), versions]
+
+    def refuse_calibrated(self) -> None:
+        """Raise `UsageError` for a rounding that is fitted to rows, layer after layer, in one process."""
+        if self.rows is not None:
+            raise UsageError(
+                "a calibrated merge runs in one process: each layer's fit needs what the merged layers "
+                "before it give",
+                expected="--rounding nearest or dithered on a cluster",
+                remedy="leave --executor ray out, or give another rounding",
+            )
 
     def fit(
         self, base: Checkpoint, adapters: Sequence[Adapter], plan: Plan, scratch: Path, progress: Progress

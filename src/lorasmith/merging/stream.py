@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,26 +10,17 @@ import torch
 
 from lorasmith.checkpoint.header import ITEM_BITS, TensorFile, build_header
 from lorasmith.errors import CheckpointError
-from lorasmith.merging.disk import Lanes, PendingPieces, Reader, Writer
+from lorasmith.merging.disk import FileReader, FileWriter, Lanes, PendingPieces
+from lorasmith.merging.folder import ShardDone
 from lorasmith.merging.plan import Output
-from lorasmith.merging.recipes import TensorWriter
 from lorasmith.merging.tensors import TensorOnDisk
+from lorasmith.merging.writers import TensorWriter
 from lorasmith.progress import Advance
 from lorasmith.records.base import FileDigest
 from lorasmith.records.merging import MergedTensor
 
 _STEP_BYTES = 8 << 20
 """How much of a replaced tensor is read at a time."""
-
-
-@dataclass(frozen=True)
-class Written:
-    """A shard that is on disk and synced."""
-
-    file: FileDigest
-    source_sha256: str | None
-    tensors: list[MergedTensor]
-    """What became of those that an adapter changed."""
 
 
 def shard_header(outputs: Sequence[Output]) -> tuple[bytes, int]:
@@ -49,59 +39,62 @@ def write_shard(
     path: Path,
     advance: Advance,
     lanes: Lanes,
-    hash_source: bool,
-) -> Written:
-    """Write a merged shard.
+    known_sha256: str | None,
+) -> ShardDone:
+    """Write a merged shard to `path`, synced.
 
     The first outputs stand for the source's tensors in the order of their data; separated heads follow.
-    `make` gives a tensor's recipe when its turn comes, so that only one holds its factors at a time;
-    `adapters` are the files that replaced tensors are read from.
+    `make` gives a tensor's writer when its turn comes, so that only one holds its factors at a time;
+    `adapters` are the files that replaced tensors are read from. The source is hashed while it is read where
+    its SHA-256 is not known.
     """
     header, size = shard_header(outputs)
     places = [*source.tensors.values(), *[None] * (len(outputs) - len(source.tensors))]
     with (
-        Reader(source.path, source.size, lanes, digest=hash_source) as reader,
-        PendingPieces() as running,
-        Writer(path, size, lanes, running) as writer,
+        FileReader(source.path, source.size, lanes, digest=known_sha256 is None) as reader,
+        PendingPieces() as pending,
+        FileWriter(path, size, lanes, pending) as file,
     ):
-        stream = TensorStream(reader, running)
+        stream = TensorStream(reader, pending)
         stream.skip(source.data_start)
-        writer.append(header)
+        file.append(header)
         tensors: list[MergedTensor] = []
         for output, place in zip(outputs, places, strict=True):
-            recipe = make(output)
+            writer = make(output)
             if place is output.source:
                 pieces = stream.pieces(place.nbytes, ITEM_BITS[place.dtype])
             else:
+                # W is not what stands here in the base's file: that is passed over, W read on its own.
                 stream.skip(place.nbytes if place is not None else 0)
-                file = source.path if output.adapter is None else adapters[output.adapter]
-                pieces = _elsewhere(TensorOnDisk(file, output.source))
+                holder = source.path if output.adapter is None else adapters[output.adapter]
+                pieces = _pieces_of(TensorOnDisk(holder, output.source))
             for first, raw in pieces:
-                _make(recipe, output, raw, first, writer, advance, running)
-            running.add(partial(_note, recipe, tensors))
+                _write_piece(writer, output, raw, first, file, advance, pending)
+            pending.add(partial(_note, writer, tensors))
         if not stream.at_end():
             raise CheckpointError("the shard changed while it was read", where=source.path)
-        sha256 = writer.finish()
-        return Written(FileDigest(path=path.name, bytes=size, sha256=sha256), reader.finish(), tensors)
+        merged = FileDigest(path=source.path.name, bytes=size, sha256=file.finish())
+        return ShardDone(file=merged, source_sha256=known_sha256 or reader.finish(), tensors=tensors)
 
 
-def _make(
-    recipe: TensorWriter,
+def _write_piece(
+    writer: TensorWriter,
     output: Output,
     raw: torch.Tensor,
     first: int,
-    writer: Writer,
+    file: FileWriter,
     advance: Advance,
-    running: PendingPieces,
+    pending: PendingPieces,
 ) -> None:
-    """Let a recipe write its result straight into the output's buffers, cut where these end."""
+    """Let a writer put its result straight into the file's buffers, cut where these end."""
     stored_bits, bits = ITEM_BITS[output.source.dtype], ITEM_BITS[output.dtype]
     count = len(raw) * 8 // stored_bits
     done = 0
     while done < count:
-        space = writer.space()
+        space = file.space()
         fitting = min(count - done, len(space) * 8 // bits)
         start = done * stored_bits // 8
+        # An element that begins in one buffer and ends in the next is made aside and copied.
         straddling = fitting == 0
         elements = 1 if straddling else fitting
         piece = raw[start : start + (elements * stored_bits + 7) // 8]
@@ -109,18 +102,18 @@ def _make(
         direct = None if straddling else _view(space[:length], bits)
         if direct is None:
             target = torch.empty(length, dtype=torch.uint8)
-            recipe.piece(piece, first + done, target)()
-            writer.append(target.numpy().data)
+            writer.piece(piece, first + done, target)()
+            file.append(target.numpy().data)
         else:
-            running.add(recipe.piece(piece, first + done, direct))
-            writer.filled(length)
+            pending.add(writer.piece(piece, first + done, direct))
+            file.filled(length)
         advance(length)
         done += elements
 
 
-def _note(recipe: TensorWriter, tensors: list[MergedTensor]) -> None:
+def _note(writer: TensorWriter, tensors: list[MergedTensor]) -> None:
     """Keep the record of a tensor whose pieces are all made."""
-    result = recipe.result()
+    result = writer.result()
     if result is not None:
         tensors.append(result)
 
@@ -134,18 +127,18 @@ def _view(space: memoryview, bits: int) -> torch.Tensor | None:
 class TensorStream:
     """A reader's chunks as one run of bytes, given out in whole numbers of a tensor."""
 
-    def __init__(self, reader: Reader, running: PendingPieces) -> None:
+    def __init__(self, reader: FileReader, pending: PendingPieces) -> None:
         self._chunks = reader.chunks()
         self._path = reader.path
         self._rest = memoryview(b"")
-        self._running = running
+        self._pending = pending
         self._begun = 0
         """How many pieces were when the chunk in hand was asked for."""
 
     def _next(self) -> memoryview | None:
         """Another chunk: the one before that in hand is given up, so what is made of it must be complete."""
-        self._running.finish(self._begun)
-        self._begun = self._running.begun
+        self._pending.finish(self._begun)
+        self._begun = self._pending.begun
         return next(self._chunks, None)
 
     def _more(self) -> None:
@@ -165,13 +158,13 @@ class TensorStream:
 
     def take(self, count: int) -> bytearray:
         """A few bytes, joined over the end of a chunk."""
-        found = bytearray()
-        while len(found) < count:
+        joined = bytearray()
+        while len(joined) < count:
             self._more()
-            part = min(count - len(found), len(self._rest))
-            found += self._rest[:part]
+            part = min(count - len(joined), len(self._rest))
+            joined += self._rest[:part]
             self._rest = self._rest[part:]
-        return found
+        return joined
 
     def pieces(self, nbytes: int, bits: int) -> Iterator[tuple[int, torch.Tensor]]:
         """A tensor's bytes with the number of each piece's first element."""
@@ -181,6 +174,7 @@ class TensorStream:
             self._more()
             part = min(nbytes - done, len(self._rest)) // item * item
             if part == 0:
+                # The chunk ends within a number.
                 raw = torch.frombuffer(self.take(item), dtype=torch.uint8)
             else:
                 raw = torch.frombuffer(self._rest[:part], dtype=torch.uint8)
@@ -195,7 +189,7 @@ class TensorStream:
         return not len(self._rest) and self._next() is None
 
 
-def _elsewhere(stored: TensorOnDisk) -> Iterator[tuple[int, torch.Tensor]]:
+def _pieces_of(stored: TensorOnDisk) -> Iterator[tuple[int, torch.Tensor]]:
     step = _STEP_BYTES * 8 // ITEM_BITS[stored.info.dtype]
     for first in range(0, stored.info.elements, step):
         values = stored.read(first, min(step, stored.info.elements - first))

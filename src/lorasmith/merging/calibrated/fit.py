@@ -31,7 +31,7 @@ from lorasmith.merging.calibrated.rows import Calibration, Effective
 from lorasmith.merging.numbers.rounding import TARGETS
 from lorasmith.merging.numbers.threads import Workers
 from lorasmith.merging.plan import Output, Plan
-from lorasmith.merging.recipes import Calibrated
+from lorasmith.merging.writers import Calibrated
 from lorasmith.models.device import choose_route, resolve_device, use_route
 from lorasmith.models.layerwise import LayerwiseModel, watched
 from lorasmith.progress import Progress

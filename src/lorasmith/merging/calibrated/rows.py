@@ -18,8 +18,8 @@ from lorasmith.files.digests import sha256_file
 from lorasmith.files.jsonl import read_examples
 from lorasmith.merging.numbers.threads import Workers
 from lorasmith.merging.plan import Output, Plan
-from lorasmith.merging.recipes import make_writer
 from lorasmith.merging.tensors import Factors, read_tensor
+from lorasmith.merging.writers import make_writer
 from lorasmith.models.load import has_tokenizer, load_tokenizer
 from lorasmith.models.text import encode_examples
 from lorasmith.records.base import FileDigest
@@ -151,8 +151,8 @@ class Effective:
         result = torch.empty(output.elements, dtype=torch.float32)
         if output.elements:
             with Workers() as workers:
-                recipe = make_writer(replace(output, dtype="F32"), self._factors, shard, workers)
-                recipe.piece(stored.reshape(-1).view(torch.uint8), 0, result.view(torch.uint8))()
+                writer = make_writer(replace(output, dtype="F32"), self._factors, shard, workers)
+                writer.piece(stored.reshape(-1).view(torch.uint8), 0, result.view(torch.uint8))()
         return result.view(output.shape)
 
     def before(self, output: Output) -> torch.Tensor:

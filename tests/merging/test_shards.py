@@ -1,4 +1,4 @@
-"""Shards merged elsewhere, by workers that make the merge from its recipe: the same bytes, or a refusal."""
+"""Shards merged elsewhere, by workers that make the merge from its job: the same bytes, or a refusal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,8 +14,9 @@ import lorasmith
 from lorasmith.errors import CheckpointError, LorasmithError, RemoteError, UsageError
 from lorasmith.files.digests import digest_folder, sha256_file
 from lorasmith.files.jsonl import write_rows
-from lorasmith.merging import cluster
-from lorasmith.merging.cluster import MergeJob, Merger, ShardMade, open_merging
+from lorasmith.merging import shards
+from lorasmith.merging.folder import ShardDone
+from lorasmith.merging.shards import MergeJob, ShardMerger, open_merging
 from lorasmith.models.hidden_states import files_digest
 from tests.executors.nearby import Nearby
 from tests.tiny import save_adapter, save_base, tiny_rows
@@ -109,13 +111,12 @@ def test_a_worker_that_read_another_base_is_found_out(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorasmith.merging.merge.known_sha256", sha256_file)
-    real = Merger.merge
+    real = ShardMerger.merge
 
-    def elsewhere(self: Merger, number: int) -> ShardMade:
-        made = real(self, number)
-        return made.model_copy(update={"done": made.done.model_copy(update={"source_sha256": "0" * 64})})
+    def elsewhere(self: ShardMerger, *arguments: Any) -> ShardDone:
+        return real(self, *arguments).model_copy(update={"source_sha256": "0" * 64})
 
-    monkeypatch.setattr(Merger, "merge", elsewhere)
+    monkeypatch.setattr(ShardMerger, "merge", elsewhere)
     with pytest.raises(CheckpointError, match="read another shard"):
         lorasmith.merge(place / "base", place / "adapter", tmp_path / "out", executor=Nearby())
 
@@ -123,14 +124,14 @@ def test_a_worker_that_read_another_base_is_found_out(
 def test_a_shard_that_is_not_seen_here_is_missed(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Merger.merge
+    real = ShardMerger.merge
 
-    def lost(self: Merger, number: int) -> ShardMade:
-        made = real(self, number)
-        (Path(self.job.folder) / made.done.file.path).unlink()
-        return made
+    def lost(self: ShardMerger, *arguments: Any) -> ShardDone:
+        done = real(self, *arguments)
+        (self.folder / done.file.path).unlink()
+        return done
 
-    monkeypatch.setattr(Merger, "merge", lost)
-    monkeypatch.setattr(cluster, "_SEEN_SECONDS", 0.0)
+    monkeypatch.setattr(ShardMerger, "merge", lost)
+    monkeypatch.setattr(shards, "_SEEN_SECONDS", 0.0)
     with pytest.raises(RemoteError, match="not seen here"):
         lorasmith.merge(place / "base", place / "adapter", tmp_path / "out", executor=Nearby())
