@@ -278,7 +278,7 @@ class Session:
     def upload(self, parcel: Parcel, machine: RemoteMachine) -> None:
         """Send what is not there yet of the parcel, and have every file's SHA-256 compared there."""
         folders = [str(Path(item.remote).parent) for item in self.job.outputs]
-        missing = self.ask("prepare", files=parcel.listed, folders=folders)["missing"]
+        missing = self.ask("prepare_folders", files=parcel.listed, folders=folders)["missing"]
         to_send = parcel.bytes_of(missing)
         if known := parcel.bytes - to_send:
             self.say(f"{human_bytes(known)} of the inputs are there already; {human_bytes(to_send)} to send")
