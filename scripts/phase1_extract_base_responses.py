@@ -51,10 +51,8 @@ def extract(asked: argparse.Namespace) -> int:
         device=asked.device,
         price_per_hour=asked.price_per_hour,
     )
-    with TerminalRespond(asked.price_per_hour) as watcher:
-        record = respond(
-            asked.model_path, asked.data_file, asked.output_file, options=options, watcher=watcher
-        )
+    watcher = TerminalRespond(asked.price_per_hour)
+    record = respond(asked.model_path, asked.data_file, asked.output_file, options=options, watcher=watcher)
     show_responses(record, asked.output_file, console())
     return ExitCode.ANSWER_IS_NO if record.failed else ExitCode.OK
 

@@ -24,9 +24,11 @@ def silent(label: str, *, total: int, unit: str) -> Iterator[Advance]:
 
 
 class Watcher(Protocol):
-    """Follows a whole run: a heading for each step, what came of it, and the bars in between."""
+    """Follows a run, or one command that takes hours: headings, bars, and what is found on the way."""
 
-    progress: Progress
+    @property
+    def progress(self) -> Progress:
+        """How bars are opened."""
 
     def step(self, number: int, total: int, title: str) -> None:
         """A step begins."""
@@ -35,7 +37,10 @@ class Watcher(Protocol):
         """A stage is done, now or by an earlier command with the same inputs."""
 
     def show(self, stage: str, record: object) -> None:
-        """The record that a stage left."""
+        """The record that a stage left, or a finding that has to be known while it still runs."""
+
+    def generated(self, tokens: int) -> None:
+        """A model wrote so many more tokens: rows alone tell too little while each takes minutes."""
 
 
 class Unwatched:
@@ -44,10 +49,13 @@ class Unwatched:
     progress: Progress = staticmethod(silent)
 
     def step(self, number: int, total: int, title: str) -> None:
-        """Nothing."""
+        """Nobody is told."""
 
     def finished(self, stage: str, *, reused: bool, seconds: float) -> None:
-        """Nothing."""
+        """Nobody is told."""
 
     def show(self, stage: str, record: object) -> None:
-        """Nothing."""
+        """Nobody is told."""
+
+    def generated(self, tokens: int) -> None:
+        """Nobody is told."""

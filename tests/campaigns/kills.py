@@ -48,6 +48,8 @@ class LastStep:
 
     def show(self, stage: str, record: object) -> None: ...
 
+    def generated(self, tokens: int) -> None: ...
+
 
 def contents(run: Path) -> dict[str, str]:
     """Digest of every file of a run but what may differ: timings, the report that shows them, and the list of

@@ -17,9 +17,8 @@ from lorasmith.executors.ray import Cluster
 from lorasmith.files.digests import digest_folder
 from lorasmith.followup.responses.cluster import group_size
 from lorasmith.followup.responses.respond import RespondOptions, respond
-from lorasmith.followup.responses.work import UnwatchedRows
 from lorasmith.models.generation.decoding import Sampling
-from lorasmith.progress import Progress
+from lorasmith.progress import Advance, Progress, Unwatched
 from lorasmith.records.scoring import ChunkRecord
 from lorasmith.scoring.tasks import evaluate_tasks
 from tests.scoring.test_tasks import drop, mmlu
@@ -125,13 +124,17 @@ def test_task_metrics_have_the_bytes_of_those_here(cluster: Any, place: Path, tm
     assert parts == {"answers", "choices"}
 
 
-class Kills(UnwatchedRows):
+class Kills(Unwatched):
     """Kills all workers after the first answer, or breaks off after some."""
 
     def __init__(self, executor: Cluster, break_after: int | None = None) -> None:
         self.executor, self.break_after, self.rows = executor, break_after, 0
 
-    def moved(self, rows: int, tokens: int) -> None:
+    @contextmanager
+    def progress(self, label: str, *, total: int, unit: str) -> Iterator[Advance]:
+        yield self.ended
+
+    def ended(self, rows: int) -> None:
         self.rows += rows
         if self.break_after is not None and self.rows >= self.break_after:
             raise KeyboardInterrupt

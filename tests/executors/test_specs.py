@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from lorasmith.files.jsonl import write_rows
 from lorasmith.followup.responses.cluster import ClusterEngine
 from lorasmith.followup.responses.engines import TransformersEngine
 from lorasmith.followup.responses.respond import RespondOptions, respond
-from lorasmith.followup.responses.work import UnwatchedRows
+from lorasmith.progress import Advance, Unwatched
 from lorasmith.records.followup import RespondRecord
 from lorasmith.records.scoring import ChunkRecord, Conditions
 from lorasmith.scoring.tasks import evaluate_tasks
@@ -145,13 +147,17 @@ class Elsewhere(Nearby):
             yield rows, answers
 
 
-class BreaksOff(UnwatchedRows):
+class BreaksOff(Unwatched):
     """The command ends after so many rows."""
 
     def __init__(self, rows: int) -> None:
         self.left = rows
 
-    def moved(self, rows: int, tokens: int) -> None:
+    @contextmanager
+    def progress(self, label: str, *, total: int, unit: str) -> Iterator[Advance]:
+        yield self.ended
+
+    def ended(self, rows: int) -> None:
         self.left -= rows
         if self.left <= 0:
             raise KeyboardInterrupt

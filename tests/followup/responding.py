@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,33 @@ from lorasmith.followup.responses.engines import Engine
 from lorasmith.followup.responses.respond import RespondOptions, respond
 from lorasmith.followup.responses.work import GROUP_ROWS
 from lorasmith.models.generation.decoding import GeneratedAnswer, GenerationLimits, Request, Sampling
+from lorasmith.progress import Advance
+from lorasmith.records.base import Finding
 from lorasmith.records.followup import RespondRecord
 from tests.tiny import load_model, tiny_tokenizer
 
 COUNT = 14
+
+
+class Hears:
+    """A watcher that remembers how many rows were to come, and calls `told` with each finding."""
+
+    def __init__(self, told: Callable[[Finding], None] = lambda finding: None) -> None:
+        self.told, self.bars = told, list[int]()
+
+    @contextmanager
+    def progress(self, label: str, *, total: int, unit: str) -> Iterator[Advance]:
+        self.bars.append(total)
+        yield lambda rows: None
+
+    def step(self, number: int, total: int, title: str) -> None: ...
+
+    def finished(self, stage: str, *, reused: bool, seconds: float) -> None: ...
+
+    def generated(self, tokens: int) -> None: ...
+
+    def show(self, stage: str, record: Any) -> None:
+        self.told(record)
 
 
 SHORT = RespondOptions(max_new_tokens=12, batch_size=4)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -18,7 +17,7 @@ from lorasmith.followup.responses.output import ResponseJournal
 from lorasmith.followup.responses.respond import RespondOptions, respond
 from lorasmith.models.generation.decoding import Sampling
 from lorasmith.records.followup import RespondRecord
-from tests.followup.responding import COUNT, Scripted, kill_after, read, scripted
+from tests.followup.responding import COUNT, Hears, Scripted, kill_after, read, scripted
 from tests.tiny import tiny_rows
 
 
@@ -29,16 +28,12 @@ def test_a_killed_extraction_goes_on_and_ends_with_the_same_bytes(answering: Pat
     assert [path.name for path in tmp_path.iterdir()] == [".r.jsonl.journal"]
     with (tmp_path / ".r.jsonl.journal").open("ab") as journal:
         journal.write(b'{"row": {"key": "torn')  # as a power cut leaves it
-    began: list[tuple[int, int]] = []
-    watcher = SimpleNamespace(
-        began=lambda rows, before: began.append((rows, before)),
-        moved=lambda rows, tokens: None,
-        found=lambda finding: None,
-    )
+    told: list[str] = []
+    watcher = Hears(lambda finding: told.append(finding.message))
     respond(
         answering / "base", answering / "data.jsonl", tmp_path / "r.jsonl", options=options, watcher=watcher
     )
-    assert began == [(COUNT, 5)]
+    assert (watcher.bars, told[0]) == ([COUNT - 5], f"5 of {COUNT} rows were answered before")
     (tmp_path / "whole").mkdir()
     respond(answering / "base", answering / "data.jsonl", tmp_path / "whole" / "r.jsonl", options=options)
     assert (tmp_path / "r.jsonl").read_bytes() == (tmp_path / "whole" / "r.jsonl").read_bytes()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,18 +10,14 @@ import torch
 from lorasmith.followup.responses.respond import RespondOptions, respond
 from lorasmith.followup.responses.work import Length, is_loop, judge_limit, suggest_limit
 from lorasmith.records.base import Finding
-from tests.followup.responding import Scripted, write
+from tests.followup.responding import Hears, Scripted, write
 
 
 def test_a_limit_that_cuts_most_rows_is_told_after_the_first_hundred(answering: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "d.jsonl", [{"prompt": f"question {number}"} for number in range(300)])
-    found: list[tuple[int, Finding]] = []
+    told: list[tuple[int, Finding]] = []
     engine = Scripted(lambda index: 10 if index % 5 == 0 else 30)
-    watcher = SimpleNamespace(
-        began=lambda rows, before: None,
-        moved=lambda rows, tokens: None,
-        found=lambda finding: found.append((len(engine.asked), finding)),
-    )
+    watcher = Hears(lambda finding: told.append((len(engine.asked), finding)))
     record = respond(
         answering / "base",
         data,
@@ -31,7 +26,7 @@ def test_a_limit_that_cuts_most_rows_is_told_after_the_first_hundred(answering: 
         watcher=watcher,
         engine=engine,
     )
-    [(asked, finding)] = found
+    [(asked, finding)] = told
     assert asked == 100  # 200 rows before it would have been too late
     assert "cut off at 12 tokens" in finding.message
     assert "--max-new-tokens" in (finding.remedy or "")

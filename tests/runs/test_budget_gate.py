@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorasmith.files.atomic import read_record, write_record
-from lorasmith.progress import Unwatched, silent
+from lorasmith.progress import Unwatched
 from lorasmith.records.release import GateRecord, TimingRecord
 from lorasmith.runs.config import make_config
 from lorasmith.runs.step import RunContext
@@ -18,7 +18,7 @@ from tests.samples import sample_run
 def judged(run: Path, budget: float | None) -> GateRecord | None:
     places = {"base": run, "adapter": run, "test_set": run / "testset" / "test_set.jsonl", "output": run}
     config = make_config({**places, "price_per_hour": 1.5, "budget": budget})
-    judge_costs(RunContext(config, silent), Unwatched())
+    judge_costs(RunContext(config), Unwatched())
     assert all(gate.name != "--budget" for gate in config.resolved_gates())
     path = run / "cost_gates.json"
     return read_record(path, GateRecord) if path.is_file() else None

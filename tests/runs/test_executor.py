@@ -12,7 +12,6 @@ from lorasmith.errors import UsageError
 from lorasmith.executors.ray import Cluster
 from lorasmith.files.digests import hash_file
 from lorasmith.files.jsonl import write_rows
-from lorasmith.progress import silent
 from lorasmith.runs import step as steps
 from lorasmith.runs.config import make_config
 from lorasmith.runs.step import RunContext
@@ -56,8 +55,8 @@ def test_the_executor_of_a_run_is_the_one_that_was_asked_for(inputs: dict[str, A
             "worker_gpus": 0.5,
         }
     )
-    executor = RunContext(asked, silent).executor
+    executor = RunContext(asked).executor
     assert executor == Cluster(address="auto", workers=3, threads=2, gpus=0.5)
     alone = make_config({**inputs, "output": tmp_path / "run", "workers": 3})
     with pytest.raises(UsageError, match="--workers without a cluster"):
-        assert RunContext(alone, silent).executor
+        assert RunContext(alone).executor

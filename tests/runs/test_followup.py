@@ -54,6 +54,8 @@ class Log:
     def show(self, stage: str, record: object) -> None:
         self.told.append(record)
 
+    def generated(self, tokens: int) -> None: ...
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

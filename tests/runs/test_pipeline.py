@@ -62,6 +62,8 @@ class Log:
 
     def show(self, stage: str, record: object) -> None: ...
 
+    def generated(self, tokens: int) -> None: ...
+
 
 def test_the_run_folder_is_laid_out_as_documented(finished: RunResult) -> None:
     names = set(contents(finished.folder)) | {"timing.json", "report.html"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +13,7 @@ from lorasmith.cli.options import AsJson, Device, DeviceMap, Seed, Template, wit
 
 if TYPE_CHECKING:
     from lorasmith.executors.base import Executor
-    from lorasmith.records.base import Finding
+    from lorasmith.progress import Advance
 
 
 @with_executor
@@ -82,8 +84,8 @@ def respond(
         retry_failed=retry_failed,
         price_per_hour=price_per_hour,
     )
-    with TerminalRespond(price_per_hour) as watcher:
-        record = answer_all(model, data, output, options=options, watcher=watcher, executor=executor)
+    watcher = TerminalRespond(price_per_hour)
+    record = answer_all(model, data, output, options=options, watcher=watcher, executor=executor)
     if as_json:
         show_record(record)
     else:
@@ -104,48 +106,56 @@ class TerminalRespond:
 
         self.price = price_per_hour
         self.screen = console(stderr=True)
-        self.total = self.done = self.rows = self.tokens = 0
+        self.total = self.rows = self.tokens = 0
         self.start = self.shown = 0.0
         self.live: Any = None
 
-    def __enter__(self) -> TerminalRespond:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.live:
-            self.live.stop()
-        if self.start:
-            self.screen.print(f"  {self.line()}", markup=False)
-
-    def began(self, rows: int, done: int) -> None:
-        """The model is loaded."""
+    @contextmanager
+    def progress(self, label: str, *, total: int, unit: str) -> Iterator[Advance]:
+        """The model is loaded; a line tells how far it is until the last row has ended."""
         import time
 
-        self.total, self.done = rows, done
+        self.total = total
         self.start = self.shown = time.monotonic()
-        if done:
-            self.screen.print(f"  {done} of {rows} rows were answered before")
         if self.screen.is_terminal:
             from rich.live import Live
 
             self.live = Live(get_renderable=self.line, console=self.screen, refresh_per_second=2)
             self.live.start()
+        try:
+            yield self._ended
+        finally:
+            if self.live:
+                self.live.stop()
+            self.screen.print(f"  {self.line()}", markup=False)
 
-    def moved(self, rows: int, tokens: int) -> None:
-        """Rows ended, tokens were generated."""
+    def _ended(self, rows: int) -> None:
+        self.rows += rows
+        self._log()
+
+    def generated(self, tokens: int) -> None:
+        """Tokens count at once: a long row takes minutes."""
+        self.tokens += tokens
+        self._log()
+
+    def _log(self) -> None:
         import time
 
-        self.rows += rows
-        self.tokens += tokens
         if not self.live and time.monotonic() - self.shown >= self.LOG_SECONDS:
             self.shown = time.monotonic()
             self.screen.print(f"  {self.line()}", markup=False)
 
-    def found(self, finding: Finding) -> None:
-        """Said at once: it may save hours."""
+    def step(self, number: int, total: int, title: str) -> None:
+        """One command has no steps."""
+
+    def finished(self, stage: str, *, reused: bool, seconds: float) -> None:
+        """The record's view says it."""
+
+    def show(self, stage: str, record: Any) -> None:
+        """A finding said at once may save hours."""
         from lorasmith.cli.views.records import show_findings
 
-        show_findings([finding], self.screen)
+        show_findings([record], self.screen)
 
     def line(self) -> str:
         """`312/8000 rows · 1.4 rows/s · 380 tokens/s · 1:31:20 left · 0.42 so far`."""
@@ -154,12 +164,12 @@ class TerminalRespond:
 
         seconds = max(time.monotonic() - self.start, 1e-9)
         parts = [
-            f"{self.done + self.rows}/{self.total} rows",
+            f"{self.rows}/{self.total} rows",
             f"{self.rows / seconds:.2f} rows/s",
             f"{self.tokens / seconds:,.0f} tokens/s",
         ]
         if self.rows:
-            left = (self.total - self.done - self.rows) * seconds / self.rows
+            left = (self.total - self.rows) * seconds / self.rows
             parts.append(f"{timedelta(seconds=round(left))} left")
         if self.price is not None:
             parts.append(f"cost {self.price * seconds / 3600:.2f} so far")

@@ -71,6 +71,9 @@ class GuideWatcher:
         """What the step found."""
         self._inner.show(stage, record)
 
+    def generated(self, tokens: int) -> None:
+        """The guide shows rows."""
+
 
 def workflow(asked: argparse.Namespace) -> RunResult:
     """Run, then put merged model, results and archives where the guide has them."""

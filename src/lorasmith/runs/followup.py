@@ -227,40 +227,16 @@ def _answer(run: RunContext, data: Path, stage: Stage, options: Any) -> None:
     final = run.folder / RESPONSES
     work = work_folder(run.folder, stage)
     engine = choose_engine(run.merged, None, options, run.executor)
-    with run.progress("Respond", total=_count(data, options.limit), unit="row") as advance:
-        ask = partial(
-            lorasmith.respond, run.merged, data, work / "responses.jsonl",
-            watcher=_Follow(run, advance), engine=engine,
-        )  # fmt: skip
-        if ask(options=options).failed:
-            ask(options=replace(options, retry_failed=True))
+    ask = partial(
+        lorasmith.respond, run.merged, data, work / "responses.jsonl", watcher=run.watcher, engine=engine
+    )
+    if ask(options=options).failed:
+        ask(options=replace(options, retry_failed=True))
     for ending in ("timing.json", "chunks.jsonl"):  # of this machine or cluster, not of what it wrote
         aside = work / f"responses.{ending}"
         if aside.is_file():
             aside.replace(run.folder / FOLLOWUP / aside.name)
     publish_folder(work, final.parent)
-
-
-def _count(data: Path, limit: int | None) -> int:
-    from lorasmith.followup.responses.rows import read_prompts
-
-    return len(read_prompts(data, limit))
-
-
-class _Follow:
-    """Shows rows as a bar, and at once what may save hours."""
-
-    def __init__(self, run: RunContext, advance: Any) -> None:
-        self.run, self.advance = run, advance
-
-    def began(self, rows: int, done: int) -> None:
-        self.advance(done)
-
-    def moved(self, rows: int, tokens: int) -> None:
-        self.advance(rows)
-
-    def found(self, finding: object) -> None:
-        self.run.show("respond", finding)
 
 
 def _draft(run: RunContext, asked: DraftAsked) -> Step:

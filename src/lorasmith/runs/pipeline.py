@@ -69,7 +69,7 @@ def run(
                 for name in (*task_files(role), f"stages/tasks-{role}.json"):
                     (folder.path / name).unlink(missing_ok=True)
         forget_unasked(asked)
-        context = RunContext(asked, watch.progress, watch.show)
+        context = RunContext(asked, watch)
         steps = plan(context)
         for number, step in enumerate(steps, 1):
             watch.step(number, len(steps), step.title)

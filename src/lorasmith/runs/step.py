@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from lorasmith.executors.base import Executor
 from lorasmith.executors.choose import make_executor
 from lorasmith.options import ClusterOptions
-from lorasmith.progress import Progress
+from lorasmith.progress import Progress, Unwatched, Watcher
 from lorasmith.records.base import Record
 from lorasmith.runs.config import RunConfig
 from lorasmith.runs.stages import Stage
@@ -61,9 +61,12 @@ class RunContext:
     """A run as its steps see it."""
 
     config: RunConfig
-    progress: Progress
-    show: Callable[[str, object], None] = lambda stage, found: None
-    """Told at once what a stage finds while it runs; what it leaves is shown when it ends."""
+    watcher: Watcher = field(default_factory=Unwatched)
+
+    @property
+    def progress(self) -> Progress:
+        """The bars of who follows the run."""
+        return self.watcher.progress
 
     @cached_property
     def executor(self) -> Executor:

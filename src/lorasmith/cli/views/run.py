@@ -43,6 +43,9 @@ class TerminalWatcher:
         """What the step found."""
         _VIEWS[type(record).__name__](record, self.screen)
 
+    def generated(self, tokens: int) -> None:
+        """A run shows rows."""
+
 
 _VIEWS: dict[str, Any] = {
     "DatasetStatistics": records.show_statistics,

@@ -17,14 +17,13 @@ from lorasmith.followup.responses.output import Places, ResponseJournal, earlier
 from lorasmith.followup.responses.rows import read_prompts
 from lorasmith.followup.responses.work import (
     GROUP_ROWS,
-    RespondWatcher,
     ResponseWork,
-    UnwatchedRows,
     speed_since_start,
 )
 from lorasmith.models.generation.decoding import Sampling
 from lorasmith.models.load import check_device_map
 from lorasmith.models.text import Frame, frame
+from lorasmith.progress import Unwatched, Watcher
 from lorasmith.records.base import FileDigest
 from lorasmith.records.followup import RespondRecord, RespondSettings
 
@@ -73,7 +72,7 @@ def respond(
     output: StrPath,
     *,
     options: RespondOptions | None = None,
-    watcher: RespondWatcher | None = None,
+    watcher: Watcher | None = None,
     engine: Engine | None = None,
     executor: Executor | None = None,
 ) -> RespondRecord:
@@ -100,7 +99,7 @@ def respond(
     earlier = earlier_rows(places, settings)  # refuses a foreign output before anything is written
     with ResponseJournal(places.journal, settings.model_dump()) as journal:
         work = ResponseWork(rows, settings, places, journal, engine, around, earlier)
-        work.watcher = watcher or UnwatchedRows()
+        work.watcher = watcher or Unwatched()
         work.whole_groups = options.whole_groups and options.top_logprobs > 0
         if options.retry_failed:
             work.forget_failures()

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -29,6 +29,7 @@ from lorasmith.followup.responses.rows import Row
 from lorasmith.machine.resources import hardware
 from lorasmith.models.generation.decoding import GeneratedAnswer, GenerationLimits, Request, Sampling
 from lorasmith.models.text import Frame, conversation_tokens
+from lorasmith.progress import Advance, Unwatched, Watcher
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.followup import LengthSummary, RespondRecord, RespondSettings, RespondTiming
 from lorasmith.records.scoring import ChunkRecord
@@ -89,6 +90,13 @@ def not_in_data(count: int) -> Finding:
         message=f"{count} responses of the earlier output belong to rows that the data no longer has; "
         "they are kept at its end",
         remedy="give another --output for another data file",
+    )
+
+
+def answered_before(done: int, rows: int) -> Finding:
+    """How much of the data an earlier command has answered."""
+    return Finding(
+        severity="note", code="answered-before", message=f"{done} of {rows} rows were answered before"
     )
 
 
@@ -208,38 +216,9 @@ def chunk_log(keys: Sequence[str], finished: Iterable[str], origins: Mapping[str
     return log
 
 
-# Who follows an extraction: it may take hours.
-
-
-class RespondWatcher(Protocol):
-    """Hears of each row, each token, and what has to be known at once."""
-
-    def began(self, rows: int, done: int) -> None:
-        """So many rows are to be answered, of which `done` were answered by an earlier command."""
-
-    def moved(self, rows: int, tokens: int) -> None:
-        """So many more rows ended, and so many more tokens were generated."""
-
-    def found(self, finding: Finding) -> None:
-        """Something to know at once, such as a limit that cuts most rows off."""
-
-
-class UnwatchedRows:
-    """Nobody looks."""
-
-    def began(self, rows: int, done: int) -> None:
-        """Nothing."""
-
-    def moved(self, rows: int, tokens: int) -> None:
-        """Nothing."""
-
-    def found(self, finding: Finding) -> None:
-        """Nothing."""
-
-
 GROUP_ROWS = 128
-"""Of a group that is answered as a whole. A kill loses half of it on average; of 16 rows under way, the slow
-end of each group, where slots run empty, is an eighth."""
+"""Rows of a group that is answered as a whole. A kill loses half of it on average; of 16 rows under way, the
+slow end of each group, where slots run empty, is an eighth."""
 
 
 class ResponseWork:
@@ -257,7 +236,8 @@ class ResponseWork:
     ) -> None:
         self.rows, self.settings, self.places, self.journal = rows, settings, places, journal
         self.engine, self.around = engine, around
-        self.watcher: RespondWatcher = UnwatchedRows()
+        self.watcher: Watcher = Unwatched()
+        self._row_ended: Advance = lambda rows: None
         self.keys = [row.key(settings) for row in rows]
         self.earlier = earlier
         known = earlier_failures(places) if places.record.exists() else {}
@@ -304,9 +284,16 @@ class ResponseWork:
             row = self.finished(key)
             if row is not None:
                 self._note(index, row)
-        self.watcher.began(len(self.rows), len(self.rows) - sum(len(group) for group in groups) - len(faults))
-        for index, reason in faults:
-            self._fail(index, reason)
+        remaining = sum(len(group) for group in groups) + len(faults)
+        if before := len(self.rows) - remaining:
+            self.watcher.show("respond", answered_before(before, len(self.rows)))
+        with self.watcher.progress("Respond", total=remaining, unit="row") as self._row_ended:
+            for index, reason in faults:
+                self._fail(index, reason)
+            self._answer(groups)
+        self._check(final=True)
+
+    def _answer(self, groups: list[list[int]]) -> None:
         sampling = Sampling(
             self.settings.temperature, self.settings.top_p, self.settings.top_k, self.settings.seed
         )
@@ -317,7 +304,6 @@ class ResponseWork:
             requests = (self._request(index) for index in group)
             for answer in self.engine.answers(requests, limits, sampling, self._tokens):
                 self._keep(answer)
-        self._check(final=True)
 
     def _missing(self, key: str) -> bool:
         return self.finished(key) is None and key not in self.failures
@@ -349,7 +335,7 @@ class ResponseWork:
 
     def _tokens(self, count: int) -> None:
         self.new_tokens += count
-        self.watcher.moved(0, count)
+        self.watcher.generated(count)
 
     def _keep(self, answer: GeneratedAnswer) -> None:
         index = answer.index
@@ -362,7 +348,7 @@ class ResponseWork:
         self.journal.add(row, arrays, origin=origin_of(self.engine.made(), self.keys))
         self.new_rows += 1
         self._note(index, row)
-        self.watcher.moved(1, 0)
+        self._row_ended(1)
         self._check()
 
     def _row(self, index: int, answer: GeneratedAnswer, prompt_tokens: int) -> dict[str, Any]:
@@ -393,7 +379,7 @@ class ResponseWork:
         }
         self.journal.add(body, [], failed=True)
         self.failures[self.keys[index]] = body
-        self.watcher.moved(1, 0)
+        self._row_ended(1)
 
     def _note(self, index: int, row: Mapping[str, Any]) -> None:
         if index in self.pilot:
@@ -415,7 +401,7 @@ class ResponseWork:
         finding = judge_limit(list(self.lengths.values()), self.settings.max_new_tokens, most)
         if finding:
             self.findings.append(finding)
-            self.watcher.found(finding)
+            self.watcher.show("respond", finding)
 
     def publish(self, data: FileDigest) -> RespondRecord:
         """Write output, log-probabilities, failed rows, what computed them, and last the record."""
