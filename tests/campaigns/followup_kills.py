@@ -50,7 +50,7 @@ def campaign(kills: int, folder: Path) -> tuple[Counter[str], list[str]]:
 
     # Every computation happens in a child: torch's thread pool does not survive a fork.
     load_libraries()
-    for name in ("respond_engines", "respond", "draft", "speculate"):
+    for name in ("responses.engines", "responses.respond", "drafts.draft", "speculation.speculate"):
         importlib.import_module(f"lorasmith.followup.{name}")
     if in_child(release, die_at=None):
         return Counter(), ["the run could not be made"]
