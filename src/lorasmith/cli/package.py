@@ -41,10 +41,10 @@ def package(
 
     from lorasmith.cli.console import bar, console, show_record
     from lorasmith.cli.views import records
-    from lorasmith.files.digests import reseal
+    from lorasmith.files.digests import SUMS, reseal
     from lorasmith.packaging.archive import parse_size
     from lorasmith.packaging.pack import pack
-    from lorasmith.packaging.signing import Signer
+    from lorasmith.packaging.signing import Signer, sign_folder
     from lorasmith.reporting.page import write_report
 
     folder = output or run / "package"
@@ -58,12 +58,25 @@ def package(
         signer=signer,
         progress=bar,
     )
-    reseal(run, folder)
+    was_signed = reseal(run, folder)
+    if signer is not None and (run / SUMS).is_file():
+        sign_folder(run, signer)  # so that `verify RUN --public-key` covers what is not packed as well
+    elif was_signed:
+        say_signature_is_gone()
     if as_json:
         show_record(manifest)
     else:
         records.show_package(manifest, console())
         console().print(f"Package: {folder}", markup=False, soft_wrap=True)
+
+
+def say_signature_is_gone() -> None:
+    """After a change to a run that was signed."""
+    typer.echo(
+        "The run's signature was removed, for what it signed has changed: "
+        "sign it again with `lorasmith package RUN --sign KEY`.",
+        err=True,
+    )
 
 
 # `lorasmith publish`.
@@ -129,11 +142,13 @@ def unpack(
     Example: `lorasmith unpack download/merged_model.tar.gz --output model`
     """
     from lorasmith.cli.console import bar, console
+    from lorasmith.cli.views import records
     from lorasmith.packaging.signing import Verifier
     from lorasmith.packaging.unpack import unpack as unpack_archives
 
     verifier = Verifier(key=public_key) if public_key else None
-    unpack_archives(archives, output, verifier=verifier, progress=bar)
+    unpacked = unpack_archives(archives, output, verifier=verifier, progress=bar)
+    records.show_findings(unpacked.findings, console())
     names = ", ".join(sorted(path.name for path in output.iterdir() if path.is_dir()))
     console().print(f"Unpacked and checked: {names} in {output}", markup=False, soft_wrap=True)
 

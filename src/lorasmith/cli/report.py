@@ -35,12 +35,14 @@ def report(
     from lorasmith.machine.resources import human_bytes
 
     if len(runs) == 1:
+        from lorasmith.cli.package import say_signature_is_gone
         from lorasmith.files.digests import reseal
         from lorasmith.reporting.page import write_report
 
         page = output or runs[0] / "report.html"
         write_report(runs[0], page, timings=timings)
-        reseal(runs[0], page)
+        if reseal(runs[0], page):
+            say_signature_is_gone()
     else:
         from lorasmith.reporting.several import write_comparison
 

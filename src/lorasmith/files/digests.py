@@ -160,11 +160,25 @@ def _store(status: os.stat_result, digest: str) -> None:
 
 
 SUMS = "SHA256SUMS"
+SIGNATURE = f"{SUMS}.sig"
+"""Lies beside the list that it signs, and is in no list itself."""
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\n\\]+)")
 
 
 def write_sums(folder: Path, digests: Mapping[str, str]) -> None:
-    """Write name → SHA-256 of all files of a folder, sorted by name."""
+    """Write name → SHA-256 of all files of a folder, sorted by name.
+
+    Raises `InputError` for a name that the list cannot hold, so that what is written can be read again.
+    """
+    for name, sha in digests.items():
+        # A name that is not UTF-8 reaches Python with halves of surrogate pairs, which cannot be encoded.
+        if not _LINE.fullmatch(f"{sha}  {name}") or any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise InputError(
+                f"{SUMS} cannot list a file of this name",
+                where=folder / name,
+                expected="a name in UTF-8, without line breaks and backslashes",
+                remedy="rename or remove the file",
+            )
     lines = [f"{sha}  {name}\n" for name, sha in sorted(digests.items())]
     write_bytes(folder / SUMS, "".join(lines).encode())
 
@@ -221,6 +235,7 @@ def open_seal(run: Path) -> None:
     """Take the list away before anything below the folder changes: a run without one has not ended."""
     with os_errors(run / SUMS, "write"):
         (run / SUMS).unlink(missing_ok=True)
+        (run / SIGNATURE).unlink(missing_ok=True)
 
 
 def seal_run(run: Path) -> None:
@@ -231,29 +246,35 @@ def seal_run(run: Path) -> None:
     write_sums(run, _digests(run, sealed_names(run)))
 
 
-def reseal(run: Path, changed: Path) -> None:
+def reseal(run: Path, changed: Path) -> bool:
     """Bring one file or folder of a sealed run up to date; the lines of all others stay as they are.
 
-    Nothing happens for a run that is not sealed, whose list is damaged, or for a place outside of it.
+    Nothing happens for a run that is not sealed, whose list is damaged, or for a place outside of it. A
+    signature of the old list is removed, for it does not hold any more; returns whether there was one.
     """
     if not (run / SUMS).is_file() or run.resolve() not in changed.resolve().parents:
-        return
+        return False
     place = changed.resolve().relative_to(run.resolve()).as_posix()
     try:
         known = read_sums(run)
     except LorasmithError:
-        return
+        return False
 
     def inside(name: str) -> bool:
         return name == place or name.startswith(f"{place}/")
 
     kept = {name: sha for name, sha in known.items() if not inside(name)}
-    write_sums(run, {**kept, **_digests(run, [name for name in sealed_names(run) if inside(name)])})
+    fresh = _digests(run, [name for name in sealed_names(run) if inside(name)])
+    signed = (run / SIGNATURE).is_file()
+    with os_errors(run / SIGNATURE, "remove"):
+        (run / SIGNATURE).unlink(missing_ok=True)
+    write_sums(run, {**kept, **fresh})
+    return signed
 
 
 def sealed_names(run: Path) -> list[str]:
-    """All files of a run folder but its list and its lock, links and leftovers included."""
-    return sorted(set(walk(run)) - {SUMS, LOCK})
+    """All files of a run folder but its list, the list's signature and its lock; links and leftovers too."""
+    return sorted(set(walk(run)) - {SUMS, SIGNATURE, LOCK})
 
 
 def _digests(run: Path, names: list[str]) -> Mapping[str, str]:

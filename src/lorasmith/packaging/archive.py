@@ -12,7 +12,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from queue import Queue
 from threading import Thread
 from types import TracebackType
@@ -103,24 +103,6 @@ def _changed(path: Path) -> InputError:
         where=path,
         remedy="wait until nothing writes to it, then pack again",
     )
-
-
-def check_names(members: Sequence[FileDigest], top: str) -> None:
-    """Raise `DamageError` unless every name is plain, below `top`, and unlike the others in any case."""
-    seen: set[str] = set()
-    for member in members:
-        parts = PurePosixPath(member.path).parts
-        plain = member.path == "/".join(parts) and not any(
-            part in ("..", ".") or "\\" in part or "\0" in part or ":" in part for part in parts
-        )
-        if not plain or len(parts) < 2 or parts[0] != top:
-            raise DamageError(
-                f"the manifest lists a name that leaves the folder: {member.path!r}",
-                expected=f"a plain name below {top}/",
-            )
-        if member.path.casefold() in seen:
-            raise DamageError(f"the manifest lists {member.path!r} twice", expected="each name once")
-        seen.add(member.path.casefold())
 
 
 def read_tar(

@@ -10,9 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorasmith.errors import CheckpointError, UsageError, os_errors
+from lorasmith.errors import CheckpointError, DamageError, InputError, UsageError, os_errors
 from lorasmith.files.atomic import aside, publish_folder, write_bytes
 from lorasmith.files.digests import write_sums
+from lorasmith.files.names import safe_members
 from lorasmith.machine.resources import require_disk
 from lorasmith.packaging.archive import Advance, ArchiveWriter, BackgroundHash, Member, write_tar
 from lorasmith.packaging.compress import Compression, find_compression
@@ -24,7 +25,7 @@ from lorasmith.packaging.contents import (
     collect,
     expected_model_digests,
 )
-from lorasmith.packaging.signing import Signer, sign_package
+from lorasmith.packaging.signing import Signer, sign_folder
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest
 from lorasmith.records.release import PackageManifest
@@ -71,6 +72,8 @@ def pack(
     _check_output(run, output)
     contents = collect(run, _render(run, report))
     groups = {RESULTS: contents.results, MODEL: contents.model}
+    for stem, members in groups.items():
+        _check_names(run, stem, members)
     total = sum(member.size() for members in groups.values() for member in members)
     require_disk(output.parent, total, "pack the run")
     temporary = aside(output)
@@ -96,7 +99,7 @@ def pack(
         (model,) = (archive for name, archive in archives.items() if name.startswith(MODEL))
         _finish(temporary, manifest, bill_of_materials(run, model.members, model.whole))
         if signer is not None:
-            sign_package(temporary, signer)
+            sign_folder(temporary, signer)
         publish_folder(temporary, output)
     except BaseException:
         with suppress(OSError):
@@ -118,6 +121,19 @@ def _check_output(run: Path, output: Path) -> None:
         )
     if output.exists() and not output.is_dir():
         raise UsageError("there is a file of this name", where=output, expected="a folder")
+
+
+def _check_names(run: Path, stem: str, members: list[Member]) -> None:
+    """Refuse to write what `unpack` would refuse to read."""
+    try:
+        safe_members([member.name for member in members], below=stem)
+    except DamageError as error:
+        raise InputError(
+            f"this run cannot be packed: {error.found}",
+            where=run,
+            expected=error.expected,
+            remedy="rename the file where it comes from, in base or adapter, and run again",
+        ) from error
 
 
 def _render(run: Path, report: WriteReport | None) -> bytes | None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.errors import DamageError, InputError, MachineError, UsageError, os_errors
-from lorasmith.files.digests import SUMS
+from lorasmith.files.digests import SIGNATURE, SUMS
 
-SIGNATURE = f"{SUMS}.sig"
+SIGNED = "signed"
+"""Folder of an unpacked package that keeps the list that was signed, and its signature."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Verifier:
     issuer: str | None = None
 
 
-def sign_package(folder: Path, signer: Signer) -> None:
-    """Sign the `SHA256SUMS` of a package folder.
+def sign_folder(folder: Path, signer: Signer) -> None:
+    """Sign the `SHA256SUMS` of a package or a run folder.
 
     Raises `InputError` for a key that cannot be used, `MachineError` where signing fails or is not installed.
     """
@@ -62,17 +63,17 @@ def sign_package(folder: Path, signer: Signer) -> None:
 
 
 def check_signature(folder: Path, verifier: Verifier) -> None:
-    """Raise `DamageError` unless the package's `SHA256SUMS` bears the signature that is asked for.
+    """Raise `DamageError` unless the `SHA256SUMS` of `folder` bears the signature that is asked for.
 
-    Raises `InputError` for a package without a signature or an unusable key.
+    Raises `InputError` for a folder without a signature or an unusable key.
     """
     config = _library("verifying").Config()
     if not (folder / SIGNATURE).is_file():
         raise InputError(
-            "the package is not signed",
+            "this is not signed",
             where=folder,
-            expected=SIGNATURE,
-            remedy="fetch the signature as well, or do without checking it",
+            expected=f"{SIGNATURE}, made with the key that was asked for",
+            remedy="fetch the signature as well; a run is signed by `lorasmith package RUN --sign KEY`",
         )
     if verifier.key is not None:
         _require(verifier.key, "the public key")

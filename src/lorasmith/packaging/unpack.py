@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import stat
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from os import fspath
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,18 +16,37 @@ from pydantic import ValidationError
 
 from lorasmith.errors import DamageError, DataError, InputError, UsageError, os_errors
 from lorasmith.files.atomic import aside, publish_folder, write_bytes
-from lorasmith.files.digests import write_sums
+from lorasmith.files.digests import SIGNATURE, SUMS, hash_file, write_sums
 from lorasmith.files.jsonl import read_rows
 from lorasmith.machine.resources import require_disk
 from lorasmith.packaging.archive import Advance, Write
 from lorasmith.packaging.contents import RESULTS
 from lorasmith.packaging.pack import MANIFEST
-from lorasmith.packaging.signing import Verifier, check_signature
-from lorasmith.packaging.verify import Package, check_files, check_members, open_package, read_members
+from lorasmith.packaging.signing import SIGNED, Verifier, check_signature
+from lorasmith.packaging.verify import (
+    Package,
+    check_files,
+    check_members,
+    open_package,
+    read_members,
+    unchecked_signature,
+)
 from lorasmith.progress import Progress, silent
-from lorasmith.records.base import FileDigest
+from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.dataset import Example
 from lorasmith.records.release import PackageManifest, Redacted, salted_sha256
+
+_SHOWN = 3
+"""Names of files beside the package that a finding repeats."""
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """What came out of a package, and what a person should know of the folder that it came from."""
+
+    manifest: PackageManifest
+    findings: list[Finding]
+    """Listed files that are not here, files that are not listed, a signature that was not checked."""
 
 
 def unpack(
@@ -33,14 +55,15 @@ def unpack(
     *,
     verifier: Verifier | None = None,
     progress: Progress = silent,
-) -> PackageManifest:
+) -> Unpacked:
     """Unpack archives of one package into `output`; `manifest.json` and `SHA256SUMS` lie beside them.
 
     Each of `archives` is an archive, one of its parts, or the package folder for all of them. In `output`
     every archive becomes a folder, beside the manifest and a `SHA256SUMS` of all that was unpacked. Archives
     that lie there already, whole, are kept; further ones are added. Links, devices, climbing, doubled and
     foreign names cannot come out, and no more bytes than the manifest lists. With a `verifier` the signature
-    is checked before anything else.
+    is checked before anything else. A signed list is kept with its signature in the folder `signed`, so that
+    what was unpacked can be checked against it at any time.
 
     An interrupted call continues when it is given again: whole archives are kept, aside.
 
@@ -49,6 +72,9 @@ def unpack(
     """
     package, names = _select(archives, verifier)
     companions = _companions(package)
+    findings = _surroundings(package, names)
+    if verifier is None and (package.folder / SIGNATURE).is_file():
+        findings.append(unchecked_signature())
     here = _open_output(output, package)
     wanted = [name for name in names if package.stem(name) not in here]
     sizes = sum(member.bytes for name in wanted for member in package.manifest.contents[name])
@@ -67,7 +93,7 @@ def unpack(
         # An interruption leaves the archives that are finished for the next try; a failure leaves nothing.
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return package.manifest
+    return Unpacked(package.manifest, findings)
 
 
 def _select(archives: Sequence[Path], verifier: Verifier | None) -> tuple[Package, list[str]]:
@@ -105,7 +131,7 @@ def _open_output(output: Path, package: Package) -> set[str]:
     if not output.is_dir() or not any(output.iterdir()):
         return set()
     manifest = output / MANIFEST
-    if not manifest.is_file() or manifest.read_bytes() != package.manifest.to_json():
+    if not manifest.is_file() or manifest.read_bytes() != package.manifest_bytes:
         raise UsageError(
             "this folder holds something else",
             where=output,
@@ -191,27 +217,82 @@ def _companions(package: Package) -> dict[str, bytes]:
     contents = {}
     for name, sha in package.companions().items():
         path = package.folder / name
-        if not path.exists():
-            continue
-        with os_errors(path, "read"):
-            content = path.read_bytes()
-        if path.is_symlink() or hashlib.sha256(content).hexdigest() != sha:
+        if not path.exists() and not path.is_symlink():
+            continue  # said by `_surroundings`
+        content = _read_regular(path)
+        if hashlib.sha256(content).hexdigest() != sha:
             raise DamageError(f"{name} is damaged", where=path, expected=f"SHA-256 {sha}")
         contents[name] = content
+    if (package.folder / SIGNATURE).is_file():
+        contents[f"{SIGNED}/{SUMS}"] = _read_regular(package.folder / SUMS)
+        contents[f"{SIGNED}/{SIGNATURE}"] = _read_regular(package.folder / SIGNATURE)
     return contents
+
+
+def _read_regular(path: Path) -> bytes:
+    """The content of a plain file: a link may lead anywhere, a pipe never ends."""
+    with os_errors(path, "read"):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise DamageError(f"{path.name} is no plain file", where=path, remedy="do not use the package")
+        return path.read_bytes()
+
+
+def _surroundings(package: Package, names: list[str]) -> list[Finding]:
+    """What the list names and the folder lacks, but for archives that nobody asked for; and the reverse."""
+    left_out = {file.path for file in package.all_files()} - {
+        file.path for name in names for file in package.files(name)
+    }
+    with os_errors(package.folder, "list"):
+        present = {path.name for path in package.folder.iterdir()}
+    findings = [
+        Finding(
+            severity="warning",
+            code="missing-file",
+            message=f"{SUMS} lists {name}, which is not here",
+            where=fspath(package.folder),
+            remedy="fetch it as well",
+        )
+        for name in sorted(set(package.sums) - present - left_out)
+    ]
+    unlisted = sorted(present - {*package.sums, SUMS, SIGNATURE})
+    if unlisted:
+        more = f" and {len(unlisted) - _SHOWN} more" if len(unlisted) > _SHOWN else ""
+        findings.append(
+            Finding(
+                severity="warning",
+                code="extra-file",
+                message=f"{SUMS} does not list what lies beside it: {', '.join(unlisted[:_SHOWN])}{more}",
+                where=fspath(package.folder),
+                remedy="it was left out; do not take it for a part of the package",
+            )
+        )
+    return findings
 
 
 def _describe(package: Package, stems: set[str], companions: dict[str, bytes], output: Path) -> None:
     """The manifest as it was, what lay beside it, and checksums of what lies here now."""
-    write_bytes(output / MANIFEST, package.manifest.to_json())
+    write_bytes(output / MANIFEST, package.manifest_bytes)
     digests = {MANIFEST: package.sums[MANIFEST]}
-    for name, content in companions.items():
+    for name, content in {**_earlier_companions(package, output), **companions}.items():
         write_bytes(output / name, content)
-        digests[name] = package.sums[name]
+        digests[name] = hashlib.sha256(content).hexdigest()
     for archive in package.manifest.archives:
         if package.stem(archive.path) in stems:
             digests |= {member.path: member.sha256 for member in package.manifest.contents[archive.path]}
     write_sums(output, digests)
+
+
+def _earlier_companions(package: Package, output: Path) -> dict[str, bytes]:
+    """What an earlier call with more at hand left in `output`: it stays listed."""
+    earlier = {
+        name: (output / name).read_bytes()
+        for name, sha in package.companions().items()
+        if (output / name).is_file() and hash_file(output / name) == sha
+    }
+    signed = [output / SIGNED / name for name in (SUMS, SIGNATURE)]
+    if all(path.is_file() for path in signed):
+        earlier |= {f"{SIGNED}/{path.name}": path.read_bytes() for path in signed}
+    return earlier
 
 
 # Rows that left as ids and hashes, joined again with the text from one's own copy of their source.

@@ -14,12 +14,13 @@ from typing import TypeVar
 
 from lorasmith.errors import DamageError, InputError, LorasmithError, os_errors
 from lorasmith.files.atomic import read_record
-from lorasmith.files.digests import LOCK, SUMS, hash_file, read_sums, sealed_names, walk
-from lorasmith.packaging.archive import BLOCK, Advance, JoinedReader, Write, check_names, read_tar
+from lorasmith.files.digests import LOCK, SIGNATURE, SUMS, hash_file, read_sums, sealed_names, walk
+from lorasmith.files.names import safe_member, safe_members
+from lorasmith.packaging.archive import BLOCK, Advance, JoinedReader, Write, read_tar
 from lorasmith.packaging.compress import BROKEN, COMPRESSIONS, Compression
 from lorasmith.packaging.contents import RESULTS
 from lorasmith.packaging.pack import MANIFEST
-from lorasmith.packaging.signing import SIGNATURE, Verifier, check_signature
+from lorasmith.packaging.signing import SIGNED, Verifier, check_signature
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest, Finding, Record
 from lorasmith.records.merging import MergeRecord
@@ -29,12 +30,18 @@ from lorasmith.records.scoring import TaskResult, ValidationResult
 # A package folder opened for reading: a manifest that fits its checksums, archives as streams.
 
 
+_MOST_BYTES = 1 << 63
+"""No file system holds a larger file."""
+
+
 @dataclass(frozen=True)
 class Package:
     """What a package says of itself, with a manifest that fits its checksum."""
 
     folder: Path
     manifest: PackageManifest
+    manifest_bytes: bytes
+    """The manifest as it was read: what is signed is its hash."""
     sums: dict[str, str]
     method: Compression
 
@@ -78,6 +85,8 @@ def open_package(folder: Path) -> Package:
                 expected=f"{MANIFEST} and {SUMS} beside the archives",
                 remedy="fetch it as well: without it nothing can be checked",
             )
+        if (folder / name).is_symlink():
+            raise DamageError(f"{name} is a link", where=folder, expected="a file", remedy="fetch it again")
     sums = read_sums(folder)
     with os_errors(folder / MANIFEST, "read"):
         content = (folder / MANIFEST).read_bytes()
@@ -89,33 +98,55 @@ def open_package(folder: Path) -> Package:
             expected=f"SHA-256 {sums.get(MANIFEST)}, found {sha}",
             remedy="fetch it again",
         )
-    return _check(folder, PackageManifest.from_json(content, folder / MANIFEST), sums)
+    manifest = PackageManifest.from_json(content, folder / MANIFEST)
+    _check_agreement(folder, manifest)
+    package = Package(folder, manifest, content, sums, COMPRESSIONS[manifest.compression])
+    _check_names(package)
+    return package
 
 
-def _check(folder: Path, manifest: PackageManifest, sums: dict[str, str]) -> Package:
+def _check_agreement(folder: Path, manifest: PackageManifest) -> None:
     names = [archive.path for archive in manifest.archives]
     consistent = (
-        manifest.compression in COMPRESSIONS
+        names
+        and manifest.compression in COMPRESSIONS
         and len(set(names)) == len(names)
         and set(manifest.contents) == set(manifest.stream_sha256) == set(names)
         and set(manifest.parts) <= set(names)
     )
     if not consistent:
         raise DamageError("the manifest contradicts itself", where=folder / MANIFEST)
-    package = Package(folder, manifest, sums, COMPRESSIONS[manifest.compression])
+    for members in manifest.contents.values():
+        if any(not 0 <= member.bytes < _MOST_BYTES for member in members):
+            raise DamageError("the manifest lists a file of an impossible size", where=folder / MANIFEST)
+
+
+def _check_names(package: Package) -> None:
+    """Every name that the manifest and the list give, before any of them is joined to a folder."""
+    where = package.folder / MANIFEST
+    safe_members(package.sums, where=package.folder / SUMS)
+    names = [safe_member(archive.path, where=where) for archive in package.manifest.archives]
     for name in names:
-        if not name.endswith(package.method.suffix):
-            raise DamageError(f"the manifest lists {name!r}", expected=f"an archive {package.method.suffix}")
-        check_names(manifest.contents[name], package.stem(name))
+        stem = package.stem(name)
+        if "/" in name or stem.startswith(".") or not stem or not name.endswith(package.method.suffix):
+            raise DamageError(
+                f"the manifest lists {name!a}",
+                where=where,
+                expected=f"an archive NAME{package.method.suffix} beside it",
+            )
+        safe_members([member.path for member in package.manifest.contents[name]], where=where, below=stem)
         pieces = package.files(name)
         if sum(piece.bytes for piece in pieces) != package.archive(name).bytes:
-            raise DamageError(f"the parts of {name} do not add up", where=folder / MANIFEST)
+            raise DamageError(f"the parts of {name} do not add up", where=where)
         for piece in pieces:
+            safe_member(piece.path, where=where)
             if "/" in piece.path or not piece.path.startswith(name):
                 raise DamageError(
                     f"the manifest lists a part called {piece.path!r}", expected=f"{name}.part-…"
                 )
-    return package
+    # What lies side by side in the unpacked folder must not meet there either.
+    own = (MANIFEST, SUMS, SIGNATURE, SIGNED)
+    safe_members([*own, *map(package.stem, names), *package.companions()], where=where)
 
 
 def check_files(package: Package, name: str, advance: Advance) -> None:
@@ -292,8 +323,10 @@ def verify(folder: Path, *, verifier: Verifier | None = None, progress: Progress
     A package is right when its files are exactly those of `SHA256SUMS`, each with its hash, and when both
     archives, read to the end, give exactly the members of the manifest. A run is right when its files are
     exactly those of its own `SHA256SUMS`, when every output that its records name has the hash that they
-    name, and when the package in it is right. With a `verifier` the signature is checked too; a signature
-    that nobody asked about is a note. Raises `InputError` for a folder that is none of these.
+    name, and when the package in it is right. With a `verifier` only what is signed is right: the list of
+    the folder has to bear the signature, in a run that of its package as well, in an unpacked package the
+    list that it was unpacked by. A signature that nobody asked about is a note. Raises `InputError` for a
+    folder that is none of these.
     """
     if not folder.is_dir():
         raise InputError("there is no such folder", where=folder, expected="a package or a run")
@@ -303,7 +336,7 @@ def verify(folder: Path, *, verifier: Verifier | None = None, progress: Progress
         # A part of an unpacked package, whose redacted files are right by the manifest and not by the run.
         return _verify_package(folder.parent, verifier, progress)
     if is_run(folder):
-        findings = check_run(folder, progress)
+        findings = _check_signature(folder, verifier) + check_run(folder, progress)
         if (folder / PACKAGE).is_dir():
             inside = _verify_package(folder / PACKAGE, verifier, progress)
             findings += [_below(PACKAGE, finding) for finding in inside]
@@ -322,13 +355,40 @@ def check_members(folder: Path, stem: str, members: Sequence[FileDigest]) -> lis
     return _compare(folder, expected, walk(folder, below=stem))
 
 
-def _verify_package(folder: Path, verifier: Verifier | None, progress: Progress) -> list[Finding]:
+def _check_signature(folder: Path, verifier: Verifier | None) -> list[Finding]:
+    """An error where a signature is asked for and does not hold, a note where one is there unasked."""
+    if verifier is None:
+        return [unchecked_signature()] if (folder / SIGNATURE).is_file() else []
     try:
-        if verifier is not None:
-            check_signature(folder, verifier)
-        package = open_package(folder)
+        check_signature(folder, verifier)
     except LorasmithError as error:
         return [damage(error)]
+    return []
+
+
+def unchecked_signature() -> Finding:
+    """The note that there is a signature which nobody asked to check."""
+    return Finding(
+        severity="note",
+        code="signature-not-checked",
+        message="there is a signature, and it was not checked",
+        where=SIGNATURE,
+        remedy="give the public key of its maker with --public-key",
+    )
+
+
+def _verify_package(folder: Path, verifier: Verifier | None, progress: Progress) -> list[Finding]:
+    # The list of an unpacked package names other files than the one that was signed, which lies in `signed`.
+    kept = folder / SIGNED
+    findings = _check_signature(kept if kept.is_dir() else folder, verifier)
+    if worst(findings):
+        return findings  # what a stranger may have written is not read
+    try:
+        package = open_package(folder)
+        if kept.is_dir():
+            findings += _check_origin(package, read_sums(kept))
+    except LorasmithError as error:
+        return [*findings, damage(error)]
     unpacked = [
         archive.path
         for archive in package.manifest.archives
@@ -336,26 +396,33 @@ def _verify_package(folder: Path, verifier: Verifier | None, progress: Progress)
     ]
     present = walk(folder)
     present.pop(SUMS, None)
-    signature = present.pop(SIGNATURE, None)
     if unpacked:
-        findings = _compare(folder, package.sums, present)
+        findings += _compare(folder, package.sums, present)
         for name in unpacked:
             listed = {member.path: member.sha256 for member in package.manifest.contents[name]}
             if any(package.sums.get(path) != sha for path, sha in listed.items()):
                 findings.append(_finding("contradiction", f"{SUMS} and {MANIFEST} disagree on {name}", SUMS))
         return findings
-    findings = _verify_archives(package, present, progress)
-    if signature is not None and verifier is None:
-        findings.append(
-            Finding(
-                severity="note",
-                code="signature-not-checked",
-                message="the package is signed, and its signature was not checked",
-                where=SIGNATURE,
-                remedy="give the public key of its maker",
-            )
-        )
-    return findings
+    present.pop(SIGNATURE, None)
+    return findings + _verify_archives(package, present, progress)
+
+
+def _check_origin(package: Package, signed: dict[str, str]) -> list[Finding]:
+    """Findings for files of an unpacked package that the list which was signed does not vouch for.
+
+    It vouches for what lay beside the archives, and through the manifest for everything in them.
+    """
+    if signed.get(MANIFEST) != package.sums[MANIFEST]:
+        return [_finding("unsigned-file", f"{MANIFEST} is not the one that was signed", MANIFEST)]
+    vouched = dict(signed)
+    for members in package.manifest.contents.values():
+        vouched |= {member.path: member.sha256 for member in members}
+    own = (f"{SIGNED}/{SUMS}", f"{SIGNED}/{SIGNATURE}")
+    return [
+        _finding("unsigned-file", f"{name} is not what was signed", name)
+        for name, sha in package.sums.items()
+        if name not in own and vouched.get(name) != sha
+    ]
 
 
 def _verify_archives(

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lorasmith.errors import InputError, Where
+from lorasmith.parsing import parse_json
 
 
 class Part(BaseModel):
@@ -31,7 +32,7 @@ class Record(Part):
     def from_json(cls, text: bytes | str, where: Where) -> Self:
         """Parse and check; raises `InputError` naming `where` and the first wrong field."""
         try:
-            body = json.loads(text)
+            body = parse_json(text)
         except ValueError as error:
             raise InputError(f"not JSON: {error}", where=where, expected=f"a {cls.FORMAT} record") from error
         format_name = body.pop("format", None) if isinstance(body, dict) else None
