@@ -40,9 +40,9 @@ def read_letter(answer: str, choices: Sequence[str]) -> str | None:
     The last statement counts, since models reason first. None when nothing of this is there.
     """
     for pattern in (_BOXED, _STATED):
-        found = pattern.findall(answer)
-        if found:
-            return str(found[-1]).upper()
+        letters = pattern.findall(answer)
+        if letters:
+            return str(letters[-1]).upper()
     alone = _ALONE.match(answer.strip())
     if alone:
         return alone.group(1)

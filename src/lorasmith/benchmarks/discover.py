@@ -223,21 +223,23 @@ def read_folder(
     Rows come from the best split that is there: test, else validation, else files that name no split, else
     train. Raises `DataError` when there is no table at all; everything else is a finding.
     """
-    found = FolderContents()
+    contents = FolderContents()
     files = _tables(root)
     holders: dict[str, list[tuple[str, Path, str]]] = {}
     for path in files:
         name = path.relative_to(root).as_posix() if root.is_dir() else path.name
-        benchmark = _identify(path, name, known, found)
+        benchmark = _identify(path, name, known, contents)
         if benchmark is not None and benchmark in wanted:
             holders.setdefault(benchmark.name, []).append((_split_of(name), path, name))
     for benchmark in wanted:
-        chosen = _best_split(benchmark, holders.get(benchmark.name, []), found)
-        rows = [candidate for path, name in chosen for candidate in _read(path, name, benchmark, seed, found)]
+        chosen = _best_split(benchmark, holders.get(benchmark.name, []), contents)
+        rows = [
+            candidate for path, name in chosen for candidate in _read(path, name, benchmark, seed, contents)
+        ]
         if benchmark.graded and rows and not any(candidate.item.native for candidate in rows):
-            _report_ungraded(benchmark, rows, found)
-        found.candidates[benchmark.name] = rows
-    return found
+            _report_ungraded(benchmark, rows, contents)
+        contents.candidates[benchmark.name] = rows
+    return contents
 
 
 def _tables(root: Path) -> list[Path]:
@@ -261,28 +263,30 @@ def _tables(root: Path) -> list[Path]:
     return sorted(files, key=lambda path: path.as_posix())
 
 
-def _identify(path: Path, name: str, known: Sequence[Benchmark], found: FolderContents) -> Benchmark | None:
+def _identify(
+    path: Path, name: str, known: Sequence[Benchmark], contents: FolderContents
+) -> Benchmark | None:
     """The benchmark most of the first rows belong to; every other outcome becomes a finding."""
     try:
         if kind_of(path) != ".parquet":
             fault = jsonl.wrong_content(jsonl.head(path))
             if fault is not None:
-                _report(found, "error", fault.code, fault.found, name, fault.remedy)
+                _report(contents, "error", fault.code, fault.found, name, fault.remedy)
                 return None
         rows = list(islice(read_table(path, name, lambda document: _unpack(document, known)), _PEEK_ROWS))
     except DataError as error:
         place = error.where.replace(str(path), name) if error.where else name
-        _report(found, "error", "unreadable", error.found, place, error.remedy, error.expected)
+        _report(contents, "error", "unreadable", error.found, place, error.remedy, error.expected)
         return None
     votes = Counter(benchmark.name for row in rows for benchmark in known if benchmark.recognises(row))
     claimed = _claimed_by_name(name, known)
     if not votes:
-        _report_unknown(found, rows, name, claimed)
+        _report_unknown(contents, rows, name, claimed)
         return None
     winner = next(benchmark for benchmark in known if benchmark.name == votes.most_common(1)[0][0])
     if claimed is not None and claimed is not winner:
         _report(
-            found, "error", "wrong-content", f"the name says {claimed.name}, the rows are {winner.name}",
+            contents, "error", "wrong-content", f"the name says {claimed.name}, the rows are {winner.name}",
             name, "rename or replace the file", f"rows of {claimed.name}",
         )  # fmt: skip
         return None
@@ -290,25 +294,25 @@ def _identify(path: Path, name: str, known: Sequence[Benchmark], found: FolderCo
 
 
 def _report_unknown(
-    found: FolderContents, rows: list[SourceRow], name: str, claimed: Benchmark | None
+    contents: FolderContents, rows: list[SourceRow], name: str, claimed: Benchmark | None
 ) -> None:
     what = name_of(rows)
     if what == OWN_OUTPUT:
-        _report(found, "note", "own-output", "this is lorasmith's own output and was passed over", name)
+        _report(contents, "note", "own-output", "this is lorasmith's own output and was passed over", name)
     elif claimed is None and what is None:
-        _report(found, "warning", "unrecognised", "the rows are of no known benchmark", name)
+        _report(contents, "warning", "unrecognised", "the rows are of no known benchmark", name)
     else:
         holds = "no rows" if not rows else f"rows of {what}" if what else "rows with other fields"
         wanted = f"rows of {claimed.name}" if claimed else "a benchmark that lorasmith knows"
         severity = "error" if claimed else "warning"
         _report(
-            found, severity, "wrong-content", f"the file holds {holds}", name,
+            contents, severity, "wrong-content", f"the file holds {holds}", name,
             "replace the file with the published one", wanted,
         )  # fmt: skip
 
 
 def _read(
-    path: Path, name: str, benchmark: Benchmark, seed: int, found: FolderContents
+    path: Path, name: str, benchmark: Benchmark, seed: int, contents: FolderContents
 ) -> Iterator[Candidate]:
     """The usable rows of one file; a file that breaks off is rejected as a whole."""
     candidates: list[Candidate] = []
@@ -325,14 +329,14 @@ def _read(
                 rejected.append(reject(benchmark.name, row, str(error)))
     except DataError as error:
         place = error.where.replace(str(path), name) if error.where else name
-        _report(found, "error", "unreadable", error.found, place, error.remedy, error.expected)
+        _report(contents, "error", "unreadable", error.found, place, error.remedy, error.expected)
         return iter(())
-    found.rejected += rejected
+    contents.rejected += rejected
     for reason, count in sorted(Counter(row.reason for row in rejected).items()):
         first = next(row.row for row in rejected if row.reason == reason)
         everywhere = "every row is" if not candidates and count == len(rejected) else f"{count} rows are"
         _report(
-            found, "error", "rejected-rows", f"{everywhere} unusable: {reason}", f"{name}:{first}",
+            contents, "error", "rejected-rows", f"{everywhere} unusable: {reason}", f"{name}:{first}",
             "mend or replace the file; --no-strict goes on without these rows", f"rows of {benchmark.name}",
         )  # fmt: skip
     return iter(candidates)
@@ -343,18 +347,18 @@ def reject(benchmark: str, row: SourceRow, reason: str) -> RejectedRow:
     return RejectedRow(benchmark=benchmark, file=row.file, row=row.number, reason=reason, sha256=row.sha256)
 
 
-def _report_ungraded(benchmark: Benchmark, rows: Sequence[Candidate], found: FolderContents) -> None:
+def _report_ungraded(benchmark: Benchmark, rows: Sequence[Candidate], contents: FolderContents) -> None:
     field_name = rows[0].item.native_field
     message = f"the field {field_name!r} is empty in all {len(rows)} rows of {benchmark.name}"
     _report(
-        found, "error", "no-difficulty", message, rows[0].row.file,
+        contents, "error", "no-difficulty", message, rows[0].row.file,
         "use the published file; --no-strict goes on, and the guide's policy then calls every row hard",
         "a difficulty in the rows",
     )  # fmt: skip
 
 
 def _best_split(
-    benchmark: Benchmark, holders: list[tuple[str, Path, str]], found: FolderContents
+    benchmark: Benchmark, holders: list[tuple[str, Path, str]], contents: FolderContents
 ) -> list[tuple[Path, str]]:
     splits = {split for split, _, _ in holders}
     if not splits:
@@ -363,10 +367,10 @@ def _best_split(
     others = sorted(splits - {best}, key=_SPLITS.index)
     if others:
         message = f"{benchmark.name} is taken from its {best} files; not used: {', '.join(others)}"
-        _report(found, "note", "split-chosen", message)
+        _report(contents, "note", "split-chosen", message)
     if best == "train":
         message = f"only the training split of {benchmark.name} is here: models have often seen it"
-        _report(found, "warning", "train-split", message, holders[0][2], "add the test split")
+        _report(contents, "warning", "train-split", message, holders[0][2], "add the test split")
     return [(path, name) for split, path, name in holders if split == best]
 
 
@@ -400,7 +404,7 @@ def _unpack(document: Any, known: Iterable[Benchmark]) -> Iterable[dict[str, Any
 
 
 def _report(
-    found: FolderContents,
+    contents: FolderContents,
     severity: str,
     code: str,
     message: str,
@@ -408,6 +412,6 @@ def _report(
     remedy: str | None = None,
     expected: str | None = None,
 ) -> None:
-    found.findings.append(
+    contents.findings.append(
         Finding(severity=severity, code=code, message=message, where=where, expected=expected, remedy=remedy)
     )

@@ -104,7 +104,7 @@ def fetch(
 
     Raises `DiskError` when there is too little space, `MachineError` when the hub cannot be reached at all.
     """
-    found: list[FetchedFile] = []
+    files: list[FetchedFile] = []
     findings: list[Finding] = []
     for benchmark in choose(only):
         source = SOURCES.get(benchmark.name)
@@ -115,7 +115,7 @@ def fetch(
                 Finding(severity="note", code="about", message=f"{benchmark.name}: {source.note}")
             )
         try:
-            found += _fetch_one(benchmark.name, source, output, token, progress)
+            files += _fetch_one(benchmark.name, source, output, token, progress)
         except DataError as error:
             findings.append(
                 Finding(
@@ -127,7 +127,7 @@ def fetch(
                     remedy=error.remedy,
                 )
             )
-    record = FetchRecord(files=found, findings=findings)
+    record = FetchRecord(files=files, findings=findings)
     write_record(output / "fetched.json", record)
     return record
 

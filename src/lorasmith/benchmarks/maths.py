@@ -35,9 +35,9 @@ from lorasmith.records.dataset import Example
 
 
 SECONDS = 10.0
-"""For one comparison; the slowest of the case table takes 0.3 s."""
+"""Deadline of one comparison; the slowest of the case table takes 0.3 s."""
 _START_SECONDS = 120.0
-"""For the imports of sympy on a busy machine."""
+"""Deadline of the imports of sympy on a busy machine."""
 
 
 def equal(final: str, answer: str) -> bool:

@@ -111,7 +111,7 @@ def _lower(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _subject(fields: Mapping[str, Any], file: str) -> str:
-    """Of the row, else of the file's name: `college_physics_test.csv`."""
+    """The row's subject, else the one of the file's name: `college_physics_test.csv`."""
     own = fields.get("subject")
     if isinstance(own, str) and own.strip():
         return own.strip().lower().replace(" ", "_")
@@ -122,7 +122,7 @@ def _subject(fields: Mapping[str, Any], file: str) -> str:
 
 
 def _letter(answer: object) -> str:
-    """From 0..3 or a letter, as a number or as text."""
+    """The right choice from 0..3 or a letter, as a number or as text."""
     if isinstance(answer, bool) or not isinstance(answer, int | str):
         raise RowError("the answer is neither 0..3 nor a letter A..D")
     plain = str(answer).strip().upper()

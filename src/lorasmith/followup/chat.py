@@ -25,7 +25,7 @@ DRAFT_TOKENS = 4
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What a caller may choose."""
+    """What a caller of `Chat` may choose."""
 
     system: str | None = None
     max_new_tokens: int = 512
@@ -75,7 +75,7 @@ class Chat:
         self._stepper = Stepper(loaded)
         self._random = stream(options.sampling.seed)
         self.tokens: list[int] = []
-        """Of the newest answer."""
+        """Tokens of the newest answer."""
 
     def reset(self) -> None:
         """Forget the conversation."""

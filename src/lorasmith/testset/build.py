@@ -144,20 +144,20 @@ def build(
     wanted = choose(only)
     sizes = _sizes(samples_per_benchmark, wanted)
     with progress("Read benchmarks", total=len(wanted), unit="set") as advance:
-        found = read_folder(benchmarks, BENCHMARKS, wanted, seed=seed)
+        contents = read_folder(benchmarks, BENCHMARKS, wanted, seed=seed)
         advance(len(wanted))
-    _report_absent(wanted, found, benchmarks)
-    found.findings += across_benchmarks(found.candidates)
+    _report_absent(wanted, contents, benchmarks)
+    contents.findings += across_benchmarks(contents.candidates)
     examples = []
     for benchmark in wanted:
-        chosen = _sample(benchmark, found, sizes[benchmark.name], seed)
+        chosen = _sample(benchmark, contents, sizes[benchmark.name], seed)
         examples += [_example(benchmark, candidate, difficulty) for candidate in chosen]
     if losses is not None:
         examples = policies.by_loss(examples, losses)
-    _write_findings(output, found)
-    _stop_on_errors(found, output, strict, examples)
+    _write_findings(output, contents)
+    _stop_on_errors(contents, output, strict, examples)
     write_examples(output, examples)
-    statistics = count(examples, digest(output), seed=seed, asked=sizes, findings=found.findings)
+    statistics = count(examples, digest(output), seed=seed, asked=sizes, findings=contents.findings)
     write_record(output.parent / "statistics.json", statistics)
     return statistics
 
@@ -182,10 +182,10 @@ def _sizes(asked: int | Mapping[str, int], wanted: Sequence[Benchmark]) -> dict[
     return sizes
 
 
-def _report_absent(wanted: Sequence[Benchmark], found: FolderContents, root: Path) -> None:
+def _report_absent(wanted: Sequence[Benchmark], contents: FolderContents, root: Path) -> None:
     for benchmark in wanted:
-        if not found.candidates[benchmark.name]:
-            found.findings.append(
+        if not contents.candidates[benchmark.name]:
+            contents.findings.append(
                 Finding(
                     severity="error",
                     code="missing-benchmark",
@@ -197,21 +197,21 @@ def _report_absent(wanted: Sequence[Benchmark], found: FolderContents, root: Pat
             )
 
 
-def _sample(benchmark: Benchmark, found: FolderContents, size: int, seed: int) -> list[Candidate]:
+def _sample(benchmark: Benchmark, contents: FolderContents, size: int, seed: int) -> list[Candidate]:
     """`size` rows, shared among the strata (subdomain and own difficulty), in the order of their hashes.
 
     The strata do not depend on the difficulty policy, so another policy relabels the same rows.
     """
     name = benchmark.name
     keyed = sorted(
-        ((sort_key(seed, name, candidate.row.value), candidate) for candidate in found.candidates[name]),
+        ((sort_key(seed, name, candidate.row.value), candidate) for candidate in contents.candidates[name]),
         key=lambda pair: (pair[0], pair[1].row.file, pair[1].row.number),
     )
     distinct, findings, rejected = within_benchmark(name, keyed)
-    found.findings += findings
-    found.rejected += rejected
+    contents.findings += findings
+    contents.rejected += rejected
     if len(distinct) < size:
-        found.findings.append(
+        contents.findings.append(
             Finding(
                 severity="warning",
                 code="fewer-than-asked",
@@ -253,14 +253,16 @@ def _example(benchmark: Benchmark, candidate: Candidate, policy: str) -> Example
     )
 
 
-def _write_findings(output: Path, found: FolderContents) -> None:
-    rejected = sorted(found.rejected, key=lambda row: (row.benchmark, row.file, row.row))
-    record = DatasetFindings(findings=found.findings, rejected=rejected)
+def _write_findings(output: Path, contents: FolderContents) -> None:
+    rejected = sorted(contents.rejected, key=lambda row: (row.benchmark, row.file, row.row))
+    record = DatasetFindings(findings=contents.findings, rejected=rejected)
     write_record(output.parent / "findings.json", record)
 
 
-def _stop_on_errors(found: FolderContents, output: Path, strict: bool, examples: Sequence[Example]) -> None:
-    errors = [finding for finding in found.findings if finding.severity == "error"]
+def _stop_on_errors(
+    contents: FolderContents, output: Path, strict: bool, examples: Sequence[Example]
+) -> None:
+    errors = [finding for finding in contents.findings if finding.severity == "error"]
     if errors and (strict or not examples):
         first = errors[0]
         more = f" (and {len(errors) - 1} more findings)" if len(errors) > 1 else ""

@@ -96,12 +96,12 @@ class GramIndex:
             return Hits(nothing, nothing, nothing)
         places = np.searchsorted(self.distinct, total)
         places[places == len(self.distinct)] = 0
-        found = self.distinct[places] == total
-        pairs = np.unique(np.stack([rows[starts[found]].astype(np.uint64), total[found]]), axis=1)
+        complete = self.distinct[places] == total
+        pairs = np.unique(np.stack([rows[starts[complete]].astype(np.uint64), total[complete]]), axis=1)
         return self._expand(pairs[0].astype(np.int64), pairs[1])
 
     def _expand(self, rows: NDArray[np.int64], hashes: U64) -> Hits:
-        """From (row, distinct hash) to (row, text, how many): one n-gram may stand in several texts."""
+        """Maps (row, distinct hash) to (row, text, how many): one n-gram may stand in several texts."""
         low = np.searchsorted(self.hashes, hashes, "left")
         high = np.searchsorted(self.hashes, hashes, "right")
         repeat = high - low
@@ -169,7 +169,7 @@ def repeats(texts: Sequence[Shingles], scopes: Sequence[str], threshold: float) 
     """Whether an earlier text of the same scope that is kept has a similarity of at least `threshold`."""
     common = Counter(shingle for text in texts for shingle in text)
     starts: dict[tuple[str, tuple[str, ...]], list[int]] = {}
-    found: list[bool] = []
+    repeated_rows: list[bool] = []
     for index, (text, scope) in enumerate(zip(texts, scopes, strict=True)):
         ordered = sorted(text, key=lambda shingle: (common[shingle], shingle))
         prefix = ordered[: len(ordered) - math.ceil(threshold * len(ordered)) + 1]
@@ -179,11 +179,11 @@ def repeats(texts: Sequence[Shingles], scopes: Sequence[str], threshold: float) 
             and jaccard(texts[other], text) >= threshold
             for other in candidates
         )
-        found.append(repeated)
+        repeated_rows.append(repeated)
         if not repeated:
             for shingle in prefix:
                 starts.setdefault((scope, shingle), []).append(index)
-    return found
+    return repeated_rows
 
 
 # Compare a stream of training rows with a few test rows, block by block.
@@ -198,12 +198,12 @@ _SHORTEST = 8
 
 @dataclass(frozen=True)
 class Settings:
-    """What counts as the same."""
+    """From where on two texts count as the same."""
 
     ngram: int = 13
-    """In words; a test row with fewer words (but 8 at least) is looked for as a whole."""
+    """Length in words; a test row with fewer words (but 8 at least) is looked for as a whole."""
     shingle: int = 3
-    """In words."""
+    """Length in words."""
     similarity: float = 0.8
     """Jaccard similarity of the prompts' shingles: 1 is equal, 0 has nothing in common."""
     common: float = 0.5
@@ -224,7 +224,7 @@ class _TrainRow(NamedTuple):
     name: str
     forms: tuple[str, str]
     words: list[str]
-    """Of prompt and response."""
+    """Words of prompt and response."""
     prompt_words: int
 
 

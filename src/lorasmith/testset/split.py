@@ -135,24 +135,24 @@ def _write_test(train: Path, output: Path, chosen: Iterable[Choice]) -> None:
 def _findings(
     reservoir: Reservoir, fields: list[str], shares: dict[str, int], copies: int, remove: bool
 ) -> list[Finding]:
-    found = [Finding(severity="warning", code="hold-out-independence", message=INDEPENDENCE)]
+    findings = [Finding(severity="warning", code="hold-out-independence", message=INDEPENDENCE)]
     for name in fields:
         if name in reservoir.absent:
             message = f"no row has a field {name!r}: all rows count as one group of it"
-            found.append(Finding(severity="warning", code="no-such-field", message=message))
+            findings.append(Finding(severity="warning", code="no-such-field", message=message))
     lost = sorted(name for name, share in shares.items() if share == 0)
     if lost:
         listed = "; ".join(lost[:10]) + (" …" if len(lost) > 10 else "")
         message = f"{len(lost)} rare strata have no row in the hold-out: {listed}"
-        found.append(Finding(severity="warning", code="rare-strata", message=message))
+        findings.append(Finding(severity="warning", code="rare-strata", message=message))
     if copies:
         what = (
             "were removed as well" if remove else "stay in the training file: the hold-out is not independent"
         )
         message = f"{copies} further training rows have a prompt that was held out; they {what}"
         severity = "note" if remove else "warning"
-        found.append(Finding(severity=severity, code="repeated-prompts", message=message))
-    return found
+        findings.append(Finding(severity=severity, code="repeated-prompts", message=message))
+    return findings
 
 
 def _remove(train: Path, lines: set[int], record: SplitRecord, backup: bool, output: Path) -> SplitRecord:

@@ -167,8 +167,8 @@ def _gate(name: str, threshold: float, record: CompressRecord) -> GateResult:
 
 
 def _value(name: str, record: CompressRecord) -> tuple[float | None, Interval | None]:
-    found = record.quality
-    assert found is not None  # gates are judged on a measured record
+    quality = record.quality
+    assert quality is not None  # gates are judged on a measured record
     if name == "accuracy_drop":
         if record.tasks is None:
             return None, None
@@ -178,10 +178,10 @@ def _value(name: str, record: CompressRecord) -> tuple[float | None, Interval | 
         return -effect.delta, turned
     return {
         "bytes": float(record.bytes),
-        "perplexity_ratio": found.perplexity_ratio,
-        "mean_kl": found.kl.mean,
-        "q99_kl": found.kl.q99,
-        "top1_agreement": found.top1_agreement,
+        "perplexity_ratio": quality.perplexity_ratio,
+        "mean_kl": quality.kl.mean,
+        "q99_kl": quality.kl.q99,
+        "top1_agreement": quality.top1_agreement,
     }[name], None
 
 
@@ -326,8 +326,8 @@ def _write(
     chosen, samples = ready.chosen, [_NO_DATA]
     if ready.rows is not None:
         samples = calibration_samples(model, ready.rows, chosen.calibration_rows, chosen.calibration_length)
-        found = _sampled(len(samples), chosen, ready.rows)
-        wanted = wanted.model_copy(update={"calibration_samples": len(samples), "findings": found})
+        findings = _sampled(len(samples), chosen, ready.rows)
+        wanted = wanted.model_copy(update={"calibration_samples": len(samples), "findings": findings})
     job: dict[str, Any] = {
         **asdict(chosen),
         "model": str(model.resolve()),
@@ -356,15 +356,15 @@ def _write(
     return record
 
 
-def _sampled(found: int, chosen: CompressSettings, rows: Path) -> list[Finding]:
+def _sampled(held: int, chosen: CompressSettings, rows: Path) -> list[Finding]:
     """Said where the file holds fewer samples than were asked for."""
-    if found >= chosen.calibration_rows:
+    if held >= chosen.calibration_rows:
         return []
     return [
         Finding(
             severity="warning",
             code="few-samples",
-            message=f"the rows hold {found} calibration samples of {chosen.calibration_length} tokens, "
+            message=f"the rows hold {held} calibration samples of {chosen.calibration_length} tokens, "
             f"{chosen.calibration_rows} were asked for",
             where=rows.name,
             remedy="give more rows, or a smaller --calibration-length",

@@ -23,7 +23,7 @@ _UNCUT = 1 << 30
 """Length of a row in tokens, at most, before it is laid behind the others: no row is that long."""
 
 WORKER = ("-m", "lorasmith.followup.compression.quantize_worker")
-"""What Python runs beside us."""
+"""Python's arguments for the process that quantizes."""
 
 _BLOCK = re.compile(rb"\| (\d+)/(\d+) \[")
 """`… | 7/30 [00:14<…`: the library's own bar over the blocks of the model."""
@@ -95,8 +95,8 @@ def _watch(worker: subprocess.Popen[bytes], log: Path, blocks: int, progress: Pr
     with progress("Quantize", total=blocks, unit="block") as advance:
         while worker.poll() is None:
             time.sleep(0.2)
-            found, position = _blocks(log, position)
-            reached = found[0] * blocks // max(1, found[1]) if found else 0
+            shown, position = _blocks(log, position)
+            reached = shown[0] * blocks // max(1, shown[1]) if shown else 0
             if reached > done:
                 advance(reached - done)
                 done = reached
@@ -109,8 +109,8 @@ def _blocks(log: Path, position: int) -> tuple[tuple[int, int] | None, int]:
         handle.seek(position)
         text = handle.read()
     lines = [line for line in re.split(rb"[\r\n]", text) if b"Quantizing" in line]
-    found = _BLOCK.search(lines[-1]) if lines else None
-    return (None if found is None else (int(found.group(1)), int(found.group(2)))), position + len(text)
+    match = _BLOCK.search(lines[-1]) if lines else None
+    return (None if match is None else (int(match.group(1)), int(match.group(2)))), position + len(text)
 
 
 def _failure(log: Path, code: int) -> MachineError:
@@ -131,10 +131,10 @@ def _failure(log: Path, code: int) -> MachineError:
 
 def _result(raw: Path) -> Path:
     """Where the library put the model: the name of its subfolder varies with format and source."""
-    found = {file.parent for pattern in ("*.gguf", "*.safetensors") for file in raw.rglob(pattern)}
-    if len(found) != 1:
-        raise CheckpointError(f"auto-round left {len(found)} model folders", where=raw, expected="one")
-    return found.pop()
+    folders = {file.parent for pattern in ("*.gguf", "*.safetensors") for file in raw.rglob(pattern)}
+    if len(folders) != 1:
+        raise CheckpointError(f"auto-round left {len(folders)} model folders", where=raw, expected="one")
+    return folders.pop()
 
 
 def collect(result: Path, model: Path, folder: Path, name: str) -> None:

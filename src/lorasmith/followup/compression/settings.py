@@ -49,7 +49,7 @@ class CompressSettings:
 
     @property
     def name(self) -> str:
-        """For a folder: `compressed-tensors-rtn`, `compressed-tensors-8bit-rtn`, `q4_0-calibrated`."""
+        """A folder's name: `compressed-tensors-rtn`, `compressed-tensors-8bit-rtn`, `q4_0-calibrated`."""
         kind = self.format.removeprefix("gguf:")
         bits = f"-{self.bits}bit" if self.format == "compressed-tensors" and self.bits != 4 else ""
         return f"{kind}{bits}-{self.method}"
@@ -118,7 +118,7 @@ def every_way(
     asked for, bits and groups are passed on to be refused. Raises `UsageError` for a value that cannot be and
     for two ways that are the same.
     """
-    found = []
+    ways = []
     for form in formats:
         choice = form == "compressed-tensors" or "compressed-tensors" not in formats
         for count in bits if choice and bits else [CompressSettings.own_bits(form)]:
@@ -126,9 +126,9 @@ def every_way(
                 group = group_size if choice else None
                 way = CompressSettings(method=method, format=form, bits=count, group_size=group, **shared)
                 way.check()
-                found.append(way)
-    check_different(found)
-    return found
+                ways.append(way)
+    check_different(ways)
+    return ways
 
 
 def check_different(ways: Sequence[CompressSettings]) -> None:
@@ -197,10 +197,10 @@ def finished(output: Path, wanted: CompressRecord) -> CompressRecord | None:
     """The record of an output made of the same inputs in the same way, whose files are as it says."""
     if not (output / RECORD).is_file():
         return None
-    found = read_record(output / RECORD, CompressRecord)
-    if any(getattr(found, name) != getattr(wanted, name) for name in _IDENTITY):
+    record = read_record(output / RECORD, CompressRecord)
+    if any(getattr(record, name) != getattr(wanted, name) for name in _IDENTITY):
         return None
-    return found if files_of(output) == found.files else None
+    return record if files_of(output) == record.files else None
 
 
 def files_of(folder: Path) -> list[FileDigest]:

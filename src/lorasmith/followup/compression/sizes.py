@@ -77,8 +77,8 @@ class Shape:
     @property
     def layer(self) -> int | None:
         """Number of the block that it belongs to."""
-        found = _LAYER.search(self.name)
-        return int(found.group(1)) if found else None
+        match = _LAYER.search(self.name)
+        return int(match.group(1)) if match else None
 
 
 def shapes_of(checkpoint: Checkpoint) -> list[Shape]:
@@ -90,17 +90,17 @@ def shapes_of(checkpoint: Checkpoint) -> list[Shape]:
 
 def classify(tensors: Iterable[tuple[str, tuple[int, ...], str]], tied: bool) -> list[Shape]:
     """Say of each (name, shape, dtype) what it is."""
-    found = []
+    shapes = []
     for name, shape, dtype in tensors:
         if name in HEAD_NAMES:
             if not tied:
-                found.append(Shape(name, shape, dtype, "head"))
+                shapes.append(Shape(name, shape, dtype, "head"))
         elif len(shape) < 2 or _OTHER_MODALITY.search(name) or _LAYER.search(name) is None:
             embeds = len(shape) == 2 and _EMBEDDINGS.search(name)
-            found.append(Shape(name, shape, dtype, "embedding" if embeds else "kept"))
+            shapes.append(Shape(name, shape, dtype, "embedding" if embeds else "kept"))
         else:
-            found.append(Shape(name, shape, dtype, "matrix"))
-    return found
+            shapes.append(Shape(name, shape, dtype, "matrix"))
+    return shapes
 
 
 def choose_group(shapes: Sequence[Shape], wanted: int | None = None) -> int | None:
@@ -119,7 +119,7 @@ def plain_bytes(shape: Shape) -> int:
 
 
 def packed_bytes(shape: Shape, bits: int, group: int) -> int:
-    """In compressed-tensors' packed layout: 32-bit words, a 16-bit scale a group, the shape as two int64."""
+    """Bytes in compressed-tensors' packed layout: 32-bit words, 16-bit scales, the shape as two int64."""
     words = shape.rows * math.ceil(shape.width * bits / 32)
     scales = shape.rows * math.ceil(shape.width / group)
     return 4 * words + 2 * scales + 16
@@ -143,7 +143,7 @@ def block_type(shape: Shape, kind: str) -> str | None:
 
 
 def block_bytes(shape: Shape, kind: str) -> int:
-    """In GGUF's blocks of the type that it really gets."""
+    """Bytes in GGUF's blocks of the type that it really gets."""
     name = block_type(shape, kind)
     if name is None:
         return 2 * shape.elements
@@ -236,13 +236,13 @@ _WRITTEN = {8: "compressed-tensors --bits 8", 4: "compressed-tensors"}
 
 def parse_size(text: str) -> int:
     """Bytes of `540MB`, `1.5 GiB` or a plain number; raises `UsageError` for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    factor = _UNITS.get(found.group(2).upper()) if found else None
-    if found is None or factor is None or float(found.group(1)) * factor < 1:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    factor = _UNITS.get(match.group(2).upper()) if match else None
+    if match is None or factor is None or float(match.group(1)) * factor < 1:
         raise UsageError(
             f"{text!r} is not a size", expected="a number above 0 with a unit, such as 540MB, 4GB or 3.5GiB"
         )
-    return int(float(found.group(1)) * factor)
+    return int(float(match.group(1)) * factor)
 
 
 def plan_compression(model: StrPath, *, target_size: str | None = None) -> SizePlan:
@@ -300,25 +300,25 @@ def written_bytes(shapes: Sequence[Shape], tied: bool, form: str, bits: int, gro
 
 def _methods(shapes: Sequence[Shape], tied: bool) -> list[tuple[str, str | None, str, int]]:
     """Method, the format that writes it, what becomes of the embeddings, bytes."""
-    found: list[tuple[str, str | None, str, int]] = []
+    methods: list[tuple[str, str | None, str, int]] = []
     for bits, wanted in _INTEGERS:
         # A group that does not divide the width is not an option: the next smaller one that does is.
         group = choose_group(shapes, wanted) or choose_group(shapes)
         if group is None:
             continue
         name = f"int{bits} g{group}"
-        found.append((name, _WRITTEN.get(bits), "16 bits", integer_bytes(shapes, bits, group)))
+        methods.append((name, _WRITTEN.get(bits), "16 bits", integer_bytes(shapes, bits, group)))
         everything = integer_bytes(shapes, bits, group, embeddings=True)
-        found.append((f"{name}, embeddings too", None, f"int{bits}", everything))
+        methods.append((f"{name}, embeddings too", None, f"int{bits}", everything))
     for name, rule in GGUF_TYPES.items():
         kinds = rule(shapes, tied)
         embedding = next((block_type(s, kinds(s)) for s in shapes if s.kind == "embedding"), None)
-        found.append((f"gguf {name}", f"gguf:{name}", embedding or "16 bits", gguf_bytes(shapes, kinds)))
+        methods.append((f"gguf {name}", f"gguf:{name}", embedding or "16 bits", gguf_bytes(shapes, kinds)))
     for name, rule in SIZE_ONLY.items():
         kinds = rule(shapes, tied)
         embedding = next((block_type(s, kinds(s)) for s in shapes if s.kind == "embedding"), None)
-        found.append((f"gguf {name}, at least", None, embedding or "16 bits", gguf_bytes(shapes, kinds)))
-    return found
+        methods.append((f"gguf {name}, at least", None, embedding or "16 bits", gguf_bytes(shapes, kinds)))
+    return methods
 
 
 def _advice(plan: SizePlan) -> list[str]:

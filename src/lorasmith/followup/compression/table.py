@@ -27,7 +27,7 @@ COLUMNS = (
 )
 
 _LETTER, _LINE = 6.0, 13
-"""Of the plot's labels: the mean width of a letter, and what a line takes."""
+"""Mean width of a letter and height of a line in the plot's labels."""
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _MARGIN = 640, 320, 70, 46, 24
 
 
@@ -48,8 +48,8 @@ def _check_alike(records: Sequence[CompressRecord], folders: Sequence[StrPath]) 
     for name in ("model_sha256", "test_set"):
         values = [getattr(record, name) for record in records if getattr(record, name) is not None]
         for record, folder in zip(records, folders, strict=True):
-            found = getattr(record, name)
-            if found is not None and found != values[0]:
+            value = getattr(record, name)
+            if value is not None and value != values[0]:
                 what = "model" if name == "model_sha256" else "test set"
                 raise InputError(
                     f"the {what} of this folder is not that of the first one",
@@ -58,13 +58,13 @@ def _check_alike(records: Sequence[CompressRecord], folders: Sequence[StrPath]) 
                 )
 
 
-def recommend(names: Sequence[str], found: Sequence[CompressRecord]) -> tuple[str | None, str]:
+def recommend(names: Sequence[str], records: Sequence[CompressRecord]) -> tuple[str | None, str]:
     """The smallest of these models that passes every gate, None where none does, and the reason."""
     passed = [
-        (record.bytes, name, record) for name, record in zip(names, found, strict=True) if record.passed
+        (record.bytes, name, record) for name, record in zip(names, records, strict=True) if record.passed
     ]
     if not passed:
-        measured = any(record.passed is not None for record in found)
+        measured = any(record.passed is not None for record in records)
         return None, "none passes every gate" if measured else "nothing was measured: no test set was given"
     _, name, record = min(passed, key=lambda one: one[:2])
     quality = record.quality
@@ -77,7 +77,7 @@ def recommend(names: Sequence[str], found: Sequence[CompressRecord]) -> tuple[st
 
 def cells(record: CompressRecord) -> tuple[str, ...]:
     """One row of the table."""
-    found = record.quality
+    quality = record.quality
     verdict = {None: "–", True: "✓ pass", False: "✗ fail"}[record.passed]
     return (
         _name(record),
@@ -86,12 +86,12 @@ def cells(record: CompressRecord) -> tuple[str, ...]:
         f"{record.bits_per_weight:.2f}",
         *(
             ("", "", "", "")
-            if found is None
+            if quality is None
             else (
-                f"{found.perplexity_ratio:.4f}",
-                f"{found.kl.mean:.4f}",
-                f"{found.kl.q99:.3f}",
-                f"{found.top1_agreement:.2%}",
+                f"{quality.perplexity_ratio:.4f}",
+                f"{quality.kl.mean:.4f}",
+                f"{quality.kl.q99:.3f}",
+                f"{quality.top1_agreement:.2%}",
             )
         ),
         "" if record.tasks is None else _accuracy(record.tasks.overall),
@@ -100,7 +100,7 @@ def cells(record: CompressRecord) -> tuple[str, ...]:
 
 
 def _name(record: CompressRecord) -> str:
-    """As in the plan, short enough for a terminal and a plot: `int4 g64`, `gguf q4_0`."""
+    """The format as the plan names it, short enough for a terminal and a plot: `int4 g64`, `gguf q4_0`."""
     return record.kind.removeprefix("compressed-tensors ")
 
 

@@ -55,17 +55,20 @@ from lorasmith.records.followup import ClassifierReport, DraftRecord, GeneratorR
 
 def inputs_of(target: Path, base: Path | None, responses: Path) -> dict[str, str]:
     """SHA-256 of everything that is read."""
-    found = {"target": digest_folder(target), "responses": describe([responses], responses.parent)[0].sha256}
+    digests = {
+        "target": digest_folder(target),
+        "responses": describe([responses], responses.parent)[0].sha256,
+    }
     if base is not None:
-        found["base"] = digest_folder(base)
+        digests["base"] = digest_folder(base)
     logprobs = digest_logprobs(responses)
     if logprobs is not None:
-        found["logprobs"] = logprobs.sha256
-    return found
+        digests["logprobs"] = logprobs.sha256
+    return digests
 
 
 def digest_logprobs(responses: Path) -> FileDigest | None:
-    """Of the stored probabilities beside the responses; None where there are none."""
+    """Digest of the stored probabilities beside the responses; None where there are none."""
     path = logprobs_beside(responses)
     return describe([path], path.parent)[0] if path.is_file() else None
 
@@ -82,7 +85,7 @@ def key_of(inputs: dict[str, str], settings: DraftSettings, layers: list[int], d
 
 
 _BINS = 10
-"""Of confidence, for the calibration error (Guo et al., 2017)."""
+"""Bins of confidence for the calibration error (Guo et al., 2017)."""
 
 
 def report_generator(model: Any, rows: Sequence[DraftRow], device: torch.device) -> GeneratorReport:
@@ -115,11 +118,13 @@ def classify(
 ) -> npt.NDArray[np.float64]:
     """[rows, labels] probabilities."""
     model.eval()
-    found = []
+    probabilities = []
     with torch.no_grad():
         for row in rows:
-            found.append(head(forward(model, [row], device).prompt).double().softmax(-1)[0].cpu().numpy())
-    return np.array(found)
+            probabilities.append(
+                head(forward(model, [row], device).prompt).double().softmax(-1)[0].cpu().numpy()
+            )
+    return np.array(probabilities)
 
 
 def report_classifier(
@@ -343,8 +348,8 @@ def _origin(target: Path, responses: Path) -> list[Finding]:
 def _findings(
     rows: Sequence[DraftRow], labels: Sequence[str], chosen: DraftSettings, responses: Path
 ) -> list[Finding]:
-    """What the responses lack."""
-    found = []
+    """Findings on what the responses lack for these settings."""
+    findings = []
     if any(row.top_ids is None for row in rows):
         if chosen.cross_entropy_weight == 0:
             raise UsageError(
@@ -352,7 +357,7 @@ def _findings(
                 where=logprobs_beside(responses),
                 remedy="extract the responses with --top-logprobs, or raise --cross-entropy-weight",
             )
-        found.append(
+        findings.append(
             Finding(
                 severity="warning",
                 code="no-logprobs",
@@ -362,7 +367,7 @@ def _findings(
             )
         )
     if not labels:
-        found.append(
+        findings.append(
             Finding(
                 severity="note",
                 code="no-labels",
@@ -371,7 +376,7 @@ def _findings(
                 remedy="give rows with metadata.difficulty, or extract them with --top-logprobs",
             )
         )
-    return found
+    return findings
 
 
 def _check_length(rows: Sequence[DraftRow], draft: Draft, responses: Path) -> None:
@@ -407,5 +412,5 @@ def _classifier(
         return None
     counts = Counter(rows[index].label for index in split.train if rows[index].label >= 0)
     majority = max(sorted(counts), key=lambda label: counts[label])
-    found = classify(draft.model, head, held, device)
-    return report_classifier(found, [row.label for row in held], labels, labels_from, majority)
+    probabilities = classify(draft.model, head, held, device)
+    return report_classifier(probabilities, [row.label for row in held], labels, labels_from, majority)

@@ -21,7 +21,7 @@ the rounding of a sum near 1."""
 
 @dataclass(frozen=True)
 class Weights:
-    """Of the three parts of the loss."""
+    """Weights of the three parts of the loss."""
 
     cross_entropy: float = 1.0
     kl: float = 1.0

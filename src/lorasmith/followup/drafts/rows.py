@@ -80,7 +80,7 @@ def read_responses(
         )
     template = "auto" if made_by is None else made_by.settings.template
     around = frame(tokenizer, template, end_of_turn=True)
-    found = []
+    rows = []
     cut = left_out = 0
     for number, row in read_rows(responses):
         where = f"{responses}:{number}"
@@ -94,16 +94,16 @@ def read_responses(
         made = _from_stored(row, stored[row["key"]]) if stored else _encode(row, tokenizer, around, where)
         if made.n_prompt < max_length and made.scored:
             cut += len(made.ids) > max_length
-            found.append(_cut(made, max_length))
+            rows.append(_cut(made, max_length))
         else:
             left_out += 1
-    if len(found) < 3:
+    if len(rows) < 3:
         raise DataError(
-            f"the file has {len(found)} usable responses",
+            f"the file has {len(rows)} usable responses",
             where=responses,
             expected="at least three: to train on, to decide when to stop, and to report on",
         )
-    return found, _lengths(cut, left_out, len(found), max_length, responses)
+    return rows, _lengths(cut, left_out, len(rows), max_length, responses)
 
 
 def _lengths(cut: int, left_out: int, kept: int, max_length: int, responses: Path) -> list[Finding]:
@@ -127,12 +127,12 @@ def _stored(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     import pyarrow.parquet as pq
 
-    found = {}
+    rows = {}
     with pq.ParquetFile(path) as source:
         for batch in source.iter_batches(batch_size=256):
             for row in batch.to_pylist():
-                found[row["key"]] = row
-    return found
+                rows[row["key"]] = row
+    return rows
 
 
 def _from_stored(row: dict[str, Any], stored: dict[str, Any]) -> DraftRow:

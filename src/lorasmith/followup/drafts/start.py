@@ -36,17 +36,17 @@ class Draft:
 
 def parse_layers(text: str) -> list[int]:
     """`0,2,4-6` as numbers; raises `UsageError` for anything else, and unless they rise."""
-    found: list[int] = []
+    layers: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if match is None:
             raise UsageError(f"{text!r} is no list of layers", expected="numbers such as 0,2,4 or 0-3,8")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
-    if not found or any(later <= earlier for earlier, later in pairwise(found)):
+        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    if not layers or any(later <= earlier for earlier, later in pairwise(layers)):
         raise UsageError(
             f"the layers {text!r} do not rise", expected="each layer once, from the first to the last"
         )
-    return found
+    return layers
 
 
 def require_layers(target: Path, layers: Sequence[int]) -> None:

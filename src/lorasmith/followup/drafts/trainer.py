@@ -63,7 +63,7 @@ class DraftSettings:
 
     @property
     def weights(self) -> Weights:
-        """Of the parts of the loss."""
+        """Weights of the parts of the loss."""
         return Weights(self.cross_entropy_weight, self.kl_weight, self.classifier_weight)
 
 
@@ -201,14 +201,14 @@ class Trainer:
         with torch.no_grad():
             loss = sum(float(share) for share in self._shares(rows))
         course = self.course
-        better = not course.validations or loss < min(found.loss for found in course.validations)
+        better = not course.validations or loss < min(step.loss for step in course.validations)
         course.validations.append(DraftStep(step=course.step, loss=loss))
         if better:
             course.best_step = course.step
             self.best = {
                 name: value.detach().cpu().clone() for name, value in self._core().state_dict().items()
             }
-        since = sum(found.step > course.best_step for found in course.validations)
+        since = sum(step.step > course.best_step for step in course.validations)
         course.stopped_early = since >= self.settings.patience
 
     def _save(self) -> None:
@@ -219,7 +219,7 @@ class Trainer:
         state = {
             "key": self.key,
             **asdict(course),
-            "validations": [found.model_dump() for found in course.validations],
+            "validations": [step.model_dump() for step in course.validations],
         }
         with os_errors(self.checkpoint, "write the checkpoint"):
             temporary.mkdir(parents=True)
@@ -257,7 +257,7 @@ class Trainer:
                 where=self.checkpoint,
                 remedy="give the same command again, choose another output, or remove the checkpoint",
             )
-        validations = [DraftStep.model_validate(found) for found in state.pop("validations")]
+        validations = [DraftStep.model_validate(step) for step in state.pop("validations")]
         self.course = Course(**state, validations=validations)
         self._core().load_state_dict(weights)
         self.best = best

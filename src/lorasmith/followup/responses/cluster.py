@@ -150,7 +150,7 @@ class Responding(Unsplittable):
         return list(self.engine.answers(self.requests, self.limits, self.sampling, lambda count: None))
 
     def pack(self, result: list[GeneratedAnswer]) -> bytes:
-        """For the way to the driver; both ends are the same version of this code."""
+        """The answers as bytes for the way to the driver; both ends are the same version of this code."""
         return pickle.dumps(result)
 
     def unpack(self, rows: Rows, packed: bytes) -> list[GeneratedAnswer]:
@@ -158,7 +158,7 @@ class Responding(Unsplittable):
         return cast(list[GeneratedAnswer], pickle.loads(packed))
 
     def conditions(self) -> Conditions:
-        """Of this process."""
+        """The conditions of this process."""
         assert self.engine is not None, "the driver computes nothing"
         return conditions_of(self.engine.loaded.device)
 

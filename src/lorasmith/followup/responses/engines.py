@@ -294,7 +294,7 @@ class VllmEngine(Engine):
 
 
 def _keep_logprobs(answer: GeneratedAnswer, made: Any, count: int) -> None:
-    """From vLLM's `token id -> Logprob` of each place, where the chosen token may be one more."""
+    """Keep each place's log-probabilities: vLLM gives the likeliest, and the chosen token besides."""
     for token, place in zip(made.token_ids, made.logprobs, strict=True):
         best = sorted(((-entry.logprob, int(key)) for key, entry in place.items()))[:count]
         answer.logprobs.append(float(place[token].logprob))

@@ -30,7 +30,7 @@ from lorasmith.records.followup import RespondRecord, RespondSettings
 
 @dataclass(frozen=True)
 class RespondOptions:
-    """What a caller may choose."""
+    """What a caller of `respond` may choose."""
 
     adapter: StrPath | None = None
     engine: str = "transformers"

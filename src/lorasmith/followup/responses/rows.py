@@ -33,7 +33,7 @@ class Row:
     content: str
     """SHA-256 of the row's canonical JSON, and which of equal rows it is."""
     value: dict[str, Any]
-    """As it stands in the file."""
+    """The row as it stands in the file."""
     messages: list[Message]
     """What the model gets, up to and with the last user message; empty where there is a fault."""
     fault: str = ""

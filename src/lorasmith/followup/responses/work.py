@@ -32,9 +32,8 @@ from lorasmith.models.text import Frame, conversation_tokens
 from lorasmith.progress import Advance, Unwatched, Watcher
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.followup import LengthSummary, RespondRecord, RespondSettings, RespondTiming
+from lorasmith.records.release import is_redacted
 from lorasmith.records.scoring import ChunkRecord
-
-# Figures over the responses, and how fast they came.
 
 
 def count_ends(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -93,6 +92,21 @@ def not_in_data(count: int) -> Finding:
     )
 
 
+def not_to_publish(rows: Sequence[Row]) -> Finding | None:
+    """A warning where the output will hold questions whose authors ask that none appears in plain text."""
+    sources = Counter(row.source for row in rows if is_redacted(row.source))
+    if not sources:
+        return None
+    named = ", ".join(sorted(sources))
+    return Finding(
+        severity="warning",
+        code="text-not-to-publish",
+        message=f"the responses will hold {sources.total()} rows of {named} in plain text, prompts included; "
+        "its authors ask that none of it appears where a crawler could find it",
+        remedy="keep the output to yourself: packages and reports hide such rows, this file does not",
+    )
+
+
 def answered_before(done: int, rows: int) -> Finding:
     """How much of the data an earlier command has answered."""
     return Finding(
@@ -143,20 +157,21 @@ def judge_limit(lengths: Sequence[Length], limit: int, most: int | None) -> Find
     if not lengths or cut / len(lengths) <= TOLERATED:
         return None
     loops = sum(length.repeats for length in lengths)
-    found = (
+    message = (
         f"{cut} of the first {len(lengths)} rows ({cut / len(lengths):.0%}) were cut off at {limit} tokens"
     )
     if loops:
-        found += f"; {loops} of them repeat themselves, which a larger limit does not mend"
+        message += f"; of these, {loops} went round in a loop, which a larger limit does not mend"
     suggested = suggest_limit(lengths, limit)
-    if most is not None:
-        suggested = min(suggested, most)
-    remedy = (
-        f"give --max-new-tokens {suggested} and another --output"
-        if suggested > limit
-        else "the model's context leaves no larger limit: shorten the prompts, or take a model that stops"
-    )
-    return Finding(severity="warning", code="cut-off", message=found, expected="2 % or less", remedy=remedy)
+    # Three different remedies: only a full context may be called full, and no limit ends a loop.
+    if suggested <= limit:
+        remedy = "nearly all of them repeat themselves: look at these rows, at the template and the sampling"
+    elif most is not None and most <= limit:
+        remedy = "the model's context leaves no larger limit: shorten the prompts, or take a model that stops"
+    else:
+        wanted = suggested if most is None else min(suggested, most)
+        remedy = f"give --max-new-tokens {wanted} and another --output"
+    return Finding(severity="warning", code="cut-off", message=message, expected="2 % or less", remedy=remedy)
 
 
 def suggest_limit(lengths: Sequence[Length], limit: int) -> int:
@@ -177,10 +192,10 @@ def suggest_limit(lengths: Sequence[Length], limit: int) -> int:
 
 
 def earlier_origins(places: Places) -> dict[str, AnswersOrigin]:
-    """Of a finished output's answers by key, as far as its chunks tell."""
+    """Where a finished output's answers come from, by key, as far as its chunks tell."""
     if not places.chunks.exists():
         return {}
-    found = {}
+    origins = {}
     for number, line in read_rows(places.chunks):
         try:
             chunk = ChunkRecord.model_validate(line)
@@ -192,8 +207,8 @@ def earlier_origins(places: Places) -> dict[str, AnswersOrigin]:
                 remedy="remove it; what is made from now on is told of",
             ) from error
         for key in chunk.keys or ():
-            found[key] = AnswersOrigin(f"earlier {number}", chunk.conditions)
-    return found
+            origins[key] = AnswersOrigin(f"earlier {number}", chunk.conditions)
+    return origins
 
 
 def origin_of(made: Made | None, keys: Sequence[str]) -> AnswersOrigin | None:
@@ -273,6 +288,8 @@ class ResponseWork:
 
     def run(self) -> None:
         """Answer what remains: the check's rows first, each part longest prompt first."""
+        if hidden := not_to_publish(self.rows):
+            self._tell(hidden)
         missing = [index for index, key in enumerate(self.keys) if self._missing(key)]
         ready, faults = self._ready(range(len(self.rows)) if self.whole_groups else missing)
         size = GROUP_ROWS if self.whole_groups else max(1, len(ready))
@@ -400,8 +417,12 @@ class ResponseWork:
         most = None if context is None else max(1, context - self.longest)
         finding = judge_limit(list(self.lengths.values()), self.settings.max_new_tokens, most)
         if finding:
-            self.findings.append(finding)
-            self.watcher.show("respond", finding)
+            self._tell(finding)
+
+    def _tell(self, finding: Finding) -> None:
+        """Say it at once, and keep it for the record."""
+        self.findings.append(finding)
+        self.watcher.show("respond", finding)
 
     def publish(self, data: FileDigest) -> RespondRecord:
         """Write output, log-probabilities, failed rows, what computed them, and last the record."""

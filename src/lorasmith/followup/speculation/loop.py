@@ -26,7 +26,7 @@ class Drafter(ABC):
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
-        """Of each single step, or of each whole proposal where there are no steps."""
+        """Time of each single step, or of each whole proposal where there are no steps."""
 
     @abstractmethod
     def propose(self, text: Sequence[int], count: int) -> list[int]:
@@ -58,9 +58,9 @@ class LookupDrafter(Drafter):
 
     def propose(self, text: Sequence[int], count: int) -> list[int]:
         began = time.perf_counter()
-        found = _look_up(list(text), count)
+        proposal = _look_up(list(text), count)
         self.seconds.append(time.perf_counter() - began)
-        return found
+        return proposal
 
 
 def _look_up(text: list[int], count: int) -> list[int]:
@@ -92,11 +92,11 @@ class Speculated:
     rounds: int = 0
     drafted: int = 0
     reached: list[int] = field(default_factory=list)
-    """By place in a draft: how often the target came to judge it."""
+    """How often, by place in a draft, the target came to judge it."""
     accepted: list[int] = field(default_factory=list)
-    """By place in a draft: how often it agreed."""
+    """How often, by place in a draft, the target agreed."""
     verify_seconds: list[float] = field(default_factory=list)
-    """Of the target's passes over full drafts."""
+    """Time of each of the target's passes over full drafts."""
     seconds: float = 0.0
     noise: float = 0.0
     """Largest difference of a logit to the reference, at places before which both texts agree."""
@@ -105,21 +105,21 @@ class Speculated:
 def decode_greedy(target: LoadedModel, prompt: Sequence[int], limit: int, stop: frozenset[int]) -> Greedy:
     """The reference: every token from a pass of its own. `prompt` and result are token ids."""
     stepper, text = Stepper(target), list(prompt)
-    found = Greedy([])
+    greedy = Greedy([])
     began = time.perf_counter()
-    while len(found.tokens) < limit:
+    while len(greedy.tokens) < limit:
         step = time.perf_counter()
         values, tokens = stepper.logits(text)[0].topk(2)
         chosen = int(tokens[0])
-        if found.tokens:  # the first pass is that of the prompt
-            found.step_seconds.append(time.perf_counter() - step)
-        found.tokens.append(chosen)
-        found.best.append((chosen, int(tokens[1]), float(values[0]), float(values[1])))
+        if greedy.tokens:  # the first pass is that of the prompt
+            greedy.step_seconds.append(time.perf_counter() - step)
+        greedy.tokens.append(chosen)
+        greedy.best.append((chosen, int(tokens[1]), float(values[0]), float(values[1])))
         text.append(chosen)
         if chosen in stop:
             break
-    found.seconds = time.perf_counter() - began
-    return found
+    greedy.seconds = time.perf_counter() - began
+    return greedy
 
 
 def decode_speculatively(
@@ -132,24 +132,24 @@ def decode_speculatively(
     reference: Greedy | None = None,
 ) -> Speculated:
     """The same by drafts of `count` tokens; with a `reference` the noise of the logits is measured too."""
-    found = Speculated([], reached=[0] * count, accepted=[0] * count)
+    speculated = Speculated([], reached=[0] * count, accepted=[0] * count)
     began = time.perf_counter()
     apart = 0.0
     for new, logits, drafts, agreed, seconds in rounds(target, drafter, prompt, count, limit, stop):
-        found.rounds += 1
-        found.drafted += len(drafts)
-        if len(drafts) == count and found.rounds > 1:
-            found.verify_seconds.append(seconds)
+        speculated.rounds += 1
+        speculated.drafted += len(drafts)
+        if len(drafts) == count and speculated.rounds > 1:
+            speculated.verify_seconds.append(seconds)
         for place in range(min(len(new), len(drafts))):
-            found.reached[place] += 1
-            found.accepted[place] += place < agreed
+            speculated.reached[place] += 1
+            speculated.accepted[place] += place < agreed
         if reference is not None:
             pause = time.perf_counter()
-            found.noise = max(found.noise, _noise(reference, found.tokens, new, logits))
+            speculated.noise = max(speculated.noise, _noise(reference, speculated.tokens, new, logits))
             apart += time.perf_counter() - pause
-        found.tokens += new
-    found.seconds = time.perf_counter() - began - apart
-    return found
+        speculated.tokens += new
+    speculated.seconds = time.perf_counter() - began - apart
+    return speculated
 
 
 def rounds(

@@ -230,7 +230,7 @@ _PROBE = "The quick brown fox: 3.14159 × 2\n\tdef f(x):\n        return [x, 'ä
 
 @dataclass(frozen=True)
 class SpeculateOptions:
-    """What a caller may choose."""
+    """What a caller of `speculate` may choose."""
 
     draft_tokens: tuple[int, ...] = (2, 4, 6)
     max_new_tokens: int = 128
@@ -367,9 +367,9 @@ def _measure(
             references.append(reference)
             advance(1)
             for way in ways:
-                found = decode_speculatively(
+                speculated = decode_speculatively(
                     loaded, way.drafter, prompt.tokens, way.count, limit, stop, reference
                 )
-                way.texts.append(found)
+                way.texts.append(speculated)
                 advance(1)
     return references
