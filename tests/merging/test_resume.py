@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lorasmith.files.digests import digest_folder
-from lorasmith.merging import stream
+from lorasmith.merging import shards
 from lorasmith.merging.merge import merge
 from tests.tiny import save_adapter, save_base
 
@@ -118,7 +118,7 @@ def test_finished_shards_are_not_made_again(
     base, adapter, expected = inputs
     output = tmp_path / "out"
     made: list[str] = []
-    real = stream.write_shard
+    real = shards.write_shard
 
     def stop_after_one(*arguments: Any) -> Any:
         if made:

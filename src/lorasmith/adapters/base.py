@@ -47,7 +47,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowUpdate:
     """The products that are added to the rows `start` to `stop` of the target."""
 
     start: int
@@ -70,7 +70,7 @@ class Change:
     formula: str
     uses: tuple[str, ...]
     """Names on disk of the adapter tensors that go into it."""
-    rows: tuple[Rows, ...] = ()
+    updates: tuple[RowUpdate, ...] = ()
     magnitude: Factor | None = None
     """m of DoRA."""
     magnitude_axis: int = 0
@@ -134,7 +134,7 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseView:
     """The base as the variants look it up."""
 
     checkpoint: Checkpoint
@@ -201,5 +201,5 @@ class Variant(Protocol):
     def takes(self, site: Site) -> frozenset[str]:
         """The suffixes of this site that the variant accounts for; none where it is not meant."""
 
-    def find(self, site: Site, module: str, base: Base) -> SiteChanges:
+    def find(self, site: Site, module: str, base: BaseView) -> SiteChanges:
         """The changes by a site that it takes something of; `module` is the path as the base spells it."""

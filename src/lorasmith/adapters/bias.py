@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorasmith.adapters.base import Base, Change, Factor, Rows, Site, SiteChanges, SiteError, Term
+from lorasmith.adapters.base import BaseView, Change, Factor, RowUpdate, Site, SiteChanges, SiteError, Term
 
 LORA_BIAS = "lora_B.bias"
 TRAINED = ("base_layer.bias", "bias")
@@ -17,7 +17,7 @@ class LoraBias:
         """`lora_B.bias`."""
         return frozenset({LORA_BIAS} & set(site.tensors))
 
-    def find(self, site: Site, module: str, base: Base) -> SiteChanges:
+    def find(self, site: Site, module: str, base: BaseView) -> SiteChanges:
         """b + s·bias; `SiteError` where the base's layer has no bias to add to."""
         stored = site.tensors[LORA_BIAS]
         name = f"{module}.bias"
@@ -33,7 +33,7 @@ class LoraBias:
         length = info.shape[0]
         one = Factor(site.adapter, stored.name, (("reshape", length, 1),))
         scale = site.config.scale(site.path)
-        rows = Rows(0, length, (Term(one, UNIT, 1, scale, site.weight),))
+        rows = RowUpdate(0, length, (Term(one, UNIT, 1, scale, site.weight),))
         return SiteChanges((Change(name, name, "b + s·bias", (stored.name,), (rows,)),))
 
 
@@ -52,7 +52,7 @@ class TrainedBias:
             return frozenset()
         return frozenset(set(TRAINED) & set(site.tensors))
 
-    def find(self, site: Site, module: str, base: Base) -> SiteChanges:
+    def find(self, site: Site, module: str, base: BaseView) -> SiteChanges:
         """The trained bias in the place of the base's."""
         suffix = next(suffix for suffix in TRAINED if suffix in site.tensors)
         stored = site.tensors[suffix]

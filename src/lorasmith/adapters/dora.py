@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lorasmith.adapters.base import Base, Change, Site, SiteChanges, SiteError
+from lorasmith.adapters.base import BaseView, Change, Site, SiteChanges, SiteError
 from lorasmith.adapters.lora import BASE_COPY, MAGNITUDE, OLD_MAGNITUDE, A, B, base_copy, linear_change
 
 
@@ -47,7 +47,7 @@ class Dora:
             return frozenset()
         return frozenset(({A, B, BASE_COPY} & set(site.tensors)) | magnitude)
 
-    def find(self, site: Site, module: str, base: Base) -> SiteChanges:
+    def find(self, site: Site, module: str, base: BaseView) -> SiteChanges:
         """m·V/‖V‖ on the module's weight."""
         change, transposed = linear_change(site, module, base)
         outputs = site.tensors[B].shape[0]

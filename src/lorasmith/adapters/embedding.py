@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorasmith.adapters.base import Base, Change, Rows, Site, SiteChanges, SiteError, Term
+from lorasmith.adapters.base import BaseView, Change, RowUpdate, Site, SiteChanges, SiteError, Term
 from lorasmith.adapters.dora import with_magnitude
 from lorasmith.adapters.lora import BASE_COPY, MAGNITUDE, OLD_MAGNITUDE, base_copy, check_shape
 
@@ -20,7 +20,7 @@ class EmbeddingLora:
             return frozenset()
         return frozenset({A, B, BASE_COPY, MAGNITUDE, OLD_MAGNITUDE} & set(site.tensors))
 
-    def find(self, site: Site, module: str, base: Base) -> SiteChanges:
+    def find(self, site: Site, module: str, base: BaseView) -> SiteChanges:
         """W + s·(B·A)ᵀ on the embedding's weight; a tied head keeps W."""
         down, up = site.tensors[A], site.tensors[B]
         rank = site.config.rank(site.path)
@@ -39,7 +39,7 @@ class EmbeddingLora:
             source=weight.info.name,
             formula="W + s·(B·A)ᵀ",
             uses=(down.name, up.name),
-            rows=(Rows(0, down.shape[1], (term,)),),
+            updates=(RowUpdate(0, down.shape[1], (term,)),),
         )
         if {MAGNITUDE, OLD_MAGNITUDE} & set(site.tensors):
             change = with_magnitude(change, site, up.shape[0], 1)

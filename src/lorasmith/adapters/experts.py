@@ -6,7 +6,17 @@ that transformers 5 holds in memory. A base's files hold F whole, or one tensor 
 
 from __future__ import annotations
 
-from lorasmith.adapters.base import Base, Change, Factor, Rows, Site, SiteChanges, SiteError, Term, View
+from lorasmith.adapters.base import (
+    BaseView,
+    Change,
+    Factor,
+    RowUpdate,
+    Site,
+    SiteChanges,
+    SiteError,
+    Term,
+    View,
+)
 from lorasmith.adapters.lora import A, B, is_experts
 from lorasmith.adapters.stacks import ExpertStack, find_stacks
 
@@ -31,7 +41,7 @@ class Experts:
         pairs = [pair for pair in ({A, B}, {INNER_A, INNER_B}) if pair <= set(site.tensors)]
         return frozenset().union(*pairs) if pairs else frozenset()
 
-    def find(self, site: Site, module: str, base: Base) -> SiteChanges:
+    def find(self, site: Site, module: str, base: BaseView) -> SiteChanges:
         """W + s·B·A on every expert's part of the parameter that each pair fits."""
         stacks = find_stacks(module, base)
         changes: list[Change] = []
@@ -46,7 +56,7 @@ class Experts:
         return SiteChanges(tuple(changes))
 
 
-def match(site: Site, a: str, b: str, stacks: list[ExpertStack], base: Base) -> tuple[ExpertStack, bool]:
+def match(site: Site, a: str, b: str, stacks: list[ExpertStack], base: BaseView) -> tuple[ExpertStack, bool]:
     """The parameter that a pair of factors fits, and whether Δ[e] = B·A rather than its transpose.
 
     By shape; where both orientations fit, by the PEFT that wrote the adapter and the model's expert class.
@@ -73,18 +83,18 @@ def match(site: Site, a: str, b: str, stacks: list[ExpertStack], base: Base) -> 
     return fitting[0]
 
 
-def _stored_transposed(site: Site, base: Base) -> bool:
+def _stored_transposed(site: Site, base: BaseView) -> bool:
     version = tuple(int(part) for part in (site.config.peft_version or "").split(".")[:2] if part.isdigit())
     if version and version < _STRAIGHT_SINCE:
         return True
     return base.model_type in TRANSPOSED_MODELS
 
 
-def _changes(site: Site, a: str, b: str, stack: ExpertStack, straight: bool, base: Base) -> list[Change]:
+def _changes(site: Site, a: str, b: str, stack: ExpertStack, straight: bool, base: BaseView) -> list[Change]:
     key = f"{site.path}.{stack.name}"
     rank, scale = site.config.rank(key), site.config.scale(key)
     inputs, outputs = site.tensors[a].shape[1], site.tensors[b].shape[0]
-    found: dict[str, list[Rows]] = {}
+    found: dict[str, list[RowUpdate]] = {}
     for tensor, start, expert, row, count in stack.pieces:
         down: tuple[View, ...] = (("reshape", stack.experts, rank, inputs), ("select", 0, expert))
         up: tuple[View, ...] = (("reshape", outputs, rank, stack.experts), ("select", 2, expert))
@@ -95,7 +105,7 @@ def _changes(site: Site, a: str, b: str, stack: ExpertStack, straight: bool, bas
             left = Factor(site.adapter, site.tensors[a].name, (*down, ("T",), cut))
             right = _factor(site, b, (*up, ("T",)))
         term = Term(left, right, rank, scale, site.weight)
-        found.setdefault(tensor, []).append(Rows(start, start + count, (term,)))
+        found.setdefault(tensor, []).append(RowUpdate(start, start + count, (term,)))
     uses = (site.tensors[a].name, site.tensors[b].name)
     formula = "W + s·B[e]·A[e]" if straight else "W + s·(B[e]·A[e])ᵀ"
     return [Change(name, name, formula, uses, tuple(rows)) for name, rows in found.items()]

@@ -5,7 +5,17 @@ A Conv1D of GPT-2 stores its weight as [in, out]: there the update is the transp
 
 from __future__ import annotations
 
-from lorasmith.adapters.base import Base, Change, Copy, Rows, Site, SiteChanges, SiteError, Term, Weight
+from lorasmith.adapters.base import (
+    BaseView,
+    Change,
+    Copy,
+    RowUpdate,
+    Site,
+    SiteChanges,
+    SiteError,
+    Term,
+    Weight,
+)
 from lorasmith.adapters.stacks import place_in_stack
 from lorasmith.checkpoint.header import TensorInfo
 
@@ -24,7 +34,7 @@ OLD_MAGNITUDE = f"{MAGNITUDE}.weight"
 """As PEFT wrote it before 0.11."""
 
 
-def is_transposed(module: str, base: Base) -> bool:
+def is_transposed(module: str, base: BaseView) -> bool:
     """Whether the base stores this layer's weight as [in, out]."""
     return module.rpartition(".")[2] in CONV1D_MODULES.get(base.model_type, frozenset())
 
@@ -74,7 +84,7 @@ def check_shape(weight: Weight, expected: tuple[int, ...]) -> None:
         )
 
 
-def linear_change(site: Site, module: str, base: Base) -> tuple[Change, bool]:
+def linear_change(site: Site, module: str, base: BaseView) -> tuple[Change, bool]:
     """W + s·B·A on a linear layer's weight, and whether that is stored as [in, out]."""
     rank, inputs, outputs = factor_shapes(site)
     weight = base.weight(module)
@@ -91,7 +101,7 @@ def linear_change(site: Site, module: str, base: Base) -> tuple[Change, bool]:
         source=weight.info.name,
         formula="W + s·(B·A)ᵀ" if transposed else "W + s·B·A",
         uses=(site.tensors[A].name, site.tensors[B].name),
-        rows=(Rows(0, shape[0], (term,)),),
+        updates=(RowUpdate(0, shape[0], (term,)),),
     )
     return change, transposed
 
@@ -107,7 +117,7 @@ def _stacked_change(site: Site, info: TensorInfo, start: int, count: int) -> Cha
         )
     term = Term(site.factor(B), site.factor(A), rank, site.config.scale(site.path), site.weight)
     uses = (site.tensors[A].name, site.tensors[B].name)
-    return Change(info.name, info.name, "W + s·B·A", uses, (Rows(start, start + count, (term,)),))
+    return Change(info.name, info.name, "W + s·B·A", uses, (RowUpdate(start, start + count, (term,)),))
 
 
 def base_copy(site: Site, weight: Weight) -> tuple[Copy, ...]:
@@ -137,7 +147,7 @@ class Lora:
             return frozenset()
         return frozenset({A, B, BASE_COPY} & set(site.tensors))
 
-    def find(self, site: Site, module: str, base: Base) -> SiteChanges:
+    def find(self, site: Site, module: str, base: BaseView) -> SiteChanges:
         """W + s·B·A on the module's weight."""
         place = place_in_stack(module, base)
         if place is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lorasmith.adapters.base import Base, Change, Copy, Site, SiteChanges, SiteError, Weight
+from lorasmith.adapters.base import BaseView, Change, Copy, Site, SiteChanges, SiteError, Weight
 
 SAVED, ORIGINAL = "modules_to_save", "original_module"
 TOKENS = "token_adapter.trainable_tokens_delta"
@@ -24,7 +24,7 @@ class SavedModule:
             (own | {f"{kind}.{part}" for kind in (SAVED, ORIGINAL) for part in own}) & set(site.tensors)
         )
 
-    def find(self, site: Site, module: str, base: Base) -> SiteChanges:
+    def find(self, site: Site, module: str, base: BaseView) -> SiteChanges:
         """The adapter's tensors in the place of the base's."""
         if site.weight != 1.0:
             raise SiteError(
@@ -46,14 +46,14 @@ class SavedModule:
         return SiteChanges(tuple(changes), tuple(copies))
 
 
-def _target(module: str, part: str, base: Base) -> Weight:
+def _target(module: str, part: str, base: BaseView) -> Weight:
     if part == "weight":
         return base.weight(module)
     info = base.tensor(f"{module}.{part}")
     return Weight(info.name, info)
 
 
-def _change(site: Site, suffix: str, target: Weight, base: Base) -> Change:
+def _change(site: Site, suffix: str, target: Weight, base: BaseView) -> Change:
     stored = site.tensors[suffix]
     resized = stored.shape != target.info.shape
     vocabulary = target.info.name == base.embedding or is_head(target.name)
@@ -84,7 +84,7 @@ class TrainableTokens:
         """`token_adapter.trainable_tokens_delta`, which holds the rows themselves, not a difference."""
         return frozenset({TOKENS} & set(site.tensors))
 
-    def find(self, site: Site, module: str, base: Base) -> SiteChanges:
+    def find(self, site: Site, module: str, base: BaseView) -> SiteChanges:
         """The trained rows in the place of the base's; a tied head follows."""
         stored = site.tensors[TOKENS]
         weight = base.weight(module)
@@ -122,7 +122,7 @@ def _named(path: str, names: tuple[str, ...]) -> bool:
     return any(path == name or path.endswith("." + name) for name in names)
 
 
-def _indices_of(site: Site, module: str, base: Base) -> tuple[int, ...]:
+def _indices_of(site: Site, module: str, base: BaseView) -> tuple[int, ...]:
     given = site.config.trainable_token_indices
     if isinstance(given, Mapping):
         for name, indices in given.items():

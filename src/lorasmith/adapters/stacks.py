@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from lorasmith.adapters.base import Base, SiteError
+from lorasmith.adapters.base import BaseView, SiteError
 from lorasmith.checkpoint.header import TensorInfo
 
 PER_EXPERT: tuple[dict[str, tuple[str, ...]], ...] = (
@@ -29,7 +29,7 @@ class ExpertStack:
     """(tensor, first row in that tensor, expert, first row in F[e], number of rows)."""
 
 
-def find_stacks(module: str, base: Base) -> list[ExpertStack]:
+def find_stacks(module: str, base: BaseView) -> list[ExpertStack]:
     """The parameters of a module `….experts`, fused on disk or in one tensor per expert."""
     tensors = base.checkpoint.tensors
     fused = [
@@ -51,7 +51,7 @@ def _fused(info: TensorInfo) -> ExpertStack:
     return ExpertStack(info.name.rpartition(".")[2], experts, rows, columns, pieces)
 
 
-def _per_expert(module: str, name: str, parts: tuple[str, ...], base: Base) -> ExpertStack | None:
+def _per_expert(module: str, name: str, parts: tuple[str, ...], base: BaseView) -> ExpertStack | None:
     tensors = base.checkpoint.tensors
     count = 0
     while f"{module}.{count}.{parts[0]}.weight" in tensors:
@@ -71,7 +71,7 @@ def _per_expert(module: str, name: str, parts: tuple[str, ...], base: Base) -> E
     return ExpertStack(name, count, row, columns, tuple(pieces))
 
 
-def place_in_stack(module: str, base: Base) -> tuple[TensorInfo, int, int] | None:
+def place_in_stack(module: str, base: BaseView) -> tuple[TensorInfo, int, int] | None:
     """Where a base that keeps its experts fused has one expert's projection: (tensor, first row, rows).
 
     None for a module that is none, or that the base keeps as a tensor of its own.

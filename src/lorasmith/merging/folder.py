@@ -10,20 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-
-from lorasmith.adapters.base import Copy
-from lorasmith.checkpoint.adapter import Adapter
 from lorasmith.checkpoint.header import dump_object
 from lorasmith.checkpoint.model import INDEX, Checkpoint
-from lorasmith.errors import AdapterError, InputError, UsageError, os_errors
+from lorasmith.errors import InputError, UsageError, os_errors
 from lorasmith.files.atomic import aside, publish_folder, read_record, write_bytes, write_record
 from lorasmith.files.digests import describe
 from lorasmith.files.output_folder import holds_another, require_outside
 from lorasmith.hub.model_files import OTHER_FILES, TOKENIZER_FILES, fits
-from lorasmith.merging.numbers.rounding import TARGETS, cast
 from lorasmith.merging.plan import Plan
-from lorasmith.merging.tensors import TensorOnDisk
 from lorasmith.records.base import FileDigest, Record
 from lorasmith.records.merging import MergedTensor
 
@@ -60,13 +54,13 @@ def make_key(parts: Mapping[str, Any]) -> str:
 
 def identity_of(files: Sequence[Path]) -> list[list[Any]]:
     """Name, device, inode, size and times of each file: equal exactly while nobody touched them."""
-    found = []
+    identities = []
     for file in files:
         with os_errors(file, "read"):
             state = file.stat()
         times = [state.st_mtime_ns, state.st_ctime_ns]
-        found.append([file.name, state.st_dev, state.st_ino, state.st_size, *times])
-    return found
+        identities.append([file.name, state.st_dev, state.st_ino, state.st_size, *times])
+    return identities
 
 
 class PartialFolder:
@@ -227,54 +221,3 @@ def write_small_files(
     for name, content in contents.items():
         partial.write(name, content)
     return describe([partial.path / name for name in sorted(contents)], partial.path, rehash=True)
-
-
-# Is this the base that the adapter was trained on? An adapter that keeps a copy of a weight can tell.
-
-
-_STEP = 1 << 22
-
-
-def check_copies(copies: Sequence[Copy], base: Checkpoint, adapters: Sequence[Adapter]) -> None:
-    """Raise `AdapterError` unless every copy that an adapter keeps equals the base's tensor.
-
-    A copy of a lower precision must be the base's values rounded to it, and the other way round.
-    """
-    for kept_copy in copies:
-        adapter = adapters[kept_copy.adapter]
-        kept = TensorOnDisk(adapter.file.path, adapter.file.tensors[kept_copy.tensor])
-        if kept_copy.base is not None:
-            other = TensorOnDisk(base.shard_of(kept_copy.base).path, base.tensors[kept_copy.base])
-        else:
-            other = TensorOnDisk(adapter.file.path, adapter.file.tensors[str(kept_copy.twin)])
-        common = min(kept.info.elements, other.info.elements)
-        for first in range(0, common, _STEP):
-            count = min(_STEP, common - first)
-            if not _agree(
-                kept.read(first, count), kept.info.dtype, other.read(first, count), other.info.dtype
-            ):
-                raise _differs(kept_copy, adapter)
-
-
-def _differs(copy: Copy, adapter: Adapter) -> AdapterError:
-    if copy.base is None:
-        return AdapterError(
-            f"the adapter stores {copy.twin} twice, with different values",
-            where=adapter.file.path,
-            expected=f"{copy.tensor} equal to it",
-            remedy="save the adapter again",
-        )
-    return AdapterError(
-        f"the adapter's copy of {copy.base} differs from this base's",
-        where=adapter.file.path,
-        expected="the base that the adapter was trained on",
-        remedy="give the model that adapter_config.json names as its base",
-    )
-
-
-def _agree(kept: torch.Tensor, kept_type: str, given: torch.Tensor, given_type: str) -> bool:
-    if torch.equal(kept.to(torch.float64), given.to(torch.float64)):
-        return True
-    down = kept_type in TARGETS and torch.equal(cast(given, TARGETS[kept_type]), kept)
-    up = given_type in TARGETS and torch.equal(cast(kept, TARGETS[given_type]), given)
-    return down or up

@@ -13,7 +13,7 @@ from lorasmith import __version__
 from lorasmith.checkpoint.adapter import Adapter, open_adapter
 from lorasmith.checkpoint.model import Checkpoint, open_checkpoint
 from lorasmith.errors import CheckpointError, UsageError
-from lorasmith.executors.base import Executor, Local
+from lorasmith.executors.base import Executor, Local, WorkSpec
 from lorasmith.files.atomic import StrPath, write_record
 from lorasmith.files.digests import (
     combine,
@@ -28,10 +28,10 @@ from lorasmith.hub.cache import origin_of
 from lorasmith.hub.models import local_model
 from lorasmith.machine.resources import require_disk
 from lorasmith.merging.calibrated.rows import TOKENS
+from lorasmith.merging.cluster import MergeJob, open_merging
 from lorasmith.merging.folder import (
     PartialFolder,
     ShardDone,
-    check_copies,
     check_place,
     identity_of,
     make_key,
@@ -39,8 +39,8 @@ from lorasmith.merging.folder import (
 )
 from lorasmith.merging.modes import ROUNDINGS, Mode, choose_mode
 from lorasmith.merging.plan import PRECISIONS, Plan, plan_merge
-from lorasmith.merging.shards import MergeJob, ShardMerger, merge_shards
-from lorasmith.merging.stream import shard_header
+from lorasmith.merging.shards import ShardMerger, merge_shards, shard_header
+from lorasmith.merging.tensors import check_copies
 from lorasmith.models.hidden_states import files_digest
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest, Finding
@@ -124,8 +124,8 @@ def merge(
             calibrated=mode.calibrated,
             known=inputs.known,
         )
-        job = _job(request, inputs, mode, partial, key)
-        shards, direct = merge_shards(merger, job, partial, executor, progress)
+        spec = _worker_spec(request, inputs, mode, partial, key)
+        shards, direct = merge_shards(merger, spec, partial, executor, progress)
         record = _publish(request, inputs, plan, mode, partial, shards)
     return record.model_copy(update={"direct_io": direct})
 
@@ -245,9 +245,11 @@ def _require_space(plan: Plan, partial: PartialFolder) -> None:
     require_disk(partial.output.parent, needed + (64 << 20), "write the merged model")
 
 
-def _job(request: _Request, inputs: _Inputs, mode: Mode, partial: PartialFolder, key: str) -> MergeJob:
-    """The merge as a worker on another machine is told of it."""
-    return MergeJob(
+def _worker_spec(
+    request: _Request, inputs: _Inputs, mode: Mode, partial: PartialFolder, key: str
+) -> WorkSpec:
+    """How a worker on another machine makes the same merge."""
+    job = MergeJob(
         base=str(request.base.folder.absolute()),
         adapters=tuple(str(folder.absolute()) for folder in request.folders),
         adapter_sha256=tuple(inputs.adapter_sha256),
@@ -258,6 +260,7 @@ def _job(request: _Request, inputs: _Inputs, mode: Mode, partial: PartialFolder,
         key=key,
         files=files_digest([request.base.folder]),
     )
+    return WorkSpec(open_merging, {"job": job})
 
 
 # The end: the small files, the record, and the folder in its place.

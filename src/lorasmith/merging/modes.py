@@ -108,7 +108,7 @@ def choose_mode(
     test set out, which `calibrated` refuses. Raises `UsageError` for calibrated rounding without rows or with
     a budget of no tokens.
     """
-    fitted = any(one.change and one.change.rows and one.dtype in FITTED_TYPES for one in plan.outputs)
+    fitted = any(one.change and one.change.updates and one.dtype in FITTED_TYPES for one in plan.outputs)
     files = _as_list(calibration)
     if asked not in ("calibrated", "auto") or (asked == "auto" and not (files and fitted)):
         return Mode(asked, "nearest" if asked == "auto" else asked, seed, device)

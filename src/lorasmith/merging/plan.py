@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from lorasmith.adapters.base import Base, Change, Copy, Rows, Site, SiteChanges, SiteError, Term
+from lorasmith.adapters.base import BaseView, Change, Copy, RowUpdate, Site, SiteChanges, SiteError, Term
 from lorasmith.adapters.registry import VARIANTS, split_name
 from lorasmith.checkpoint.adapter import PREFIX, Adapter
 from lorasmith.checkpoint.header import FLOATS, TensorInfo, nbytes_of
@@ -20,51 +20,81 @@ from lorasmith.errors import AdapterError, CheckpointError
 from lorasmith.hub.cache import origin_of
 from lorasmith.records.base import Finding
 
-# Several changes of one tensor as one: products of adapters and sites added up, range of rows by range.
+PRECISIONS: dict[str, str | None] = {"base": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""The `precision` argument → the type on disk; None keeps each tensor's own."""
 
 
-def combine(changes: Sequence[Change], adapters: Sequence[Adapter]) -> Change:
-    """One change from those of several sites or adapters: products are added, as PEFT's `cat` does.
+@dataclass(frozen=True)
+class Output:
+    """One tensor of the merged folder."""
 
-    Products of different rows of a tensor, such as experts of a stack, stay apart.
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: TensorInfo
+    """The tensor that W is read from."""
+    adapter: int | None = None
+    """The adapter whose file holds `source`; None: the base."""
+    change: Change | None = None
+    """None: copied, or cast where `dtype` is not the source's."""
+
+    @property
+    def elements(self) -> int:
+        """The number of its elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the merged folder."""
+        return nbytes_of(self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole merge."""
+
+    shards: dict[str, tuple[Output, ...]]
+    """Per file: an output for every tensor of the base's file, in its order, then separated heads."""
+    untied: bool
+    """True where a head that shared the embedding's tensor gets one of its own."""
+    vocabulary: int | None
+    """The number of tokens where the adapter changed it."""
+    copies: tuple[Copy, ...]
+    """What must be equal for the base to be the right one."""
+    findings: tuple[Finding, ...]
+
+    @property
+    def outputs(self) -> list[Output]:
+        """All tensors of the merged folder."""
+        return [output for outputs in self.shards.values() for output in outputs]
+
+
+def plan_merge(
+    base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], precision: str
+) -> Plan:
+    """Plan a merge.
+
+    Raises `AdapterError` where an adapter tensor has no place in the base, has a wrong shape, or lacks its
+    partner, so that every adapter tensor is used exactly once; `CheckpointError` for a target that this
+    merge cannot write (integers, float64 kept as float64).
     """
-    first = changes[0]
-    if len(changes) == 1:
-        return first
-    kept = [(change.magnitude, change.replacement, change.row_values) for change in changes]
-    if any(part is not None for parts in kept for part in parts):
-        raise AdapterError(
-            f"{first.target} is changed {len(changes)} times, and not by low-rank products alone",
-            where=", ".join(str(adapter.folder) for adapter in adapters),
-            expected="updates that can be added",
-            remedy="DoRA and replaced tensors of several adapters do not add up: merge one adapter",
-        )
-    parts = [part for change in changes for part in change.rows]
-    edges = sorted({part.start for part in parts} | {part.stop for part in parts})
-    rows = []
-    for start, stop in pairwise(edges):
-        terms = tuple(term for part in parts if part.start <= start < part.stop for term in part.terms)
-        if terms:
-            rows.append(_cut(start, stop, parts, terms))
-    uses = tuple(dict.fromkeys(name for change in changes for name in change.uses))
-    summed = len({term.left.adapter for part in parts for term in part.terms}) > 1
-    formula = first.formula.replace("s·", "Σ w·s·", 1) if summed else first.formula
-    return replace(first, formula=formula, uses=uses, rows=tuple(rows))
-
-
-def _cut(start: int, stop: int, parts: Sequence[Rows], terms: tuple[Term, ...]) -> Rows:
-    """The products of the rows `start` to `stop`, each cut out of the range that it was made for."""
-    cut = []
-    for part in parts:
-        if not part.start <= start < part.stop:
-            continue
-        for term in part.terms:
-            if (part.start, part.stop) == (start, stop):
-                cut.append(term)
-                continue
-            view = ("narrow", 0, start - part.start, stop - start)
-            cut.append(replace(term, left=replace(term.left, view=(*term.left.view, view))))
-    return Rows(start, stop, tuple(cut))
+    view = BaseView(base)
+    findings: list[Finding] = []
+    copies: list[Copy] = []
+    collected: dict[str, list[Change]] = defaultdict(list)
+    for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+        sites = find_sites(adapter, number, weight)
+        for at_site in changes_at(sites, view, adapter):
+            copies += at_site.copies
+            for change in at_site.changes:
+                collected[change.target].append(change)
+        findings += left_out(sites, view, adapter)
+        findings += other_base(base, adapter)
+    changes = {target: combine(parts, adapters) for target, parts in collected.items()}
+    untied = separate_head(changes, view)
+    shards = _lay_out(base, adapters, changes, PRECISIONS[precision])
+    vocabulary = _vocabulary(changes, view)
+    return Plan(shards, untied, vocabulary, tuple(copies), tuple(findings))
 
 
 # Where an adapter's tensors belong: its modules, found in the base, and what does not fit together there.
@@ -89,11 +119,12 @@ def find_sites(adapter: Adapter, number: int, weight: float) -> list[Site]:
     return [Site(number, path, tensors, adapter.config, weight) for path, tensors in sorted(grouped.items())]
 
 
-def changes_at(sites: Sequence[Site], base: Base, adapter: Adapter) -> list[SiteChanges]:
-    found = []
+def changes_at(sites: Sequence[Site], base: BaseView, adapter: Adapter) -> list[SiteChanges]:
+    """What every site changes; `AdapterError` naming the site that does not fit the base."""
+    changes = []
     for site in sites:
         try:
-            found += _found_at(site, base)
+            changes += _changes_at(site, base)
         except SiteError as error:
             raise AdapterError(
                 f"{site.path}: {error.found}",
@@ -101,18 +132,19 @@ def changes_at(sites: Sequence[Site], base: Base, adapter: Adapter) -> list[Site
                 expected=error.expected,
                 remedy=error.remedy or "check that the adapter was trained on this base",
             ) from error
-    return found
+    return changes
 
 
-def _found_at(site: Site, base: Base) -> list[SiteChanges]:
+def _changes_at(site: Site, base: BaseView) -> list[SiteChanges]:
     module = _module_in_base(site, base)
     used: list[str] = []
-    found = []
+    changes = []
     for variant in VARIANTS:
         taken = variant.takes(site)
         if taken:
             used += sorted(taken)
-            found.append(variant.find(site, module, base))
+            changes.append(variant.find(site, module, base))
+    # Nothing of an adapter is left out silently: what no variant accounts for is an error.
     left = sorted(set(site.tensors) - set(used))
     if left:
         raise SiteError(
@@ -123,32 +155,33 @@ def _found_at(site: Site, base: Base) -> list[SiteChanges]:
         )
     if len(used) != len(set(used)):
         raise AssertionError(f"two variants use the same tensor of {site.path}")
-    return found
+    return changes
 
 
-def _module_in_base(site: Site, base: Base) -> str:
+def _module_in_base(site: Site, base: BaseView) -> str:
     present = set(base.modules)
     if site.path.endswith("experts"):
         # A stack that is fused in memory may be one module per expert on disk.
         present |= {name.partition(".experts.")[0] + ".experts" for name in present if ".experts." in name}
-    found = resolve(site.path, present)
-    if not found and ".experts." in site.path:
+    fitting = resolve(site.path, present)
+    if not fitting and ".experts." in site.path:
         # One expert of a stack that is fused on disk.
         stack, _, rest = site.path.rpartition(".experts.")
         owners = {name.rpartition(".")[0] for name in base.checkpoint.tensors}
-        found = [f"{name}.{rest}" for name in resolve(f"{stack}.experts", owners)]
-    if not found:
+        fitting = [f"{name}.{rest}" for name in resolve(f"{stack}.experts", owners)]
+    if not fitting:
         raise SiteError(
             f"the base has no module {site.path!r} under any of its spellings",
             "a module of the base",
             "this adapter was trained on another base",
         )
-    if len(found) > 1:
-        raise SiteError(f"the module may be {found[0]} or {found[1]} of the base", "one module")
-    return found[0]
+    if len(fitting) > 1:
+        # Two spellings of the rules are both there: a guess could merge into the wrong one of them.
+        raise SiteError(f"the module may be {fitting[0]} or {fitting[1]} of the base", "one module")
+    return fitting[0]
 
 
-def left_out(sites: Sequence[Site], base: Base, adapter: Adapter) -> list[Finding]:
+def left_out(sites: Sequence[Site], base: BaseView, adapter: Adapter) -> list[Finding]:
     """Modules that the config targets by name and that the adapter has nothing for.
 
     An error where other layers have the same module (the file is incomplete); a note where no layer has.
@@ -207,84 +240,58 @@ def _kind(module: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in module.split("."))
 
 
-PRECISIONS: dict[str, str | None] = {"base": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""The `precision` argument → the type on disk; None keeps each tensor's own."""
+# Several changes of one tensor as one: products of adapters and sites added up, range of rows by range.
 
 
-@dataclass(frozen=True)
-class Output:
-    """One tensor of the merged folder."""
+def combine(changes: Sequence[Change], adapters: Sequence[Adapter]) -> Change:
+    """One change from those of several sites or adapters: products are added, as PEFT's `cat` does.
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    source: TensorInfo
-    """The tensor that W is read from."""
-    adapter: int | None = None
-    """The adapter whose file holds `source`; None: the base."""
-    change: Change | None = None
-    """None: copied, or cast where `dtype` is not the source's."""
-
-    @property
-    def elements(self) -> int:
-        """How many numbers it holds."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the merged folder."""
-        return nbytes_of(self.dtype, self.shape)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The whole merge."""
-
-    shards: dict[str, tuple[Output, ...]]
-    """Per file: an output for every tensor of the base's file, in its order, then separated heads."""
-    untied: bool
-    """Whether a head that shared the embedding's tensor has one of its own now."""
-    vocabulary: int | None
-    """The number of tokens where the adapter changed it."""
-    copies: tuple[Copy, ...]
-    """What must be equal for the base to be the right one."""
-    findings: tuple[Finding, ...]
-
-    @property
-    def outputs(self) -> list[Output]:
-        """All tensors of the merged folder."""
-        return [output for outputs in self.shards.values() for output in outputs]
-
-
-def plan_merge(
-    base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], precision: str
-) -> Plan:
-    """Plan a merge.
-
-    Raises `AdapterError` where an adapter tensor has no place in the base, has a wrong shape, or lacks its
-    partner, so that every adapter tensor is used exactly once; `CheckpointError` for a target that this
-    merge cannot write (integers, float64 kept as float64).
+    Products of different rows of a tensor, such as experts of a stack, stay apart.
     """
-    view = Base(base)
-    findings: list[Finding] = []
-    copies: list[Copy] = []
-    collected: dict[str, list[Change]] = defaultdict(list)
-    for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
-        sites = find_sites(adapter, number, weight)
-        for found in changes_at(sites, view, adapter):
-            copies += found.copies
-            for change in found.changes:
-                collected[change.target].append(change)
-        findings += left_out(sites, view, adapter)
-        findings += other_base(base, adapter)
-    changes = {target: combine(parts, adapters) for target, parts in collected.items()}
-    untied = separate_head(changes, view)
-    shards = _lay_out(base, adapters, changes, PRECISIONS[precision])
-    vocabulary = _vocabulary(changes, view)
-    return Plan(shards, untied, vocabulary, tuple(copies), tuple(findings))
+    first = changes[0]
+    if len(changes) == 1:
+        return first
+    kept = [(change.magnitude, change.replacement, change.row_values) for change in changes]
+    if any(part is not None for parts in kept for part in parts):
+        raise AdapterError(
+            f"{first.target} is changed {len(changes)} times, and not by low-rank products alone",
+            where=", ".join(str(adapter.folder) for adapter in adapters),
+            expected="updates that can be added",
+            remedy="DoRA and replaced tensors of several adapters do not add up: merge one adapter",
+        )
+    # Sites may change overlapping ranges of rows (all experts, one expert): cut at every edge, then add up.
+    parts = [part for change in changes for part in change.updates]
+    edges = sorted({part.start for part in parts} | {part.stop for part in parts})
+    updates = []
+    for start, stop in pairwise(edges):
+        terms = tuple(term for part in parts if part.start <= start < part.stop for term in part.terms)
+        if terms:
+            updates.append(_cut(start, stop, parts, terms))
+    uses = tuple(dict.fromkeys(name for change in changes for name in change.uses))
+    summed = len({term.left.adapter for part in parts for term in part.terms}) > 1
+    formula = first.formula.replace("s·", "Σ w·s·", 1) if summed else first.formula
+    return replace(first, formula=formula, uses=uses, updates=tuple(updates))
 
 
-def separate_head(changes: dict[str, Change], base: Base) -> bool:
+def _cut(start: int, stop: int, parts: Sequence[RowUpdate], terms: tuple[Term, ...]) -> RowUpdate:
+    """The products of the rows `start` to `stop`, each cut out of the range that it was made for."""
+    cut = []
+    for part in parts:
+        if not part.start <= start < part.stop:
+            continue
+        for term in part.terms:
+            if (part.start, part.stop) == (start, stop):
+                cut.append(term)
+                continue
+            view = ("narrow", 0, start - part.start, stop - start)
+            cut.append(replace(term, left=replace(term.left, view=(*term.left.view, view))))
+    return RowUpdate(start, stop, tuple(cut))
+
+
+# The tensors of the merged folder: tied heads that need one of their own, then shard by shard.
+
+
+def separate_head(changes: dict[str, Change], base: BaseView) -> bool:
     """Give a tied head a tensor of its own where embedding and head no longer agree; True if it needs one.
 
     Where the head follows a change of the embedding, both stay one tensor.
@@ -292,6 +299,7 @@ def separate_head(changes: dict[str, Change], base: Base) -> bool:
     head, embedding = base.tied_head, base.embedding
     if head is None or embedding is None or not (head in changes or embedding in changes):
         return False
+    # Some bases store a tied head all the same; it is then changed as the embedding is.
     stored = head in base.checkpoint.tensors
     change = changes.get(embedding)
     follows = change is not None and change.head_follows
@@ -304,7 +312,7 @@ def separate_head(changes: dict[str, Change], base: Base) -> bool:
     return True
 
 
-def _vocabulary(changes: Mapping[str, Change], base: Base) -> int | None:
+def _vocabulary(changes: Mapping[str, Change], base: BaseView) -> int | None:
     change = changes.get(base.embedding or "")
     if change is None or change.shape is None or base.embedding is None:
         return None
@@ -327,6 +335,7 @@ def _lay_out(
                 info = shard.tensors[change.source]
                 outputs.append(_output(info, left.pop(target), adapters, wanted, shard.path))
         shards[shard.path.name] = tuple(outputs)
+    # Every change starts from a tensor of the base, so one of the shards has taken it.
     if left:
         raise AssertionError(f"no shard holds {sorted(left)}")
     return shards

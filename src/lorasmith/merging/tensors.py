@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
-from lorasmith.adapters.base import Factor
+from lorasmith.adapters.base import Copy, Factor
 from lorasmith.adapters.bias import UNIT
 from lorasmith.checkpoint.adapter import Adapter
 from lorasmith.checkpoint.header import ITEM_BITS, TensorInfo
+from lorasmith.checkpoint.model import Checkpoint
 from lorasmith.errors import AdapterError, os_errors
+from lorasmith.merging.numbers.rounding import TARGETS, cast
 
 TORCH_TYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -21,6 +23,9 @@ TORCH_TYPES: dict[str, torch.dtype] = {
 }
 
 _RECENT = 4
+"""Adapter tensors that stay in memory: the two factors of a stack of experts, and those of the next."""
+_STEP = 1 << 22
+"""Elements that are compared at a time."""
 
 _LARGEST_FACTOR = 2.0**128
 _SMALLEST_FACTOR = 2.0**-150
@@ -119,3 +124,51 @@ def apply_view(values: torch.Tensor, factor: Factor) -> torch.Tensor:
             case _:
                 raise AssertionError(f"unknown view {step}")
     return values
+
+
+# Is this the base that the adapter was trained on? An adapter that keeps a copy of a weight can tell.
+
+
+def check_copies(copies: Sequence[Copy], base: Checkpoint, adapters: Sequence[Adapter]) -> None:
+    """Raise `AdapterError` unless every copy that an adapter keeps equals the base's tensor.
+
+    A copy of a lower precision must be the base's values rounded to it, and the other way round.
+    """
+    for kept_copy in copies:
+        adapter = adapters[kept_copy.adapter]
+        kept = TensorOnDisk(adapter.file.path, adapter.file.tensors[kept_copy.tensor])
+        if kept_copy.base is not None:
+            other = TensorOnDisk(base.shard_of(kept_copy.base).path, base.tensors[kept_copy.base])
+        else:
+            other = TensorOnDisk(adapter.file.path, adapter.file.tensors[str(kept_copy.twin)])
+        common = min(kept.info.elements, other.info.elements)
+        for first in range(0, common, _STEP):
+            count = min(_STEP, common - first)
+            if not _agree(
+                kept.read(first, count), kept.info.dtype, other.read(first, count), other.info.dtype
+            ):
+                raise _differs(kept_copy, adapter)
+
+
+def _differs(copy: Copy, adapter: Adapter) -> AdapterError:
+    if copy.base is None:
+        return AdapterError(
+            f"the adapter stores {copy.twin} twice, with different values",
+            where=adapter.file.path,
+            expected=f"{copy.tensor} equal to it",
+            remedy="save the adapter again",
+        )
+    return AdapterError(
+        f"the adapter's copy of {copy.base} differs from this base's",
+        where=adapter.file.path,
+        expected="the base that the adapter was trained on",
+        remedy="give the model that adapter_config.json names as its base",
+    )
+
+
+def _agree(kept: torch.Tensor, kept_type: str, given: torch.Tensor, given_type: str) -> bool:
+    if torch.equal(kept.to(torch.float64), given.to(torch.float64)):
+        return True
+    down = kept_type in TARGETS and torch.equal(cast(given, TARGETS[kept_type]), kept)
+    up = given_type in TARGETS and torch.equal(cast(kept, TARGETS[given_type]), given)
+    return down or up

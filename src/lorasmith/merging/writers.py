@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from lorasmith.adapters.base import Change, Rows
+from lorasmith.adapters.base import Change, RowUpdate
 from lorasmith.checkpoint.header import TensorFile
 from lorasmith.errors import AdapterError
 from lorasmith.merging.disk import Finish, nothing_left
@@ -78,7 +78,7 @@ def make_writer(
     if change is None:
         return Plain(output)
     stored = TensorOnDisk(base.path, base.tensors[change.source])
-    if change.rows:
+    if change.updates:
         if calibrated is not None and output.name in calibrated.files:
             plain = LowRank(output, change, factors, stored, workers)
             return Fitted(output, plain, calibrated.files[output.name])
@@ -172,7 +172,7 @@ class Rectangle:
     column: int
     height: int
     width: int
-    rows: Rows
+    rows: RowUpdate
 
 
 class LowRank:
@@ -234,12 +234,12 @@ class LowRank:
     def _blocks(self, first: int, count: int) -> Iterator[Rectangle]:
         for offset, row, column, height, width in rectangles(first, count, self._width):
             while height:
-                rows = rows_at(self._change.rows, row, self._height)
+                rows = rows_at(self._change.updates, row, self._height)
                 part = min(height, rows.stop - row)
                 yield Rectangle(offset, row, column, part, width, rows)
                 offset, row, height = offset + part * width, row + part, height - part
 
-    def _prepare(self, needed: dict[int, Rows]) -> None:
+    def _prepare(self, needed: dict[int, RowUpdate]) -> None:
         """Read the factors of the ranges that a piece needs, and forget those of earlier ones."""
         self._products = {start: found for start, found in self._products.items() if start in needed}
         for start, rows in needed.items():
@@ -316,14 +316,14 @@ def _joined(parts: Sequence[Thresholds | None]) -> Thresholds | None:
     return np.concatenate(known) if known else None
 
 
-def rows_at(ranges: Sequence[Rows], row: int, count: int) -> Rows:
+def rows_at(ranges: Sequence[RowUpdate], row: int, count: int) -> RowUpdate:
     """The range of rows that `row` lies in; one without products between those that have some."""
     for rows in ranges:
         if rows.start <= row < rows.stop:
             return rows
     before = max((rows.stop for rows in ranges if rows.stop <= row), default=0)
     after = min((rows.start for rows in ranges if rows.start > row), default=max(count, row + 1))
-    return Rows(before, after, ())
+    return RowUpdate(before, after, ())
 
 
 def rectangles(first: int, count: int, width: int) -> Iterator[tuple[int, int, int, int, int]]:

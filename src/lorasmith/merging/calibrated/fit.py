@@ -225,7 +225,7 @@ def _all_layers(
     device: torch.device,
     progress: Progress,
 ) -> Calibrated:
-    wanted = {output.name: output for output in plan.outputs if output.change and output.change.rows}
+    wanted = {output.name: output for output in plan.outputs if output.change and output.change.updates}
     model = LayerwiseModel(base, effective, device)
     with os_errors(state, "write"):
         state.mkdir(parents=True, exist_ok=True)
@@ -296,7 +296,7 @@ def _linear_layers(
     fallbacks: dict[str, str] = {}
     for name, _ in layer.named_parameters():
         output = effective.output(f"{path}.{name}")
-        if output is None or output.change is None or not output.change.rows:
+        if output is None or output.change is None or not output.change.updates:
             continue
         owner, _, leaf = name.rpartition(".")
         module = layer.get_submodule(owner)

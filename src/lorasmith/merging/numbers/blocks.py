@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lorasmith.adapters.base import Change, Factor, Rows
+from lorasmith.adapters.base import Change, Factor, RowUpdate
 from lorasmith.merging.numbers.dither import Thresholds, open_dithered, settle_dithered
 from lorasmith.merging.numbers.exact import ExactTerm, round_exactly
 from lorasmith.merging.numbers.rounding import (
@@ -90,7 +90,7 @@ def merged_tensor(
     output: Output, change: Change, counts: Counts, rounding: str = "nearest", fallback: str = ""
 ) -> MergedTensor:
     """The record of one changed tensor."""
-    scales = {term.scale * term.weight for rows in change.rows for term in rows.terms}
+    scales = {term.scale * term.weight for rows in change.updates for term in rows.terms}
     return MergedTensor(
         name=output.name,
         formula=change.formula,
@@ -192,7 +192,7 @@ class Undecided:
     thresholds: Thresholds | None = None
 
 
-def prepare_products(rows: Rows, load: LoadFactor) -> Products:
+def prepare_products(rows: RowUpdate, load: LoadFactor) -> Products:
     """Read the factors of a range of rows and what their error bound needs."""
     parts = [(term.scale, term.weight, load(term.left), load(term.right)) for term in rows.terms]
     left = torch.cat([part * (weight * scale) for scale, weight, part, _ in parts], dim=1).contiguous()
