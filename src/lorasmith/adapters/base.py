@@ -83,7 +83,7 @@ class Change:
     """Takes the place of the rows `row_indices`."""
     row_indices: tuple[int, ...] = ()
     head_follows: bool = False
-    """Whether a tied head takes part in the change; otherwise it keeps the base's values and is separated."""
+    """True where a tied head takes part in the change; else it keeps the base's values and is separated."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Copy:
     base: str | None = None
     """The base's tensor; where one of the two has more rows, the common ones must agree."""
     twin: str | None = None
-    """Instead of the base's, another tensor of the same adapter."""
+    """Another tensor of the same adapter that it must equal in place of the base's."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Site:
     path: str
     """The module's path as the adapter spells it."""
     tensors: Mapping[str, TensorInfo]
-    """By what stands behind the path, such as `lora_A.weight`."""
+    """Its tensors by what stands behind the path, such as `lora_A.weight`."""
     config: PeftConfig
     weight: float = 1.0
 
@@ -142,19 +142,19 @@ class BaseView:
     @cached_property
     def modules(self) -> frozenset[str]:
         """Every module path of the base that owns a tensor, and that of a tied head."""
-        found = {name.rpartition(".")[0] for name in self.checkpoint.tensors}
+        owners = {name.rpartition(".")[0] for name in self.checkpoint.tensors}
         head = self.tied_head
-        return frozenset(found | {head.rpartition(".")[0]} if head else found)
+        return frozenset(owners | {head.rpartition(".")[0]} if head else owners)
 
     @cached_property
     def embedding(self) -> str | None:
         """The name of the input embedding's tensor."""
-        found = [
+        embeddings = [
             name
             for name in self.checkpoint.tensors
             if name.rpartition(".")[0].rpartition(".")[2] in EMBEDDING_LEAVES and name.endswith(".weight")
         ]
-        return found[0] if len(found) == 1 else None
+        return embeddings[0] if len(embeddings) == 1 else None
 
     @cached_property
     def tied_head(self) -> str | None:

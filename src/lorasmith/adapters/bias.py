@@ -31,6 +31,7 @@ class LoraBias:
         if stored.shape != info.shape or len(info.shape) != 1:
             raise SiteError(f"{stored.name} has the shape {list(stored.shape)}", f"{list(info.shape)}")
         length = info.shape[0]
+        # The layer gives B·(A·x) + bias, all of it scaled: on the base's bias that is a product with [[1]].
         one = Factor(site.adapter, stored.name, (("reshape", length, 1),))
         scale = site.config.scale(site.path)
         rows = RowUpdate(0, length, (Term(one, UNIT, 1, scale, site.weight),))

@@ -33,6 +33,7 @@ class EmbeddingLora:
         copies = base_copy(site, weight)
         check_shape(weight, (down.shape[1], up.shape[0]))
         scale = site.config.scale(site.path)
+        # PEFT looks tokens up in A: stored as [r, V], the update of W[V, d] is Aᵀ·Bᵀ.
         term = Term(site.factor(A, ("T",)), site.factor(B, ("T",)), rank, scale, site.weight)
         change = Change(
             target=weight.name,

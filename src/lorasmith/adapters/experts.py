@@ -69,6 +69,7 @@ def match(site: Site, a: str, b: str, stacks: list[ExpertStack], base: BaseView)
         rank = site.config.rank(f"{site.path}.{stack.name}")
         if down[0] != rank * stack.experts:
             continue
+        # Square experts fit both ways; the PEFT that wrote the adapter decides then.
         straight = (up[0], down[1]) == (stack.rows, stack.columns)
         turned = (down[1], up[0]) == (stack.rows, stack.columns)
         if straight or turned:
@@ -94,7 +95,7 @@ def _changes(site: Site, a: str, b: str, stack: ExpertStack, straight: bool, bas
     key = f"{site.path}.{stack.name}"
     rank, scale = site.config.rank(key), site.config.scale(key)
     inputs, outputs = site.tensors[a].shape[1], site.tensors[b].shape[0]
-    found: dict[str, list[RowUpdate]] = {}
+    updates: dict[str, list[RowUpdate]] = {}
     for tensor, start, expert, row, count in stack.pieces:
         down: tuple[View, ...] = (("reshape", stack.experts, rank, inputs), ("select", 0, expert))
         up: tuple[View, ...] = (("reshape", outputs, rank, stack.experts), ("select", 2, expert))
@@ -105,10 +106,10 @@ def _changes(site: Site, a: str, b: str, stack: ExpertStack, straight: bool, bas
             left = Factor(site.adapter, site.tensors[a].name, (*down, ("T",), cut))
             right = _factor(site, b, (*up, ("T",)))
         term = Term(left, right, rank, scale, site.weight)
-        found.setdefault(tensor, []).append(RowUpdate(start, start + count, (term,)))
+        updates.setdefault(tensor, []).append(RowUpdate(start, start + count, (term,)))
     uses = (site.tensors[a].name, site.tensors[b].name)
     formula = "W + s·B[e]·A[e]" if straight else "W + s·(B[e]·A[e])ᵀ"
-    return [Change(name, name, formula, uses, tuple(rows)) for name, rows in found.items()]
+    return [Change(name, name, formula, uses, tuple(rows)) for name, rows in updates.items()]
 
 
 def _factor(site: Site, suffix: str, view: tuple[View, ...]) -> Factor:

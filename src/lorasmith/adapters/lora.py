@@ -31,7 +31,7 @@ A, B = "lora_A.weight", "lora_B.weight"
 BASE_COPY = "base_layer.weight"
 MAGNITUDE = "lora_magnitude_vector"
 OLD_MAGNITUDE = f"{MAGNITUDE}.weight"
-"""As PEFT wrote it before 0.11."""
+"""The name of the magnitude that PEFT wrote before 0.11."""
 
 
 def is_transposed(module: str, base: BaseView) -> bool:
@@ -88,6 +88,7 @@ def linear_change(site: Site, module: str, base: BaseView) -> tuple[Change, bool
     """W + s·B·A on a linear layer's weight, and whether that is stored as [in, out]."""
     rank, inputs, outputs = factor_shapes(site)
     weight = base.weight(module)
+    # A parameter that is targeted by its own name is taken as it is stored, also by a Conv1D.
     transposed = is_transposed(module, base) and not is_parameter(site)
     shape = (inputs, outputs) if transposed else (outputs, inputs)
     check_shape(weight, shape)

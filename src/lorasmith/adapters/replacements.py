@@ -26,6 +26,7 @@ class SavedModule:
 
     def find(self, site: Site, module: str, base: BaseView) -> SiteChanges:
         """The adapter's tensors in the place of the base's."""
+        # A replaced tensor is no difference that could be scaled.
         if site.weight != 1.0:
             raise SiteError(
                 f"the weight {site.weight} is asked for a module that the adapter replaces", "weight 1"

@@ -39,9 +39,9 @@ def find_stacks(module: str, base: BaseView) -> list[ExpertStack]:
         return [_fused(info) for info in fused]
     for family in PER_EXPERT:
         stacks = [_per_expert(module, name, parts, base) for name, parts in family.items()]
-        found = [stack for stack in stacks if stack is not None]
-        if found:
-            return found
+        present = [stack for stack in stacks if stack is not None]
+        if present:
+            return present
     raise SiteError(f"the base keeps no experts under {module}", "fused experts, or one tensor per expert")
 
 
@@ -76,10 +76,10 @@ def place_in_stack(module: str, base: BaseView) -> tuple[TensorInfo, int, int] |
 
     None for a module that is none, or that the base keeps as a tensor of its own.
     """
-    found = _ONE.fullmatch(module)
-    if found is None or f"{module}.weight" in base.checkpoint.tensors:
+    parts_of_name = _ONE.fullmatch(module)
+    if parts_of_name is None or f"{module}.weight" in base.checkpoint.tensors:
         return None
-    path, expert, projection = found[1], int(found[2]), found[3]
+    path, expert, projection = parts_of_name[1], int(parts_of_name[2]), parts_of_name[3]
     for family in PER_EXPERT:
         for fused, parts in family.items():
             info = base.checkpoint.tensors.get(f"{path}.{fused}")

@@ -67,7 +67,7 @@ class PeftConfig:
     target_parameters: tuple[str, ...]
     trainable_token_indices: Mapping[str, tuple[int, ...]] | tuple[int, ...] | None
     some_layers: bool
-    """Whether layers_to_transform or exclude_modules left out modules that target_modules names."""
+    """True where layers_to_transform or exclude_modules left out modules that target_modules names."""
     peft_version: str | None
     base_model: str | None
     revision: str | None

@@ -62,7 +62,7 @@ class TensorInfo:
 
     @property
     def elements(self) -> int:
-        """How many numbers it holds; 1 for a scalar."""
+        """The number of its elements; 1 for a scalar."""
         return math.prod(self.shape)
 
     @property
@@ -80,7 +80,7 @@ class TensorFile:
     data_start: int
     """Header and its length field end here."""
     tensors: Mapping[str, TensorInfo]
-    """By name, in the order of their data."""
+    """Its tensors by name, in the order of their data."""
 
 
 def nbytes_of(dtype: str, shape: Iterable[int]) -> int:
@@ -148,12 +148,12 @@ def build_header(
 
 def _parse(text: bytes, path: Path) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        entries = dict(pairs)
+        if len(entries) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
             raise _damaged(path, f"its header names {twice!r} twice")
-        return found
+        return entries
 
     if not text.startswith(b"{"):
         raise _damaged(path, "its header is no JSON object")
@@ -241,5 +241,5 @@ def read_object(path: Path, kind: type[InputError]) -> dict[str, Any]:
 
 
 def dump_object(body: dict[str, Any]) -> bytes:
-    """As transformers writes its configs: two spaces, sorted keys, a newline at the end."""
+    """JSON as transformers writes its configs: two spaces, sorted keys, a newline at the end."""
     return (json.dumps(body, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -34,7 +34,7 @@ class Checkpoint:
     folder: Path
     config: Mapping[str, Any]
     shards: tuple[TensorFile, ...]
-    """In the order of their names."""
+    """The files that hold its tensors, in the order of their names."""
     index: Mapping[str, Any] | None
     """The shard index as it is on disk, or None for a single file."""
 
@@ -99,6 +99,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
     config = read_object(folder / "config.json", CheckpointError)
     _refuse_quantized(config, folder)
+    # The single file first, as transformers loads it, whatever index lies beside it.
     if (folder / SINGLE).exists():
         index = None
         files: dict[str, set[str] | None] = {SINGLE: None}

@@ -42,18 +42,18 @@ _MAX_STEPS = 4
 
 def spellings(path: str) -> list[str]:
     """A module path and every other spelling that the rules lead to, the given one first."""
-    found = [path]
+    known = [path]
     frontier = [path]
     for _ in range(_MAX_STEPS):
         following = []
-        for known in frontier:
+        for spelling in frontier:
             for pattern, replacement in RULES:
-                other = re.sub(pattern, replacement, known, count=1)
-                if other not in found:
-                    found.append(other)
+                other = re.sub(pattern, replacement, spelling, count=1)
+                if other not in known:
+                    known.append(other)
                     following.append(other)
         frontier = following
-    return found
+    return known
 
 
 def resolve(path: str, present: Collection[str]) -> list[str]:

@@ -18,7 +18,7 @@ from lorasmith.errors import AdapterError
 T = TypeVar("T")
 
 SECONDS = 5.0
-"""For all modules of an adapter together; honest patterns take milliseconds."""
+"""The time that matching all modules of an adapter may take; honest patterns need milliseconds."""
 _LONGEST = 2000
 _MOST = 50_000
 """An entry for each module of the largest mixture-of-experts models."""
@@ -149,8 +149,8 @@ def _whole(text: str) -> str:
     return rf"(.*\.)?({text})$"
 
 
-def _same(meant: str, found: str) -> bool:
-    return meant == found or (meant == "." and found != "\n")
+def _same(meant: str, given: str) -> bool:
+    return meant == given or (meant == "." and given != "\n")
 
 
 class _OtherProcess:

@@ -48,7 +48,7 @@ class Lanes:
         self.inputs = [aligned(BUFFER_BYTES) for _ in range(DEPTH)]
         self.outputs = [aligned(BUFFER_BYTES) for _ in range(DEPTH)]
         self.direct = True
-        """Whether every file so far was read and written past the cache."""
+        """True as long as every file was read and written past the cache."""
 
     def close(self) -> None:
         """Wait for what is under way and end the threads."""
@@ -94,6 +94,7 @@ class FileReader:
         self._number += 1
 
     def _fill(self, buffer: memoryview, offset: int, count: int, free: Future[None] | None) -> int:
+        # The buffer's last content may still be on its way into the digest.
         if free is not None:
             free.result()
         done = 0
@@ -110,6 +111,7 @@ class FileReader:
     def chunks(self) -> Iterator[memoryview]:
         """The file in pieces of the buffers' size; one is valid until the next but one is asked for."""
         for number in itertools.count():
+            # Two chunks may be in use at a time: the first one's buffer is filled again with the third.
             if number > 1:
                 self._schedule()
             if not self._ahead:
@@ -163,7 +165,7 @@ class PendingPieces:
     def __init__(self) -> None:
         self._jobs: deque[Finish] = deque()
         self.begun = 0
-        """How many pieces so far."""
+        """The number of pieces that were begun so far."""
 
     def add(self, finish: Finish) -> None:
         """Take note of a piece that was begun."""
@@ -201,6 +203,7 @@ class FileWriter:
         self._pending = pending
         self._digest = hashlib.sha256()
         with os_errors(path, "write"):
+            # A new inode: whoever still reads or writes an older file of this name keeps that one.
             path.unlink(missing_ok=True)
             self._handle, direct = open_file(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             self._reserve()
@@ -214,6 +217,7 @@ class FileWriter:
 
     def _reserve(self) -> None:
         try:
+            # A full disk is an error now, not after an hour, and the file lies in one piece.
             if self.size:
                 os.posix_fallocate(self._handle, 0, self.size)
         except OSError as error:

@@ -71,6 +71,7 @@ class PartialFolder:
         self.path = aside(output)
         self._state = self.path / _STATE
         with os_errors(output, "write"):
+            # What another merge has begun cannot be taken up: its bytes would be mixed with this one's.
             if self.path.exists() and self._key() != key:
                 shutil.rmtree(self.path)
             if not self.path.exists():
@@ -172,6 +173,7 @@ def merged_config(
 ) -> dict[str, Any]:
     """The base's config with the merged model's own type, tying and vocabulary, without a quantization."""
     merged = copy.deepcopy(dict(config))
+    # A base in 16 bits may carry the settings of a twin that was quantized; the merged weights are not.
     merged.pop("quantization_config", None)
     parts = [merged] + [part for part in merged.values() if isinstance(part, dict)]
     if precision != "base":

@@ -51,7 +51,7 @@ RECORD = "lorasmith_merge.json"
 REVISION = 2
 """Raised whenever the merged bytes of the same inputs change, so that no older partial folder is taken up."""
 NO_OP_FRACTION = 0.5
-"""From this share of swallowed updates on a merge is called close to a no-op."""
+"""The share of swallowed updates from which on a merge is called close to a no-op."""
 
 
 def merge(
@@ -112,6 +112,7 @@ def merge(
         inputs = _Inputs.of(request)
         key = _key(request, inputs, mode)
         partial = PartialFolder(request.output, key)
+        # A copy of a base's weight in the adapter tells a wrong base before anything is written.
         check_copies(plan.copies, request.base, request.adapters)
         _require_space(plan, partial)
         mode.fit(request.base, request.adapters, plan, partial.scratch, progress)
@@ -196,7 +197,7 @@ class _Inputs:
 
     base_files: list[Path]
     base_identity: list[list[Any]]
-    """Of each file of the base, as `identity_of` says; hashing them all would take as long as the merge."""
+    """What `identity_of` says of each file of the base: hashing them takes as long as a merge."""
     known: dict[str, str]
     """SHA-256 of those shards of the base that were hashed before and not touched since."""
     adapter_sha256: list[str]
@@ -275,6 +276,7 @@ def _publish(
     shards: Sequence[ShardDone],
 ) -> MergeRecord:
     base = request.base
+    # The shards were read over minutes or hours: only now is it known that they were one state of the base.
     inputs.require_unchanged(base.folder)
     base_shards = {}
     for shard, done in zip(base.shards, shards, strict=True):
@@ -324,6 +326,7 @@ def _make_record(
     untouched = [output for output in plan.outputs if output.change is None]
     findings = [*plan.findings, *mode.findings]
     if not updated:
+        # B is zero until training begins: this adapter was never trained, or saved too early.
         findings.append(
             Finding(
                 severity="warning",

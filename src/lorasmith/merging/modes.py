@@ -15,9 +15,9 @@ from lorasmith.errors import UsageError
 from lorasmith.files.atomic import StrPath
 from lorasmith.merging.calibrated.feedback import Feedback
 from lorasmith.merging.calibrated.fit import run_calibration
-from lorasmith.merging.calibrated.rows import Calibration, Effective, load_calibration
+from lorasmith.merging.calibrated.rows import AdaptedWeights, Calibration, load_calibration
 from lorasmith.merging.plan import Plan
-from lorasmith.merging.writers import Calibrated
+from lorasmith.merging.writers import CalibratedTensors
 from lorasmith.models.device import resolve_device
 from lorasmith.models.layerwise import UnsupportedLayers
 from lorasmith.progress import Progress
@@ -25,7 +25,7 @@ from lorasmith.records.base import Finding
 
 ROUNDINGS = ("nearest", "dithered", "calibrated", "auto")
 FITTED_TYPES = ("BF16", "F16")
-"""To float32 next to nothing is lost, and nothing is fitted."""
+"""The types that are worth a fit: to float32 next to nothing is lost."""
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Mode:
     seed: int
     device: str
     rows: Calibration | None = None
-    calibrated: Calibrated | None = None
+    calibrated: CalibratedTensors | None = None
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -50,6 +50,7 @@ class Mode:
         """Everything of it that the merged bytes depend on."""
         if self.rows is None:
             return [self.asked, self.dither_seed]
+        # Activations of other versions or devices differ in their last bits, and with them what is fitted.
         versions = [version(name) for name in ("torch", "transformers")]
         device = resolve_device(self.device).type
         return [self.asked, self.seed, self.rows.rows, device, asdict(Feedback()), versions]
@@ -70,12 +71,13 @@ class Mode:
         """Fit what can be; under `auto`, a model that cannot be run layer by layer is rounded to nearest."""
         if self.rows is None:
             return
-        effective = Effective(base, adapters, plan)
+        weights = AdaptedWeights(base, adapters, plan)
         try:
             self.calibrated = run_calibration(
-                base.folder, plan, effective, self.rows, scratch, self.device, progress
+                base.folder, plan, weights, self.rows, scratch, self.device, progress
             )
         except UnsupportedLayers as error:
+            # Whoever asked for `calibrated` is not given another rounding; `auto` may choose.
             if self.asked != "auto":
                 raise
             self.rounding, self.rows = "nearest", None

@@ -30,7 +30,7 @@ from lorasmith.merging.folder import PartialFolder, ShardDone
 from lorasmith.merging.numbers.threads import Workers
 from lorasmith.merging.plan import Output, Plan
 from lorasmith.merging.tensors import Factors, TensorOnDisk
-from lorasmith.merging.writers import Calibrated, TensorWriter, make_writer
+from lorasmith.merging.writers import CalibratedTensors, TensorWriter, make_writer
 from lorasmith.models.device import is_out_of_memory, release_memory
 from lorasmith.progress import Advance, Progress
 from lorasmith.records.base import FileDigest, Record
@@ -105,7 +105,7 @@ class ShardMade(Record):
 
     done: ShardDone
     direct: bool
-    """Whether it went past the page cache."""
+    """True where the shard was read and written past the page cache."""
 
 
 class ShardWork(Unsplittable):
@@ -139,7 +139,7 @@ class ShardWork(Unsplittable):
         return ShardMade.from_json(packed, where="a worker's answer")
 
     def conditions(self) -> Conditions:
-        """Of no account: neither processor nor versions show in the bytes."""
+        """The same everywhere: neither processor nor versions show in the bytes."""
         return Conditions(device="cpu", processor="any", threads=torch.get_num_threads())
 
 
@@ -158,7 +158,7 @@ class ShardMerger:
     plan: Plan
     dither_seed: int | None
     """The seed of dithered rounding; None rounds to nearest."""
-    calibrated: Calibrated | None = None
+    calibrated: CalibratedTensors | None = None
     known: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of the base's shards that need not be hashed again while they are read."""
 
@@ -321,7 +321,7 @@ class TensorStream:
         self._rest = memoryview(b"")
         self._pending = pending
         self._begun = 0
-        """How many pieces were when the chunk in hand was asked for."""
+        """The number of pieces begun when the chunk in hand was asked for."""
 
     def _next(self) -> memoryview | None:
         """Another chunk: the one before that in hand is given up, so what is made of it must be complete."""

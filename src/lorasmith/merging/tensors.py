@@ -61,6 +61,7 @@ class Factors:
 
     def __call__(self, factor: Factor) -> torch.Tensor:
         """A factor in float64; `AdapterError` naming the tensor for NaN, infinite or absurd ones."""
+        # A bias is the product of its column and the matrix [[1]], which no adapter stores.
         if factor is UNIT:
             return torch.ones(1, 1, dtype=torch.float64)
         adapter = self._adapters[factor.adapter]

@@ -18,7 +18,7 @@ from lorasmith.errors import AdapterError
 from lorasmith.merging.disk import Finish, nothing_left
 from lorasmith.merging.numbers.blocks import (
     Counts,
-    Open,
+    OpenElements,
     Products,
     Undecided,
     cast_piece,
@@ -54,11 +54,13 @@ class TensorWriter(Protocol):
 
 
 @dataclass
-class Calibrated:
-    """Where the rounded tensors lie, and why others were not calibrated."""
+class CalibratedTensors:
+    """The outcome of a calibration, by the names of tensors."""
 
     files: dict[str, Path] = field(default_factory=dict)
+    """The files that hold the rounded tensors."""
     fallbacks: dict[str, str] = field(default_factory=dict)
+    """The reasons why others were not calibrated."""
 
 
 def make_writer(
@@ -67,7 +69,7 @@ def make_writer(
     base: TensorFile,
     workers: Workers,
     dither_seed: int | None = None,
-    calibrated: Calibrated | None = None,
+    calibrated: CalibratedTensors | None = None,
 ) -> TensorWriter:
     """The writer of one output tensor; `base` is the file that holds the base's tensor.
 
@@ -76,19 +78,20 @@ def make_writer(
     """
     change = output.change
     if change is None:
-        return Plain(output)
+        return CopyWriter(output)
     stored = TensorOnDisk(base.path, base.tensors[change.source])
     if change.updates:
         if calibrated is not None and output.name in calibrated.files:
-            plain = LowRank(output, change, factors, stored, workers)
-            return Fitted(output, plain, calibrated.files[output.name])
+            plain = UpdateWriter(output, change, factors, stored, workers)
+            return CalibratedWriter(output, plain, calibrated.files[output.name])
         stream = None if dither_seed is None else ThresholdStream(dither_seed, output.name)
+        # Where a model is calibrated, what could not be is dithered, with the reason in the record.
         fallback = "" if calibrated is None else calibrated.fallbacks[output.name]
-        return LowRank(output, change, factors, stored, workers, stream, fallback)
-    return Replaced(output, change, factors, stored)
+        return UpdateWriter(output, change, factors, stored, workers, stream, fallback)
+    return ReplacementWriter(output, change, factors, stored)
 
 
-class Plain:
+class CopyWriter:
     """Byte for byte, or another type, correctly rounded: a tensor that no adapter changed."""
 
     def __init__(self, output: Output) -> None:
@@ -109,7 +112,7 @@ class Plain:
         return
 
 
-class Replaced:
+class ReplacementWriter:
     """A tensor, or some of its rows, that the adapter stores itself; also a separated head that keeps W."""
 
     def __init__(self, output: Output, change: Change, factors: Factors, base: TensorOnDisk) -> None:
@@ -139,6 +142,7 @@ class Replaced:
     def _with_rows(self, result: torch.Tensor, first: int) -> torch.Tensor:
         assert self._rows is not None
         width = self._rows.shape[1]
+        # A piece may begin or end within a row: each row is cut to what lies in this piece.
         for values, row in zip(self._rows, self._change.row_indices, strict=True):
             start, stop = row * width - first, (row + 1) * width - first
             if stop <= 0 or start >= len(result):
@@ -150,6 +154,7 @@ class Replaced:
         return result
 
     def _count(self, result: torch.Tensor, first: int, small: int) -> None:
+        # A vocabulary that was resized for the training has rows that the base has not: all of them count.
         known = max(0, min(len(result), self._base.info.elements - first))
         before = cast(self._base.read(first, known), TARGETS[self._output.dtype]) if known else result[:0]
         changed = int(torch.count_nonzero(result[:known] != before)) + len(result) - known
@@ -158,24 +163,24 @@ class Replaced:
         self._counts.underflowed += small
 
     def result(self) -> MergedTensor:
-        """How many elements differ from the base's."""
+        """Formula and counts; an element counts as updated where it differs from the base's."""
         return merged_tensor(self._output, self._change, self._counts)
 
 
 @dataclass(frozen=True)
-class Rectangle:
-    """A rectangle of a piece."""
+class Block:
+    """A rectangle of a piece, all of it within one range of rows."""
 
     offset: int
-    """Of its first element within the piece."""
+    """The place of its first element within the piece."""
     row: int
     column: int
     height: int
     width: int
-    rows: RowUpdate
+    update: RowUpdate
 
 
-class LowRank:
+class UpdateWriter:
     """W + Σ w·s·L·R, scaled to DoRA's magnitude where there is one: correctly rounded, or dithered."""
 
     def __init__(
@@ -207,12 +212,12 @@ class LowRank:
         stored = raw.view(TORCH_TYPES[self._output.source.dtype])
         merged = out.view(TORCH_TYPES[self._output.dtype])
         blocks = list(self._blocks(first, len(stored)))
-        self._prepare({block.rows.start: block.rows for block in blocks})
+        self._prepare({block.update.start: block.update for block in blocks})
         products = self._products
 
-        def work(block: Rectangle) -> tuple[Counts, Open | None]:
+        def work(block: Block) -> tuple[Counts, OpenElements | None]:
             here = slice(block.offset, block.offset + block.height * block.width)
-            own = products.get(block.rows.start)
+            own = products.get(block.update.start)
             shape = (block.height, block.width)
             return self._make(
                 block, own, first + block.offset, stored[here].view(shape), merged[here].view(shape)
@@ -221,34 +226,36 @@ class LowRank:
         made = self._workers.begin(work, blocks)
 
         def finish() -> None:
-            opened: dict[int, list[tuple[Rectangle, Open]]] = {}
-            for block, (counts, found) in zip(blocks, made(), strict=True):
+            opened: dict[int, list[tuple[Block, OpenElements]]] = {}
+            for block, (counts, still_open) in zip(blocks, made(), strict=True):
                 self._counts.add(counts)
-                if found is not None:
-                    opened.setdefault(block.rows.start, []).append((block, found))
+                if still_open is not None:
+                    opened.setdefault(block.update.start, []).append((block, still_open))
             for start, parts in opened.items():
                 self._settle(products[start], parts, stored, merged)
 
         return finish
 
-    def _blocks(self, first: int, count: int) -> Iterator[Rectangle]:
+    def _blocks(self, first: int, count: int) -> Iterator[Block]:
         for offset, row, column, height, width in rectangles(first, count, self._width):
             while height:
-                rows = rows_at(self._change.updates, row, self._height)
-                part = min(height, rows.stop - row)
-                yield Rectangle(offset, row, column, part, width, rows)
+                update = update_at(self._change.updates, row, self._height)
+                part = min(height, update.stop - row)
+                yield Block(offset, row, column, part, width, update)
                 offset, row, height = offset + part * width, row + part, height - part
 
     def _prepare(self, needed: dict[int, RowUpdate]) -> None:
         """Read the factors of the ranges that a piece needs, and forget those of earlier ones."""
-        self._products = {start: found for start, found in self._products.items() if start in needed}
-        for start, rows in needed.items():
-            if rows.terms and start not in self._products:
-                self._products[start] = prepare_products(rows, self._factors)
+        self._products = {start: known for start, known in self._products.items() if start in needed}
+        for start, update in needed.items():
+            if update.terms and start not in self._products:
+                self._products[start] = prepare_products(update, self._factors)
+                # A range may be needed again by a later piece, but its norm counts once.
                 if self._change.magnitude is None and start not in self._counted:
                     self._counted.add(start)
                     self._counts.update_square += self._products[start].update_square
         if self._change.magnitude is not None and self._scaling is None:
+            # DoRA's norms need whole rows or columns: the tensor is read once before its first piece.
             self._scaling = prepare_scaling(
                 self._factors(self._change.magnitude),
                 self._change.magnitude_axis,
@@ -261,12 +268,12 @@ class LowRank:
 
     def _make(
         self,
-        block: Rectangle,
+        block: Block,
         products: Products | None,
         first: int,
         stored: torch.Tensor,
         merged: torch.Tensor,
-    ) -> tuple[Counts, Open | None]:
+    ) -> tuple[Counts, OpenElements | None]:
         """Counts and open elements of one block; `first` is its first element's number in the tensor."""
         if products is None:
             values, small = cast_piece(stored, self._output.dtype, self._output.name)
@@ -282,20 +289,21 @@ class LowRank:
     def _settle(
         self,
         products: Products,
-        parts: list[tuple[Rectangle, Open]],
+        parts: list[tuple[Block, OpenElements]],
         stored: torch.Tensor,
         merged: torch.Tensor,
     ) -> None:
+        """Decide the open elements of all blocks of one range at once: their exact sums are slow to begin."""
         target = TARGETS[self._output.dtype]
-        places = np.concatenate([block.offset + found.places for block, found in parts])
+        places = np.concatenate([block.offset + here.places for block, here in parts])
         opened = Undecided(
             np.concatenate(
-                [block.row - products.start + found.places // block.width for block, found in parts]
+                [block.row - products.start + here.places // block.width for block, here in parts]
             ),
-            np.concatenate([block.column + found.places % block.width for block, found in parts]),
-            np.concatenate([found.candidate for _, found in parts]),
+            np.concatenate([block.column + here.places % block.width for block, here in parts]),
+            np.concatenate([here.candidate for _, here in parts]),
             stored[torch.from_numpy(places)].to(torch.float64).numpy(),
-            _joined([found.thresholds for _, found in parts]),
+            _joined([here.thresholds for _, here in parts]),
         )
         if self._scaling is None:
             values, ties = decide(opened, products, target, self._output.name)
@@ -316,13 +324,13 @@ def _joined(parts: Sequence[Thresholds | None]) -> Thresholds | None:
     return np.concatenate(known) if known else None
 
 
-def rows_at(ranges: Sequence[RowUpdate], row: int, count: int) -> RowUpdate:
+def update_at(updates: Sequence[RowUpdate], row: int, count: int) -> RowUpdate:
     """The range of rows that `row` lies in; one without products between those that have some."""
-    for rows in ranges:
-        if rows.start <= row < rows.stop:
-            return rows
-    before = max((rows.stop for rows in ranges if rows.stop <= row), default=0)
-    after = min((rows.start for rows in ranges if rows.start > row), default=max(count, row + 1))
+    for update in updates:
+        if update.start <= row < update.stop:
+            return update
+    before = max((update.stop for update in updates if update.stop <= row), default=0)
+    after = min((update.start for update in updates if update.start > row), default=max(count, row + 1))
     return RowUpdate(before, after, ())
 
 
@@ -335,6 +343,7 @@ def rectangles(first: int, count: int, width: int) -> Iterator[tuple[int, int, i
     while offset < count:
         row, column = divmod(first + offset, width)
         if column or count - offset < width or width > BLOCK_ELEMENTS:
+            # The rest of a row, its beginning, or a part of a row that is too long for a block.
             height, wide = 1, min(width - column, count - offset, BLOCK_ELEMENTS)
         else:
             height, wide = min((count - offset) // width, BLOCK_ELEMENTS // width), width
@@ -342,10 +351,10 @@ def rectangles(first: int, count: int, width: int) -> Iterator[tuple[int, int, i
         offset += height * wide
 
 
-class Fitted:
-    """A tensor that lies in a file already."""
+class CalibratedWriter:
+    """A tensor whose values calibration has left in a file."""
 
-    def __init__(self, output: Output, plain: LowRank, file: Path) -> None:
+    def __init__(self, output: Output, plain: UpdateWriter, file: Path) -> None:
         self._output = output
         self._plain = plain
         self._values = load_file(file)[output.name].reshape(-1)
@@ -354,6 +363,7 @@ class Fitted:
     def piece(self, raw: torch.Tensor, first: int, out: torch.Tensor) -> Finish:
         """The fitted values; the plain merge runs beside it for what it counts and refuses."""
         output, target = self._output, TARGETS[self._output.dtype]
+        # Its result is dropped: what counts as an update, and what is refused, is decided in one place.
         plain = self._plain.piece(raw, first, torch.empty_like(out))
         stored = raw.view(TORCH_TYPES[output.source.dtype])
         here = self._values[first : first + len(stored)]
@@ -363,8 +373,8 @@ class Fitted:
 
     def result(self) -> MergedTensor:
         """The plain merge's counts with what this rounding moved; an element may move without an update."""
-        found = self._plain.result()
-        updated = found.changed + found.swallowed
+        plain = self._plain.result()
+        updated = plain.changed + plain.swallowed
         swallowed = max(0, updated - self._changed)
         moved = {
             "changed": self._changed,
@@ -372,4 +382,4 @@ class Fitted:
             "rounding": "calibrated",
             "exact_redone": 0,
         }
-        return found.model_copy(update=moved)
+        return plain.model_copy(update=moved)

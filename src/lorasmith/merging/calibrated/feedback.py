@@ -44,7 +44,7 @@ class Feedback:
     0.03 lost less than 0.001 and 0.01, and left the model nearer to the adapter than 0.1
     (docs/faithful-merge.md)."""
     passes: int = 2
-    """Of the refinement."""
+    """How often the refinement goes over all columns."""
     most_steps: int = 15
     """How far from its own rounding an element may go, in steps of the grid. That rounding is taken from
     float32, so it may be the neighbour of the exact one: the proof allows one step more."""
@@ -101,6 +101,7 @@ def round_with_feedback(
         gradient = curvature.moments @ (rounded.to(torch.float64) - columns).to(torch.float32)
         missing = -(gradient * change).sum(0) / energy
         overshoot += torch.where(energy > 0, missing, 0.0)
+        # Aiming at w + a·δ: its gradient is that at w less a·H·δ.
         gradient.addcmul_(effect, overshoot, value=-1)
         _refine(rounded, gradient, curvature.moments, low, high, target)
     result = torch.empty(exact.shape, dtype=torch.float32)
@@ -183,9 +184,9 @@ def limits(exact: torch.Tensor, target: FloatFormat, steps: int) -> tuple[torch.
     # Counted from zero, downwards for negative numbers: neighbours differ by one across zero, too.
     counted = torch.where(stored < 0, -(stored & (sign - 1)), stored)
     largest = int(torch.tensor(target.largest, dtype=target.native).view(target.bits))
-    found = []
+    ends = []
     for moved in (counted - steps, counted + steps):
         moved.clamp_(-largest, largest)
         bits = torch.where(moved < 0, -moved - sign, moved).to(target.bits)
-        found.append(bits.view(target.native).to(torch.float32))
-    return found[0], found[1]
+        ends.append(bits.view(target.native).to(torch.float32))
+    return ends[0], ends[1]

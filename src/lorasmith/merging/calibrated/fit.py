@@ -2,7 +2,7 @@
 
 The calibration rows go through the adapter model one layer at a time. While they pass, each linear layer's
 second moment of inputs is summed, once for layers that get the same tensor; then the layer's weights are
-rounded with error feedback (layer_rounding.py) and the rows' hidden states kept for the next layer. Rounded
+rounded with error feedback and the rows' hidden states kept for the next layer. Rounded
 weights and hidden states are on disk before the next layer begins, so that a killed merge goes on there and
 ends with the same bytes. Tensors that cannot be calibrated are dithered, and the reason is recorded.
 """
@@ -27,11 +27,11 @@ from lorasmith.merging.calibrated.feedback import (
     prepare_curvature,
     round_with_feedback,
 )
-from lorasmith.merging.calibrated.rows import Calibration, Effective
+from lorasmith.merging.calibrated.rows import AdaptedWeights, Calibration
 from lorasmith.merging.numbers.rounding import TARGETS
 from lorasmith.merging.numbers.threads import Workers
 from lorasmith.merging.plan import Output, Plan
-from lorasmith.merging.writers import Calibrated
+from lorasmith.merging.writers import CalibratedTensors
 from lorasmith.models.device import choose_route, resolve_device, use_route
 from lorasmith.models.layerwise import LayerwiseModel, watched
 from lorasmith.progress import Progress
@@ -45,7 +45,7 @@ _TOGETHER = 2_048
 
 
 @dataclass
-class Moments:
+class SecondMoments:
     """Σ x·xᵀ of the layers that share an input of I numbers."""
 
     paths: list[str]
@@ -114,7 +114,10 @@ class _Stack:
 
 
 def round_layer(
-    linear: Mapping[str, Linear], moments: Sequence[Moments], effective: Effective, settings: Feedback
+    linear: Mapping[str, Linear],
+    moments: Sequence[SecondMoments],
+    weights: AdaptedWeights,
+    settings: Feedback,
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The rounded tensors by name, and why others could not be; `linear` is by the paths in `moments`."""
     reached = {path for group in moments for path in group.paths}
@@ -127,7 +130,7 @@ def round_layer(
             if isinstance(curvature, str):
                 why.update({layer.output.name: curvature for layer in layers})
             else:
-                stacks += _stacks(layers, effective, curvature)
+                stacks += _stacks(layers, weights, curvature)
         parts = [part for stack in stacks for part in stack.parts()]
         # The longest first, so that no thread is left with it at the end.
         parts.sort(key=lambda part: (part[2] - part[1]) * part[0].values.shape[1] ** 2, reverse=True)
@@ -136,8 +139,8 @@ def round_layer(
     return {name: tensor for stack in stacks for name, tensor in _apart(stack)}, why
 
 
-def _curvature(group: Moments, settings: Feedback) -> Curvature | str:
-    """Or why there is none."""
+def _curvature(group: SecondMoments, settings: Feedback) -> Curvature | str:
+    """The curvature of a group of layers, or why there is none."""
     inputs = len(group.total)
     if group.tokens < LEAST_TOKENS * inputs:
         return f"{group.tokens} tokens are too few for {inputs} inputs"
@@ -147,14 +150,14 @@ def _curvature(group: Moments, settings: Feedback) -> Curvature | str:
         return str(error)
 
 
-def _stacks(layers: Sequence[Linear], effective: Effective, curvature: Curvature) -> list[_Stack]:
-    found = []
+def _stacks(layers: Sequence[Linear], weights: AdaptedWeights, curvature: Curvature) -> list[_Stack]:
+    stacks = []
     for dtype in sorted({layer.output.dtype for layer in layers}):
         here = [layer for layer in layers if layer.output.dtype == dtype]
-        values = _rows(here, [effective.values(layer.output) for layer in here])
-        base = _rows(here, [effective.before(layer.output) for layer in here])
-        found.append(_Stack(here, values, base, curvature))
-    return found
+        values = _rows(here, [weights.values(layer.output) for layer in here])
+        base = _rows(here, [weights.before(layer.output) for layer in here])
+        stacks.append(_Stack(here, values, base, curvature))
+    return stacks
 
 
 def _rows(layers: Sequence[Linear], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -173,15 +176,15 @@ def _round(stack: _Stack, first: int, last: int, settings: Feedback) -> None:
 
 def _apart(stack: _Stack) -> list[tuple[str, torch.Tensor]]:
     """Each layer's own tensor as it is stored."""
-    found: list[tuple[str, torch.Tensor]] = []
+    tensors: list[tuple[str, torch.Tensor]] = []
     start = 0
     for layer in stack.layers:
         shape = layer.output.shape
         rows = stack.values[start : start + shape[-1 if layer.transposed else 0]]
         start += len(rows)
         stored = (rows.T if layer.transposed else rows).to(TARGETS[layer.output.dtype].native)
-        found.append((layer.output.name, stored.contiguous()))
-    return found
+        tensors.append((layer.output.name, stored.contiguous()))
+    return tensors
 
 
 OUTSIDE = "not a linear layer of a decoder layer"
@@ -199,12 +202,12 @@ class LayerDone(Record):
 def run_calibration(
     base: Path,
     plan: Plan,
-    effective: Effective,
+    weights: AdaptedWeights,
     rows: Calibration,
     state: Path,
     device: str,
     progress: Progress,
-) -> Calibrated:
+) -> CalibratedTensors:
     """Round every tensor that can be calibrated into files below `state`.
 
     The arithmetic is float32 by torch's own route, whatever is faster elsewhere: the bytes depend on it.
@@ -213,38 +216,38 @@ def run_calibration(
     """
     place = resolve_device(device)
     with use_route(choose_route("mkl" if place.type == "cpu" else "auto", place)):
-        return _all_layers(base, plan, effective, rows, state, place, progress)
+        return _all_layers(base, plan, weights, rows, state, place, progress)
 
 
 def _all_layers(
     base: Path,
     plan: Plan,
-    effective: Effective,
+    weights: AdaptedWeights,
     rows: Calibration,
     state: Path,
     device: torch.device,
     progress: Progress,
-) -> Calibrated:
+) -> CalibratedTensors:
     wanted = {output.name: output for output in plan.outputs if output.change and output.change.updates}
-    model = LayerwiseModel(base, effective, device)
+    model = LayerwiseModel(base, weights, device)
     with os_errors(state, "write"):
         state.mkdir(parents=True, exist_ok=True)
-    found = Calibrated()
+    outcome = CalibratedTensors()
     hidden: list[torch.Tensor] | None = None
     with progress("Calibrate", total=model.count, unit="layer") as advance:
         for number in range(model.count):
             done = _done(state, number)
             if done is None:
                 given = _hidden(state, number, model, rows) if hidden is None else hidden
-                hidden, done = _one_layer(model, number, effective, rows, given, state, Feedback())
+                hidden, done = _one_layer(model, number, weights, rows, given, state, Feedback())
             for name in done.tensors:
-                found.files[name] = state / f"layer-{number}.safetensors"
-            found.fallbacks.update(done.fallbacks)
+                outcome.files[name] = state / f"layer-{number}.safetensors"
+            outcome.fallbacks.update(done.fallbacks)
             advance(1)
     for name in wanted:
-        if name not in found.files:
-            found.fallbacks.setdefault(name, OUTSIDE)
-    return found
+        if name not in outcome.files:
+            outcome.fallbacks.setdefault(name, OUTSIDE)
+    return outcome
 
 
 def _done(state: Path, number: int) -> LayerDone | None:
@@ -265,18 +268,19 @@ def _hidden(state: Path, number: int, model: LayerwiseModel, rows: Calibration) 
 def _one_layer(
     model: LayerwiseModel,
     number: int,
-    effective: Effective,
+    weights: AdaptedWeights,
     rows: Calibration,
     given: list[torch.Tensor],
     state: Path,
     settings: Feedback,
 ) -> tuple[list[torch.Tensor], LayerDone]:
     with model.layer(number) as layer:
-        linear, fallbacks = _linear_layers(layer, f"{model.path}.{number}", effective)
+        linear, fallbacks = _linear_layers(layer, f"{model.path}.{number}", weights)
         hidden, moments = _run_rows(model, layer, list(linear), rows, given)
-    rounded, impossible = round_layer(linear, moments, effective, settings)
+    rounded, impossible = round_layer(linear, moments, weights, settings)
     fallbacks.update(impossible)
     done = LayerDone(tensors=sorted(rounded), fallbacks=fallbacks)
+    # In this order: the record is what a merge that was killed goes on from, so all it stands for is there.
     write_bytes(state / f"layer-{number}.safetensors", save(rounded))
     if number + 1 < model.count:
         kept = {str(place): states.contiguous() for place, states in enumerate(hidden)}
@@ -287,7 +291,7 @@ def _one_layer(
 
 
 def _linear_layers(
-    layer: nn.Module, path: str, effective: Effective
+    layer: nn.Module, path: str, weights: AdaptedWeights
 ) -> tuple[dict[str, Linear], dict[str, str]]:
     """The layers to calibrate, and of all other changed tensors of the decoder layer why they are not."""
     from transformers.pytorch_utils import Conv1D
@@ -295,7 +299,7 @@ def _linear_layers(
     linear: dict[str, Linear] = {}
     fallbacks: dict[str, str] = {}
     for name, _ in layer.named_parameters():
-        output = effective.output(f"{path}.{name}")
+        output = weights.output(f"{path}.{name}")
         if output is None or output.change is None or not output.change.updates:
             continue
         owner, _, leaf = name.rpartition(".")
@@ -315,9 +319,9 @@ def _run_rows(
     paths: Sequence[str],
     rows: Calibration,
     given: list[torch.Tensor],
-) -> tuple[list[torch.Tensor], list[Moments]]:
+) -> tuple[list[torch.Tensor], list[SecondMoments]]:
     """The layer's output for each row, and the second moments of its linear layers' inputs."""
-    groups: dict[str, Moments] = {}
+    groups: dict[str, SecondMoments] = {}
     # The inputs of one forward, by identity; they are kept so that none is reused for another.
     seen: list[tuple[torch.Tensor, str]] = []
 
@@ -329,7 +333,7 @@ def _run_rows(
             if path not in groups:
                 size = flat.shape[1]
                 total = torch.zeros(size, size, dtype=torch.float64, device=flat.device)
-                groups[path] = Moments([path], total)
+                groups[path] = SecondMoments([path], total)
             groups[path].take(flat)
         elif path not in groups[leader].paths:
             groups[leader].paths.append(path)

@@ -37,7 +37,7 @@ class Calibration:
 
     rows: list[list[int]]
     use: CalibrationUse
-    """For the record."""
+    """What of them the record of the merge tells."""
 
 
 def load_calibration(
@@ -81,6 +81,7 @@ def load_calibration(
     left = budget
     for place in np.random.default_rng(seed).permutation(len(own)).tolist():
         ids = encoded.rows[place].ids
+        # A row that is too long for what is left is passed over: shorter ones may still fit.
         if len(ids) <= left:
             chosen.append(ids)
             left -= len(ids)
@@ -106,7 +107,7 @@ _EXPERT_PARTS = {
 """A stack that transformers fuses in memory → the names of one expert's matrices on disk, side by side."""
 
 
-class Effective:
+class AdaptedWeights:
     """Reads W + Σ w·s·B·A (or what else the plan says) by the name of a module's tensor, rounded to float32.
 
     Against the factors applied on their own this differs by float32's own rounding, 2⁻¹⁵ of a bfloat16 step.
@@ -128,8 +129,8 @@ class Effective:
         if name in self._outputs:
             return self._outputs[name]
         module, _, leaf = name.rpartition(".")
-        found = [self._outputs.get(f"{path}.{leaf}") for path in resolve(module, self._modules)]
-        return found[0] if len(found) == 1 else None
+        candidates = [self._outputs.get(f"{path}.{leaf}") for path in resolve(module, self._modules)]
+        return candidates[0] if len(candidates) == 1 else None
 
     def __call__(self, name: str) -> torch.Tensor:
         """The float32 values; `KeyError` for a tensor that the merged model does not hold."""

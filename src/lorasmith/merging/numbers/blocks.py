@@ -90,7 +90,7 @@ def merged_tensor(
     output: Output, change: Change, counts: Counts, rounding: str = "nearest", fallback: str = ""
 ) -> MergedTensor:
     """The record of one changed tensor."""
-    scales = {term.scale * term.weight for rows in change.updates for term in rows.terms}
+    scales = {term.scale * term.weight for update in change.updates for term in update.terms}
     return MergedTensor(
         name=output.name,
         formula=change.formula,
@@ -170,14 +170,14 @@ class Products:
 
 
 @dataclass(frozen=True)
-class Open:
+class OpenElements:
     """Elements of a block that the error bound leaves open, to be decided together with those of others."""
 
     places: Indices
     """Flat positions within the block."""
     candidate: Array
     thresholds: Thresholds | None = None
-    """Where the merge is dithered."""
+    """None where the merge is rounded to nearest."""
 
 
 @dataclass(frozen=True)
@@ -192,15 +192,15 @@ class Undecided:
     thresholds: Thresholds | None = None
 
 
-def prepare_products(rows: RowUpdate, load: LoadFactor) -> Products:
+def prepare_products(update: RowUpdate, load: LoadFactor) -> Products:
     """Read the factors of a range of rows and what their error bound needs."""
-    parts = [(term.scale, term.weight, load(term.left), load(term.right)) for term in rows.terms]
+    parts = [(term.scale, term.weight, load(term.left), load(term.right)) for term in update.terms]
     left = torch.cat([part * (weight * scale) for scale, weight, part, _ in parts], dim=1).contiguous()
     right = torch.cat([part for *_, part in parts], dim=0).contiguous()
     row_norm = torch.linalg.vector_norm(left, dim=1, keepdim=True)
     column_norm = torch.linalg.vector_norm(right, dim=0).max() if right.numel() else torch.tensor(0.0)
     return Products(
-        start=rows.start,
+        start=update.start,
         left=left,
         right=right,
         bound=row_norm * column_norm * ROUNDED_UP,
@@ -211,6 +211,7 @@ def prepare_products(rows: RowUpdate, load: LoadFactor) -> Products:
 
 
 def _updated(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor | None:
+    # Nearly every adapter has no zero at all; then nothing of the target's size needs to be made.
     if bool((left != 0).all()) and bool((right != 0).all()):
         return None
     return ((left != 0).to(torch.float32) @ (right != 0).to(torch.float32)) > 0
@@ -224,7 +225,7 @@ def sum_block(
     out: torch.Tensor,
     scratch: Scratch,
     thresholds: Thresholds | None = None,
-) -> tuple[Counts, Open | None]:
+) -> tuple[Counts, OpenElements | None]:
     """Write the merged values of the block that begins at (`row`, `column`) of its range of rows.
 
     `stored` [m, n] holds W as the base stores it, `out` [m, n] has the target's type; `thresholds` dither.
@@ -260,11 +261,11 @@ def open_places(
     return open_dithered(candidate, bound, thresholds, target, own, out)
 
 
-def opened_at(places: Indices, candidate: torch.Tensor, thresholds: Thresholds | None) -> Open | None:
+def opened_at(places: Indices, candidate: torch.Tensor, thresholds: Thresholds | None) -> OpenElements | None:
     """The open elements of a block whose candidates are given flat; None where there are none."""
     if not len(places):
         return None
-    return Open(places, candidate.numpy()[places], None if thresholds is None else thresholds[places])
+    return OpenElements(places, candidate.numpy()[places], None if thresholds is None else thresholds[places])
 
 
 _BY_TYPE = {target.native: target for target in TARGETS.values()}
@@ -284,6 +285,7 @@ def decide(opened: Undecided, products: Products, target: FloatFormat, name: str
         raise not_finite(name)
     size = products.bound.numpy()[opened.rows, 0]
     bound = products.factor * (np.abs(opened.candidate) + 2 * size) * ROUNDED_UP
+    # First by each element's own bound, which is tighter than its block's; what is left, exactly.
     values, certain = settled(opened, bound, target)
     ties = 0
     left_open = np.nonzero(~certain)[0]

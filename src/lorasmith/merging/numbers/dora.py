@@ -25,7 +25,7 @@ from lorasmith.errors import AdapterError
 from lorasmith.merging.numbers.blocks import (
     ROUNDED_UP,
     Counts,
-    Open,
+    OpenElements,
     Products,
     Undecided,
     different,
@@ -103,7 +103,7 @@ def _squares(
     axis: int, products: Products, read: ReadRows, rows: int, step: int, name: str
 ) -> tuple[torch.Tensor, int]:
     """‖V‖² per row or column and the number of levels of the sums."""
-    found: list[torch.Tensor] = []
+    parts: list[torch.Tensor] = []
     total = rest = None
     levels = 0
     for start, stop in _blocks(rows, step):
@@ -114,14 +114,15 @@ def _squares(
         sums, depth = grouped_sum(values.square(), 1 - axis)
         levels = max(levels, depth)
         if axis == 0:
-            found.append(sums)
+            parts.append(sums)
         elif total is None or rest is None:
             total, rest = sums.numpy(), np.zeros(len(sums))
         else:
+            # Thousands of blocks are summed here: their rounding errors are kept, as the bound assumes.
             total, lost = two_sum(total, sums.numpy())
             rest = rest + lost
     if axis == 0:
-        return torch.cat(found), levels
+        return torch.cat(parts), levels
     assert total is not None and rest is not None
     return torch.from_numpy(total + rest), levels
 
@@ -148,7 +149,7 @@ def scaled_block(
     out: torch.Tensor,
     scratch: Scratch,
     thresholds: Thresholds | None = None,
-) -> tuple[Counts, Open | None]:
+) -> tuple[Counts, OpenElements | None]:
     """Write m·V/‖V‖ of the block of W that begins at (`row`, `column`); open elements as `sum_block` does."""
     target = target_of(out)
     height, width = stored.shape
@@ -172,6 +173,7 @@ def scaled_block(
 def _bounds(products: Products, scaling: Scaling, row: int, column: int, height: int, width: int) -> Array:
     """a of the bound; infinite where the norm is not good."""
     share = _along(scaling.absolute, scaling.axis, row, column, height, width).numpy()
+    # 0 · ∞, where a row has no products and its norm is not good, says nothing: infinite.
     with np.errstate(invalid="ignore"):
         bound = products.absolute[row : row + height] * share
     return np.where(np.isnan(bound), np.inf, bound)
@@ -210,6 +212,7 @@ def _decide(
     ties = 0
     rows, columns = opened.rows, opened.columns
     lines = rows if scaling.axis == 0 else columns
+    # An exact norm takes all of a row or column in rationals; it is made once and kept.
     for line in np.unique(lines[open_]):
         values = _exact_line(int(line), products, scaling.axis, read)
         if int(line) not in scaling.squares:

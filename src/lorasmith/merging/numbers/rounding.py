@@ -192,6 +192,7 @@ def _all_between(out: torch.Tensor, bound: Bound, target: FloatFormat, own: Arra
 def _open_singles(candidate: torch.Tensor, bound: Bound, own: Arrays, out: torch.Tensor) -> Indices:
     target = TARGETS["F32"]
     out.copy_(candidate)
+    # How far the 29 bits beyond float32 lie from a midpoint, against the error in units of the last place.
     reach = int(bound.relative * 2.0**53) + 2**16 + 1
     tail, flags = own.longs, own.flags
     np.bitwise_and(candidate.numpy().view(np.int64), (1 << 29) - 1, out=tail)
@@ -226,6 +227,7 @@ def cast(values: torch.Tensor, target: FloatFormat) -> torch.Tensor:
         return single
     if target.dtype == "F16":
         return single.to(torch.float16)
+    # Half a step and the last kept bit are added, so that ties go to even; a NaN must not carry over.
     bits = single.view(torch.int32)
     odd = torch.bitwise_and(torch.bitwise_right_shift(bits, 16), 1)
     rounded = torch.bitwise_right_shift(bits + odd + 0x7FFF, 16).to(torch.int16).view(torch.bfloat16)

@@ -72,16 +72,16 @@ class Scratch:
 
     def of(self, height: int, width: int) -> Arrays:
         """Arrays of this shape; those of all shapes share their memory."""
-        found = self._known.get((height, width))
-        if found is None:
+        arrays = self._known.get((height, width))
+        if arrays is None:
             elements = height * width
             larger = elements > len(self._storage.flags)
             if larger or len(self._known) == _SHAPES:
                 self._known.clear()
             if larger:
                 self._storage = Storage(elements)
-            found = self._known[height, width] = Arrays(self._storage, height, width)
-        return found
+            arrays = self._known[height, width] = Arrays(self._storage, height, width)
+        return arrays
 
 
 class Workers:
@@ -118,6 +118,7 @@ class Workers:
         return results
 
     def __enter__(self) -> Workers:
+        # Torch's own threads would fight with these for the same processors.
         self._before = (torch.get_num_threads(), sys.getswitchinterval())
         torch.set_num_threads(1)
         sys.setswitchinterval(_SWITCH_SECONDS)
