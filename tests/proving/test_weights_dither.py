@@ -17,8 +17,8 @@ from lorasmith.files import digests
 from lorasmith.merging.merge import merge
 from lorasmith.proving.weights.dither import make_dither, philox
 from lorasmith.proving.weights.prove import prove
-from tests.merging.philox import philox as philox_of_the_paper
-from tests.merging.philox import threshold
+from tests.merging.numbers.philox import philox as philox_of_the_paper
+from tests.merging.numbers.philox import threshold
 from tests.proving.claims import claim, entries
 from tests.proving.small import (
     FORMATS,

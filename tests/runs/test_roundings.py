@@ -17,7 +17,7 @@ from lorasmith.files.atomic import read_record
 from lorasmith.models.layerwise import UnsupportedLayers
 from lorasmith.records.merging import MergeRecord, RoundingsRecord
 from lorasmith.runs.roundings import compare_roundings, float16_range
-from tests.merging.test_calibrate import write_rows
+from tests.merging.calibrated.test_fit import write_rows
 from tests.tiny import save_adapter, save_base
 
 

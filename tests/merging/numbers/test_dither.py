@@ -21,10 +21,10 @@ from lorasmith.merging.merge import merge
 from lorasmith.merging.numbers.dither import ThresholdStream, dither_expansion, dither_reals
 from lorasmith.merging.numbers.exact import dither_rational
 from lorasmith.merging.numbers.rounding import TARGETS
-from tests.merging.philox import philox, threshold
+from tests.merging.numbers.philox import philox, threshold
+from tests.merging.numbers.test_rounding import FORMATS, edges
 from tests.merging.planted import NAMES, PREFIX, plant, tensors_of
 from tests.merging.reference import merged_value, nearest
-from tests.merging.test_rounding import FORMATS, edges
 from tests.tiny import save_adapter, save_base
 
 
