@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from lorasmith.errors import UsageError
-from lorasmith.gates import GUIDE_GATES, METRICS, Measured, evaluate, join, split_costs
+from lorasmith.files.run_layout import RunRecords
+from lorasmith.gates import GUIDE_GATES, METRICS, evaluate, split_costs
 from lorasmith.records.base import Interval
 from lorasmith.records.dataset import ContaminationHit, ContaminationRecord
 from lorasmith.records.proof import ComparisonRecord, GenerationComparison, PairedEffect
 from lorasmith.records.release import Gate, StageTiming, TimingRecord
-from lorasmith.records.scoring import TaskEffect, TaskMetric, TaskResult
+from lorasmith.records.scoring import TaskEffect, TaskMetric, TaskResult, ValidationResult
 from tests.records_for_tests import (
     FILE,
     SETTINGS,
@@ -78,10 +79,13 @@ def stage(name: str, seconds: float, peak: int | None) -> StageTiming:
     )
 
 
-GOOD = Measured(
-    base=validation("base", 0.2, 1.2),
-    adapter=validation("adapter", difficulty=DIFFICULTY),
-    merged=validation("merged"),
+GOOD = RunRecords(
+    folder=Path("run"),
+    validations={
+        "base": validation("base", 0.2, 1.2),
+        "adapter": validation("adapter", difficulty=DIFFICULTY),
+        "merged": validation("merged"),
+    },
     merge=merge(),
     weights=weights(),
     behaviour=behaviour(comparison(top1=1.0)).model_copy(update={"generation": WRITTEN}),
@@ -94,15 +98,15 @@ GOOD = Measured(
         merge_effect=EFFECT,
         weights_grade="exact",
         behaviour_grade="faithful",
+        task_effects={
+            "effect": [task_effect("f1", 0.9), task_effect("exact_match", 0.4)],
+            "merge": [task_effect("exact_match", -0.1), task_effect("f1", 0.0)],
+        },
     ),
     tasks={
         "base": answers("base", 0.2, 0.3),
         "adapter": answers("adapter", 0.6, 0.5),
         "merged": answers("merged", 0.5, 0.5),
-    },
-    task_effects={
-        "effect": [task_effect("f1", 0.9), task_effect("exact_match", 0.4)],
-        "merge": [task_effect("exact_match", -0.1), task_effect("f1", 0.0)],
     },
     timing=TimingRecord(
         hardware={}, price_per_hour=1.5, stages=[stage("merge", 600, 7), stage("compare", 1800, None)]
@@ -110,7 +114,11 @@ GOOD = Measured(
 )
 
 
-def verdicts(measured: Measured) -> dict[str, str]:
+def with_adapter(result: ValidationResult) -> RunRecords:
+    return replace(GOOD, validations={**GOOD.validations, "adapter": result})
+
+
+def verdicts(measured: RunRecords) -> dict[str, str]:
     return {result.gate.name: result.verdict for result in evaluate(GUIDE_GATES, measured).gates}
 
 
@@ -123,19 +131,15 @@ def test_a_good_release_passes_every_gate_of_the_guide() -> None:
 @pytest.mark.parametrize(
     ("failing", "measured"),
     [
-        ("loss", replace(GOOD, adapter=validation("adapter", loss=0.10, difficulty=DIFFICULTY))),
-        ("perplexity", replace(GOOD, adapter=validation("adapter", perplexity=2.0, difficulty=DIFFICULTY))),
+        ("loss", with_adapter(validation("adapter", loss=0.10, difficulty=DIFFICULTY))),
+        ("perplexity", with_adapter(validation("adapter", perplexity=2.0, difficulty=DIFFICULTY))),
         (
             "easy perplexity",
-            replace(
-                GOOD, adapter=validation("adapter", difficulty={**DIFFICULTY, "easy": metrics(0.4, 1.5)})
-            ),
+            with_adapter(validation("adapter", difficulty={**DIFFICULTY, "easy": metrics(0.4, 1.5)})),
         ),
         (
             "hard perplexity",
-            replace(
-                GOOD, adapter=validation("adapter", difficulty={**DIFFICULTY, "hard": metrics(1.1, 3.0)})
-            ),
+            with_adapter(validation("adapter", difficulty={**DIFFICULTY, "hard": metrics(1.1, 3.0)})),
         ),
         ("merge loss Δ", replace(GOOD, behaviour=behaviour(comparison(loss_delta=-1.74e-2, top1=1.0)))),
         (
@@ -146,7 +150,7 @@ def test_a_good_release_passes_every_gate_of_the_guide() -> None:
         ("weights", replace(GOOD, weights=weights("different"))),
     ],
 )
-def test_each_gate_fails_alone(failing: str, measured: Measured) -> None:
+def test_each_gate_fails_alone(failing: str, measured: RunRecords) -> None:
     found = verdicts(measured)
     assert found.pop(failing) == "fail"
     assert set(found.values()) == {"pass"}
@@ -154,7 +158,7 @@ def test_each_gate_fails_alone(failing: str, measured: Measured) -> None:
 
 
 def test_a_group_without_examples_is_not_measured_and_does_not_pass() -> None:
-    measured = replace(GOOD, adapter=validation("adapter", difficulty={"hard": metrics(1.0, 2.9)}))
+    measured = with_adapter(validation("adapter", difficulty={"hard": metrics(1.0, 2.9)}))
     record = evaluate(GUIDE_GATES, measured)
     easy = next(result for result in record.gates if result.gate.name == "easy perplexity")
     assert (easy.verdict, easy.measured) == ("not measured", None)
@@ -168,7 +172,7 @@ def test_every_metric_is_measured_from_records_and_not_without_them(metric: str)
     group = "source=DROP" if "accuracy_delta_" in metric else None
     gate = Gate(name="g", metric=metric, group=group, comparison="!=", threshold="nothing" if word else -1.0)
     (with_records,) = evaluate([gate], GOOD).gates
-    (without,) = evaluate([gate], Measured()).gates
+    (without,) = evaluate([gate], RunRecords(Path("run"))).gates
     assert with_records.verdict == "pass"
     assert (without.verdict, without.measured) == ("not measured", None)
     assert without.reason
@@ -300,7 +304,7 @@ def test_a_relative_gate_carries_its_interval() -> None:
     ],
 )
 def test_what_has_no_data_is_not_measured_and_says_why(
-    gate: dict[str, str], measured: Measured, reason: str
+    gate: dict[str, str], measured: RunRecords, reason: str
 ) -> None:
     # The threshold would let every number pass.
     asked = Gate.model_validate({"name": "g", "threshold": 1e9, **gate})
@@ -316,17 +320,20 @@ def test_hits_are_counted_where_an_older_record_does_not() -> None:
     ]
     found = ContaminationRecord(verdict="contaminated", rows_test=4, hits=hits)
     gate = Gate(name="g", metric="contamination.rows", comparison="==", threshold=1)
-    assert evaluate([gate], Measured(contamination=found)).passed
+    assert evaluate([gate], RunRecords(Path("run"), contamination=found)).passed
 
 
 def test_costs_are_judged_apart() -> None:
     slow = Gate(name="time", metric="cost.wall_seconds", threshold=60)
     found, costs = split_costs([*GUIDE_GATES, slow])
     assert (found, costs) == (list(GUIDE_GATES), [slow])
-    joined = join(evaluate(found, GOOD), evaluate(costs, GOOD))
+    judged = replace(GOOD, gates=evaluate(found, GOOD))
+    joined = replace(judged, cost_gates=evaluate(costs, GOOD)).judged
+    assert joined
     assert [result.verdict for result in joined.gates] == ["pass"] * len(GUIDE_GATES) + ["fail"]
     assert not joined.passed
-    assert join(evaluate(found, GOOD), None).passed
+    assert judged.judged
+    assert judged.judged.passed
 
 
 def test_the_page_on_gates_names_every_metric() -> None:

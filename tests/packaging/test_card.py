@@ -11,12 +11,12 @@ from huggingface_hub import ModelCard
 from lorasmith.files.atomic import read_record, write_record
 from lorasmith.files.digests import digest_folder
 from lorasmith.hub.cache import cache_of
-from lorasmith.packaging.card import load_card_records, write_card
+from lorasmith.packaging.card import write_card
 from lorasmith.packaging.pack import pack
 from lorasmith.packaging.unpack import unpack
 from lorasmith.packaging.verify import verify
 from lorasmith.records.merging import MergeRecord
-from lorasmith.records.proof import BehaviourProof, ComparisonRecord, WeightProof
+from lorasmith.records.proof import ComparisonRecord, WeightProof
 from lorasmith.records.scoring import TaskMetric, TaskResult, ValidationResult
 from tests.records_for_tests import identity
 from tests.samples import SECRET, SETTINGS, sample_run
@@ -238,4 +238,3 @@ def test_the_same_records_give_the_same_bytes(run: Path, models: dict[str, Path]
     first = (run / "merged" / "README.md").read_bytes()
     write_card(run, **models)
     assert (run / "merged" / "README.md").read_bytes() == first
-    assert load_card_records(run).behaviour == read_record(run / "proof" / "behaviour.json", BehaviourProof)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from lorasmith.errors import InputError
+from lorasmith.files.run_layout import load_records
 from lorasmith.machine.resources import human_bytes
 from lorasmith.reporting.followup import followup_view, size_plot
 from lorasmith.reporting.page import write_report
-from lorasmith.reporting.records import load_run
 from tests.reporting.browser import CHROMIUM, Browser
 from tests.reporting.followup_records import HOSTILE, add_followup, compressed
 from tests.reporting.test_browser import CONTRAST, READY
@@ -60,7 +60,7 @@ def test_a_page_without_timings_shows_no_speed(run: Path) -> None:
 
 
 def test_findings_of_the_steps_are_among_the_findings(run: Path) -> None:
-    found = [(sources, finding.code) for sources, finding in load_run(run, timings=True).findings()]
+    found = [(sources, finding.code) for sources, finding in load_records(run).findings()]
     assert (["responses"], "cut-off") in found
 
 
@@ -69,7 +69,7 @@ def test_a_run_without_such_steps_has_no_such_section(tmp_path: Path) -> None:
     write_report(run, tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text())
     assert "after" not in page.sections
-    assert followup_view(load_run(run, timings=True).followup) is None
+    assert followup_view(load_records(run).followup) is None
 
 
 def test_a_damaged_record_is_an_error(tmp_path: Path) -> None:

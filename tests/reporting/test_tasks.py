@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorasmith.files.atomic import read_record, write_record
+from lorasmith.files.run_layout import load_records
 from lorasmith.records.base import Interval
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.proof import ComparisonRecord
@@ -15,7 +16,6 @@ from lorasmith.records.release import Gate, GateRecord, GateResult, TimingRecord
 from lorasmith.records.scoring import TaskEffect, TaskMetric, TaskResult, ValidationResult
 from lorasmith.reporting.fidelity import heat_map
 from lorasmith.reporting.page import write_report
-from lorasmith.reporting.records import load_run
 from lorasmith.reporting.sections import task_table
 from tests.samples import ROLES, SETTINGS, sample_run
 
@@ -90,7 +90,7 @@ def page(run: Path, **options: bool) -> str:
 
 
 def test_three_models_stand_beside_what_adapter_and_merge_change(run: Path) -> None:
-    table = task_table(load_run(run, timings=True))
+    table = task_table(load_records(run))
     assert table is not None
     assert table.roles == list(ROLES)
     drop, humaneval, maths, _ = table.rows

@@ -81,7 +81,8 @@ def finished(inputs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
 
 def test_all_of_it_is_done_in_one_run(finished: RunResult) -> None:
     found = finished.followup
-    assert found is not None and found.responses and found.draft and found.speculation and found.speeds
+    assert found is not None and found.responses and found.draft
+    assert found.speculation and found.speculation_speed
     assert found.responses.rows == 14 and found.responses.failed == 0
     assert found.responses.logprobs is not None
     # The chain: the draft learned from these responses, and is the one that was tested.

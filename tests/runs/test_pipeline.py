@@ -196,7 +196,7 @@ def test_a_run_killed_at_any_point_ends_with_the_same_bytes() -> None:
     # In a process of its own: forking is safe only where no library has started threads.
     done = subprocess.run(
         [sys.executable, "-m", "tests.campaigns.kills", "--kills", str(KILLS)],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{KILLS} of {KILLS} killed runs continued" in done.stdout

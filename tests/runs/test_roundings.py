@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import lorasmith
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.atomic import read_record
 from lorasmith.models.layerwise import UnsupportedLayers
 from lorasmith.records.merging import MergeRecord, RoundingsRecord
+from lorasmith.runs import roundings
 from lorasmith.runs.roundings import compare_roundings, float16_range
 from tests.merging.calibrated.test_fit import write_rows
 from tests.tiny import save_adapter, save_base
@@ -82,14 +82,14 @@ def test_it_calibrates_on_as_many_tokens_as_asked(
 ) -> None:
     base, adapter, train, test_set = folders
     used: list[int] = []
-    merge = lorasmith.merge
+    merge = roundings.merge
 
     def noting(*arguments: Any, **options: Any) -> MergeRecord:
         record = merge(*arguments, **options)
         used.extend([record.calibration.tokens] if record.calibration else [])
         return record
 
-    monkeypatch.setattr(lorasmith, "merge", noting)
+    monkeypatch.setattr(roundings, "merge", noting)
     options: dict[str, Any] = {"calibration": train, "calibration_tokens": 200}
     compare_roundings(base, adapter, test_set, tmp_path / "out", **options)
     assert len(used) == 1 and 100 < used[0] <= 200

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorasmith.gates.evaluate import GUIDE_GATES, evaluate, join, split_costs
-from lorasmith.gates.metrics import METRICS, Measured, Metric
+from lorasmith.gates.evaluate import GUIDE_GATES, evaluate, split_costs
+from lorasmith.gates.metrics import METRICS, Metric
 
-__all__ = ["GUIDE_GATES", "METRICS", "Measured", "Metric", "evaluate", "join", "split_costs"]
+__all__ = ["GUIDE_GATES", "METRICS", "Metric", "evaluate", "split_costs"]

@@ -6,7 +6,8 @@ import operator
 from collections.abc import Callable, Iterable, Mapping
 
 from lorasmith.errors import UsageError
-from lorasmith.gates.metrics import METRICS, Measured, NotMeasured
+from lorasmith.files.run_layout import RunRecords
+from lorasmith.gates.metrics import METRICS, NotMeasured
 from lorasmith.records.release import Gate, GateRecord, GateResult
 
 # What to do about a gate that did not pass and has no advice of its own, by what it measures.
@@ -80,12 +81,12 @@ _COMPARE: Mapping[str, Callable[..., bool]] = {
 }
 
 
-def evaluate(gates: Iterable[Gate], measured: Measured) -> GateRecord:
+def evaluate(gates: Iterable[Gate], records: RunRecords) -> GateRecord:
     """Each gate with its measured value, interval and verdict, and with advice (see `gates.advice`).
 
     Raises `UsageError` for a metric or a kind of group that does not exist, or a threshold of the wrong type.
     """
-    return _record([_evaluate(gate, measured) for gate in gates])
+    return GateRecord.of(_evaluate(gate, records) for gate in gates)
 
 
 def check_gates(gates: Iterable[Gate]) -> None:
@@ -104,21 +105,12 @@ def split_costs(gates: Iterable[Gate]) -> tuple[list[Gate], list[Gate]]:
     return [gate for gate in known if gate not in costs], costs
 
 
-def join(*records: GateRecord | None) -> GateRecord:
-    """The gates of several records as one."""
-    return _record([result for record in records if record for result in record.gates])
-
-
-def _record(results: list[GateResult]) -> GateRecord:
-    return GateRecord(passed=all(result.verdict == "pass" for result in results), gates=results)
-
-
-def _evaluate(gate: Gate, measured: Measured) -> GateResult:
+def _evaluate(gate: Gate, records: RunRecords) -> GateResult:
     metric = METRICS[_known(gate)]
     metric.check(gate)
     gate = with_advice(gate)
     try:
-        value, interval = metric.read(measured, gate.group)
+        value, interval = metric.read(records, gate.group)
     except NotMeasured as missing:
         return GateResult(gate=gate, measured=None, verdict="not measured", reason=str(missing))
     passed = _COMPARE[gate.comparison](value, gate.threshold)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 from lorasmith.errors import UsageError
+from lorasmith.files.run_layout import ROLES, RunRecords
 from lorasmith.records.base import Interval
 from lorasmith.records.dataset import ContaminationRecord
-from lorasmith.records.merging import MergeRecord
 from lorasmith.records.proof import (
     BehaviourProof,
-    ComparisonRecord,
     PairedEffect,
     TokenComparison,
-    WeightProof,
 )
 from lorasmith.records.release import Gate, StageTiming, TimingRecord
-from lorasmith.records.scoring import GroupMetrics, TaskEffect, TaskMetric, TaskResult, ValidationResult
+from lorasmith.records.scoring import GroupMetrics, TaskEffect, TaskMetric, ValidationResult
 
 # Why a gate has no data.
 
@@ -30,7 +28,7 @@ class NotMeasured(Exception):
 # Accuracy on the benchmarks' own questions, as gates read it.
 
 
-Read = Callable[["Measured", str | None], tuple[float | str, Interval | None]]
+Read = Callable[[RunRecords, str | None], tuple[float | str, Interval | None]]
 
 MAIN_METRICS = ("accuracy", "exact_match", "pass@1", "f1")
 """A benchmark with several metrics is judged by the first of these that it has."""
@@ -41,10 +39,10 @@ _PAIRS = {"effect": ("adapter", "base"), "merge": ("merged", "adapter")}
 def accuracy(role: str) -> Read:
     """A benchmark's main metric, 0..1; over all benchmarks weighted by their scored examples."""
 
-    def read(measured: Measured, group: str | None) -> tuple[float | str, Interval | None]:
-        if role not in measured.tasks:
+    def read(records: RunRecords, group: str | None) -> tuple[float | str, Interval | None]:
+        if role not in records.tasks:
             raise NotMeasured(f"the {role} model answered no benchmark questions (--tasks)")
-        found = _main(measured.tasks[role].metrics)
+        found = _main(records.tasks[role].metrics)
         if group is None:
             return _mean([metric for metric in found.values() if metric.value is not None]), None
         metric = found.get(group.partition("=")[2])
@@ -58,24 +56,24 @@ def accuracy(role: str) -> Read:
 def differences(pair: str) -> dict[str, Read]:
     """`delta`, `delta_low`, `delta_high`: the second model's accuracy minus the first one's.
 
-    One benchmark is paired example by example and has an interval; over all of them only `delta` is measured.
+    One benchmark is paired example by example and has an interval; over all of them only `delta` is records.
     """
     other, first = _PAIRS[pair]
 
-    def delta(measured: Measured, group: str | None) -> tuple[float | str, Interval | None]:
+    def delta(records: RunRecords, group: str | None) -> tuple[float | str, Interval | None]:
         if group is None:
-            (high, _), (low, _) = accuracy(other)(measured, None), accuracy(first)(measured, None)
+            (high, _), (low, _) = accuracy(other)(records, None), accuracy(first)(records, None)
             return float(high) - float(low), None
-        effect = _task_effect(measured, pair, group)
+        effect = _task_effect(records, pair, group)
         return effect.delta, effect.interval
 
     def end(name: str) -> Read:
-        def read(measured: Measured, group: str | None) -> tuple[float | str, Interval | None]:
+        def read(records: RunRecords, group: str | None) -> tuple[float | str, Interval | None]:
             if group is None:
                 raise NotMeasured(
                     "an interval is measured by benchmark only: give the gate a group, source=…"
                 )
-            interval = _task_effect(measured, pair, group).interval
+            interval = _task_effect(records, pair, group).interval
             if interval is None:
                 raise NotMeasured("there are too few examples for an interval")
             return float(getattr(interval, name)), None
@@ -98,13 +96,14 @@ def _mean(metrics: list[TaskMetric]) -> float:
     return sum((metric.value or 0.0) * metric.scored for metric in metrics) / scored
 
 
-def _task_effect(measured: Measured, pair: str, group: str) -> TaskEffect:
-    if pair not in measured.task_effects:
+def _task_effect(records: RunRecords, pair: str, group: str) -> TaskEffect:
+    effects = records.comparison.task_effects.get(pair) if records.comparison else None
+    if effects is None:
         both = " and ".join(_PAIRS[pair])
         raise NotMeasured(f"{both} did not both answer the benchmarks' questions (--tasks)")
     ranks = {name: rank for rank, name in enumerate(MAIN_METRICS)}
     wanted = group.partition("=")[2]
-    found = [effect for effect in measured.task_effects[pair] if effect.benchmark == wanted]
+    found = [effect for effect in effects if effect.benchmark == wanted]
     if not found:
         raise NotMeasured(f"no answer that both models have in {group}")
     return min(found, key=lambda effect: ranks.get(effect.metric, len(ranks)))
@@ -118,29 +117,10 @@ _GROUPS = ("source", "domain", "difficulty")
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The records that gates read; None or absent where a stage did not run."""
-
-    base: ValidationResult | None = None
-    adapter: ValidationResult | None = None
-    merged: ValidationResult | None = None
-    merge: MergeRecord | None = None
-    weights: WeightProof | None = None
-    behaviour: BehaviourProof | None = None
-    contamination: ContaminationRecord | None = None
-    comparison: ComparisonRecord | None = None
-    tasks: Mapping[str, TaskResult] = field(default_factory=dict)
-    """Role → answers to the benchmarks' own questions."""
-    task_effects: Mapping[str, list[TaskEffect]] = field(default_factory=dict)
-    """`effect` (adapter against base) and `merge` (merged against adapter), example by example."""
-    timing: TimingRecord | None = None
-
-
-@dataclass(frozen=True)
 class Metric:
     """One metric: how it is read, by which kinds of group, and whether it is a word."""
 
-    read: Callable[[Measured, str | None], Value]
+    read: Callable[[RunRecords, str | None], Value]
     groups: tuple[str, ...] = ()
     """Kinds that may stand before the `=` of a gate's group; `source` admits crossings with it as well."""
     word: bool = False
@@ -173,8 +153,8 @@ def _pick(groups: Mapping[str, Mapping[str, T]], group: str) -> T:
 
 
 def _validation(role: str, read: Callable[[GroupMetrics], Value]) -> Metric:
-    def value(measured: Measured, group: str | None) -> Value:
-        result: ValidationResult | None = getattr(measured, role)
+    def value(records: RunRecords, group: str | None) -> Value:
+        result: ValidationResult | None = records.validations.get(role)
         if result is None:
             raise NotMeasured(f"the {role} model was not validated")
         return read(result.overall if group is None else _pick(result.groups, group))
@@ -183,18 +163,18 @@ def _validation(role: str, read: Callable[[GroupMetrics], Value]) -> Metric:
 
 
 def _behaviour(read: Callable[[TokenComparison], float]) -> Metric:
-    def value(measured: Measured, group: str | None) -> Value:
-        if measured.behaviour is None:
+    def value(records: RunRecords, group: str | None) -> Value:
+        if records.behaviour is None:
             raise NotMeasured("the comparison did not run")
-        proof = measured.behaviour
+        proof = records.behaviour
         return read(proof.overall if group is None else _pick(proof.groups, group)), None
 
     return Metric(value, _GROUPS)
 
 
 def _effect(read: Callable[[PairedEffect], Value], *, word: bool = False) -> Metric:
-    def value(measured: Measured, group: str | None) -> Value:
-        record = measured.comparison
+    def value(records: RunRecords, group: str | None) -> Value:
+        record = records.comparison
         if record is None or record.adapter_effect is None:
             raise NotMeasured("the adapter was not compared with its base")
         return read(record.adapter_effect if group is None else _pick(record.adapter_effect_groups, group))
@@ -210,8 +190,8 @@ def _end(interval: Interval | None, end: str) -> float:
 
 
 def _record(name: str, what: str, read: Callable[..., float | str], *, word: bool = False) -> Metric:
-    def value(measured: Measured, group: str | None) -> Value:
-        record = getattr(measured, name)
+    def value(records: RunRecords, group: str | None) -> Value:
+        record = getattr(records, name)
         if record is None:
             raise NotMeasured(f"{what} did not run")
         return read(record), None
@@ -245,14 +225,14 @@ def _hit_rows(record: ContaminationRecord) -> int:
 
 
 def _cost(read: Callable[[TimingRecord, list[StageTiming]], float]) -> Metric:
-    def value(measured: Measured, group: str | None) -> Value:
-        if measured.timing is None:
+    def value(records: RunRecords, group: str | None) -> Value:
+        if records.timing is None:
             raise NotMeasured("no times were recorded")
         name = None if group is None else group.partition("=")[2]
-        stages = [stage for stage in measured.timing.stages if name in (None, stage.stage)]
+        stages = [stage for stage in records.timing.stages if name in (None, stage.stage)]
         if not stages:
             raise NotMeasured(f"no stage {name!r} was timed" if name else "no stage was timed")
-        return read(measured.timing, stages), None
+        return read(records.timing, stages), None
 
     return Metric(value, ("stage",))
 
@@ -275,8 +255,6 @@ def _peak(timing: TimingRecord, stages: list[StageTiming]) -> float:
         raise NotMeasured("this system does not tell the peak of memory")
     return max(peaks)
 
-
-ROLES = ("base", "adapter", "merged")
 
 METRICS: dict[str, Metric] = {
     **{f"{role}.loss": _validation(role, lambda m: (m.loss, m.interval)) for role in ROLES},

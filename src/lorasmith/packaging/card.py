@@ -6,17 +6,15 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from lorasmith.benchmarks.fetch import SOURCES
-from lorasmith.files.atomic import read_record, write_bytes
+from lorasmith.files.atomic import write_bytes
 from lorasmith.files.digests import CARD
+from lorasmith.files.run_layout import GATES, MEASURED, MERGE, TASKS, VALIDATIONS, RunRecords, load_records
 from lorasmith.hub.cache import origin_of
-from lorasmith.records.base import Record
-from lorasmith.records.dataset import ContaminationRecord
 from lorasmith.records.merging import MergeRecord
-from lorasmith.records.proof import BehaviourProof, ComparisonRecord, PairedEffect, WeightProof
-from lorasmith.records.release import GateRecord
+from lorasmith.records.proof import BehaviourProof, PairedEffect, WeightProof
 from lorasmith.records.scoring import GroupMetrics, TaskResult, ValidationResult
 
 if TYPE_CHECKING:
@@ -177,7 +175,7 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def claims(records: CardRecords) -> str:
+def claims(records: RunRecords) -> str:
     """A list, one claim an item; what was not measured says so."""
     effect = records.comparison.adapter_effect if records.comparison else None
     rows = [_weights(records.weights), _behaviour(records.behaviour), _effect(effect)]
@@ -220,15 +218,17 @@ def _effect(effect: PairedEffect | None) -> str:
 # The body of a model card: claims, recipe, figures, limits, how to use and to check it.
 
 
-def body(records: CardRecords, *, title: str, base_model: str | None, licence: Licence) -> str:
+def body(
+    records: RunRecords, merge: MergeRecord, *, title: str, base_model: str | None, licence: Licence
+) -> str:
     """Markdown; nothing of a test set's text is in it."""
     sections = [
         f"# {plain(title)}",
-        _summary(records, base_model),
+        _summary(records, merge, base_model),
         "## Claims",
         claims(records),
         "## How it was made",
-        _recipe(records),
+        _recipe(merge),
         "## Measured",
         _figures(records),
         "## Limits",
@@ -243,22 +243,21 @@ def body(records: CardRecords, *, title: str, base_model: str | None, licence: L
     return "\n\n".join(sections) + "\n"
 
 
-def _summary(records: CardRecords, base_model: str | None) -> str:
+def _summary(records: RunRecords, merge: MergeRecord, base_model: str | None) -> str:
     model = records.validations["merged"].model
     origin = (
         f"[{base_model}](https://huggingface.co/{base_model})"
         if base_model
-        else f"the base model with digest `{records.merge.base_sha256[:16]}…`"
+        else f"the base model with digest `{merge.base_sha256[:16]}…`"
     )
     return (
         f"A standalone model ({plain(model.architecture)}, {model.parameters:,} parameters): {origin} with "
-        f"{count(len(records.merge.adapter_sha256), 'LoRA adapter')} merged into its weights. "
+        f"{count(len(merge.adapter_sha256), 'LoRA adapter')} merged into its weights. "
         "PEFT is not needed."
     )
 
 
-def _recipe(records: CardRecords) -> str:
-    merge = records.merge
+def _recipe(merge: MergeRecord) -> str:
     formulas = sorted({tensor.formula for tensor in merge.tensors})
     scales = sorted({tensor.scale for tensor in merge.tensors if tensor.scale is not None})
     rows = [
@@ -282,7 +281,7 @@ def _recipe(records: CardRecords) -> str:
     return f"| | |\n|---|---|\n{table}"
 
 
-def _figures(records: CardRecords) -> str:
+def _figures(records: RunRecords) -> str:
     settings = records.validations["merged"].settings
     scored = "response tokens" if settings.loss_on == "response" else "prompt and response tokens"
     lead = (
@@ -317,7 +316,7 @@ def _loss(metrics: GroupMetrics | None) -> str:
     return f"{metrics.loss:.4f}" + (f" [{span.low:.4f}, {span.high:.4f}]" if span else "")
 
 
-def _tasks(records: CardRecords) -> str:
+def _tasks(records: RunRecords) -> str:
     values: dict[tuple[str, str], dict[str, str]] = {}
     for role, result in records.tasks.items():
         for metric in result.metrics:
@@ -331,7 +330,7 @@ def _tasks(records: CardRecords) -> str:
     return "\n".join(lines)
 
 
-def _limits(records: CardRecords) -> str:
+def _limits(records: RunRecords) -> str:
     merged = records.validations["merged"]
     limits = [
         f"The figures hold for the {count(merged.overall.examples, 'example')} of this test set; nothing "
@@ -359,7 +358,7 @@ def _limits(records: CardRecords) -> str:
     return "\n".join(f"- {text}" for text in limits)
 
 
-def _hurt_groups(records: CardRecords) -> list[str]:
+def _hurt_groups(records: RunRecords) -> list[str]:
     if records.comparison is None:
         return []
     return [
@@ -393,25 +392,6 @@ def _licence(licence: Licence) -> str:
     return f"As the base: {plain(name)} (from {licence.source})."
 
 
-R = TypeVar("R", bound=Record)
-ROLES = ("base", "adapter", "merged")
-
-
-@dataclass(frozen=True)
-class CardRecords:
-    """The records that the card tells of; None or left out where a run has none."""
-
-    merge: MergeRecord
-    validations: dict[str, ValidationResult]
-    """Validations by role; the merged model's is always there."""
-    tasks: dict[str, TaskResult]
-    weights: WeightProof | None
-    behaviour: BehaviourProof | None
-    comparison: ComparisonRecord | None
-    contamination: ContaminationRecord | None
-    gates: GateRecord | None
-
-
 def write_card(
     run: Path, *, base: Path, adapter: Path, base_model: str | None = None, name: str | None = None
 ) -> None:
@@ -422,12 +402,16 @@ def write_card(
     the records and of base and adapter: no times, no paths. Raises `InputError` for a record that is missing
     or damaged.
     """
-    records = load_card_records(run)
-    text = card_text(records, base_licence(base), base_name(base, adapter, base_model), name)
+    records = load_records(run, {*MEASURED, *TASKS.values(), GATES})
+    merge = MERGE.required(records.merge, run)
+    VALIDATIONS["merged"].required(records.validations.get("merged"), run)
+    text = card_text(records, merge, base_licence(base), base_name(base, adapter, base_model), name)
     write_bytes(run / "merged" / CARD, text.encode())
 
 
-def card_text(records: CardRecords, licence: Licence, base_model: str | None, name: str | None) -> str:
+def card_text(
+    records: RunRecords, merge: MergeRecord, licence: Licence, base_model: str | None, name: str | None
+) -> str:
     """Front matter and body."""
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -447,27 +431,5 @@ def card_text(records: CardRecords, licence: Licence, base_model: str | None, na
     )
     if base_model:
         data["base_model_relation"] = "finetune"
-    text = body(records, title=title, base_model=base_model, licence=licence)
+    text = body(records, merge, title=title, base_model=base_model, licence=licence)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
-
-
-def load_card_records(run: Path) -> CardRecords:
-    """Read every record that is there; merge and validation of the merged model must be."""
-    validation, proof = run / "validation", run / "proof"
-    validations = {role: _read(validation / f"{role}.json", ValidationResult) for role in ROLES}
-    validations["merged"] = read_record(validation / "merged.json", ValidationResult)
-    tasks = {role: _read(validation / f"{role}_tasks.json", TaskResult) for role in ROLES}
-    return CardRecords(
-        merge=read_record(run / "merged" / "lorasmith_merge.json", MergeRecord),
-        validations={role: result for role, result in validations.items() if result},
-        tasks={role: result for role, result in tasks.items() if result},
-        weights=_read(proof / "weights.json", WeightProof),
-        behaviour=_read(proof / "behaviour.json", BehaviourProof),
-        comparison=_read(proof / "comparison.json", ComparisonRecord),
-        contamination=_read(run / "testset" / "contamination.json", ContaminationRecord),
-        gates=_read(run / "gates.json", GateRecord),
-    )
-
-
-def _read(path: Path, kind: type[R]) -> R | None:
-    return read_record(path, kind) if path.is_file() else None

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorasmith.errors import CheckpointError, DataError, InputError, os_errors
+from lorasmith.files import run_layout as layout
 from lorasmith.files.atomic import read_record
 from lorasmith.files.digests import CARD, folder_files, hash_file
 from lorasmith.files.jsonl import dump_row, read_examples
@@ -27,16 +28,9 @@ from lorasmith.records.scoring import GroupMetrics, TaskResult, ValidationResult
 
 RESULTS = "validation_results"
 MODEL = "merged_model"
-MERGE_RECORD = "lorasmith_merge.json"
-_REQUIRED = ("run.json", "testset/test_set.jsonl", "validation/adapter.json", f"merged/{MERGE_RECORD}")
-_RECORDS = ("run.json", "gates.json", "testset/*.json", "validation/*.json", "proof/*.json")
-_FOLLOWUP = (
-    "followup/responses/responses.json",
-    "followup/draft/lorasmith_draft.json",
-    "followup/speculation.json",
-    "followup/compressed/*/lorasmith_compress.json",
-)
-"""Counts, figures and digests: no text of any row, and no weights, which stay in the run folder."""
+MERGE_RECORD = layout.MERGE.path.rpartition("/")[2]
+"""Its name in the merged folder, wherever that lies."""
+_REQUIRED = (layout.RUN.path, layout.TEST_SET, layout.VALIDATIONS["adapter"].path, layout.MERGE.path)
 _OPEN_COLUMNS = frozenset(
     {
         "id",
@@ -71,7 +65,7 @@ def collect(run: Path, report: bytes | None) -> Contents:
     `CheckpointError` for a merged folder that does not hold exactly the files that the merge wrote.
     """
     _require(run)
-    test_set = run / "testset" / "test_set.jsonl"
+    test_set = run / layout.TEST_SET
     test_sha = hash_file(test_set)
     _check_same_test_set(run, test_sha)
     examples = read_examples(test_set)
@@ -87,12 +81,12 @@ def collect(run: Path, report: bytes | None) -> Contents:
             redacted[name] = original
 
     if hidden:
-        add("testset/test_set.jsonl", _publishable(examples, test_sha), test_sha)
+        add(layout.TEST_SET, _publishable(examples, test_sha), test_sha)
     else:
-        add("testset/test_set.jsonl", test_set)
-    for record in (file for pattern in (*_RECORDS, *_FOLLOWUP) for file in sorted(run.glob(pattern))):
+        add(layout.TEST_SET, test_set)
+    for record in (path for file in layout.PACKED for path in run.glob(file.path)):
         path = record.relative_to(run).as_posix()
-        if path == "proof/behaviour.json" and hidden:
+        if path == layout.BEHAVIOUR.path and hidden:
             add(path, _without_words(record, hidden), hash_file(record))
         else:
             add(path, record)
@@ -102,7 +96,6 @@ def collect(run: Path, report: bytes | None) -> Contents:
             add(path, _without_text(table, hidden), hash_file(table))
         else:
             add(path, table)
-    add(f"merged/{MERGE_RECORD}", run / "merged" / MERGE_RECORD)
     if report is not None:
         add("report.html", report)
     return Contents(members, _model(run / "merged"), redacted)

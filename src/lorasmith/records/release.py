@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal, Self
 
 from lorasmith.records.base import FileDigest, Interval, Part, Record
 from lorasmith.records.dataset import Example
@@ -57,6 +58,12 @@ class GateRecord(Record):
     passed: bool
     """True only when every gate passed; a gate that was not measured has not passed."""
     gates: list[GateResult]
+
+    @classmethod
+    def of(cls, results: Iterable[GateResult]) -> Self:
+        """Several verdicts as one record."""
+        gates = list(results)
+        return cls(passed=all(result.verdict == "pass" for result in gates), gates=gates)
 
 
 class StageTiming(Part):

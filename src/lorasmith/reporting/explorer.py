@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 
 from lorasmith.errors import InputError, os_errors
 from lorasmith.files.jsonl import read_rows
+from lorasmith.files.run_layout import ROLES, RunRecords
 from lorasmith.records.proof import ExampleComparison
 from lorasmith.records.release import is_redacted
-from lorasmith.reporting.records import ROLES, RunRecords
 
 # Token ids as the pieces of text a reader sees, with the tokenizer that lies beside the merged weights.
 

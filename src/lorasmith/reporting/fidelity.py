@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lorasmith.files.run_layout import RunRecords
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.proof import TokenComparison
 from lorasmith.reporting.figures import Axis, linear_axis, log_axis
 from lorasmith.reporting.groups import ALL, is_idle, sort_groups
-from lorasmith.reporting.records import RunRecords
 
 FLOOR = "the adapter against itself"
 SERVED = "the adapter in its serving type"

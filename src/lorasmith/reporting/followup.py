@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lorasmith.files.run_layout import FollowupRecords
 from lorasmith.records.compression import CompressRecord
 from lorasmith.records.followup import (
     ClassifierReport,
@@ -15,7 +16,6 @@ from lorasmith.records.followup import (
 )
 from lorasmith.records.scoring import TaskEffect
 from lorasmith.reporting.figures import Axis, linear_axis, log_axis
-from lorasmith.reporting.records import FollowupRecords
 
 ENDS = {
     "stop": "ended by themselves",

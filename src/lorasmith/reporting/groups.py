@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lorasmith.files.run_layout import RunRecords
 from lorasmith.records.proof import PairedEffect
 from lorasmith.records.scoring import GroupMetrics
 from lorasmith.reporting.figures import Axis, linear_axis, plain
-from lorasmith.reporting.records import RunRecords
 
 ALL = "all examples"
 _DIFFICULTY_ORDER = {"easy": 0, "medium": 1, "hard": 2}

@@ -8,15 +8,16 @@ from typing import Any
 
 from markupsafe import Markup
 
+from lorasmith.errors import DataError
 from lorasmith.files.atomic import write_bytes
 from lorasmith.files.costs import costs
+from lorasmith.files.run_layout import ALL, UNTIMED, RunRecords, load_records
 from lorasmith.machine.resources import human_bytes
 from lorasmith.records.release import is_redacted
 from lorasmith.reporting.explorer import Explorer, build_explorer
 from lorasmith.reporting.fidelity import FLOOR, QUANTILES, divergence_tables, heat_map, shifts
 from lorasmith.reporting.followup import followup_view
 from lorasmith.reporting.groups import effect_tables, model_tables, sort_groups
-from lorasmith.reporting.records import RunRecords, load_run
 from lorasmith.reporting.sections import (
     GLOSSARY,
     claims,
@@ -34,7 +35,23 @@ def write_report(run: Path, output: Path, *, timings: bool = True) -> None:
     A section whose record is absent says that it was not measured. Rows whose text must not be published show
     their id and scores. Raises `DataError` for a folder without records, `InputError` for a damaged record.
     """
-    write_bytes(output, render(load_run(run, timings=timings)).encode())
+    write_bytes(output, render(report_records(run, timings=timings)).encode())
+
+
+def report_records(run: Path, *, timings: bool) -> RunRecords:
+    """Every record of a run; `timings` says whether those that differ between two runs are among them.
+
+    Raises `DataError` where there is no record, `InputError` for a damaged one.
+    """
+    records = load_records(run, ALL if timings else UNTIMED)
+    if records.run is None and not records.validations and records.merge is None:
+        raise DataError(
+            "there is no record of a run here",
+            where=run,
+            expected="a run folder, or validation_results of an unpacked package",
+            remedy="give the folder that holds run.json",
+        )
+    return records
 
 
 def render(records: RunRecords) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from lorasmith.files.run_layout import RunRecords
 from lorasmith.machine.resources import human_bytes
 from lorasmith.records.proof import PairedEffect
 from lorasmith.records.scoring import TaskEffect, TaskMetric
@@ -29,7 +30,6 @@ from lorasmith.reporting.figures import (
     signed,
 )
 from lorasmith.reporting.groups import ALL
-from lorasmith.reporting.records import RunRecords
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ def headline(records: RunRecords) -> tuple[str, str]:
             "drifted": "the merged model drifted from the adapter",
         }
         parts.append(words.get(records.behaviour.grade, records.behaviour.grade))
-    if records.gates:
-        open_gates = [gate for gate in records.gates.gates if gate.verdict != "pass"]
-        total = len(records.gates.gates)
+    if records.judged:
+        open_gates = [gate for gate in records.judged.gates if gate.verdict != "pass"]
+        total = len(records.judged.gates)
         parts.append(
             f"{len(open_gates)} of {plural(total, 'gate')} did not pass"
             if open_gates
@@ -153,7 +153,7 @@ def _behaviour(records: RunRecords) -> Claim:
 
 
 def _gates(records: RunRecords) -> Claim:
-    title, gates = "The gates", records.gates
+    title, gates = "The gates", records.judged
     if gates is None:
         return Claim(title, MISSING, "none", "No thresholds were checked.", "gates")
     failed = [gate.gate.name for gate in gates.gates if gate.verdict == "fail"]

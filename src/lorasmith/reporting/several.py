@@ -10,10 +10,11 @@ from typing import Any
 
 from lorasmith.errors import UsageError
 from lorasmith.files.atomic import write_bytes
+from lorasmith.files.run_layout import RunRecords
 from lorasmith.records.scoring import GroupMetrics
 from lorasmith.reporting.figures import Axis, linear_axis, log_axis, number, plural
 from lorasmith.reporting.groups import ALL, is_idle, sort_groups
-from lorasmith.reporting.records import RunRecords, load_run
+from lorasmith.reporting.page import report_records
 from lorasmith.reporting.sections import Claim, claims, provenance, render_page
 
 COLOURS = 8
@@ -64,7 +65,7 @@ class RunTable:
 def write_comparison(runs: Sequence[Path], output: Path, *, timings: bool = True) -> None:
     """Write one page that compares several run folders, from their records alone.
 
-    Raises `UsageError` for fewer than two runs, and what `load_run` raises.
+    Raises `UsageError` for fewer than two runs, and what `report_records` raises.
     """
     if len(runs) < 2:
         raise UsageError("there is nothing to compare", expected="two or more runs")
@@ -97,7 +98,7 @@ def _name(runs: Sequence[Path], timings: bool) -> list[NamedRun]:
     found = []
     for place, run in enumerate(resolved):
         name = run.name if times[run.name] == 1 else f"{run.parent.name}/{run.name}"
-        records = load_run(run, timings=timings)
+        records = report_records(run, timings=timings)
         found.append(NamedRun(name, place, records, claims(records)))
     return found
 

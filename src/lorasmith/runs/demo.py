@@ -15,7 +15,6 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import lorasmith
 from lorasmith.errors import DataError, UsageError, os_errors
 from lorasmith.files.atomic import aside, publish_folder, read_record
 from lorasmith.files.digests import cache_folder, sha256_file
@@ -26,6 +25,7 @@ from lorasmith.models.load import quiet_libraries
 from lorasmith.progress import Progress, Unwatched, Watcher, silent
 from lorasmith.records.followup import TrainRecord
 from lorasmith.runs.config import RunConfig
+from lorasmith.runs.pipeline import run
 from lorasmith.runs.results import RunResult
 from lorasmith.runs.stages import Stage, open_run
 from lorasmith.training.settings import TrainSettings
@@ -75,6 +75,8 @@ def demo(
     With `followup` the run goes on after the release, as `FOLLOWUP` says. Raises `UsageError` when the
     demo's packages are not installed.
     """
+    from lorasmith.training.train import train
+
     watch = watcher or Unwatched()
     gguf, tasks = embedded_files()
     require_disk(output, _NEEDED_BYTES, "run the demo")
@@ -103,9 +105,7 @@ def demo(
                 {"base": base, "train": train_file},
                 vars(settings),
                 ["adapter"],
-                partial(
-                    lorasmith.train, base, train_file, adapter, settings=settings, progress=watch.progress
-                ),
+                partial(train, base, train_file, adapter, settings=settings, progress=watch.progress),
             ),
         ),
     )
@@ -125,7 +125,7 @@ def demo(
         seed=seed,
         followup=FOLLOWUP if followup else None,
     )
-    return DemoResult(output, lorasmith.run(config, watcher=watch))
+    return DemoResult(output, run(config, watcher=watch))
 
 
 def embedded_files() -> tuple[Path, Path]:

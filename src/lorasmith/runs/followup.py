@@ -13,19 +13,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lorasmith
 from lorasmith.checkpoint.model import open_checkpoint, text_config
 from lorasmith.errors import InputError, UsageError, os_errors
+from lorasmith.files import run_layout as layout
 from lorasmith.files.atomic import publish_folder
 from lorasmith.files.digests import digest_path
+from lorasmith.files.run_layout import (
+    DRAFT,
+    RESPONSE_CHUNKS,
+    RESPONSES,
+    RESPONSES_SPEED,
+    SPECULATION,
+    SPECULATION_SPEED,
+    RunFile,
+)
 from lorasmith.followup.asked import CompressAsked, DraftAsked, FollowupAsked, RespondAsked, SpeculateAsked
 from lorasmith.hub.models import local_model
 from lorasmith.progress import Progress
-from lorasmith.records.base import Record
-from lorasmith.records.compression import CompressRecord
-from lorasmith.records.followup import DraftRecord, RespondRecord, SpeculationRecord
 from lorasmith.runs.config import RunConfig
-from lorasmith.runs.results import COMPRESS_RECORD, COMPRESSED, DRAFT, FOLLOWUP, RESPONSES, SPECULATION
 from lorasmith.runs.stages import Stage
 from lorasmith.runs.step import RunContext, Step
 
@@ -36,22 +41,18 @@ if TYPE_CHECKING:
 # Where the follow-up steps read and write, what is no longer theirs, what is refused before a run begins.
 
 
-WORK = ".followup"
-"""Below the run folder: what a killed step goes on from, in a folder for each set of inputs and settings."""
-
-
 def work_folder(run: Path, stage: Stage) -> Path:
     """Where a step begins or goes on; the leftovers of the same step with other inputs are removed."""
     asked = {name: digest_path(path) for name, path in stage.inputs.items()}
     body = json.dumps([stage.version, asked, dict(stage.parameters)], sort_keys=True, default=str)
     name = f"{stage.name}-{hashlib.sha256(body.encode()).hexdigest()[:16]}"
-    folder = run / WORK / name
+    folder = run / layout.FOLLOWUP_WORK / name
     with os_errors(folder, "write"):
-        for other in (run / WORK).glob(f"{stage.name}-*"):
+        for other in (run / layout.FOLLOWUP_WORK).glob(f"{stage.name}-*"):
             if other.name != name:
                 shutil.rmtree(other, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        (run / FOLLOWUP).mkdir(exist_ok=True)
+        (run / layout.FOLLOWUP).mkdir(exist_ok=True)
     return folder
 
 
@@ -70,21 +71,28 @@ def response_data(config: RunConfig) -> Path:
 def forget_unasked(config: RunConfig) -> None:
     """Remove what an earlier command left of steps that are not asked for now: it is no part of this run."""
     asked, run = config.followup or FollowupAsked(), config.output
-    places = {"respond": [RESPONSES, "responses.timing.json", "responses.chunks.jsonl"], "draft": [DRAFT]}
-    places["speculate"] = [SPECULATION, "speculation.timing.json"]
-    for name, (record, *others) in places.items():
-        if name in asked.named:
-            continue
-        place = run / record if name == "speculate" else (run / record).parent
-        for path in (place, *(run / FOLLOWUP / other for other in others), run / "stages" / f"{name}.json"):
-            _remove(path)
+    left = {
+        "respond": (_folder(RESPONSES), RESPONSES_SPEED.path, RESPONSE_CHUNKS),
+        "draft": (_folder(DRAFT),),
+        "speculate": (SPECULATION.path, SPECULATION_SPEED.path),
+    }
+    for name, paths in left.items():
+        for path in (*paths, f"{layout.STAGES}/{name}.json"):
+            if name not in asked.named:
+                _remove(run / path)
     wanted = {way.name for way in asked.compress.settings(seed=config.seed)} if asked.compress else set()
-    for path in (*(run / COMPRESSED).glob("*"), *(run / "stages").glob("compress-*.json")):
-        if path.name.removeprefix("compress-").removesuffix(".json") not in wanted:
-            _remove(path)
-    for folder in (run / COMPRESSED, run / FOLLOWUP):
+    compressed = run / layout.COMPRESSED_MODELS
+    for place in (*compressed.glob("*"), *(run / layout.STAGES).glob("compress-*.json")):
+        if place.name.removeprefix("compress-").removesuffix(".json") not in wanted:
+            _remove(place)
+    for folder in (compressed, run / layout.FOLLOWUP):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _folder(file: RunFile[Any]) -> str:
+    """The folder that a step publishes with its record, below the run folder."""
+    return file.path.rpartition("/")[0]
 
 
 def _remove(path: Path) -> None:
@@ -156,7 +164,7 @@ def compress_options(asked: CompressAsked, config: RunConfig, test_set: Path) ->
         limit=asked.limit,
         limits=asked.limits,
         device=config.device,
-        work=config.output / WORK / "measuring",
+        work=config.output / layout.FOLLOWUP_WORK / "measuring",
     )
 
 
@@ -182,7 +190,7 @@ def _check_draft(asked: DraftAsked, config: RunConfig) -> None:
     require_same_tokenizer(ours, theirs, asked.base, Path(config.base))
 
 
-def follow_up(run: RunContext) -> list[Step]:
+def followup_steps(run: RunContext) -> list[Step]:
     """The steps that `[followup]` names, in the order in which they need each other."""
     asked = run.config.followup or FollowupAsked()
     steps = []
@@ -197,9 +205,9 @@ def follow_up(run: RunContext) -> list[Step]:
     return steps
 
 
-def packed_records(run: RunContext) -> dict[str, type[Record]]:
-    """The records that the steps leave for the package, below the run folder."""
-    return {name: kind for step in follow_up(run) for name, kind in step.shows.items()}
+def packed_records(run: RunContext) -> list[RunFile[Any]]:
+    """The records that the steps leave for the package."""
+    return [file for step in followup_steps(run) for file in step.shows]
 
 
 def _respond(run: RunContext, asked: RespondAsked) -> Step:
@@ -212,36 +220,34 @@ def _respond(run: RunContext, asked: RespondAsked) -> Step:
         name="respond",
         inputs={"model": run.merged, "data": data},
         parameters={**asked.model_dump(mode="json", exclude={"data"}), **own},
-        outputs=[str(Path(RESPONSES).parent)],
+        outputs=[_folder(RESPONSES)],
         action=lambda: _answer(run, data, stage, asked.options(**own, price=config.price_per_hour)),
     )
-    return Step("Responses of the merged model", stage, {RESPONSES: RespondRecord})
+    return Step("Responses of the merged model", stage, (RESPONSES,))
 
 
 def _answer(run: RunContext, data: Path, stage: Stage, options: Any) -> None:
     """Answer all rows, those that failed once more, and put aside what differs between two runs."""
     from dataclasses import replace
 
-    from lorasmith.followup.responses.respond import choose_engine
+    from lorasmith.followup.responses.respond import choose_engine, respond
 
-    final = run.folder / RESPONSES
+    final = RESPONSES.at(run.folder)
     work = work_folder(run.folder, stage)
     engine = choose_engine(run.merged, None, options, run.executor)
-    ask = partial(
-        lorasmith.respond, run.merged, data, work / "responses.jsonl", watcher=run.watcher, engine=engine
-    )
+    ask = partial(respond, run.merged, data, work / "responses.jsonl", watcher=run.watcher, engine=engine)
     if ask(options=options).failed:
         ask(options=replace(options, retry_failed=True))
-    for ending in ("timing.json", "chunks.jsonl"):  # of this machine or cluster, not of what it wrote
-        aside = work / f"responses.{ending}"
+    for name in (RESPONSES_SPEED.path, RESPONSE_CHUNKS):  # of this machine or cluster, not of what it wrote
+        aside = work / Path(name).name
         if aside.is_file():
-            aside.replace(run.folder / FOLLOWUP / aside.name)
+            aside.replace(run.folder / name)
     publish_folder(work, final.parent)
 
 
 def _draft(run: RunContext, asked: DraftAsked) -> Step:
     config = run.config
-    responses = run.folder / Path(RESPONSES).parent
+    responses = RESPONSES.at(run.folder).parent
     stage = Stage(
         name="draft",
         inputs={"target": run.merged, "responses": responses, **({"base": asked.base} if asked.base else {})},
@@ -250,18 +256,20 @@ def _draft(run: RunContext, asked: DraftAsked) -> Step:
             "device": config.device,
             "seed": config.seed,
         },
-        outputs=[str(Path(DRAFT).parent)],
+        outputs=[_folder(DRAFT)],
         action=lambda: _train(run, responses, stage, asked),
     )
-    return Step("Train a draft model", stage, {DRAFT: DraftRecord})
+    return Step("Train a draft model", stage, (DRAFT,))
 
 
 def _train(run: RunContext, responses: Path, stage: Stage, asked: DraftAsked) -> None:
+    from lorasmith.followup.drafts.draft import train_draft
+
     work = work_folder(run.folder, stage)
     made = work / "draft"
-    lorasmith.train_draft(
+    train_draft(
         run.merged,
-        responses / Path(RESPONSES).with_suffix(".jsonl").name,
+        responses / Path(RESPONSES.path).with_suffix(".jsonl").name,
         made,
         base=asked.base,
         layers=asked.kept_layers(layer_count(run.merged)),
@@ -269,31 +277,35 @@ def _train(run: RunContext, responses: Path, stage: Stage, asked: DraftAsked) ->
         device=run.config.device,
         progress=run.progress,
     )
-    publish_folder(made, (run.folder / DRAFT).parent)
+    publish_folder(made, DRAFT.at(run.folder).parent)
 
 
 def _speculate(run: RunContext, asked: SpeculateAsked, *, drafted: bool) -> Step:
+    from lorasmith.followup.speculation.speculate import speculate
+
     config = run.config
-    draft = (run.folder / DRAFT).parent if drafted else None
+    draft = DRAFT.at(run.folder).parent if drafted else None
     own = {"template": config.template, "device": config.device}
     stage = Stage(
         name="speculate",
         inputs={"target": run.merged, "prompts": run.test_set, **({"draft": draft} if draft else {})},
         parameters={**asked.model_dump(mode="json"), **own},
-        outputs=[SPECULATION],
-        action=lambda: lorasmith.speculate(
+        outputs=[SPECULATION.path],
+        action=lambda: speculate(
             run.merged,
             run.test_set,
             draft=draft,
-            output=run.folder / SPECULATION,
+            output=SPECULATION.at(run.folder),
             options=asked.options(**own),
             progress=run.progress,
         ),
     )
-    return Step("Test speculative decoding", stage, {SPECULATION: SpeculationRecord})
+    return Step("Test speculative decoding", stage, (SPECULATION,))
 
 
 def _compress(run: RunContext, asked: CompressAsked) -> list[Step]:
+    from lorasmith.runs.compression import compress
+
     config = run.config
     options = compress_options(asked, config, run.test_set)
     steps = []
@@ -301,7 +313,7 @@ def _compress(run: RunContext, asked: CompressAsked) -> list[Step]:
         inputs = {"model": run.merged, "test_set": run.test_set}
         if settings.method == "calibrated":
             inputs["calibration"] = config.train[0]
-        place = f"{COMPRESSED}/{settings.name}"
+        place = f"{layout.COMPRESSED_MODELS}/{settings.name}"
         stage = Stage(
             name=f"compress-{settings.name}",
             inputs=inputs,
@@ -314,7 +326,7 @@ def _compress(run: RunContext, asked: CompressAsked) -> list[Step]:
             },
             outputs=[place],
             action=partial(
-                lorasmith.compress,
+                compress,
                 run.merged,
                 run.folder / place,
                 settings=settings,
@@ -322,6 +334,6 @@ def _compress(run: RunContext, asked: CompressAsked) -> list[Step]:
                 progress=run.progress,
             ),
         )
-        shows = {f"{place}/{COMPRESS_RECORD}": CompressRecord}
-        steps.append(Step(f"Compress to {settings.format} ({settings.method})", stage, shows))
+        title = f"Compress to {settings.format} ({settings.method})"
+        steps.append(Step(title, stage, (layout.compressed(settings.name),)))
     return steps

@@ -10,33 +10,32 @@ import shutil
 from typing import Any
 
 from lorasmith.errors import InputError, UsageError
-from lorasmith.files.atomic import read_record, write_record
+from lorasmith.files import run_layout as layout
+from lorasmith.files.atomic import write_record
+from lorasmith.files.digests import open_seal, seal_run
 from lorasmith.gates.evaluate import check_gates
 from lorasmith.hub.cache import hub_name
 from lorasmith.hub.models import local_model
 from lorasmith.preflight.doctor import require_machine
 from lorasmith.progress import Unwatched, Watcher
+from lorasmith.reporting.page import write_report
 from lorasmith.runs.config import RunConfig, make_config
-from lorasmith.runs.followup import WORK, check_followup, follow_up, forget_unasked, with_local_draft
-from lorasmith.runs.results import ROLES, RunResult, describe_run, load_result
+from lorasmith.runs.followup import check_followup, followup_steps, forget_unasked, with_local_draft
+from lorasmith.runs.results import RunResult, describe_run, load_result
 from lorasmith.runs.stages import open_run
-from lorasmith.runs.step import STATES, RunContext, Step
+from lorasmith.runs.step import RunContext, Step
 from lorasmith.runs.steps import (
-    ask,
-    compare,
-    judge,
+    card_step,
+    compare_step,
+    comparison_step,
+    gates_step,
     judge_costs,
-    merge,
-    open_seal,
-    package,
-    prepare_test_set,
-    prove,
-    report,
-    seal,
-    summarise,
-    task_files,
-    validate,
-    write_card,
+    merge_step,
+    package_step,
+    prove_step,
+    task_steps,
+    test_set_step,
+    validate_step,
 )
 
 
@@ -63,11 +62,8 @@ def run(
     with open_run(asked.output, rehash=rehash, price_per_hour=asked.price_per_hour) as folder:
         folder.budget = asked.budget
         open_seal(folder.path)
-        write_record(folder.path / "run.json", describe_run(asked, rehash=rehash))
-        if not asked.tasks:  # what an earlier command answered is no part of this run
-            for role in ROLES:
-                for name in (*task_files(role), f"stages/tasks-{role}.json"):
-                    (folder.path / name).unlink(missing_ok=True)
+        write_record(layout.RUN.at(folder.path), describe_run(asked, rehash=rehash))
+        _forget_tasks(asked)
         forget_unasked(asked)
         context = RunContext(asked, watch)
         steps = plan(context)
@@ -75,34 +71,43 @@ def run(
             watch.step(number, len(steps), step.title)
             timing = folder.perform(step.stage)
             watch.finished(step.stage.name, reused=timing.reused, seconds=timing.wall_seconds)
-            for name, kind in step.shows.items():
-                watch.show(step.stage.name, read_record(folder.path / name, kind))
-        for left in (STATES, WORK):
+            for file in step.shows:
+                watch.show(step.stage.name, file.read(folder.path))
+        for left in (layout.STATES, layout.FOLLOWUP_WORK):
             shutil.rmtree(folder.path / left, ignore_errors=True)
         judge_costs(context, watch)
-        report(folder.path)
-        seal(folder.path)
+        write_report(folder.path, folder.path / layout.REPORT)  # after every command, since it shows times
+        seal_run(folder.path)
     return load_result(asked.output)
+
+
+def _forget_tasks(config: RunConfig) -> None:
+    """Remove what an earlier command answered, where nothing is asked now: it is no part of this run."""
+    if config.tasks:
+        return
+    for role, record in layout.TASKS.items():
+        for name in (record.path, layout.answers(role), f"{layout.STAGES}/tasks-{role}.json"):
+            (config.output / name).unlink(missing_ok=True)
 
 
 def plan(run: RunContext) -> list[Step]:
     """The steps in order. A stage names what it reads, and is done again exactly when that changes."""
     return [
-        prepare_test_set(run),
-        validate(run, "base"),
-        *ask(run, "base"),
-        validate(run, "adapter"),
-        *ask(run, "adapter"),
-        merge(run),
-        prove(run),
-        validate(run, "merged"),
-        *ask(run, "merged"),
-        compare(run),
-        summarise(run),
-        judge(run),
-        write_card(run),
-        *follow_up(run),
-        package(run),
+        test_set_step(run),
+        validate_step(run, "base"),
+        *task_steps(run, "base"),
+        validate_step(run, "adapter"),
+        *task_steps(run, "adapter"),
+        merge_step(run),
+        prove_step(run),
+        validate_step(run, "merged"),
+        *task_steps(run, "merged"),
+        compare_step(run),
+        comparison_step(run),
+        gates_step(run),
+        card_step(run),
+        *followup_steps(run),
+        package_step(run),
     ]
 
 

@@ -2,61 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
 
 from pydantic import ValidationError
 
 import lorasmith
 from lorasmith.errors import ExitCode, InputError
-from lorasmith.files.atomic import read_record
+from lorasmith.files import run_layout as layout
 from lorasmith.files.digests import digest_path
-from lorasmith.gates import Measured, evaluate, join
-from lorasmith.records.base import Record
-from lorasmith.records.compression import CompressRecord
+from lorasmith.files.run_layout import FollowupRecords, load_records
+from lorasmith.gates import evaluate
 from lorasmith.records.dataset import ContaminationRecord, DatasetStatistics
-from lorasmith.records.followup import DraftRecord, RespondRecord, SpeculationRecord, SpeculationTiming
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.proof import BehaviourProof, ComparisonRecord, WeightProof
-from lorasmith.records.release import Gate, GateRecord, PackageManifest, RunRecord, TimingRecord
-from lorasmith.records.scoring import TaskResult, ValidationResult
+from lorasmith.records.release import Gate, GateRecord, PackageManifest, RunRecord
+from lorasmith.records.scoring import ValidationResult
 from lorasmith.runs.config import RunConfig, load_gates
-
-ROLES = ("base", "adapter", "merged")
 
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pyarrow", "isal")
 """Their versions may decide the bytes of a run."""
-
-
-FOLLOWUP = "followup"
-"""Below the run folder: what comes after the release."""
-RESPONSES, DRAFT = f"{FOLLOWUP}/responses/responses.json", f"{FOLLOWUP}/draft/lorasmith_draft.json"
-SPECULATION, COMPRESSED = f"{FOLLOWUP}/speculation.json", f"{FOLLOWUP}/compressed"
-COMPRESS_RECORD = "lorasmith_compress.json"
-
-
-@dataclass(frozen=True)
-class FollowupResult:
-    """What came of the follow-up steps that were asked for."""
-
-    responses: RespondRecord | None
-    draft: DraftRecord | None
-    speculation: SpeculationRecord | None
-    speeds: SpeculationTiming | None
-    """Of speculative decoding, on this machine."""
-    compressed: tuple[CompressRecord, ...]
-    """From the largest to the smallest."""
-
-    @property
-    def answer_is_no(self) -> bool:
-        """Whether rows failed, a text differs from greedy decoding, or a compressed model missed a gate."""
-        return bool(
-            (self.responses and self.responses.failed)
-            or (self.speculation and any(setting.different for setting in self.speculation.settings))
-            or any(record.passed is False for record in self.compressed)
-        )
 
 
 @dataclass(frozen=True)
@@ -77,13 +43,14 @@ class RunResult:
     package: PackageManifest
     cost_gates: GateRecord | None = None
     """Gates on time, memory and money; None where there are none."""
-    followup: FollowupResult | None = None
+    followup: FollowupRecords | None = None
     """None where nothing was asked for after the release."""
 
     @property
     def judged(self) -> GateRecord:
         """All gates, those on cost last."""
-        return join(self.gates, self.cost_gates)
+        records = [record for record in (self.gates, self.cost_gates) if record is not None]
+        return GateRecord.of(result for record in records for result in record.gates)
 
     @property
     def exit_code(self) -> ExitCode:
@@ -100,67 +67,23 @@ class RunResult:
 
 def load_result(run: Path) -> RunResult:
     """The records of a finished run; raises `InputError` naming the first that is missing or wrong."""
+    records = load_records(run)
+    validations = {
+        role: file.required(records.validations.get(role), run) for role, file in layout.VALIDATIONS.items()
+    }
     return RunResult(
         folder=run,
-        statistics=read_record(run / "testset" / "statistics.json", DatasetStatistics),
-        contamination=read_record(run / "testset" / "contamination.json", ContaminationRecord),
-        base=read_record(run / "validation" / "base.json", ValidationResult),
-        adapter=read_record(run / "validation" / "adapter.json", ValidationResult),
-        merged=read_record(run / "validation" / "merged.json", ValidationResult),
-        merge=read_record(run / "merged" / "lorasmith_merge.json", MergeRecord),
-        weights=read_record(run / "proof" / "weights.json", WeightProof),
-        behaviour=read_record(run / "proof" / "behaviour.json", BehaviourProof),
-        comparison=read_record(run / "proof" / "comparison.json", ComparisonRecord),
-        gates=read_record(run / "gates.json", GateRecord),
-        package=read_record(run / "package" / "manifest.json", PackageManifest),
-        cost_gates=_read(run / "cost_gates.json", GateRecord),
-        followup=load_followup(run),
-    )
-
-
-def load_followup(run: Path) -> FollowupResult | None:
-    """The records of the follow-up steps, as far as they are there."""
-    compressed = [
-        read_record(path, CompressRecord) for path in (run / COMPRESSED).glob(f"*/{COMPRESS_RECORD}")
-    ]
-    found = FollowupResult(
-        responses=_read(run / RESPONSES, RespondRecord),
-        draft=_read(run / DRAFT, DraftRecord),
-        speculation=_read(run / SPECULATION, SpeculationRecord),
-        speeds=_read(run / SPECULATION.replace(".json", ".timing.json"), SpeculationTiming),
-        compressed=tuple(sorted(compressed, key=lambda record: (-record.bytes, record.kind, record.method))),
-    )
-    return found if any((found.responses, found.draft, found.speculation, found.compressed)) else None
-
-
-R = TypeVar("R", bound=Record)
-
-
-def _read(path: Path, kind: type[R]) -> R | None:
-    return read_record(path, kind) if path.is_file() else None
-
-
-def load_measured(run: Path) -> Measured:
-    """The records that gates read, as far as they are there: of a run, or of an unpacked package.
-
-    Raises `InputError` for a record that is damaged.
-    """
-    validation, proof = run / "validation", run / "proof"
-    tasks = {role: _read(validation / f"{role}_tasks.json", TaskResult) for role in ROLES}
-    merge = _read(run / "merged" / "lorasmith_merge.json", MergeRecord)
-    comparison = _read(proof / "comparison.json", ComparisonRecord)
-    return Measured(
-        base=_read(validation / "base.json", ValidationResult),
-        adapter=_read(validation / "adapter.json", ValidationResult),
-        merged=_read(validation / "merged.json", ValidationResult),
-        merge=merge,
-        weights=_read(proof / "weights.json", WeightProof),
-        behaviour=_read(proof / "behaviour.json", BehaviourProof),
-        comparison=comparison,
-        contamination=_read(run / "testset" / "contamination.json", ContaminationRecord),
-        tasks={role: result for role, result in tasks.items() if result is not None},
-        task_effects=comparison.task_effects if comparison else {},
-        timing=_read(run / "timing.json", TimingRecord),
+        statistics=layout.STATISTICS.required(records.statistics, run),
+        contamination=layout.CONTAMINATION.required(records.contamination, run),
+        **validations,
+        merge=layout.MERGE.required(records.merge, run),
+        weights=layout.WEIGHTS.required(records.weights, run),
+        behaviour=layout.BEHAVIOUR.required(records.behaviour, run),
+        comparison=layout.COMPARISON.required(records.comparison, run),
+        gates=layout.GATES.required(records.gates, run),
+        package=layout.MANIFEST.required(records.package, run),
+        cost_gates=records.cost_gates,
+        followup=records.followup or None,
     )
 
 
@@ -199,13 +122,13 @@ def judge_run(run: Path, *, config: Path | None = None, price_per_hour: float | 
     `price_per_hour` in dollars replaces the one that the run recorded. Raises `InputError` for a folder
     without `run.json`, and `UsageError` for a gate that does not exist.
     """
-    record = read_record(run / "run.json", RunRecord)
-    gates = load_gates(config) if config else _recorded(record, run)
-    measured = load_measured(run)
-    if price_per_hour is not None and measured.timing is not None:
-        timing = measured.timing.model_copy(update={"price_per_hour": price_per_hour})
-        measured = type(measured)(**{**vars(measured), "timing": timing})
-    return evaluate(gates, measured)
+    asked = layout.RUN.read(run)
+    gates = load_gates(config) if config else _recorded(asked, run)
+    records = load_records(run, {*layout.MEASURED, *layout.TASKS.values(), layout.TIMING})
+    if price_per_hour is not None and records.timing is not None:
+        timing = records.timing.model_copy(update={"price_per_hour": price_per_hour})
+        records = replace(records, timing=timing)
+    return evaluate(gates, records)
 
 
 def _recorded(record: RunRecord, run: Path) -> list[Gate]:
@@ -214,7 +137,7 @@ def _recorded(record: RunRecord, run: Path) -> list[Gate]:
     except (KeyError, TypeError, ValidationError) as error:
         raise InputError(
             "the run does not name its gates",
-            where=run / "run.json",
+            where=layout.RUN.at(run),
             expected="a list `gates` in its config",
             remedy="name them in a file: --config",
         ) from error

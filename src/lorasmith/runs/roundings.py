@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-import lorasmith
 from lorasmith.errors import CheckpointError, UsageError, os_errors
 from lorasmith.files.atomic import StrPath, write_record
 from lorasmith.merging.calibrated.rows import TOKENS
+from lorasmith.merging.merge import merge
 from lorasmith.models.layerwise import UnsupportedLayers
 from lorasmith.progress import Progress, silent
+from lorasmith.proving.behaviour.compare import compare
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.merging import MergeRecord, Range16, RoundingFound, RoundingsRecord
 from lorasmith.records.proof import BehaviourProof
@@ -80,7 +81,7 @@ def compare_roundings(
             options |= {"test_set": test_set}
         merged = place / "merged"
         try:
-            record = lorasmith.merge(
+            record = merge(
                 base, adapter, merged, precision=precision, rounding=rounding, progress=progress, **options
             )
         except UnsupportedLayers as error:
@@ -91,7 +92,7 @@ def compare_roundings(
                 raise
             findings.append(_does_not_fit(error))
             continue
-        proof = lorasmith.compare(
+        proof = compare(
             base,
             adapter,
             merged,

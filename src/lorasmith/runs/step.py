@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,26 +9,11 @@ from typing import Any
 
 from lorasmith.executors.base import Executor
 from lorasmith.executors.choose import make_executor
+from lorasmith.files.run_layout import MERGED, TEST_SET, RunFile
 from lorasmith.options import ClusterOptions
 from lorasmith.progress import Progress, Unwatched, Watcher
-from lorasmith.records.base import Record
 from lorasmith.runs.config import RunConfig
 from lorasmith.runs.stages import Stage
-
-STATES = ".states"
-"""Below the run folder while it runs: what validations leave for the comparison."""
-
-MEASURED = (
-    "validation/base.json",
-    "validation/adapter.json",
-    "validation/merged.json",
-    "merged/lorasmith_merge.json",
-    "proof/weights.json",
-    "proof/behaviour.json",
-    "proof/comparison.json",
-    "testset/contamination.json",
-)
-"""Records that gates and the card are made from."""
 
 _SCORING = (
     "template",
@@ -52,8 +36,7 @@ class Step:
 
     title: str
     stage: Stage
-    shows: Mapping[str, type[Record]]
-    """File below the run folder → its kind of record."""
+    shows: tuple[RunFile[Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,12 +66,12 @@ class RunContext:
     @property
     def test_set(self) -> Path:
         """The run's own copy."""
-        return self.folder / "testset" / "test_set.jsonl"
+        return self.folder / TEST_SET
 
     @property
     def merged(self) -> Path:
         """The merged model."""
-        return self.folder / "merged"
+        return self.folder / MERGED
 
     @property
     def models(self) -> dict[str, Path]:

@@ -1,4 +1,7 @@
-"""The run's own copy of the test set, counted, and held against the training files."""
+"""The steps of a run up to its package: which stage each is, what it reads, and which function does it.
+
+Each step imports its stage function itself: a mistake in the options is told before torch is loaded.
+"""
 
 from __future__ import annotations
 
@@ -7,60 +10,119 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lorasmith
-from lorasmith.files.atomic import read_record, write_record
+from lorasmith.files import run_layout as layout
+from lorasmith.files.atomic import write_record
 from lorasmith.files.digests import CARD
 from lorasmith.files.jsonl import read_examples, write_examples
+from lorasmith.files.run_layout import ROLES, load_records
 from lorasmith.gates import evaluate, split_costs
 from lorasmith.hub.cache import origin_of
 from lorasmith.progress import Watcher
-from lorasmith.records.dataset import ContaminationRecord, DatasetStatistics
-from lorasmith.records.merging import MergeRecord
-from lorasmith.records.proof import BehaviourProof, ComparisonRecord, WeightProof
-from lorasmith.records.release import Gate, GateRecord, PackageManifest
-from lorasmith.records.scoring import TaskEffect, TaskResult, ValidationResult
+from lorasmith.records.dataset import ContaminationRecord
+from lorasmith.records.proof import ComparisonRecord
+from lorasmith.records.release import Gate
+from lorasmith.records.scoring import TaskEffect
 from lorasmith.runs.followup import packed_records
-from lorasmith.runs.results import ROLES, load_measured
 from lorasmith.runs.stages import Stage
-from lorasmith.runs.step import MEASURED, STATES, RunContext, Step, numbered
+from lorasmith.runs.step import RunContext, Step, numbered
+
+_TITLES = {"base": "base model", "adapter": "LoRA model", "merged": "merged model"}
 
 
-def prepare_test_set(run: RunContext) -> Step:
-    """Copy, count, check for contamination."""
+def test_set_step(run: RunContext) -> Step:
+    """The run's own copy of the test set, counted, and held against the training files."""
     stage = Stage(
         name="test-set",
         inputs={"test_set": run.config.test_set, **numbered("train", run.config.train)},
         parameters={},
         outputs=["testset"],
-        action=lambda: _prepare(run),
+        action=lambda: _prepare_test_set(run),
     )
-    return Step(
-        "Test set",
-        stage,
-        {"testset/statistics.json": DatasetStatistics, "testset/contamination.json": ContaminationRecord},
-    )
+    return Step("Test set", stage, (layout.STATISTICS, layout.CONTAMINATION))
 
 
-def _prepare(run: RunContext) -> None:
+def _prepare_test_set(run: RunContext) -> None:
     from lorasmith.testset.check import check
     from lorasmith.testset.rows import describe
 
-    folder = run.test_set.parent
+    contamination = layout.CONTAMINATION.at(run.folder)
     write_examples(run.test_set, read_examples(run.config.test_set))
-    write_record(folder / "statistics.json", describe(run.test_set))
+    write_record(layout.STATISTICS.at(run.folder), describe(run.test_set))
     if run.config.train:
-        check(run.test_set, run.config.train, folder / "contamination.json", progress=run.progress)
+        check(run.test_set, run.config.train, contamination, progress=run.progress)
     else:
         reason = "no training file was given (--train)"
-        record = ContaminationRecord(verdict="not checked", reason=reason)
-        write_record(folder / "contamination.json", record)
+        write_record(contamination, ContaminationRecord(verdict="not checked", reason=reason))
+
+
+def validate_step(run: RunContext, role: str) -> Step:
+    """Loss and perplexity of one of the three models."""
+    from lorasmith.scoring.validate import validate
+
+    model, adapter = _model(run, role)
+    scoring, executor = run.scoring, run.executor
+    record = layout.VALIDATIONS[role]
+    stage = Stage(
+        name=f"validate-{role}",
+        inputs={"model": model, "test_set": run.test_set, **({"adapter": adapter} if adapter else {})},
+        parameters=scoring,
+        outputs=[record.path, layout.scores(role)],
+        action=lambda: validate(
+            model,
+            run.test_set,
+            record.at(run.folder).parent,
+            adapter=adapter,
+            role=role,
+            states=None if role == "base" else run.folder / layout.STATES,
+            executor=executor,
+            progress=run.progress,
+            **scoring,
+        ),
+    )
+    return Step(f"Validate {_TITLES[role]}", stage, (record,))
+
+
+def task_steps(run: RunContext, role: str) -> list[Step]:
+    """The benchmarks' own metrics for one model, where they are asked for."""
+    if not run.config.tasks:
+        return []
+    from lorasmith.scoring.tasks import evaluate_tasks
+
+    model, adapter = _model(run, role)
+    options = {name: value for name, value in run.scoring.items() if name not in ("loss_on", "end_of_turn")}
+    record = layout.TASKS[role]
+    stage = Stage(
+        name=f"tasks-{role}",
+        inputs={"model": model, "test_set": run.test_set, **({"adapter": adapter} if adapter else {})},
+        parameters=options,
+        outputs=[record.path, layout.answers(role)],
+        action=lambda: evaluate_tasks(
+            model,
+            run.test_set,
+            record.at(run.folder).parent,
+            adapter=adapter,
+            role=role,
+            executor=run.executor,
+            progress=run.progress,
+            **options,
+        ),
+    )
+    return [Step(f"Ask {_TITLES[role]}", stage, (record,))]
+
+
+def _model(run: RunContext, role: str) -> tuple[Path, Path | None]:
+    if role == "merged":
+        return run.merged, None
+    return run.config.base, run.config.adapter if role == "adapter" else None
 
 
 # The merge, the proof of its weights, and the comparison of what both models do.
 
 
-def merge(run: RunContext) -> Step:
+def merge_step(run: RunContext) -> Step:
     """Base and adapter into one folder."""
+    from lorasmith.merging.merge import merge
+
     config = run.config
     options: dict[str, Any] = {
         "precision": config.precision,
@@ -77,8 +139,8 @@ def merge(run: RunContext) -> Step:
             "calibration_tokens": rows.get("calibration_tokens"),
             **_origin(config.base),
         },
-        outputs=["merged"],
-        action=lambda: lorasmith.merge(
+        outputs=[layout.MERGED],
+        action=lambda: merge(
             config.base,
             config.adapter,
             run.merged,
@@ -88,55 +150,7 @@ def merge(run: RunContext) -> Step:
             **rows,
         ),
     )
-    return Step("Merge LoRA weights", stage, {"merged/lorasmith_merge.json": MergeRecord})
-
-
-def prove(run: RunContext) -> Step:
-    """Every element of the merge against its own recomputation."""
-    config = run.config
-    stage = Stage(
-        name="prove-weights",
-        inputs={**run.models, "merged": run.merged},
-        parameters={},
-        outputs=["proof/weights.json"],
-        action=lambda: lorasmith.prove(
-            config.base,
-            config.adapter,
-            run.merged,
-            output=run.folder / "proof" / "weights.json",
-            progress=run.progress,
-        ),
-    )
-    return Step("Prove the weights", stage, {"proof/weights.json": WeightProof})
-
-
-def compare(run: RunContext) -> Step:
-    """Adapter and merged model, token by token."""
-    config, scoring = run.config, run.scoring
-    stage = Stage(
-        name="compare",
-        inputs={**run.models, "merged": run.merged, "test_set": run.test_set},
-        parameters={
-            **scoring,
-            "thresholds": config.behaviour_thresholds,
-            **({"generate": config.generate} if config.generate else {}),
-        },
-        outputs=["proof/behaviour.json"],
-        action=lambda: lorasmith.compare(
-            config.base,
-            config.adapter,
-            run.merged,
-            run.test_set,
-            run.folder / "proof" / "behaviour.json",
-            thresholds=config.behaviour_thresholds or None,
-            generate=config.generate,
-            states=run.folder / STATES,
-            executor=run.executor,
-            progress=run.progress,
-            **scoring,
-        ),
-    )
-    return Step("Compare adapter and merged model", stage, {"proof/behaviour.json": BehaviourProof})
+    return Step("Merge LoRA weights", stage, (layout.MERGE,))
 
 
 def merging_rows(run: RunContext) -> dict[str, Any]:
@@ -159,21 +173,124 @@ def _origin(base: Path) -> dict[str, str]:
     return {"base_repository": origin.repository, "base_commit": origin.commit} if origin else {}
 
 
+def prove_step(run: RunContext) -> Step:
+    """Every element of the merge against its own recomputation."""
+    from lorasmith.proving.weights.prove import prove
+
+    config, record = run.config, layout.WEIGHTS
+    stage = Stage(
+        name="prove-weights",
+        inputs={**run.models, "merged": run.merged},
+        parameters={},
+        outputs=[record.path],
+        action=lambda: prove(
+            config.base,
+            config.adapter,
+            run.merged,
+            output=record.at(run.folder),
+            progress=run.progress,
+        ),
+    )
+    return Step("Prove the weights", stage, (record,))
+
+
+def compare_step(run: RunContext) -> Step:
+    """Adapter and merged model, token by token."""
+    from lorasmith.proving.behaviour.compare import compare
+
+    config, scoring, record = run.config, run.scoring, layout.BEHAVIOUR
+    stage = Stage(
+        name="compare",
+        inputs={**run.models, "merged": run.merged, "test_set": run.test_set},
+        parameters={
+            **scoring,
+            "thresholds": config.behaviour_thresholds,
+            **({"generate": config.generate} if config.generate else {}),
+        },
+        outputs=[record.path],
+        action=lambda: compare(
+            config.base,
+            config.adapter,
+            run.merged,
+            run.test_set,
+            record.at(run.folder),
+            thresholds=config.behaviour_thresholds or None,
+            generate=config.generate,
+            states=run.folder / layout.STATES,
+            executor=run.executor,
+            progress=run.progress,
+            **scoring,
+        ),
+    )
+    return Step("Compare adapter and merged model", stage, (record,))
+
+
+def comparison_step(run: RunContext) -> Step:
+    """Three models side by side: the adapter's effect, the merge's effect, both grades."""
+    tables = {role: run.folder / layout.scores(role) for role in ROLES}
+    if run.config.tasks:
+        tables |= {f"{role} tasks": run.folder / layout.answers(role) for role in ROLES}
+    proofs = {"weights": layout.WEIGHTS.at(run.folder), "behaviour": layout.BEHAVIOUR.at(run.folder)}
+    stage = Stage(
+        name="comparison",
+        inputs={**tables, **proofs},
+        parameters={"seed": run.config.seed},
+        outputs=[layout.COMPARISON.path],
+        action=lambda: _write_comparison(run),
+    )
+    return Step("Three models side by side", stage, (layout.COMPARISON,))
+
+
+def _write_comparison(run: RunContext) -> None:
+    from lorasmith.scoring.paired import paired_effects
+
+    base, adapter, merged = (run.folder / layout.scores(role) for role in ROLES)
+    seed = run.config.seed
+    effect, effect_groups = paired_effects(base, adapter, seed=seed)
+    merge_effect, _ = paired_effects(adapter, merged, seed=seed)
+    record = ComparisonRecord(
+        adapter_effect=effect,
+        adapter_effect_groups=effect_groups,
+        merge_effect=merge_effect,
+        weights_grade=layout.WEIGHTS.read(run.folder).grade,
+        behaviour_grade=layout.BEHAVIOUR.read(run.folder).grade,
+        task_effects=_task_effects(run),
+    )
+    write_record(layout.COMPARISON.at(run.folder), record)
+
+
+def _task_effects(run: RunContext) -> dict[str, list[TaskEffect]]:
+    """Adapter against base and merged against adapter, on the benchmarks' own metrics."""
+    from lorasmith.scoring.paired import paired_tasks
+
+    if not run.config.tasks:
+        return {}
+    base, adapter, merged = (run.folder / layout.answers(role) for role in ROLES)
+    seed = run.config.seed
+    return {
+        "effect": paired_tasks(base, adapter, seed=seed),
+        "merge": paired_tasks(adapter, merged, seed=seed),
+    }
+
+
 # What the run comes to: gates, the model's card, the report, the package.
 
 
-def judge(run: RunContext) -> Step:
+def gates_step(run: RunContext) -> Step:
     """Every gate but those on costs, which are no function of the inputs."""
     gates, _ = split_costs(run.config.resolved_gates())
-    answered = [f"validation/{role}_tasks.json" for role in ROLES if run.config.tasks]
+    answered = layout.TASKS.values() if run.config.tasks else ()
+    files = (*layout.MEASURED, *answered)
     stage = Stage(
         name="gates",
-        inputs={name: run.folder / name for name in (*MEASURED, *answered)},
+        inputs={file.path: file.at(run.folder) for file in files},
         parameters={"gates": [gate.model_dump(mode="json") for gate in gates]},
-        outputs=["gates.json"],
-        action=lambda: write_record(run.folder / "gates.json", evaluate(gates, load_measured(run.folder))),
+        outputs=[layout.GATES.path],
+        action=lambda: write_record(
+            layout.GATES.at(run.folder), evaluate(gates, load_records(run.folder, files))
+        ),
     )
-    return Step("Gates", stage, {"gates.json": GateRecord})
+    return Step("Gates", stage, (layout.GATES,))
 
 
 def judge_costs(run: RunContext, watch: Watcher) -> None:
@@ -182,18 +299,18 @@ def judge_costs(run: RunContext, watch: Watcher) -> None:
     if run.config.budget is not None:  # kept out of the gates of run.json, which money must not change
         limit = run.config.budget
         gates.append(Gate(name="--budget", metric="cost.dollars", comparison="<=", threshold=limit))
-    path = run.folder / "cost_gates.json"
+    path = layout.COST_GATES.at(run.folder)
     if not gates:
         path.unlink(missing_ok=True)
         return
-    record = evaluate(gates, load_measured(run.folder))
+    record = evaluate(gates, load_records(run.folder, (layout.TIMING,)))
     write_record(path, record)
     watch.show("cost-gates", record)
 
 
-def write_card(run: RunContext) -> Step:
+def card_step(run: RunContext) -> Step:
     """The merged model's README, from the records."""
-    from lorasmith.packaging import card
+    from lorasmith.packaging.card import write_card
 
     config, folder = run.config, run.folder
     base_card = config.base / CARD
@@ -201,172 +318,35 @@ def write_card(run: RunContext) -> Step:
     stage = Stage(
         name="card",
         inputs={
-            **{name: folder / name for name in (*MEASURED, "gates.json")},
+            **{file.path: file.at(folder) for file in (*layout.MEASURED, layout.GATES)},
             **run.models,
             **({"base card": base_card} if base_card.is_file() else {}),
         },
         parameters=names,
-        outputs=[f"merged/{CARD}"],
-        action=lambda: card.write_card(folder, base=config.base, adapter=config.adapter, **names),
+        outputs=[f"{layout.MERGED}/{CARD}"],
+        action=lambda: write_card(folder, base=config.base, adapter=config.adapter, **names),
     )
-    return Step("Model card", stage, {})
+    return Step("Model card", stage)
 
 
-def package(run: RunContext) -> Step:
+def package_step(run: RunContext) -> Step:
     """Evidence and model as archives; the report in it comes without timings, which differ between runs."""
     from lorasmith.packaging.pack import pack
     from lorasmith.reporting.page import write_report
 
-    names = ["run.json", "testset", "validation", "merged", f"merged/{CARD}", "proof", "gates.json"]
-    names += packed_records(run)
+    names = [layout.RUN.path, "testset", "validation", layout.MERGED, f"{layout.MERGED}/{CARD}", "proof"]
+    names += [layout.GATES.path, *(file.path for file in packed_records(run))]
     stage = Stage(
         name="package",
         inputs={name: run.folder / name for name in names},
         parameters={"compression": run.config.compression},
-        outputs=["package"],
+        outputs=[layout.PACKAGE],
         action=lambda: pack(
             run.folder,
-            run.folder / "package",
+            run.folder / layout.PACKAGE,
             compression=run.config.compression,
             report=partial(write_report, timings=False),
             progress=run.progress,
         ),
     )
-    return Step("Report and package", stage, {"package/manifest.json": PackageManifest})
-
-
-def report(run_folder: Path) -> None:
-    """The run's own page, with timings: written after every command, since those change."""
-    from lorasmith.reporting.page import write_report
-
-    write_report(run_folder, run_folder / "report.html")
-
-
-def open_seal(run_folder: Path) -> None:
-    """Before the first step: from here on the run has not ended."""
-    from lorasmith.files import digests
-
-    digests.open_seal(run_folder)
-
-
-def seal(run_folder: Path) -> None:
-    """After the last step: the checksums of all that lies there, for `lorasmith verify`."""
-    from lorasmith.files import digests
-
-    digests.seal_run(run_folder)
-
-
-# The three models on the test set: losses, the benchmarks' own metrics, paired differences.
-
-
-_TITLES = {"base": "base model", "adapter": "LoRA model", "merged": "merged model"}
-
-
-def validate(run: RunContext, role: str) -> Step:
-    """Loss and perplexity of one of the three models."""
-    model, adapter = _model(run, role)
-    folder, scoring, executor = run.folder / "validation", run.scoring, run.executor
-    stage = Stage(
-        name=f"validate-{role}",
-        inputs={"model": model, "test_set": run.test_set, **({"adapter": adapter} if adapter else {})},
-        parameters=scoring,
-        outputs=[f"validation/{role}.json", f"validation/{role}.parquet"],
-        action=lambda: lorasmith.validate(
-            model,
-            run.test_set,
-            folder,
-            adapter=adapter,
-            role=role,
-            states=None if role == "base" else run.folder / STATES,
-            executor=executor,
-            progress=run.progress,
-            **scoring,
-        ),
-    )
-    return Step(f"Validate {_TITLES[role]}", stage, {f"validation/{role}.json": ValidationResult})
-
-
-def ask(run: RunContext, role: str) -> list[Step]:
-    """The benchmarks' own metrics for one model, where they are asked for."""
-    if not run.config.tasks:
-        return []
-    from lorasmith.scoring.tasks import evaluate_tasks
-
-    model, adapter = _model(run, role)
-    options = {name: value for name, value in run.scoring.items() if name not in ("loss_on", "end_of_turn")}
-    stage = Stage(
-        name=f"tasks-{role}",
-        inputs={"model": model, "test_set": run.test_set, **({"adapter": adapter} if adapter else {})},
-        parameters=options,
-        outputs=task_files(role),
-        action=lambda: evaluate_tasks(
-            model,
-            run.test_set,
-            run.folder / "validation",
-            adapter=adapter,
-            role=role,
-            executor=run.executor,
-            progress=run.progress,
-            **options,
-        ),
-    )
-    return [Step(f"Ask {_TITLES[role]}", stage, {f"validation/{role}_tasks.json": TaskResult})]
-
-
-def task_files(role: str) -> list[str]:
-    """What `ask` leaves for a model, below the run folder."""
-    return [f"validation/{role}_tasks.{kind}" for kind in ("json", "parquet")]
-
-
-def summarise(run: RunContext) -> Step:
-    """Three models side by side: the adapter's effect, the merge's effect, both grades."""
-    validation, proof = run.folder / "validation", run.folder / "proof"
-    tables = {role: validation / f"{role}.parquet" for role in ROLES}
-    if run.config.tasks:
-        tables |= {f"{role} tasks": validation / f"{role}_tasks.parquet" for role in ROLES}
-    proofs = {name: proof / f"{name}.json" for name in ("weights", "behaviour")}
-    stage = Stage(
-        name="comparison",
-        inputs={**tables, **proofs},
-        parameters={"seed": run.config.seed},
-        outputs=["proof/comparison.json"],
-        action=lambda: _summarise(run, validation, proof),
-    )
-    return Step("Three models side by side", stage, {"proof/comparison.json": ComparisonRecord})
-
-
-def _model(run: RunContext, role: str) -> tuple[Path, Path | None]:
-    if role == "merged":
-        return run.merged, None
-    return run.config.base, run.config.adapter if role == "adapter" else None
-
-
-def _summarise(run: RunContext, validation: Path, proof: Path) -> None:
-    from lorasmith.scoring.paired import paired_effects
-
-    seed, adapter = run.config.seed, validation / "adapter.parquet"
-    effect, effect_groups = paired_effects(validation / "base.parquet", adapter, seed=seed)
-    merge_effect, _ = paired_effects(adapter, validation / "merged.parquet", seed=seed)
-    record = ComparisonRecord(
-        adapter_effect=effect,
-        adapter_effect_groups=effect_groups,
-        merge_effect=merge_effect,
-        weights_grade=read_record(proof / "weights.json", WeightProof).grade,
-        behaviour_grade=read_record(proof / "behaviour.json", BehaviourProof).grade,
-        task_effects=_task_effects(run, validation),
-    )
-    write_record(proof / "comparison.json", record)
-
-
-def _task_effects(run: RunContext, validation: Path) -> dict[str, list[TaskEffect]]:
-    """Adapter against base and merged against adapter, on the benchmarks' own metrics."""
-    from lorasmith.scoring.paired import paired_tasks
-
-    if not run.config.tasks:
-        return {}
-    base, adapter, merged = (validation / f"{role}_tasks.parquet" for role in ROLES)
-    seed = run.config.seed
-    return {
-        "effect": paired_tasks(base, adapter, seed=seed),
-        "merge": paired_tasks(adapter, merged, seed=seed),
-    }
+    return Step("Report and package", stage, (layout.MANIFEST,))

@@ -110,11 +110,11 @@ def report_again(found: RemoteCommand) -> None:
     if found.name != "run":
         return
     from lorasmith.files.digests import reseal
-    from lorasmith.runs.steps import report
+    from lorasmith.reporting.page import write_report
 
     for run in (Path(item.local) for item in found.outputs):
         if (run / "report.html").is_file():
-            report(run)
+            write_report(run, run / "report.html")
             reseal(run, run / "report.html")
 
 

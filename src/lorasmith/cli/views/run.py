@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from lorasmith.files.run_layout import FollowupRecords
     from lorasmith.progress import Progress
     from lorasmith.records.compression import CompressRecord
     from lorasmith.records.scoring import ValidationResult
-    from lorasmith.runs.results import FollowupResult, RunResult
+    from lorasmith.runs.results import RunResult
 
 _LINE = "━" * 60
 
@@ -126,7 +127,7 @@ def _weights_claim(result: RunResult) -> str:
     return claims[proof.grade]
 
 
-def _show_followup(found: FollowupResult, screen: Console) -> None:
+def _show_followup(found: FollowupRecords, screen: Console) -> None:
     """One line for each step after the release, and a table of several compressed models."""
     screen.print("\nAfter the release:")
     if found.responses is not None:
@@ -136,8 +137,8 @@ def _show_followup(found: FollowupResult, screen: Console) -> None:
         agreement = found.draft.generator.agreement
         same = "" if agreement is None else f", the target's likeliest token {agreement:.1%} of the time"
         screen.print(f"  Draft model: {found.draft.parameters:,} parameters{same}", soft_wrap=True)
-    if found.speeds is not None:
-        screen.print(f"  Speculation: {found.speeds.recommendation}", soft_wrap=True)
+    if found.speculation_speed is not None:
+        screen.print(f"  Speculation: {found.speculation_speed.recommendation}", soft_wrap=True)
     if len(found.compressed) == 1:
         screen.print(_compressed(found.compressed[0]), soft_wrap=True)
     elif found.compressed:
