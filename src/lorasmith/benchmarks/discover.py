@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from lorasmith.benchmarks.base import Benchmark, Item, RowError, SourceRow
 from lorasmith.errors import DataError, os_errors
 from lorasmith.files import jsonl
 from lorasmith.files.jsonl import MAX_LINE_BYTES, load_json, open_text, read_lines, read_rows
+from lorasmith.parsing import parse_json
 from lorasmith.records.base import Finding
 from lorasmith.records.dataset import RejectedRow
 
@@ -89,8 +89,8 @@ def _is_jsonl(path: Path) -> bool:
         first = handle.readline(MAX_LINE_BYTES)
         more = handle.readline(MAX_LINE_BYTES)
     try:
-        return isinstance(json.loads(first), dict) and bool(more.strip())
-    except (ValueError, RecursionError):
+        return isinstance(parse_json(first), dict) and bool(more.strip())
+    except ValueError:
         return False
 
 
@@ -105,7 +105,7 @@ def _json(path: Path, name: str, unpack: Unpack) -> Iterator[SourceRow]:
         )
     try:
         document = load_json(content)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(
             f"this is not JSON, or it is cut off ({type(error).__name__})",
             where=path,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.errors import CheckpointError, InputError, os_errors
+from lorasmith.parsing import parse_json
 
 MAX_HEADER_BYTES = 32 << 20
 """Real headers need some 150 bytes a tensor; a longer one is an attack or a broken file."""
@@ -158,8 +159,8 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
     if not text.startswith(b"{"):
         raise _damaged(path, "its header is no JSON object")
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=once)
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        header = parse_json(text, pairs_hook=once)
+    except ValueError as error:
         raise _damaged(path, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise _damaged(path, "its header is no JSON object")
@@ -232,8 +233,8 @@ def read_object(path: Path, kind: type[InputError]) -> dict[str, Any]:
     if len(text) > MAX_JSON_BYTES:
         raise kind(f"the file is longer than {MAX_JSON_BYTES >> 20} MiB", where=path, expected="a JSON file")
     try:
-        body = json.loads(text.decode("utf-8-sig"))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        body = parse_json(text)
+    except ValueError as error:
         raise kind(f"not JSON: {error}", where=path, expected="a JSON object") from error
     if not isinstance(body, dict):
         raise kind(f"this is a JSON {type(body).__name__}", where=path, expected="a JSON object")

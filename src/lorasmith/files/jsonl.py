@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, cast
 
 from pydantic import ValidationError
 
 from lorasmith.errors import DataError, os_errors
 from lorasmith.files.atomic import atomic_file
+from lorasmith.parsing import parse_json
 from lorasmith.records.dataset import Example
 
 # What a file really holds, from its first bytes: pointers, web pages and foreign encodings are no data.
@@ -142,7 +143,7 @@ def parse_row(line: bytes, path: Path, number: int) -> dict[str, Any]:
             expected="JSONL in UTF-8",
             remedy="convert the file to UTF-8",
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         # The line itself is not quoted: some benchmarks may not appear in plain text.
         raise DataError(
             f"this line is not JSON ({error})",
@@ -159,18 +160,10 @@ def load_json(raw: bytes, *, may_have_mark: bool = True) -> Any:
 
     Raises `UnicodeError` or `ValueError`.
     """
-    value = _DECODER.decode(raw.decode("utf-8-sig" if may_have_mark else "utf-8"))
+    value = parse_json(raw.decode("utf-8-sig" if may_have_mark else "utf-8"), finite=True)
     if b"\\ud" in raw.lower():
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair has no UTF-8 form
     return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-"""Made once: making it takes longer than reading a short row."""
 
 
 def read_examples(path: Path) -> list[Example]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from os import fspath
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from lorasmith.errors import os_errors
 from lorasmith.files.atomic import StrPath
+from lorasmith.parsing import parse_json
 
 _NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w-][\w.-]*(/[\w-][\w.-]*)*))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -78,8 +78,8 @@ def shards_of(index: Path) -> list[str]:
     Names that point outside the folder are left out; opening the folder refuses them.
     """
     try:
-        named = set(json.loads(index.read_bytes())["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        named = set(parse_json(index.read_bytes())["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
     return sorted(
         name for name in named if isinstance(name, str) and name.endswith(".safetensors") and "/" not in name

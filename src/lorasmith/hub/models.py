@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from os import fspath
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from lorasmith.errors import UsageError, os_errors
 from lorasmith.files.atomic import StrPath
 from lorasmith.hub.cache import HubModel, find_cached, hub_name
+from lorasmith.parsing import parse_json
 from lorasmith.progress import Progress, silent
 
 
@@ -73,8 +73,8 @@ def _revision_of(repository: str, adapters: Sequence[StrPath]) -> str | None:
 
 def _base_and_revision(content: bytes) -> tuple[str, str]:
     try:
-        config = json.loads(content)
+        config = parse_json(content)
         named, revision = config.get("base_model_name_or_path"), config.get("revision")
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError):
         return "", ""
     return named if isinstance(named, str) else "", revision if isinstance(revision, str) else ""

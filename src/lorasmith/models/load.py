@@ -7,7 +7,6 @@ are missing or fit nowhere; both are errors here. Code from a folder is never ru
 from __future__ import annotations
 
 import io
-import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from lorasmith.errors import (
     os_errors,
 )
 from lorasmith.models.device import is_out_of_memory
+from lorasmith.parsing import parse_json
 
 # Which file of a model or adapter folder is not there: the libraries that load it say so in their words.
 
@@ -71,8 +71,14 @@ def absent(kind: type[InputError], what: str, file: Path) -> InputError:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        named = json.loads(index.read_bytes())["weight_map"].values()
-    except (OSError, ValueError, KeyError, AttributeError):  # a damaged index is told by who loads it
+        named = parse_json(index.read_bytes())["weight_map"].values()
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # a damaged index is told by who loads it
         return []
     return [index.with_name(str(name)) for name in sorted(set(named))]
 

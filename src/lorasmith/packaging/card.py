@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from lorasmith.files.atomic import write_bytes
 from lorasmith.files.digests import CARD
 from lorasmith.files.run_layout import GATES, MEASURED, MERGE, TASKS, VALIDATIONS, RunRecords, load_records
 from lorasmith.hub.cache import origin_of
+from lorasmith.parsing import parse_json
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.proof import BehaviourProof, PairedEffect, WeightProof
 from lorasmith.records.scoring import GroupMetrics, TaskResult, ValidationResult
@@ -67,7 +67,7 @@ def base_name(base: Path, adapter: Path, given: str | None = None) -> str | None
     if given:
         return given
     try:
-        named = json.loads((adapter / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
+        named = parse_json((adapter / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError):
         named = None
     if isinstance(named, str) and _NAME.fullmatch(named) and not Path(named).exists():

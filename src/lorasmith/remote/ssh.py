@@ -28,6 +28,7 @@ from lorasmith.errors import (
     UsageError,
     os_errors,
 )
+from lorasmith.parsing import parse_json
 from lorasmith.remote.agent import file_store, requests, supervise
 from lorasmith.remote.state import state_folder
 
@@ -409,13 +410,25 @@ class SshTransport:
             finished = False
             for line in child.output:
                 if line.startswith(requests.MARK.encode()) and line.endswith(b"\n"):
-                    answer = json.loads(line[len(requests.MARK) :])
+                    answer = self._answer(line[len(requests.MARK) :])
                     self._require_python(answer)
                     finished = "ok" in answer
                     yield answer
             code = child.wait()
         if not finished:
             raise self._failure(code, child.messages)
+
+    def _answer(self, line: bytes) -> dict[str, Any]:
+        """One answer of the agent; raises `RemoteError` for what it would not say."""
+        try:
+            answer = parse_json(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise RemoteError(
+                "the other machine gives no usable answer", where=self.where, expected="a JSON object a line"
+            )
+        return answer
 
     def _require_python(self, answer: dict[str, Any]) -> None:
         if answer.get("no_python"):

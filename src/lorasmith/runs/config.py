@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,6 +12,7 @@ from lorasmith.errors import UsageError, os_errors
 from lorasmith.followup.asked import FollowupAsked, from_folder, with_named
 from lorasmith.gates import GUIDE_GATES
 from lorasmith.hub.cache import hub_name
+from lorasmith.parsing import parse_toml
 from lorasmith.records.base import Part
 from lorasmith.records.release import Gate
 
@@ -156,8 +156,8 @@ def _read_toml(file: Path) -> dict[str, Any]:
     with os_errors(file, "read the config"):
         content = file.read_bytes()
     try:
-        values = tomllib.loads(content.decode())
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = parse_toml(content)
+    except ValueError as error:
         raise UsageError(f"the config is not TOML: {error}", where=file) from error
     folder = file.parent
     for key in _PATHS:

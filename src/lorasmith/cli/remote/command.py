@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 from lorasmith.errors import UsageError, os_errors
+from lorasmith.parsing import parse_toml
 
 if TYPE_CHECKING:
     from lorasmith.records.remote import HubInput, Transfer
@@ -163,8 +163,8 @@ def _with_config(values: dict[str, Any], found: RemoteCommand) -> dict[str, Any]
     with os_errors(file, "read the config"):
         content = file.read_bytes()
     try:
-        body = tomllib.loads(content.decode())
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        body = parse_toml(content)
+    except ValueError as error:
         raise UsageError(f"the config is not TOML: {error}", where=file) from error
     merged = dict(values)
     for key in _CONFIG_PATHS:

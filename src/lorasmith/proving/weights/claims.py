@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any
 
 from lorasmith.errors import InputError
 from lorasmith.files.atomic import read_record
+from lorasmith.parsing import parse_json
 from lorasmith.proving.weights.model_folder import read_json
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.merging import MergeRecord
@@ -232,8 +232,8 @@ def _same_content(a: Path, b: Path) -> bool:
     if a.suffix != ".json":
         return False
     try:
-        return bool(json.loads(one) == json.loads(other))
-    except (ValueError, RecursionError):
+        return bool(parse_json(one) == parse_json(other))
+    except ValueError:
         return False
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from lorasmith.errors import InputError, os_errors
 from lorasmith.files.digests import identity
+from lorasmith.parsing import parse_json
 from lorasmith.records.base import Finding
 
 # The bytes of a file under proof: what is hashed is what is checked, read once and past the page cache.
@@ -301,8 +301,8 @@ def read_json(path: Path) -> dict[str, Any]:
             raise InputError(f"the file has {size} bytes", where=path, expected="a JSON file of a few kB")
         content = path.read_bytes()
     try:
-        body = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        body = parse_json(content)
+    except ValueError as error:
         raise InputError(f"this is not JSON: {error}", where=path, expected="a JSON object") from error
     if not isinstance(body, dict):
         raise InputError("this is JSON, but no object", where=path, expected="a JSON object")

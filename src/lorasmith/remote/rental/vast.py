@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.errors import ExitCode, InputError, MachineError, ProviderError, UsageError, os_errors
+from lorasmith.parsing import parse_json
 from lorasmith.remote.rental.provider import (
     Clock,
     Farewell,
@@ -156,7 +157,7 @@ class Connection:
 def _json(answer: Any) -> Any:
     """The body, or None where it is no JSON."""
     try:
-        return answer.json()
+        return parse_json(answer.content)
     except ValueError:
         return None
 
