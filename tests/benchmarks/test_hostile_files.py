@@ -78,7 +78,7 @@ def test_any_json_rows_give_items_findings_or_rejections(
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
 def test_a_line_without_end_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("files.jsonl.MAX_LINE_BYTES", "benchmarks.tables.MAX_LINE_BYTES"):
+    for module in ("files.jsonl.MAX_LINE_BYTES", "benchmarks.discover.MAX_LINE_BYTES"):
         monkeypatch.setattr(f"lorasmith.{module}", 1 << 16)
     monkeypatch.setattr("lorasmith.benchmarks.discover.MAX_DOCUMENT_BYTES", 1 << 17)
     (tmp_path / name).write_bytes(b'{"a": "' + b"x" * (1 << 18))

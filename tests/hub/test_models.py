@@ -16,7 +16,7 @@ import pytest
 import lorasmith
 from lorasmith.errors import CheckpointError, DiskError, MachineError, UsageError
 from lorasmith.files.jsonl import write_rows
-from lorasmith.hub.cache import hub_name, origin_of
+from lorasmith.hub.cache import Origin, hub_name, origin_of
 from lorasmith.hub.models import base_of, local_model
 from tests.model_hub import COMMIT, ModelHub, fill_cache, serving
 from tests.tiny import save_adapter, save_base, tiny_rows
@@ -104,7 +104,7 @@ def test_revisions_are_branches_tags_and_commits(cache: Path, base: Path, tmp_pa
     other = fill_cache(cache, NAME, base, commit=OTHER, ref="v1.0")
     assert local_model(NAME) == main
     assert local_model(f"{NAME}@v1.0") == other == local_model(f"{NAME}@{OTHER}")
-    assert origin_of(other) == lorasmith.files.hub.Origin(NAME, OTHER)
+    assert origin_of(other) == Origin(NAME, OTHER)
     with pytest.raises(MachineError, match="HF_HUB_OFFLINE"):
         local_model(f"{NAME}@v2.0")
 

@@ -10,7 +10,7 @@ from lorasmith.files.atomic import read_record, write_record
 from lorasmith.records.release import TimingRecord
 from lorasmith.records.remote import RentalRecord
 from lorasmith.reporting.page import write_report
-from tests.files.test_spending import a_rental
+from tests.files.test_costs import a_rental
 from tests.samples import sample_run
 
 

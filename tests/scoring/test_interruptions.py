@@ -51,9 +51,9 @@ def progress(label, *, total, unit):
 """
 
 LIMITED = """
-from lorasmith.models import work
-release = work.release_memory
-work.release_memory = lambda: print("halved") or release()
+from lorasmith.models import scoring
+release = scoring.release_memory
+scoring.release_memory = lambda: print("halved") or release()
 
 @contextmanager
 def progress(label, *, total, unit):
