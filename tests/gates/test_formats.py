@@ -64,7 +64,7 @@ def test_markdown_keeps_every_text_in_its_cell() -> None:
     assert [line.count("|") for line in lines[2:]] == [6] * 5
     assert "<x>" not in lines[-1]
     assert "| ✗ | bad | adapter.loss (source=MATH) &#60; 0.1 | 1.53e-04 | train again |" in lines
-    assert to_markdown(ALL_GOOD).startswith("### lorasmith: All 1 gates passed")
+    assert to_markdown(ALL_GOOD).startswith("### lorasmith: The only gate passed")
 
 
 def test_github_commands_cannot_be_broken_out_of() -> None:
@@ -76,7 +76,7 @@ def test_github_commands_cannot_be_broken_out_of() -> None:
     assert title is not None
     decoded = title[1].replace("%3A", ":").replace("%2C", ",").replace("%0A", "\n").replace("%25", "%")
     assert decoded == f"{HOSTILE}: not measured"
-    assert lines[2] == "::notice title=lorasmith::1 of 3 gates passed"
+    assert lines[2] == "::notice title=lorasmith::2 of 3 gates did not pass"
 
 
 def test_json_is_the_record() -> None:

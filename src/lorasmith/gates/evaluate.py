@@ -67,8 +67,8 @@ def with_advice(gate: Gate) -> Gate:
     """The gate with the advice of its metric where it has none of its own."""
     if gate.advice:
         return gate
-    found = next((text for start, text in ADVICE.items() if gate.metric.startswith(start)), "")
-    return gate.model_copy(update={"advice": found})
+    advice = next((text for start, text in ADVICE.items() if gate.metric.startswith(start)), "")
+    return gate.model_copy(update={"advice": advice})
 
 
 _COMPARE: Mapping[str, Callable[..., bool]] = {
@@ -163,5 +163,5 @@ GUIDE_GATES: tuple[Gate, ...] = (
         advice=MERGED_ANEW,
     ),
 )
-"""In the order of the procedure. `same outputs`: after every prefix of every response, adapter and merged
-model prefer the same next token."""
+"""The default gates, in the order of the procedure. `same outputs`: after every prefix of every response,
+adapter and merged model prefer the same next token."""

@@ -28,7 +28,7 @@ def wanted(result: GateResult) -> str:
     return f"{gate.metric}{group} {gate.comparison} {show(gate.threshold)}"
 
 
-def found(result: GateResult) -> str:
+def measured(result: GateResult) -> str:
     """What was measured, with its interval."""
     span = result.interval
     interval = f" [{show(span.low)} … {show(span.high)}]" if span else ""
@@ -40,6 +40,17 @@ def advice(result: GateResult) -> str:
     return {"pass": "", "fail": result.gate.advice, "not measured": result.reason}[result.verdict]
 
 
+def count_of(record: GateRecord) -> str:
+    """How many gates passed or did not, as a sentence without its full stop."""
+    total = len(record.gates)
+    failed = sum(result.verdict != "pass" for result in record.gates)
+    if not total:
+        return "No gate was judged"
+    if total == 1:
+        return "The only gate did not pass" if failed else "The only gate passed"
+    return f"{failed} of {total} gates did not pass" if failed else f"All {total} gates passed"
+
+
 def to_json(record: GateRecord) -> str:
     """The record itself."""
     return record.to_json().decode()
@@ -47,9 +58,7 @@ def to_json(record: GateRecord) -> str:
 
 def to_markdown(record: GateRecord) -> str:
     """A table for a merge request or a job summary."""
-    failed = sum(result.verdict != "pass" for result in record.gates)
-    total = len(record.gates)
-    title = f"{failed} of {total} gates did not pass" if failed else f"All {total} gates passed"
+    title = count_of(record)
     lines = [
         f"### lorasmith: {title}",
         "",
@@ -57,7 +66,7 @@ def to_markdown(record: GateRecord) -> str:
         "|---|---|---|---|---|",
     ]
     for result in record.gates:
-        cells = (MARKS[result.verdict], result.gate.name, wanted(result), found(result), advice(result))
+        cells = (MARKS[result.verdict], result.gate.name, wanted(result), measured(result), advice(result))
         lines.append("| " + " | ".join(_cell(text) for text in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -81,7 +90,7 @@ def to_junit(record: GateRecord) -> str:
         case = ElementTree.SubElement(
             suite, "testcase", name=_xml(result.gate.name), classname="lorasmith.gates", time="0"
         )
-        text = f"wanted {wanted(result)}, measured {found(result)}"
+        text = f"wanted {wanted(result)}, measured {measured(result)}"
         if result.verdict != "pass":
             failure = ElementTree.SubElement(
                 case, "failure", type=result.verdict, message=_xml(f"{result.verdict}: {text}")
@@ -108,11 +117,10 @@ def to_github(record: GateRecord) -> str:
     for result in record.gates:
         if result.verdict == "pass":
             continue
-        text = f"wanted {wanted(result)}, measured {found(result)}. {advice(result)}".strip()
+        text = f"wanted {wanted(result)}, measured {measured(result)}. {advice(result)}".strip()
         title = _property(f"{result.gate.name}: {result.verdict}")
         lines.append(f"::error title={title}::{_message(text)}")
-    passed = sum(result.verdict == "pass" for result in record.gates)
-    lines.append(f"::notice title=lorasmith::{passed} of {len(record.gates)} gates passed")
+    lines.append(f"::notice title=lorasmith::{count_of(record)}")
     return "\n".join(lines) + "\n"
 
 

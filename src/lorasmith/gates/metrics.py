@@ -42,10 +42,10 @@ def accuracy(role: str) -> Read:
     def read(records: RunRecords, group: str | None) -> tuple[float | str, Interval | None]:
         if role not in records.tasks:
             raise NotMeasured(f"the {role} model answered no benchmark questions (--tasks)")
-        found = _main(records.tasks[role].metrics)
+        by_benchmark = _main(records.tasks[role].metrics)
         if group is None:
-            return _mean([metric for metric in found.values() if metric.value is not None]), None
-        metric = found.get(group.partition("=")[2])
+            return _mean([metric for metric in by_benchmark.values() if metric.value is not None]), None
+        metric = by_benchmark.get(group.partition("=")[2])
         if metric is None or metric.value is None:
             raise NotMeasured(f"no scored answer in {group}")
         return metric.value, metric.interval
@@ -103,10 +103,10 @@ def _task_effect(records: RunRecords, pair: str, group: str) -> TaskEffect:
         raise NotMeasured(f"{both} did not both answer the benchmarks' questions (--tasks)")
     ranks = {name: rank for rank, name in enumerate(MAIN_METRICS)}
     wanted = group.partition("=")[2]
-    found = [effect for effect in effects if effect.benchmark == wanted]
-    if not found:
+    candidates = [effect for effect in effects if effect.benchmark == wanted]
+    if not candidates:
         raise NotMeasured(f"no answer that both models have in {group}")
-    return min(found, key=lambda effect: ranks.get(effect.metric, len(ranks)))
+    return min(candidates, key=lambda effect: ranks.get(effect.metric, len(ranks)))
 
 
 T = TypeVar("T")
@@ -146,10 +146,10 @@ class Metric:
 
 def _pick(groups: Mapping[str, Mapping[str, T]], group: str) -> T:
     kind, _, value = group.partition("=")
-    found = groups.get(kind, {}).get(value)
-    if found is None:
+    metrics = groups.get(kind, {}).get(value)
+    if metrics is None:
         raise NotMeasured(f"no example in {group}: score some, or leave this gate out")
-    return found
+    return metrics
 
 
 def _validation(role: str, read: Callable[[GroupMetrics], Value]) -> Metric:
@@ -185,8 +185,8 @@ def _effect(read: Callable[[PairedEffect], Value], *, word: bool = False) -> Met
 def _end(interval: Interval | None, end: str) -> float:
     if interval is None:
         raise NotMeasured("there are too few examples for an interval")
-    found: float = getattr(interval, end)
-    return found
+    bound: float = getattr(interval, end)
+    return bound
 
 
 def _record(name: str, what: str, read: Callable[..., float | str], *, word: bool = False) -> Metric:
@@ -272,12 +272,12 @@ METRICS: dict[str, Metric] = {
         for pair in ("effect", "merge")
         for name, read in differences(pair).items()
     },
-    "merge.loss_delta": _behaviour(lambda found: abs(found.loss_delta)),
-    "merge.perplexity_delta": _behaviour(lambda found: abs(found.perplexity_delta)),
-    "merge.kl_mean": _behaviour(lambda found: found.kl.mean),
-    "merge.kl_q999": _behaviour(lambda found: found.kl.q999),
-    "merge.kl_max": _behaviour(lambda found: found.kl.max),
-    "merge.top1_agreement": _behaviour(lambda found: found.top1_agreement),
+    "merge.loss_delta": _behaviour(lambda compared: abs(compared.loss_delta)),
+    "merge.perplexity_delta": _behaviour(lambda compared: abs(compared.perplexity_delta)),
+    "merge.kl_mean": _behaviour(lambda compared: compared.kl.mean),
+    "merge.kl_q999": _behaviour(lambda compared: compared.kl.q999),
+    "merge.kl_max": _behaviour(lambda compared: compared.kl.max),
+    "merge.top1_agreement": _behaviour(lambda compared: compared.top1_agreement),
     "merge.same_answers": _record("behaviour", "the comparison", _same_answers),
     "merge.swallowed_fraction": _record("merge", "the merge", lambda record: record.swallowed_fraction),
     "weights.grade": _record("weights", "the proof of the weights", lambda proof: proof.grade, word=True),

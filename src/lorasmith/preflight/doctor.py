@@ -57,17 +57,17 @@ def _libraries() -> list[Check]:
         if needed.marker is not None and not optional and not needed.marker.evaluate():
             continue
         try:
-            found = version(needed.name)
+            installed = version(needed.name)
         except PackageNotFoundError:
             if optional:
                 absent.append(needed.name)
             else:
                 wrong.append(f"{needed.name} is not installed, {needed.specifier} is needed")
             continue
-        if needed.specifier.contains(found, prereleases=True):
+        if needed.specifier.contains(installed, prereleases=True):
             right += 1
         else:
-            wrong.append(f"{needed.name} {found}, {needed.specifier} is needed")
+            wrong.append(f"{needed.name} {installed}, {needed.specifier} is needed")
     checks = []
     if wrong:
         remedy = (
@@ -77,9 +77,9 @@ def _libraries() -> list[Check]:
     else:
         checks.append(Check(name="libraries", state="ok", found=f"{right} in their declared ranges"))
     if absent:
-        found = f"not installed: {', '.join(sorted(set(absent)))}"
+        lacking = f"not installed: {', '.join(sorted(set(absent)))}"
         remedy = "needed by extras only: see `pip install 'lorasmith[…]'`"
-        checks.append(Check(name="optional libraries", state="note", found=found, remedy=remedy))
+        checks.append(Check(name="optional libraries", state="note", found=lacking, remedy=remedy))
     return checks
 
 
@@ -90,15 +90,15 @@ def _memory() -> Check:
 def _devices() -> Check:
     import torch
 
-    found = []
+    devices = []
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(number)
             name = torch.cuda.get_device_name(number)
-            found.append(f"cuda:{number} {name}, {human_bytes(free)} of {human_bytes(total)} free")
+            devices.append(f"cuda:{number} {name}, {human_bytes(free)} of {human_bytes(total)} free")
     if torch.backends.mps.is_available():
-        found.append("mps")
-    text = "; ".join([*found, f"cpu, {torch.get_num_threads()} threads"])
+        devices.append("mps")
+    text = "; ".join([*devices, f"cpu, {torch.get_num_threads()} threads"])
     return Check(name="devices", state="ok", found=text)
 
 
@@ -109,10 +109,10 @@ def _cache() -> Check:
 
 
 def _space(name: str, place: Path, free: int, needed: int) -> Check:
-    found = f"{human_bytes(free)} free at {place}, {human_bytes(needed)} needed"
+    space = f"{human_bytes(free)} free at {place}, {human_bytes(needed)} needed"
     if free < needed:
-        return Check(name=name, state="error", found=found, remedy="free some space, or choose another disk")
-    return Check(name=name, state="ok", found=found)
+        return Check(name=name, state="error", found=space, remedy="free some space, or choose another disk")
+    return Check(name=name, state="ok", found=space)
 
 
 def disk_check(output: Path, needed: int) -> Check:
@@ -129,11 +129,13 @@ LONG_HOURS = 8.0
 
 
 @dataclass
-class _Findings:
-    checks: list[Check] = field(default_factory=list)
+class _Checks:
+    """What was looked at, in order; a failed look is an error among the checks."""
+
+    done: list[Check] = field(default_factory=list)
 
     def add(self, name: str, state: State, found: str, remedy: str = "") -> None:
-        self.checks.append(Check(name=name, state=state, found=found, remedy=remedy))
+        self.done.append(Check(name=name, state=state, found=found, remedy=remedy))
 
     def attempt(self, name: str, action: Callable[[], T]) -> T | None:
         """The result, or None and an error among the checks."""
@@ -151,45 +153,45 @@ def examine(config: RunConfig | None = None) -> DoctorRecord:
 
     Problems are findings, not errors: the record holds all of them at once.
     """
-    found = _Findings(environment_checks())
+    checks = _Checks(environment_checks())
     record = DoctorRecord(machine=hardware(), checks=[])
     if config is not None:
-        record = _examine_run(config, found, record)
-    return record.model_copy(update={"checks": found.checks})
+        record = _examine_run(config, checks, record)
+    return record.model_copy(update={"checks": checks.done})
 
 
-def _examine_run(config: RunConfig, found: _Findings, record: DoctorRecord) -> DoctorRecord:
-    base = _base(config, found)
-    adapter = found.attempt("adapter", lambda: open_adapter(config.adapter))
+def _examine_run(config: RunConfig, checks: _Checks, record: DoctorRecord) -> DoctorRecord:
+    base = _base(config, checks)
+    adapter = checks.attempt("adapter", lambda: open_adapter(config.adapter))
     if adapter is not None:
-        _describe_adapter(adapter, found)
-    plan = _plan(config, base, adapter, found) if base and adapter else None
-    examples = found.attempt("test set", lambda: read_examples(config.test_set))
-    _look_back(config.output, found)
+        _describe_adapter(adapter, checks)
+    plan = _plan(config, base, adapter, checks) if base and adapter else None
+    examples = checks.attempt("test set", lambda: read_examples(config.test_set))
+    _look_back(config.output, checks)
     if base is None or examples is None:
         return record
     merged_bytes = sum(output.nbytes for output in plan.outputs) if plan else base.total_bytes
     size = model_size(base, adapter, merged_bytes)
-    work = _test_set(examples, base.folder, size, config, found)
-    rates = found.attempt("rates", lambda: measure_rates(config.output, config.device, config.arithmetic))
+    work = _test_set(examples, base.folder, size, config, checks)
+    rates = checks.attempt("rates", lambda: measure_rates(config.output, config.device, config.arithmetic))
     if rates is None:
         return record
     stages = estimate(
         size,
         work,
         rates,
-        calibration=_calibration(config, base, plan, found),
-        answers=_answers(config, examples, base, found),
+        calibration=_calibration(config, base, plan, checks),
+        answers=_answers(config, examples, base, checks),
     )
-    stages += found.attempt("followup", lambda: estimate_followup(config, base, size, rates)) or []
+    stages += checks.attempt("followup", lambda: estimate_followup(config, base, size, rates)) or []
     seconds = sum(stage.seconds for stage in stages)
     disk = sum(stage.disk_bytes for stage in stages)
     peak = max(stage.memory_bytes for stage in stages)
-    found.checks.append(disk_check(config.output, disk))
-    _judge_memory(size, peak, config, found)
+    checks.done.append(disk_check(config.output, disk))
+    _judge_memory(size, peak, config, checks)
     if seconds > LONG_HOURS * 3600:
         rows = max(1, int(work.rows * LONG_HOURS * 3600 / seconds))
-        found.add(
+        checks.add(
             "time",
             "warning",
             f"about {seconds / 3600:.0f} hours for {work.rows:,} examples",
@@ -209,32 +211,32 @@ def _examine_run(config: RunConfig, found: _Findings, record: DoctorRecord) -> D
     )
 
 
-def _base(config: RunConfig, found: _Findings) -> Checkpoint | None:
+def _base(config: RunConfig, checks: _Checks) -> Checkpoint | None:
     folder = Path(config.base)
     named = hub_name(config.base)
     if named is not None:
         cached = find_cached(named)
         if cached is None:
-            found.add(
+            checks.add(
                 "base", "note", f"{named.repository} is not in the hub's cache: a run downloads it first"
             )
             return None
         folder = cached
-    base = found.attempt("base", lambda: open_checkpoint(folder))
+    base = checks.attempt("base", lambda: open_checkpoint(folder))
     if base is not None:
         elements = sum(info.elements for info in base.tensors.values())
         text = f"{base.architecture}, {elements:,} parameters, {human_bytes(base.total_bytes)}"
-        found.add("base", "ok", text)
+        checks.add("base", "ok", text)
     return base
 
 
-def _describe_adapter(adapter: Adapter, found: _Findings) -> None:
+def _describe_adapter(adapter: Adapter, checks: _Checks) -> None:
     config = adapter.config
     named = config.base_model or "an unnamed base"
-    found.add("adapter", "ok", f"{len(adapter.tensors)} tensors, rank {config.r}, trained on {named}")
+    checks.add("adapter", "ok", f"{len(adapter.tensors)} tensors, rank {config.r}, trained on {named}")
     here = version("peft")
     if config.peft_version and config.peft_version.split(".")[:2] != here.split(".")[:2]:
-        found.add(
+        checks.add(
             "PEFT",
             "note",
             f"the adapter was saved by PEFT {config.peft_version}, here is {here}",
@@ -242,18 +244,18 @@ def _describe_adapter(adapter: Adapter, found: _Findings) -> None:
         )
 
 
-def _plan(config: RunConfig, base: Checkpoint, adapter: Adapter, found: _Findings) -> Plan | None:
-    plan = found.attempt("merge", lambda: plan_merge(base, [adapter], [1.0], config.precision))
+def _plan(config: RunConfig, base: Checkpoint, adapter: Adapter, checks: _Checks) -> Plan | None:
+    plan = checks.attempt("merge", lambda: plan_merge(base, [adapter], [1.0], config.precision))
     if plan is not None:
         changed = len(plan.outputs)
-        found.add("merge", "ok", f"every adapter tensor has its place; {changed} tensors will be written")
+        checks.add("merge", "ok", f"every adapter tensor has its place; {changed} tensors will be written")
         for finding in plan.findings:
-            found.add("merge", "note", finding.message, finding.remedy or "")
+            checks.add("merge", "note", finding.message, finding.remedy or "")
     return plan
 
 
 def _test_set(
-    examples: list[Example], base: Path, size: ModelSize, config: RunConfig, found: _Findings
+    examples: list[Example], base: Path, size: ModelSize, config: RunConfig, checks: _Checks
 ) -> WorkSize:
     work = work_size(examples, base)
     how = "" if work.counted else " (guessed from the characters)"
@@ -261,58 +263,58 @@ def _test_set(
     most = min(value for value in (config.max_length, size.context, work.longest) if value)
     if work.longest > most:
         remedy = "remove the long rows, or give --no-strict to cut them"
-        found.add(
+        checks.add(
             "test set", "error" if config.strict else "warning", f"{text}; the limit is {most:,}", remedy
         )
     else:
-        found.add("test set", "ok", text)
+        checks.add("test set", "ok", text)
     return work
 
 
 def _calibration(
-    config: RunConfig, base: Checkpoint, plan: Plan | None, found: _Findings
+    config: RunConfig, base: Checkpoint, plan: Plan | None, checks: _Checks
 ) -> CalibrationSize | None:
     """None where the merge is not fitted to rows."""
     if config.rounding == "calibrated" and not config.train:
-        found.add("merge", "error", "a calibrated merge needs rows to be fitted to", "give --train")
+        checks.add("merge", "error", "a calibrated merge needs rows to be fitted to", "give --train")
     if plan is None or not config.train or config.rounding not in ("auto", "calibrated"):
         return None
     if config.precision == "float32":
         return None  # nothing is lost there that could be made up for
     budget = config.calibration_tokens
-    size = found.attempt("training rows", lambda: calibration_size(plan, config.train, base.folder, budget))
+    size = checks.attempt("training rows", lambda: calibration_size(plan, config.train, base.folder, budget))
     if size is not None:
-        found.add("training rows", "ok", f"the merge is fitted to about {size.tokens:,} tokens of them")
+        checks.add("training rows", "ok", f"the merge is fitted to about {size.tokens:,} tokens of them")
     return size
 
 
 def _answers(
-    config: RunConfig, examples: list[Example], base: Checkpoint, found: _Findings
+    config: RunConfig, examples: list[Example], base: Checkpoint, checks: _Checks
 ) -> AnswerSize | None:
     if not config.tasks:
         return None
     size = answer_size(examples, base.folder)
     if not size.rows:
         remedy = "build the test set with `lorasmith testset build`, or do without --tasks"
-        found.add("tasks", "error", "no row belongs to a benchmark that can be answered", remedy)
+        checks.add("tasks", "error", "no row belongs to a benchmark that can be answered", remedy)
         return None
     text = f"{size.rows:,} questions, answers of up to {size.written:,} tokens together, three times"
-    found.add("tasks", "ok", text)
+    checks.add("tasks", "ok", text)
     return size
 
 
-def _judge_memory(size: ModelSize, peak: int, config: RunConfig, found: _Findings) -> None:
-    """On a GPU the models lie there: the host then needs no more than one of them."""
+def _judge_memory(size: ModelSize, peak: int, config: RunConfig, checks: _Checks) -> None:
+    """Whether the models fit into memory; on a GPU they lie there, and the host needs no more than one."""
     have, where = device_memory(config.device)
     text = f"{human_bytes(peak)} needed at the peak, {human_bytes(have)} available on {where}"
     if have < least_memory(size):
         remedy = "use a machine with more memory: a model is scored in float32"
-        found.add("memory needed", "error", text, remedy)
+        checks.add("memory needed", "error", text, remedy)
     elif have < peak:
         remedy = "give smaller batches (--batch-tokens 512), or stop what else is running"
-        found.add("memory needed", "warning", text, remedy)
+        checks.add("memory needed", "warning", text, remedy)
     else:
-        found.add("memory needed", "ok", text)
+        checks.add("memory needed", "ok", text)
 
 
 def device_memory(device: str) -> tuple[int, str]:
@@ -327,7 +329,7 @@ def device_memory(device: str) -> tuple[int, str]:
     return available_memory(), "this machine"
 
 
-def _look_back(run: Path, found: _Findings) -> None:
+def _look_back(run: Path, checks: _Checks) -> None:
     """What an earlier run in this folder left undone: its failed gates with what to do about them."""
     try:
         record = read_record(run / "gates.json", GateRecord)
@@ -336,7 +338,7 @@ def _look_back(run: Path, found: _Findings) -> None:
     for result in record.gates:
         if result.verdict != "pass":
             text = f"earlier run: gate {result.gate.name}: {result.verdict}"
-            found.add("gates", "note", text, result.reason or result.gate.advice)
+            checks.add("gates", "note", text, result.reason or result.gate.advice)
 
 
 # What a run refuses to start with: hours would be spent before it fails.

@@ -24,39 +24,39 @@ FEEDBACK = 0.13
 """The same for rounding with feedback, which goes column by column: the rest of the 48 s that SmolLM2-135M
 took with 6,144 tokens. Matrices of 576 to 1,536 columns alone reach 0.25 to 0.44 of a thread's products."""
 STATISTICS_SECONDS = 10e-9
-"""Of comparing one pair of logits: softmax, divergence and quantiles, about 40 passes over memory."""
+"""Cost of comparing one pair of logits: softmax, divergence and quantiles, some 40 passes over memory."""
 START_SECONDS = 8.0
-"""Importing the libraries, and the small stages."""
+"""Time to import the libraries, and of the small stages."""
 LOAD_BYTES = 500e6
-"""Read, cast to float32 and checked, per second."""
+"""Bytes of weights that are read, cast to float32 and checked, per second."""
 
 FLOAT32 = 4
 PROCESS_BYTES = 600_000_000
-"""Interpreter and libraries: 480 to 600 MB where a tiny model was scored."""
+"""Memory of interpreter and libraries: 480 to 600 MB where a tiny model was scored."""
 LOGIT_BYTES = 8 * (64 << 20)
-"""What a comparison holds of logits at one time (proving/behaviour_measure)."""
+"""What a comparison holds of logits at one time (proving/behaviour/measure.py)."""
 SCORE_BYTES = 300_000_000
 """Activations and logits of one model's batch of 1,024 tokens; larger batches take more."""
 MERGE_MEMORY = 800_000_000
 KEPT_TOKENS = 512
-"""Of each row that is being answered. Its keys and values together are taken to be as wide as the hidden
-state, as where two queries share one key."""
+"""Tokens that are kept of each row being answered. Its keys and values together are taken to be as wide as
+the hidden state, as where two queries share one key."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured on this machine a moment ago."""
+    """How fast this machine is, as measured a moment ago."""
 
     flops: float
     """Float32 operations per second of a product on the device that scores."""
     write_bytes: float
-    """Per second to the disk of the run folder, synced."""
+    """Bytes per second to the disk of the run folder, synced."""
     read_bytes: float = 8e9
-    """Per second from the memory of the device that scores."""
+    """Bytes per second from the memory of the device that scores."""
     round_bytes: float = 250e6
-    """Of bfloat16 weights that get a low-rank update in float64 and are rounded, per second."""
+    """Bytes of bfloat16 weights that get a low-rank update in float64 and are rounded, per second."""
     pack_bytes: float = 200e6
-    """Of bfloat16 weights hashed and compressed, per second."""
+    """Bytes of bfloat16 weights that are hashed and compressed, per second."""
 
 
 def estimate(
@@ -189,7 +189,7 @@ def least_memory(model: ModelSize) -> int:
 
 
 CHARACTERS_PER_TOKEN = 3.5
-"""Of English text and code; answers are not there yet to be counted."""
+"""Characters of English text or code in a token; answers are not there yet to be counted."""
 TRAINING = 32
 """Bytes a parameter of a draft in training: weights, best weights and two moments in float32, twice while a
 checkpoint replaces the last one; the draft itself is small beside that."""
@@ -213,18 +213,18 @@ def estimate_followup(
     asked = config.followup
     if asked is None:
         return []
-    found, answers = [], AnswerSize(rows=0, tokens=0, written=0, together=1)
+    stages, answers = [], AnswerSize(rows=0, tokens=0, written=0, together=1)
     if asked.respond is not None:
         answers = _lengths(config, asked.respond)
-        found.append(_respond(asked.respond, model, rates, answers))
+        stages.append(_respond(asked.respond, model, rates, answers))
     if asked.draft is not None:
-        found.append(_draft(asked.draft, model, rates, answers.tokens + answers.written))
+        stages.append(_draft(asked.draft, model, rates, answers.tokens + answers.written))
     if asked.speculate is not None:
         drafts = len(set(asked.speculate.draft_tokens)) * (2 if asked.draft else 1)
         texts = asked.speculate.limit * (1 + drafts)
         written = texts * asked.speculate.max_new_tokens
         one_by_one = AnswerSize(rows=texts, tokens=0, written=written, together=1)
-        found.append(
+        stages.append(
             StageEstimate(
                 stage="speculate",
                 seconds=answer_seconds(model, one_by_one, rates),
@@ -233,8 +233,8 @@ def estimate_followup(
             )
         )
     if asked.compress is not None:
-        found += _compress(asked.compress, config, base, model, rates)
-    return found
+        stages += _compress(asked.compress, config, base, model, rates)
+    return stages
 
 
 def followup_disk(config: RunConfig, base: Checkpoint, merged: int, done: Collection[str]) -> int:
@@ -277,7 +277,7 @@ def _respond(asked: RespondAsked, model: ModelSize, rates: Rates, answers: Answe
 
 
 def draft_parameters(asked: DraftAsked, model: ModelSize) -> int:
-    """Of a draft that is cut from the target, or of its base; a quarter for one that is not here yet."""
+    """Size of a draft that is cut from the target, or of its base; a quarter for one that is not here yet."""
     if asked.base is not None:
         if not Path(asked.base).is_dir():
             return model.parameters // 4
@@ -302,13 +302,13 @@ def _compress(
     asked: CompressAsked, config: RunConfig, base: Checkpoint, model: ModelSize, rates: Rates
 ) -> Sequence[StageEstimate]:
     shapes = shapes_of(base)
-    found = []
+    stages = []
     for settings in asked.settings(seed=config.seed):
         group = settings.group_size or choose_group(shapes) or 32
         calibrated = settings.method == "calibrated"
         tokens = settings.iterations * CALIBRATED * settings.calibration_length if calibrated else 0
         size = written_bytes(shapes, base.tied, settings.format, settings.bits, group)
-        found.append(
+        stages.append(
             StageEstimate(
                 stage=f"compress-{settings.name}",
                 seconds=3 * model.base_bytes / LOAD_BYTES
@@ -317,4 +317,4 @@ def _compress(
                 disk_bytes=size,
             )
         )
-    return found
+    return stages

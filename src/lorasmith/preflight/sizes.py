@@ -29,9 +29,9 @@ class ModelSize:
     """What the time and the memory of a forward depend on."""
 
     parameters: int
-    """As stored: a tied head counts once."""
+    """Number of parameters as they are stored: a tied head counts once."""
     active: int
-    """Of the layers, as far as one token meets them: of experts only those it is sent to."""
+    """Number of the layers' parameters that one token meets: of experts only those it is sent to."""
     hidden: int
     layers: int
     vocabulary: int
@@ -86,8 +86,8 @@ def _routed(config: Mapping[str, Any]) -> float:
 
 
 def _whole(config: Mapping[str, Any], *names: str) -> int | None:
-    found = (config.get(name) for name in names)
-    return next((value for value in found if isinstance(value, int) and value > 0), None)
+    values = (config.get(name) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
 def work_size(examples: list[Example], base: Path) -> WorkSize:
@@ -139,7 +139,7 @@ class AnswerSize:
 
     rows: int
     tokens: int
-    """Of all questions, templates included."""
+    """Number of tokens in all questions, templates included."""
     written: int
     """Tokens of all written answers, each as long as its limit: nobody knows where a model stops."""
     together: int
@@ -147,7 +147,7 @@ class AnswerSize:
 
 
 def answer_size(examples: Sequence[Example], base: Path) -> AnswerSize:
-    """Of the rows that `--tasks` can put to a model; no rows where there are none."""
+    """The size of the rows that `--tasks` can put to a model; no rows where there are none."""
     from lorasmith.models.generation.generate import GENERATE_ROWS
     from lorasmith.scoring.answers import RULES
 
@@ -232,12 +232,12 @@ def _rows(train: Iterable[Path], base: Path, budget: int) -> tuple[int, int]:
 
 def _linear(plan: Plan) -> dict[str, tuple[int, int]]:
     """Changed matrices but embedding and head: name → rows (outputs) and columns (inputs)."""
-    found = {}
+    shapes = {}
     for output in plan.outputs:
         outer = output.name.endswith(EMBEDDINGS) or output.name in HEAD_NAMES
         if output.change is not None and len(output.shape) == 2 and not outer:
-            found[output.name] = (output.shape[0], output.shape[1])
-    return found
+            shapes[output.name] = (output.shape[0], output.shape[1])
+    return shapes
 
 
 def _place(name: str) -> str:

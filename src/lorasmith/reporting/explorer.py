@@ -109,7 +109,7 @@ class _Level:
     """How much of each example is kept."""
 
     characters: int | None
-    """Of prompt and response each; None for all of them."""
+    """Most characters kept of prompt and response each; None for all of them."""
     tokens: bool
 
 
@@ -226,23 +226,23 @@ def _detail(
     """Text and token losses of one example, or neither where its source forbids it."""
     if "redacted" in row or is_redacted(str(row["metadata"].get("source", ""))):
         return {"redacted": True}
-    found: dict[str, Any] = {"prompt": row["prompt"], "response": row["response"]}
+    detail: dict[str, Any] = {"prompt": row["prompt"], "response": row["response"]}
     scored = {role: table[row["id"]] for role, table in tables.items() if row["id"] in table}
     ids = {tuple(entry.token_ids or ()) for entry in scored.values()}
     if len(ids) != 1 or ids == {()}:
-        return found
+        return detail
     texts = pieces.of(next(iter(ids)))
     if texts is None:
-        return found
-    found["pieces"] = texts
+        return detail
+    detail["pieces"] = texts
     for role, entry in scored.items():
         if role != "merged" or "adapter" not in scored:
-            found[role] = [_rounded(loss, 3) for loss in entry.losses or []]
+            detail[role] = [_rounded(loss, 3) for loss in entry.losses or []]
     if "merged" in scored and "adapter" in scored:
         # The difference is far smaller than either loss: stored by itself it keeps its digits.
         pairs = zip(scored["merged"].losses or [], scored["adapter"].losses or [], strict=True)
-        found["delta"] = [_rounded(merged - adapter, 2) for merged, adapter in pairs]
-    return found
+        detail["delta"] = [_rounded(merged - adapter, 2) for merged, adapter in pairs]
+    return detail
 
 
 def _rounded(value: float, digits: int) -> float:

@@ -71,18 +71,18 @@ def divergence_tables(records: RunRecords) -> list[DivergenceTable]:
     for kind, groups in (proof.groups or {"": {}}).items():
         if is_idle(kind, len(groups)):
             continue
-        found = {ALL: proof.overall}
-        found.update({name: groups[name] for name in sort_groups(kind, set(groups))})
+        compared = {ALL: proof.overall}
+        compared.update({name: groups[name] for name in sort_groups(kind, set(groups))})
         if proof.floor is not None:
-            found[FLOOR] = proof.floor
+            compared[FLOOR] = proof.floor
         if proof.serving is not None:
-            found[SERVED] = proof.serving
-        axis = log_axis([value for entry in found.values() for value in _values(entry).values()])
+            compared[SERVED] = proof.serving
+        axis = log_axis([value for entry in compared.values() for value in _values(entry).values()])
         rows = [
             DivergenceRow(
                 name, entry, {quantile: axis.at(value) for quantile, value in _values(entry).items()}
             )
-            for name, entry in found.items()
+            for name, entry in compared.items()
         ]
         inside = limit is not None and axis.low <= limit <= axis.high
         tables.append(DivergenceTable(kind, axis, axis.at(limit) if inside and limit else None, rows))
@@ -102,7 +102,7 @@ class Bar:
     high: float
     count: int
     height: float
-    """In percent of the tallest bar."""
+    """Height in percent of the tallest bar."""
     side: str
     """`better`, `even` (around zero) or `worse`."""
 

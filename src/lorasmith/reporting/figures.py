@@ -68,7 +68,7 @@ def dollars(amount: float) -> str:
 
 
 def energy(joules: float | None) -> str:
-    """In watt-hours: `12.5 Wh`."""
+    """An energy in watt-hours: `12.5 Wh`."""
     return "not measured" if joules is None else f"{joules / 3600:.3g} Wh"
 
 

@@ -48,7 +48,7 @@ class SizePlot:
     """Mean KL, logarithmic, over size from 0 to the original's: lower and further left is better."""
 
     size: Axis
-    """In megabytes (10⁶ bytes)."""
+    """Axis of sizes in megabytes (10⁶ bytes)."""
     divergence: Axis
     points: list[SizePoint]
 
@@ -65,7 +65,7 @@ class FollowupView:
     """True label → rows by predicted label, each with its fraction of the true label."""
     ways: list[Decoded]
     sources: list[str]
-    """Of the prompts, where there is more than one."""
+    """Sources of the prompts, where there is more than one."""
     places: int
     """Tokens of the longest draft."""
     sizes: SizePlot | None
@@ -116,10 +116,10 @@ def _ends(record: RespondRecord) -> list[tuple[str, int, float]]:
     return [(words, count, count / total) for words, count in counts]
 
 
-def _confusion(found: ClassifierReport) -> list[tuple[str, list[tuple[int, float]]]]:
+def _confusion(report: ClassifierReport) -> list[tuple[str, list[tuple[int, float]]]]:
     return [
         (label, [(count, count / max(1, sum(counts))) for count in counts])
-        for label, counts in zip(found.labels, found.confusion, strict=True)
+        for label, counts in zip(report.labels, report.confusion, strict=True)
     ]
 
 

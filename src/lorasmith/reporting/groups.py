@@ -68,7 +68,7 @@ class EffectTable:
 
 
 def model_tables(records: RunRecords) -> list[ModelTable]:
-    """By source, domain, difficulty, then crossings; all examples lead each table."""
+    """Tables of losses by source, domain and difficulty, then by crossings; all examples lead each table."""
     results = records.validations
     kinds = list(dict.fromkeys(kind for result in results.values() for kind in result.groups))
     tables = []
@@ -76,16 +76,16 @@ def model_tables(records: RunRecords) -> list[ModelTable]:
         names = {name for result in results.values() for name in result.groups.get(kind, {})}
         if is_idle(kind, len(names)):
             continue
-        found: dict[str, dict[str, GroupMetrics]] = {
+        by_group: dict[str, dict[str, GroupMetrics]] = {
             ALL: {role: result.overall for role, result in results.items()}
         }
         for name in sort_groups(kind, names):
-            found[name] = {
+            by_group[name] = {
                 role: result.groups[kind][name]
                 for role, result in results.items()
                 if name in result.groups.get(kind, {})
             }
-        tables.append(_model_table(kind, found))
+        tables.append(_model_table(kind, by_group))
     return tables
 
 
@@ -101,15 +101,15 @@ def sort_groups(kind: str, names: set[str]) -> list[str]:
     return sorted(names, key=lambda name: (name.lower(), name))
 
 
-def _model_table(kind: str, found: dict[str, dict[str, GroupMetrics]]) -> ModelTable:
-    every = [metrics for roles in found.values() for metrics in roles.values()]
+def _model_table(kind: str, by_group: dict[str, dict[str, GroupMetrics]]) -> ModelTable:
+    every = [metrics for roles in by_group.values() for metrics in roles.values()]
     values = [metrics.loss for metrics in every]
     for metrics in every:
         if metrics.interval:
             values += [metrics.interval.low, metrics.interval.high]
     axis = linear_axis(values)
     rows = []
-    for name, roles in found.items():
+    for name, roles in by_group.items():
         first = next(iter(roles.values()))
         marks = [
             Mark(
@@ -150,11 +150,11 @@ def effect_tables(records: RunRecords) -> list[EffectTable]:
     for kind, groups in (comparison.adapter_effect_groups or {"": {}}).items():
         if is_idle(kind, len(groups)):
             continue
-        found = {ALL: comparison.adapter_effect}
-        found.update({name: groups[name] for name in sort_groups(kind, set(groups))})
-        spans = [effect.interval for effect in found.values() if effect.interval]
+        effects = {ALL: comparison.adapter_effect}
+        effects.update({name: groups[name] for name in sort_groups(kind, set(groups))})
+        spans = [effect.interval for effect in effects.values() if effect.interval]
         ends = [end for span in spans for end in (span.low, span.high)]
-        axis = linear_axis(ends + [effect.loss_delta for effect in found.values()], include=0.0)
+        axis = linear_axis(ends + [effect.loss_delta for effect in effects.values()], include=0.0)
         rows = [
             EffectRow(
                 name,
@@ -163,7 +163,7 @@ def effect_tables(records: RunRecords) -> list[EffectTable]:
                 axis.at(effect.interval.low) if effect.interval else None,
                 axis.at(effect.interval.high) if effect.interval else None,
             )
-            for name, effect in found.items()
+            for name, effect in effects.items()
         ]
         tables.append(EffectTable(kind, axis, axis.at(0.0), rows))
     return tables

@@ -104,7 +104,7 @@ def visible_ids(explorer: Explorer | None) -> frozenset[str]:
 
 
 def _sections(records: RunRecords) -> list[tuple[str, str]]:
-    found = [
+    sections = [
         ("gates", "Gates"),
         ("models", "Models"),
         ("effect", "Adapter"),
@@ -113,10 +113,10 @@ def _sections(records: RunRecords) -> list[tuple[str, str]]:
         ("testset", "Test set"),
     ]
     if records.followup:
-        found.insert(-1, ("after", "After"))
+        sections.insert(-1, ("after", "After"))
     if records.timing:
-        found.append(("time", "Time"))
-    return [*found, ("provenance", "Provenance")]
+        sections.append(("time", "Time"))
+    return [*sections, ("provenance", "Provenance")]
 
 
 def _test_set_view(records: RunRecords) -> dict[str, Any]:

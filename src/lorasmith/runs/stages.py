@@ -54,7 +54,7 @@ class Stage:
 
     @property
     def version(self) -> str:
-        """Of lorasmith and of the stage."""
+        """Version of lorasmith, and revision of the stage."""
         return f"{lorasmith.__version__}/{self.revision}"
 
 
@@ -66,7 +66,7 @@ class RunFolder:
     rehash: bool = False
     price_per_hour: float | None = None
     budget: float | None = None
-    """In dollars, for all that was ever done in this folder; with a price only."""
+    """Most that may ever be spent in this folder, in dollars; it counts only with a price."""
     timings: dict[str, StageTiming] = field(default_factory=dict)
 
     def record_path(self, stage: str) -> Path:
@@ -142,8 +142,8 @@ class RunFolder:
             return False
         try:
             record = read_record(path, StageRecord)
-            found = {key: getattr(record, key) for key in wanted}
-            return found == wanted and record.outputs == self._outputs(stage)
+            known = {key: getattr(record, key) for key in wanted}
+            return known == wanted and record.outputs == self._outputs(stage)
         except InputError:
             # A record of another version, or an output that is gone: the stage is not done.
             return False

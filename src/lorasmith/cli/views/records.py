@@ -146,12 +146,12 @@ def show_training(record: TrainRecord, console: Console) -> None:
 
 def show_gates(record: GateRecord, console: Console) -> None:
     """Each gate with what was measured, and the advice for those that failed."""
-    from lorasmith.gates.formats import advice, found, show
+    from lorasmith.gates.formats import advice, measured, show
 
     rows = [
         (
             plain(result.gate.name),
-            found(result),
+            measured(result),
             f"{result.gate.comparison} {show(result.gate.threshold)}",
             _MARK[result.verdict],
         )

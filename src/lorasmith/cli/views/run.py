@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lorasmith.cli.console import bar, console
 from lorasmith.cli.views import proofs, records
 from lorasmith.cli.views.followup import show_draft, show_responses, show_speculation
+from lorasmith.gates.formats import count_of
 from lorasmith.machine.resources import human_bytes
 
 if TYPE_CHECKING:
@@ -103,14 +104,12 @@ def _show_verdict(result: RunResult, screen: Console) -> None:
     screen.print(f"Weights:   {_weights_claim(result)}")
     screen.print(f"Behaviour: {result.behaviour.grade}")
     failed = [gate for gate in result.judged.gates if gate.verdict != "pass"]
-    total = len(result.judged.gates)
+    verdict = count_of(result.judged)
     if not failed:
-        screen.print(f"\n{'=' * 60}\n[green]✓[/] All {total} gates passed.")
+        screen.print(f"\n{'=' * 60}\n[green]✓[/] {verdict}.")
         return
     names = ", ".join(f"{gate.gate.name} ({gate.verdict})" for gate in failed)
-    screen.print(
-        f"\n{'=' * 60}\n[red]✗[/] {len(failed)} of {total} gates did not pass: {names}", soft_wrap=True
-    )
+    screen.print(f"\n{'=' * 60}\n[red]✗[/] {verdict}: {names}", soft_wrap=True)
 
 
 _RULES = {"nearest": "correctly rounded", "dithered": "dithered by its own threshold"}
