@@ -38,7 +38,7 @@ class Nearby:
         log = log or ChunkLog()
         waiting = ChunkQueue(chunks, work, journal)
         yield from kept(journal, work, log)
-        self.opened.append(spec.function.__name__)
+        self.opened.append(spec.arguments.get("spec", spec).function.__name__)
         worker = Worker()
         conditions = Conditions.model_validate_json(answered(worker.open(pack_spec(spec))))
         while rows := waiting.take():

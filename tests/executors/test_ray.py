@@ -21,8 +21,8 @@ from lorasmith.executors.base import ChunkLog, Local, WorkSpec, map_chunks
 from lorasmith.executors.choose import make_executor
 from lorasmith.executors.ray import Cluster, join
 from lorasmith.files.journal import Journal
-from lorasmith.models.hidden_states import Replica
-from lorasmith.models.session import ScoringOptions, prepare_workload
+from lorasmith.models.scorer import Scorer
+from lorasmith.models.session import ScoringOptions
 from lorasmith.options import ClusterOptions
 from lorasmith.records.scoring import ChunkRecord
 from tests.executors.nodes import add_node
@@ -187,12 +187,10 @@ def test_a_validation_has_the_bytes_of_one_here(
 def test_a_worker_that_sees_other_files_says_so(scored: tuple[Path, ...], tmp_path: Path) -> None:
     base, _, test_set = scored
     options = ScoringOptions(arithmetic="mkl")
-    loaded = options.load(base)
-    _, route = options.place()
-    work = prepare_workload(test_set, loaded, options, route)
-    replica = Replica.of(work, base, None, test_set, options, route)
-    assert replica.open()[1].rows == work.rows
-    assert replica.options.device == loaded.device.type  # not auto: a worker must not take another
+    scorer = Scorer.load(base, test_set, options, options.place()[1])
+    replica = scorer.replica
+    assert replica.open().work.rows == scorer.work.rows
+    assert replica.options.device == scorer.loaded.device.type  # not auto: a worker must not take another
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows(24, seed=1)))
     with pytest.raises(DataError, match="reads other rows"):

@@ -12,13 +12,13 @@ import pytest
 
 import lorasmith
 from lorasmith.errors import CheckpointError, LorasmithError, RemoteError, UsageError
+from lorasmith.executors.storage import files_digest
 from lorasmith.files.digests import digest_folder, sha256_file
 from lorasmith.files.jsonl import write_rows
 from lorasmith.merging import shards
 from lorasmith.merging.cluster import MergeJob, open_merging
 from lorasmith.merging.folder import ShardDone
 from lorasmith.merging.shards import ShardMerger
-from lorasmith.models.hidden_states import files_digest
 from tests.executors.nearby import Nearby
 from tests.tiny import save_adapter, save_base, tiny_rows
 

@@ -15,10 +15,10 @@ import torch
 from lorasmith.checkpoint.adapter import open_adapter
 from lorasmith.checkpoint.model import open_checkpoint
 from lorasmith.errors import AdapterError, CheckpointError
+from lorasmith.executors.storage import SHARED, require_same_files
 from lorasmith.files.digests import digest_folder
 from lorasmith.merging.plan import plan_merge
 from lorasmith.merging.shards import ShardMerger, ShardWork, nobody_watches
-from lorasmith.models.hidden_states import require_same_files
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def open_merging(job: MergeJob) -> Iterator[ShardWork]:
         raise AdapterError(
             "a worker finds another adapter under this path than the command",
             where=", ".join(job.adapters),
-            expected="one storage that all machines see under the same path",
+            expected=SHARED,
         )
     base = open_checkpoint(Path(job.base))
     plan = plan_merge(base, adapters, job.weights, job.precision)

@@ -14,6 +14,7 @@ from lorasmith.checkpoint.adapter import Adapter, open_adapter
 from lorasmith.checkpoint.model import Checkpoint, open_checkpoint
 from lorasmith.errors import CheckpointError, UsageError
 from lorasmith.executors.base import Executor, Local, WorkSpec
+from lorasmith.executors.storage import files_digest
 from lorasmith.files.atomic import StrPath, write_record
 from lorasmith.files.digests import (
     combine,
@@ -41,7 +42,6 @@ from lorasmith.merging.modes import ROUNDINGS, Mode, choose_mode
 from lorasmith.merging.plan import PRECISIONS, Plan, plan_merge
 from lorasmith.merging.shards import ShardMerger, merge_shards, shard_header
 from lorasmith.merging.tensors import check_copies
-from lorasmith.models.hidden_states import files_digest
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.merging import MergeRecord

@@ -81,11 +81,11 @@ def score_states(
     """
     batch = batch.to(forward.device)
     hidden = forward.hidden(batch)
-    found = [
+    logprobs = [
         token_logprobs(forward.logits_of(part), targets)
         for part, targets in zip(hidden.split(CHUNK), batch.targets.split(CHUNK), strict=True)
     ]
-    rows = [part.cpu().numpy() for part in torch.cat(found).split(list(batch.counts))]
+    rows = [part.cpu().numpy() for part in torch.cat(logprobs).split(list(batch.counts))]
     for row, values in zip(batch.rows, rows, strict=True):
         if not np.isfinite(values).all():
             raise_non_finite(forward, batch, names[row])
@@ -113,12 +113,13 @@ def row_loss(logprobs: Floats) -> float:
 
 
 R = TypeVar("R")
+T = TypeVar("T")
 Rows = tuple[int, ...]
 Arrays = list[npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class RowWork(Generic[R]):
+class RowWork(Generic[R, T]):
     """Something done to rows of a test set, batch by batch."""
 
     encoded: Sequence[Encoded]
@@ -126,6 +127,8 @@ class RowWork(Generic[R]):
     action: Callable[[Rows], R]
     to_arrays: Callable[[R], Arrays]
     from_arrays: Callable[[Rows, Arrays], R]
+    per_row: Callable[[R], Sequence[T]]
+    """What the caller keeps of a batch's result: one item for each of its rows."""
 
     def run(self, rows: Rows) -> R:
         """The result of a batch."""
@@ -156,7 +159,7 @@ class RowWork(Generic[R]):
         return self.from_arrays(rows, unpack_arrays(packed))
 
     def conditions(self) -> Conditions:
-        """Of the device here."""
+        """What the device here computes under."""
         return conditions_of(self.device)
 
 

@@ -155,6 +155,14 @@ class Workload:
         """Prompt and response tokens of all rows."""
         return sum(len(row.ids) for row in self.rows)
 
+    @property
+    def digest(self) -> str:
+        """Digest of all tokens and of where scoring begins in each row."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(np.array([len(row.ids), row.scored_from, *row.ids], dtype="<i8").tobytes())
+        return digest.hexdigest()
+
     def batches(self) -> list[tuple[int, ...]]:
         """Row indices of each batch."""
         return self.plan(self.rows)

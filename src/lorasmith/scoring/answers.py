@@ -12,26 +12,18 @@ import numpy.typing as npt
 import torch
 
 from lorasmith.benchmarks.choices import LETTERS
-from lorasmith.executors.base import ChunkLog, Executor, WorkSpec
-from lorasmith.files.journal import Journal
-from lorasmith.machine.allocator import keep_memory
-from lorasmith.models.device import Route, use_route
 from lorasmith.models.generation.generate import (
     GENERATE_ROWS,
     Generated,
-    from_arrays,
     generate_greedy,
+    open_texts_work,
     plan_generation,
     stop_tokens,
-    to_arrays,
 )
-from lorasmith.models.hidden_states import Replica
 from lorasmith.models.layout import lay_out
-from lorasmith.models.load import LoadedModel
+from lorasmith.models.scorer import Scorer
 from lorasmith.models.scoring import RowWork, open_forward, raise_non_finite
-from lorasmith.models.session import Workload
 from lorasmith.models.text import Encoded, frame, response_tokens
-from lorasmith.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -51,57 +43,25 @@ RULES: dict[str, Rules] = {
 """Benchmarks answered by generation; those with choices are answered by likelihood."""
 
 
-def choice_likelihoods(
-    loaded: LoadedModel,
-    work: Workload,
-    rows: Sequence[int],
-    route: Route,
-    journal: Journal | None,
-    progress: Progress,
-    executor: Executor,
-    replica: Replica,
-    log: ChunkLog,
-) -> dict[int, list[float]]:
+def choice_likelihoods(scorer: Scorer, rows: Sequence[int]) -> dict[int, list[float]]:
     """Per row, the log-probability (nats) of each letter as the beginning of the answer."""
     if not rows:
         return {}
-    spec = WorkSpec(open_choices, {"replica": replica, "rows": list(rows)}, replica.gpu)
-    found: dict[int, list[float]] = {}
-    with (
-        open_weighing(loaded, work, rows, route) as weighing,
-        progress("Weigh choices", total=len(rows), unit="row") as advance,
-    ):
-        plan = work.plan([weighing.encoded[row] for row in rows])
-        batches = [tuple(rows[place] for place in batch) for batch in plan]
-        for batch, values in executor.map_chunks(batches, weighing, journal, spec, log):
-            found.update(zip(batch, values.tolist(), strict=True))
-            advance(len(batch))
-    return found
+    asked, _ = _questions(scorer)
+    plan = scorer.work.plan([asked[row] for row in rows])
+    batches = [tuple(rows[place] for place in batch) for batch in plan]
+    return scorer.run(open_choices, batches, "Weigh choices", asked_rows=list(rows))
 
 
 @contextmanager
-def open_choices(replica: Replica, rows: list[int]) -> Iterator[RowWork[npt.NDArray[np.float32]]]:
-    """The same work in another process."""
-    loaded, work, route = replica.open()
-    with open_weighing(loaded, work, rows, route) as weighing:
-        yield weighing
-
-
-@contextmanager
-def open_weighing(
-    loaded: LoadedModel, work: Workload, rows: Sequence[int], route: Route
-) -> Iterator[RowWork[npt.NDArray[np.float32]]]:
-    """Batches of `rows` → `[rows, letters]` log-probabilities."""
-    around = frame(loaded.tokenizer, work.settings.template, end_of_turn=False)
-    space = " " if work.settings.template == "plain" else ""  # after "Answer:" a text goes on with a space
-    answers = [response_tokens(loaded.tokenizer, space + letter, around) for letter in LETTERS]
-    # A tokenizer may spell the space on its own: what all four begin with goes to the prompt.
-    together = zip(*answers, strict=False)
-    shared = [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, together)]
-    letters = [answer[len(shared)] for answer in answers]
-    asked = [_asking([*row.ids[: row.n_prompt], *shared], letters[0]) for row in work.rows]
+def open_choices(
+    scorer: Scorer, asked_rows: list[int]
+) -> Iterator[RowWork[npt.NDArray[np.float32], list[float]]]:
+    """Batches of `asked_rows` → `[rows, letters]` log-probabilities."""
+    loaded, work = scorer.loaded, scorer.work
+    asked, letters = _questions(scorer)
     columns = torch.tensor(letters, device=loaded.device)
-    with open_forward(loaded, [asked[row] for row in rows], route) as forward:
+    with open_forward(loaded, [asked[row] for row in asked_rows], scorer.route) as forward:
 
         def weigh(batch: tuple[int, ...]) -> npt.NDArray[np.float32]:
             laid_out = lay_out(batch, asked, work.settings.layout).to(loaded.device)
@@ -118,55 +78,39 @@ def open_weighing(
             weigh,
             to_arrays=lambda values: [values],
             from_arrays=lambda batch, arrays: arrays[0],
+            per_row=lambda values: values.tolist(),
         )
 
 
-def _asking(prompt: list[int], letter: int) -> Encoded:
-    """A row whose only scored token stands behind the prompt."""
-    return Encoded([*prompt, letter], len(prompt), scored_from=len(prompt))
+def _questions(scorer: Scorer) -> tuple[list[Encoded], list[int]]:
+    """Every row with one scored token behind its prompt, and the token of each letter."""
+    tokenizer, template = scorer.loaded.tokenizer, scorer.work.settings.template
+    around = frame(tokenizer, template, end_of_turn=False)
+    space = " " if template == "plain" else ""  # after "Answer:" a text goes on with a space
+    answers = [response_tokens(tokenizer, space + letter, around) for letter in LETTERS]
+    # A tokenizer may spell the space on its own: what all four begin with goes to the prompt.
+    together = zip(*answers, strict=False)
+    shared = [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, together)]
+    letters = [answer[len(shared)] for answer in answers]
+    prompts = [[*row.ids[: row.n_prompt], *shared] for row in scorer.work.rows]
+    return [Encoded([*ids, letters[0]], len(ids), scored_from=len(ids)) for ids in prompts], letters
 
 
-def generated_answers(
-    loaded: LoadedModel,
-    work: Workload,
-    rows: Sequence[int],
-    route: Route,
-    journal: Journal | None,
-    progress: Progress,
-    executor: Executor,
-    replica: Replica,
-    log: ChunkLog,
-) -> dict[int, Generated]:
+def generated_answers(scorer: Scorer, rows: Sequence[int]) -> dict[int, Generated]:
     """Per row, what the model writes greedily after the prompt, benchmark by benchmark."""
-    batches = []
+    work, batches = scorer.work, []
     for source in RULES:
         own = [row for row in rows if work.examples[row].metadata.source == source]
         together = min(GENERATE_ROWS, work.settings.batch_size or GENERATE_ROWS)
         planned = plan_generation([work.rows[row].ids[: work.rows[row].n_prompt] for row in own], together)
         batches += [tuple(own[place] for place in batch) for batch in planned]
-    spec = WorkSpec(open_answers, {"replica": replica}, replica.gpu)
-    found: dict[int, Generated] = {}
-    with (
-        open_writing(loaded, work, route) as writing,
-        progress("Write answers", total=len(rows), unit="row") as advance,
-    ):
-        for batch, texts in executor.map_chunks(batches, writing, journal, spec, log):
-            found.update(zip(batch, texts, strict=True))
-            advance(len(batch))
-    return found
+    return scorer.run(open_answers, batches, "Write answers")
 
 
 @contextmanager
-def open_answers(replica: Replica) -> Iterator[RowWork[list[Generated]]]:
-    """The same work in another process."""
-    loaded, work, route = replica.open()
-    with open_writing(loaded, work, route) as writing:
-        yield writing
-
-
-@contextmanager
-def open_writing(loaded: LoadedModel, work: Workload, route: Route) -> Iterator[RowWork[list[Generated]]]:
+def open_answers(scorer: Scorer) -> Iterator[RowWork[list[Generated], Generated]]:
     """Batches of rows of one benchmark → what the model writes after each prompt."""
+    loaded, work = scorer.loaded, scorer.work
     template = work.settings.template
     stop = stop_tokens(loaded, template)
 
@@ -182,8 +126,8 @@ def open_writing(loaded: LoadedModel, work: Workload, route: Route) -> Iterator[
             names=[work.names[row] for row in batch],
         )
 
-    with keep_memory(), use_route(route):
-        yield RowWork(work.rows, loaded.device, write, to_arrays=to_arrays, from_arrays=from_arrays)
+    with open_texts_work(scorer, write) as writing:
+        yield writing
 
 
 def room_for(prompt: Sequence[int], context: int | None, new_tokens: int) -> list[int]:

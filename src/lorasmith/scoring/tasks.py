@@ -23,15 +23,14 @@ from lorasmith.executors.base import ChunkLog, Executor, Local
 from lorasmith.files.atomic import StrPath, write_bytes, write_record
 from lorasmith.files.jsonl import read_examples
 from lorasmith.hub.models import local_model
-from lorasmith.models.hidden_states import Replica
-from lorasmith.models.load import LoadedModel
+from lorasmith.models.generation.generate import Generated
+from lorasmith.models.scorer import Scorer
 from lorasmith.models.session import (
     Inputs,
     ScoringOptions,
     Workload,
     identify,
     open_journal,
-    prepare_workload,
     route_of,
     take_rows,
 )
@@ -80,11 +79,11 @@ def judge_choice(example: Example, likelihoods: Sequence[float]) -> Judged:
     return Judged(example, "likelihood", best, True, judge_likelihoods(example, likelihoods))
 
 
-def judge_text(work: Workload, row: int, tokens: list[int], finished: bool, loaded: LoadedModel) -> Judged:
+def judge_text(scorer: Scorer, row: int, written: Generated) -> Judged:
     """What its benchmark's judge says of a written answer; without a verdict it is unscored, not wrong."""
-    example = work.examples[row]
-    answer = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
-    if work.settings.template == "plain":
+    example, finished = scorer.work.examples[row], written.finished
+    answer = scorer.loaded.tokenizer.decode(written.tokens, skip_special_tokens=True)
+    if scorer.work.settings.template == "plain":
         answer = cut(answer, RULES[example.metadata.source].stop_texts)
     try:
         scores = BY_NAME[example.metadata.source].score(example, answer)
@@ -95,14 +94,14 @@ def judge_text(work: Workload, row: int, tokens: list[int], finished: bool, load
 
 def task_metrics(judged: Sequence[Judged], seed: int) -> list[TaskMetric]:
     """Each benchmark's metrics over its rows, with an interval by bootstrap."""
-    found = []
+    metrics = []
     for name in sorted({one.example.metadata.source for one in judged}):
         own = [one for one in judged if one.example.metadata.source == name]
         reasons = Counter(one.unscored for one in own if one.unscored)
         rules = RULES.get(name) if own[0].method == "generation" else None
         for metric in sorted({metric for one in own for metric in one.scores}) or ["unscored"]:
             scores = np.array([one.scores[metric] for one in own if metric in one.scores])
-            found.append(
+            metrics.append(
                 TaskMetric(
                     benchmark=name,
                     metric=metric,
@@ -117,7 +116,7 @@ def task_metrics(judged: Sequence[Judged], seed: int) -> list[TaskMetric]:
                     interval=mean_interval(scores, np.ones(len(scores)), seed),
                 )
             )
-    return found
+    return metrics
 
 
 def judged_table(judged: Sequence[Judged]) -> bytes:
@@ -182,25 +181,22 @@ def evaluate_tasks(
             for kind in ("choices", "answers")
         ]
         route = route_of(options, journals[0])
-        loaded = options.load(model, adapter=adapter, dtype=route.dtype)
-        work = prepare_workload(test_set, loaded, options, route)
+        scorer = Scorer.load(
+            model, test_set, options, route, adapter=adapter, executor=where, log=log, progress=progress
+        )
+        work = scorer.work
         inputs.require_unchanged()
-        identity = identify(role, model, adapter, loaded)
+        identity = identify(role, model, adapter, scorer.loaded)
         known = require_questions(work.examples, test_set)
         choices = [row for row in known if _has_choices(work.examples[row])]
         written = [row for row in known if not _has_choices(work.examples[row])]
-        replica = Replica.of(work, model, adapter, test_set, options, route)
-        likelihoods = choice_likelihoods(
-            loaded, work, choices, route, journals[0], progress, where, replica, log.part("choices")
-        )
-        answers = generated_answers(
-            loaded, work, written, route, journals[1], progress, where, replica, log.part("answers")
-        )
+        likelihoods = choice_likelihoods(scorer.part("choices", journals[0]), choices)
+        answers = generated_answers(scorer.part("answers", journals[1]), written)
         work.findings.extend(log.findings())
         judged = [judge_choice(work.examples[row], likelihoods[row]) for row in choices]
         with progress("Judge answers", total=len(written), unit="row") as advance:
             for row in written:
-                judged.append(judge_text(work, row, answers[row].tokens, answers[row].finished, loaded))
+                judged.append(judge_text(scorer, row, answers[row]))
                 advance(1)
         table = judged_table(judged)
         result = TaskResult(

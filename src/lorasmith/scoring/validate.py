@@ -6,6 +6,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorasmith.errors import UsageError, os_errors
-from lorasmith.executors.base import ChunkLog, Executor, Local, WorkSpec
+from lorasmith.executors.base import ChunkLog, Executor, Local
 from lorasmith.files.atomic import StrPath, write_bytes, write_record
-from lorasmith.files.journal import Journal
 from lorasmith.hub.models import local_model
-from lorasmith.models.device import Route
-from lorasmith.models.hidden_states import Replica, open_scoring, open_states, scoring_work
-from lorasmith.models.load import LoadedModel
-from lorasmith.models.scoring import Floats, open_forward, row_loss
-from lorasmith.models.session import (
-    Inputs,
-    ScoringOptions,
-    Workload,
-    identify,
-    open_journal,
-    prepare_workload,
-    route_of,
-)
+from lorasmith.models.hidden_states import open_scoring, open_states
+from lorasmith.models.scorer import Scorer
+from lorasmith.models.scoring import Floats, row_loss
+from lorasmith.models.session import Inputs, ScoringOptions, identify, open_journal, route_of
 from lorasmith.models.statistics import Array, group_fields, group_rows, mean_interval, perplexity
 from lorasmith.models.text import Encoded
 from lorasmith.progress import Progress, silent
@@ -97,8 +88,8 @@ def aggregate(
     overall = group_metrics(losses, tokens, None, seed)
     grouped = group_rows([group_fields(example) for example in examples])
     groups = {
-        dimension: {name: group_metrics(losses, tokens, rows, seed) for name, rows in found.items()}
-        for dimension, found in grouped.items()
+        dimension: {name: group_metrics(losses, tokens, rows, seed) for name, rows in members.items()}
+        for dimension, members in grouped.items()
     }
     return overall, groups
 
@@ -213,19 +204,22 @@ def validate(
         if states is None:
             own = stack.enter_context(open_journal(_journal(output, role), inputs, options))
         route = route_of(options, own)
-        loaded = options.load(model, adapter=adapter, dtype=route.dtype)
-        work = prepare_workload(test_set, loaded, options, route)
+        scorer = Scorer.load(
+            model, test_set, options, route, adapter=adapter, executor=where, log=log, progress=progress
+        )
+        work = scorer.work
         inputs.require_unchanged()
-        identity = identify(role, model, adapter, loaded)
+        identity = identify(role, model, adapter, scorer.loaded)
         journal = own
         if states is not None:
-            kept = open_states(Path(states) / f"{role}.journal", folders, loaded, work, route)
-            journal = stack.enter_context(kept)
-        replica = Replica.of(work, model, adapter, test_set, options, route)
-        spec = WorkSpec(open_scoring, {"replica": replica, "keep": states is not None}, replica.gpu)
-        logprobs = score(loaded, work, route, f"Validate {role}", journal, progress, where, spec, log)
+            journal = stack.enter_context(open_states(Path(states) / f"{role}.journal", folders, scorer))
+        # Longest batches come first, so rows arrive in another order than the test set's.
+        by_row = replace(scorer, journal=journal).run(
+            open_scoring, work.batches(), f"Validate {role}", unit="tok", keep=states is not None
+        )
+        logprobs = [by_row[row] for row in range(len(work.rows))]
         work.findings.extend(log.findings())
-        result, table = _result(identity, inputs, loaded, work, logprobs)
+        result, table = _result(identity, inputs, scorer, logprobs)
         log.write(output / f"{role}.chunks.jsonl", wanted=where.remote)
         write_bytes(output / f"{role}.parquet", table)
         write_record(output / f"{role}.json", result)
@@ -246,14 +240,11 @@ def _journal(output: Path, role: str) -> Path:
 
 
 def _result(
-    identity: ModelIdentity,
-    inputs: Inputs,
-    loaded: LoadedModel,
-    work: Workload,
-    logprobs: list[Floats],
+    identity: ModelIdentity, inputs: Inputs, scorer: Scorer, logprobs: list[Floats]
 ) -> tuple[ValidationResult, bytes]:
     """The record and the per-example Parquet file."""
-    table = example_table(work.examples, work.rows, logprobs, loaded.tokenizer)
+    work = scorer.work
+    table = example_table(work.examples, work.rows, logprobs, scorer.loaded.tokenizer)
     overall, groups = aggregate(work.examples, logprobs, work.settings.seed)
     result = ValidationResult(
         model=identity,
@@ -270,30 +261,3 @@ def _result(
         findings=work.findings,
     )
     return result, table
-
-
-def score(
-    loaded: LoadedModel,
-    work: Workload,
-    route: Route,
-    label: str,
-    journal: Journal | None,
-    progress: Progress,
-    executor: Executor,
-    spec: WorkSpec,
-    log: ChunkLog,
-) -> list[Floats]:
-    """Log-probabilities of the scored tokens of every row, in the order of the test set.
-
-    The journal gets the hidden states as well where the arguments of `spec` say `keep`.
-    """
-    found: dict[int, Floats] = {}
-    with (
-        open_forward(loaded, work.rows, route) as forward,
-        progress(label, total=work.tokens, unit="tok") as advance,
-    ):
-        scoring = scoring_work(forward, work, keep=spec.arguments["keep"])
-        for rows, (values, _) in executor.map_chunks(work.batches(), scoring, journal, spec, log):
-            found.update(zip(rows, values, strict=True))
-            advance(sum(len(work.rows[row].ids) for row in rows))
-    return [found[row] for row in range(len(work.rows))]

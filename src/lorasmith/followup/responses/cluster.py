@@ -17,6 +17,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from lorasmith.errors import CheckpointError
 from lorasmith.executors.base import ChunkLog, Executor, Unsplittable, WorkSpec
+from lorasmith.executors.storage import files_digest, require_same_files
 from lorasmith.files.journal import Rows
 from lorasmith.followup.responses.engines import (
     Engine,
@@ -29,7 +30,6 @@ from lorasmith.followup.responses.engines import (
 from lorasmith.models.device import conditions_of, resolve_device
 from lorasmith.models.generation.decoding import GeneratedAnswer, GenerationLimits, Request, Sampling
 from lorasmith.models.generation.generate import ending_tokens
-from lorasmith.models.hidden_states import files_digest, require_same_files
 from lorasmith.models.load import context_of, load_tokenizer, quiet_libraries, require_file
 from lorasmith.records.scoring import Conditions
 

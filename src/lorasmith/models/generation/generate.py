@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,12 @@ import numpy as np
 import torch
 
 from lorasmith.errors import CheckpointError
+from lorasmith.machine.allocator import keep_memory
+from lorasmith.models.device import use_route
 from lorasmith.models.generation.decoding import last_positions_only, left_padded, positions
 from lorasmith.models.load import LoadedModel
-from lorasmith.models.scoring import Arrays
+from lorasmith.models.scorer import Scorer
+from lorasmith.models.scoring import Rows, RowWork
 from lorasmith.models.text import end_token
 
 GENERATE_ROWS = 16
@@ -29,14 +33,24 @@ class Generated:
     """False when the limit cut it off."""
 
 
-def to_arrays(texts: list[Generated]) -> Arrays:
-    """For a journal: whether it ended, then the tokens."""
-    return [np.array([text.finished, *text.tokens], dtype=np.int64) for text in texts]
-
-
-def from_arrays(rows: tuple[int, ...], arrays: Arrays) -> list[Generated]:
-    """Back from `to_arrays`."""
-    return [Generated([int(token) for token in array[1:]], bool(array[0])) for array in arrays]
+@contextmanager
+def open_texts_work(
+    scorer: Scorer, write: Callable[[Rows], list[Generated]]
+) -> Iterator[RowWork[list[Generated], Generated]]:
+    """Writing as work for `Scorer.run`: in a journal each text is whether it ended, then its tokens."""
+    with keep_memory(), use_route(scorer.route):
+        yield RowWork(
+            scorer.work.rows,
+            scorer.loaded.device,
+            write,
+            to_arrays=lambda texts: [
+                np.array([text.finished, *text.tokens], dtype=np.int64) for text in texts
+            ],
+            from_arrays=lambda rows, arrays: [
+                Generated([int(token) for token in array[1:]], bool(array[0])) for array in arrays
+            ],
+            per_row=lambda texts: texts,
+        )
 
 
 def stop_tokens(loaded: LoadedModel, template: str) -> list[int]:
@@ -48,12 +62,12 @@ def stop_tokens(loaded: LoadedModel, template: str) -> list[int]:
 
 def ending_tokens(tokenizer: Any, named: int | list[int] | None, template: str) -> list[int]:
     """The same where no model is loaded; `named` is what its generation config calls EOS."""
-    found: set[int] = set()
+    tokens: set[int] = set()
     for value in (tokenizer.eos_token_id, named):
-        found.update(value if isinstance(value, list) else [] if value is None else [value])
-    if found or template == "chat":
-        found.add(end_token(tokenizer, template))
-    return sorted(found)
+        tokens.update(value if isinstance(value, list) else [] if value is None else [value])
+    if tokens or template == "chat":
+        tokens.add(end_token(tokenizer, template))
+    return sorted(tokens)
 
 
 def plan_generation(prompts: Sequence[Sequence[int]], rows: int = GENERATE_ROWS) -> list[tuple[int, ...]]:
@@ -92,7 +106,7 @@ def generate_greedy(
                 **positions(loaded.model, mask, ids.shape[1]),
             )
             cache = output.past_key_values
-            most, ids = (found.to(mask.device) for found in output.logits[:, -1:].max(-1))
+            most, ids = (largest.to(mask.device) for largest in output.logits[:, -1:].max(-1))
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
             sound = most[:, 0].isfinite().tolist()  # a maximum takes up what is not a number
             for place, token in enumerate(ids[:, 0].tolist()):

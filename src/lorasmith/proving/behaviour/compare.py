@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,19 @@ import torch
 from lorasmith.checkpoint.header import read_object
 from lorasmith.checkpoint.model import text_config
 from lorasmith.errors import CheckpointError, UsageError
-from lorasmith.executors.base import ChunkLog, Executor, Local, WorkSpec
+from lorasmith.executors.base import ChunkLog, Executor, Local
 from lorasmith.files.atomic import StrPath, write_record
-from lorasmith.files.journal import Journal
 from lorasmith.hub.models import local_model
 from lorasmith.models.device import Route, release_memory
-from lorasmith.models.hidden_states import Replica, open_scoring, open_states
-from lorasmith.models.load import LoadedModel, has_tokenizer, load_tokenizer, require_file
+from lorasmith.models.hidden_states import open_states
+from lorasmith.models.load import has_tokenizer, load_tokenizer, require_file
+from lorasmith.models.scorer import Scorer
 from lorasmith.models.session import (
     Inputs,
     ScoringOptions,
     Workload,
     identify,
     open_journal,
-    prepare_workload,
     route_of,
 )
 from lorasmith.models.text import encode_examples, resolve_template
@@ -143,6 +142,11 @@ class Comparison:
     log: ChunkLog
 
     @property
+    def running(self) -> dict[str, Any]:
+        """How both models are run, as `Scorer.load` takes it."""
+        return {"executor": self.executor, "log": self.log, "progress": self.progress}
+
+    @property
     def base(self) -> Path:
         """Folder of the base."""
         return self.inputs.folders[0]
@@ -190,21 +194,21 @@ class AdapterRun:
 
 def run_adapter(asked: Comparison, stack: ExitStack) -> AdapterRun:
     """Run the adapter on its base and measure its floors; the journal of its states stays open on `stack`."""
-    loaded = asked.options.load(asked.base, adapter=asked.adapter)
-    check_vocabulary(loaded.vocabulary, announced_vocabulary(asked.merged), asked.merged)
-    work = prepare_workload(asked.test_set, loaded, asked.options, asked.route)
+    scorer = Scorer.load(
+        asked.base, asked.test_set, asked.options, asked.route, adapter=asked.adapter, **asked.running
+    )
+    work, tokenizer = scorer.work, scorer.loaded.tokenizer
+    check_vocabulary(scorer.loaded.vocabulary, announced_vocabulary(asked.merged), asked.merged)
     asked.inputs.require_unchanged()
-    identity = identify("adapter", asked.base, asked.adapter, loaded)
+    identity = identify("adapter", asked.base, asked.adapter, scorer.loaded)
     obstacles, findings = compare_tokenizers(work, asked.merged)
     journal = stack.enter_context(
-        open_states(asked.states / "adapter.journal", [asked.base, asked.adapter], loaded, work, asked.route)
+        open_states(asked.states / "adapter.journal", [asked.base, asked.adapter], scorer)
     )
-    replica = Replica.of(work, asked.base, asked.adapter, asked.test_set, asked.options, asked.route)
-    side = _side(asked, "adapter", work, loaded, journal, replica)
-    floor = noise_floor(loaded, work, side, asked.route, asked.progress)
-    texts = _texts(asked, "adapter", work, loaded, replica)
-    tokenizer = loaded.tokenizer
-    del loaded
+    side = run_side(scorer.part("adapter", journal), "Run adapter")
+    floor = noise_floor(scorer, side)
+    texts = _texts(asked, "adapter", scorer)
+    del scorer  # the model in its serving type comes next: two need not fit into memory
     release_memory()
     serving = _serving(asked, work, side, findings)
     return AdapterRun(side, identity, texts, work, tokenizer, floor, serving, obstacles, findings)
@@ -212,17 +216,20 @@ def run_adapter(asked: Comparison, stack: ExitStack) -> AdapterRun:
 
 def run_merged(asked: Comparison, work: Workload, stack: ExitStack) -> MergedRun:
     """The same for the merged model, on the adapter's tokens."""
-    own = asked.merged if has_tokenizer(asked.merged) else asked.base
-    loaded = asked.options.load(asked.merged, tokenizer_from=own)
+    scorer = Scorer.load(
+        asked.merged,
+        asked.test_set,
+        asked.options,
+        asked.route,
+        tokenizer_from=asked.adapter if has_tokenizer(asked.adapter) else asked.base,
+        work=work,
+        **asked.running,
+    )
     asked.inputs.require_unchanged()
-    identity = identify("merged", asked.merged, None, loaded)
-    path = asked.states / "merged.journal"
-    journal = stack.enter_context(open_states(path, [asked.merged], loaded, work, asked.route))
-    encoder = asked.adapter if has_tokenizer(asked.adapter) else asked.base
-    replica = Replica.of(work, asked.merged, None, asked.test_set, asked.options, asked.route, encoder)
-    side = _side(asked, "merged", work, loaded, journal, replica)
-    texts = _texts(asked, "merged", work, loaded, replica)
-    return MergedRun(side, identity, texts)
+    identity = identify("merged", asked.merged, None, scorer.loaded)
+    journal = stack.enter_context(open_states(asked.states / "merged.journal", [asked.merged], scorer))
+    side = run_side(scorer.part("merged", journal), "Run merged")
+    return MergedRun(side, identity, _texts(asked, "merged", scorer))
 
 
 def generation_of(asked: Comparison, a: AdapterRun, b: MergedRun) -> GenerationComparison | None:
@@ -232,32 +239,11 @@ def generation_of(asked: Comparison, a: AdapterRun, b: MergedRun) -> GenerationC
     return compare_texts(a.work.examples, a.texts, b.texts, a.tokenizer, asked.generate)
 
 
-def _side(
-    asked: Comparison, part: str, work: Workload, loaded: LoadedModel, journal: Journal, replica: Replica
-) -> Side:
-    spec = WorkSpec(open_scoring, {"replica": replica, "keep": True}, replica.gpu)
-    label, log = f"Run {part}", asked.log.part(part)
-    return run_side(loaded, work, asked.route, journal, label, asked.progress, asked.executor, spec, log)
-
-
-def _texts(
-    asked: Comparison, part: str, work: Workload, loaded: LoadedModel, replica: Replica
-) -> Texts | None:
+def _texts(asked: Comparison, part: str, scorer: Scorer) -> Texts | None:
     if asked.generate is None:
         return None
-    label, log = f"Generate ({part})", asked.log.part(f"{part} texts")
-    return write_texts(
-        work,
-        loaded,
-        asked.route,
-        asked.generate,
-        label,
-        (asked.texts.get(part), asked.texts.get(f"{part} alone")),
-        asked.progress,
-        asked.executor,
-        replica,
-        log,
-    )
+    writer = scorer.part(f"{part} texts", asked.texts.get(part))
+    return write_texts(writer, asked.generate, f"Generate ({part})", asked.texts.get(f"{part} alone"))
 
 
 def _serving(asked: Comparison, work: Workload, side: Side, findings: list[Finding]) -> Floor | None:
@@ -433,12 +419,13 @@ def compare_pair(
             assert journal is not None  # there is a path
             kept.append(journal)
         route = route_of(options, kept[0])
-        original = options.load(a)
-        load = prepare_workload(test_set, original, options, route)
-        first = run_side(original, load, route, kept[0], "Original", progress)
+        original = Scorer.load(a, test_set, options, route, progress=progress)
+        load = original.work
+        first = run_side(replace(original, journal=kept[0]), "Original")
         del original
         release_memory()
-        second = run_side(options.load(b), load, route, kept[1], "Compressed", progress)
+        compressed = Scorer.load(b, test_set, options, route, tokenizer_from=a, work=load, progress=progress)
+        second = run_side(replace(compressed, journal=kept[1]), "Compressed")
         if first.vocabulary != second.vocabulary:
             raise CheckpointError(
                 f"one model has {first.vocabulary:,} embedding rows, the other {second.vocabulary:,}",

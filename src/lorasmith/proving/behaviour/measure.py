@@ -16,16 +16,17 @@ import numpy.typing as npt
 import torch
 
 from lorasmith.errors import UsageError
-from lorasmith.executors.base import ChunkLog, Executor, WorkSpec, map_chunks
+from lorasmith.executors.base import map_chunks
 from lorasmith.files.journal import Journal, Rows
 from lorasmith.machine.allocator import keep_memory
 from lorasmith.models.batches import make_batch, plan_batches
 from lorasmith.models.device import Route, use_route
 from lorasmith.models.forward import TokenForward
-from lorasmith.models.hidden_states import KeptStates, scoring_work
+from lorasmith.models.hidden_states import KeptStates, open_scoring
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.reordered import ReorderedSums
-from lorasmith.models.scoring import RowWork, examine
+from lorasmith.models.scorer import Scorer
+from lorasmith.models.scoring import RowWork, examine, open_forward
 from lorasmith.models.session import Workload
 from lorasmith.models.statistics import (
     Array,
@@ -79,46 +80,29 @@ class Floor:
     """The two ways in which it was computed."""
 
 
-def run_side(
-    loaded: LoadedModel,
-    work: Workload,
-    route: Route,
-    journal: Journal,
-    label: str,
-    progress: Progress,
-    executor: Executor | None = None,
-    spec: WorkSpec | None = None,
-    log: ChunkLog | None = None,
-) -> Side:
-    """Fill the journal with the hidden states of all rows, where they are not in it; needs no model after.
+def run_side(scorer: Scorer, label: str) -> Side:
+    """Fill the scorer's journal with the hidden states of all rows, where they are not in it.
 
-    `spec` makes the same work for an `executor` that is remote.
+    The rest of the model is not needed after it where its head alone gives the logits.
     """
-    with keep_memory(), use_route(route):
-        forward = examine(loaded, work.rows)
-        kept = KeptStates(journal, work.rows)
-        if not all(row in kept for row in range(len(work.rows))):
-            scoring = scoring_work(forward, work, keep=True)
-            with progress(label, total=work.tokens, unit="tok") as advance:
-                batches = work.batches()
-                if executor is None or spec is None:
-                    scored = map_chunks(batches, scoring, journal, log)
-                else:
-                    scored = executor.map_chunks(batches, scoring, journal, spec, log)
-                for rows, _ in scored:
-                    advance(sum(len(work.rows[row].ids) for row in rows))
-            kept = KeptStates(journal, work.rows)
-        elif log is not None:
-            for rows in journal.chunks():
-                log.note_kept(rows, journal)
-        return Side(kept, forward.detach(), loaded.vocabulary, loaded.device)
+    loaded, work, journal = scorer.loaded, scorer.work, scorer.journal
+    assert journal is not None, "hidden states lie in a journal"
+    states = KeptStates(journal, work.rows)
+    if not all(row in states for row in range(len(work.rows))):
+        scorer.run(open_scoring, work.batches(), label, unit="tok", keep=True)
+        states = KeptStates(journal, work.rows)
+    else:
+        for rows in journal.chunks():
+            scorer.log.note_kept(rows, journal)
+    with keep_memory(), use_route(scorer.route):
+        return Side(states, examine(loaded, work.rows).detach(), loaded.vocabulary, loaded.device)
 
 
 def compare_sides(
     work: Workload, a: Side, b: Side, route: Route, journal: Journal | None, progress: Progress
 ) -> list[TokenPairs]:
     """The pairs of every row, in the order of the test set."""
-    found: dict[int, TokenPairs] = {}
+    pairs_by_row: dict[int, TokenPairs] = {}
     with (
         keep_memory(),
         use_route(route),
@@ -128,12 +112,14 @@ def compare_sides(
             work, lambda rows: _split(work, rows, _pairs(work, rows, a.of(rows), b.of(rows)))
         )
         for rows, pairs in map_chunks(work.batches(), comparing, journal):
-            found.update(zip(rows, pairs, strict=True))
+            pairs_by_row.update(zip(rows, pairs, strict=True))
             advance(sum(work.rows[row].scored for row in rows))
-    return [found[row] for row in range(len(work.rows))]
+    return [pairs_by_row[row] for row in range(len(work.rows))]
 
 
-def _pair_work(work: Workload, action: Callable[[Rows], list[TokenPairs]]) -> RowWork[list[TokenPairs]]:
+def _pair_work(
+    work: Workload, action: Callable[[Rows], list[TokenPairs]]
+) -> RowWork[list[TokenPairs], TokenPairs]:
     return RowWork(
         work.rows,
         torch.device("cpu"),
@@ -143,6 +129,7 @@ def _pair_work(work: Workload, action: Callable[[Rows], list[TokenPairs]]) -> Ro
             TokenPairs(*arrays[start : start + len(arrays) // len(rows)])
             for start in range(0, len(arrays), len(arrays) // len(rows))
         ],
+        per_row=lambda rows: rows,
     )
 
 
@@ -159,19 +146,20 @@ def _pairs(
 
 
 def _split(work: Workload, rows: Rows, pairs: TokenPairs) -> list[TokenPairs]:
-    found, start = [], 0
+    by_row, start = [], 0
     for row in rows:
-        found.append(pairs.part(slice(start, start + work.rows[row].scored)))
+        by_row.append(pairs.part(slice(start, start + work.rows[row].scored)))
         start += work.rows[row].scored
-    return found
+    return by_row
 
 
-def noise_floor(loaded: LoadedModel, work: Workload, side: Side, route: Route, progress: Progress) -> Floor:
+def noise_floor(scorer: Scorer, side: Side) -> Floor:
     """The adapter against itself on a sample of rows: in other batches, every sum in another order."""
-    with keep_memory(), use_route(route), examine(loaded, work.rows) as forward:
-        found = _against_itself(forward, work, side, ReorderedSums, "Noise floor", progress)
-    batches = f"batches of {work.settings.batch_tokens} tokens, {route.label}"
-    return Floor(found, [batches, f"{batches}, the terms of every matrix product in another order"])
+    work = scorer.work
+    with open_forward(scorer.loaded, work.rows, scorer.route) as forward:
+        pairs = _against_itself(forward, work, side, ReorderedSums, "Noise floor", scorer.progress)
+    batches = f"batches of {work.settings.batch_tokens} tokens, {scorer.route.label}"
+    return Floor(pairs, [batches, f"{batches}, the terms of every matrix product in another order"])
 
 
 def serving_floor(loaded: LoadedModel, work: Workload, side: Side, route: Route, progress: Progress) -> Floor:
@@ -182,9 +170,9 @@ def serving_floor(loaded: LoadedModel, work: Workload, side: Side, route: Route,
         with low():
             forward = examine(loaded, work.rows)
         with forward:
-            found = _against_itself(forward, work, side, low, f"Noise of {name}", progress)
+            pairs = _against_itself(forward, work, side, low, f"Noise of {name}", progress)
     return Floor(
-        found, [f"batches of {work.settings.batch_tokens} tokens, {way}" for way in (route.label, name)]
+        pairs, [f"batches of {work.settings.batch_tokens} tokens, {way}" for way in (route.label, name)]
     )
 
 
@@ -199,14 +187,14 @@ def _against_itself(
     """What `side` keeps of a sample of rows, against the same rows computed inside `otherwise()`."""
     sample = _sample(work)
     lengths = [len(work.rows[row].ids) for row in sample]
-    found = []
+    pairs = []
     with progress(label, total=sum(lengths), unit="tok") as advance:
         for batch in plan_batches(lengths, work.settings.batch_tokens, work.settings.batch_size):
             rows = tuple(sample[place] for place in batch)
             again = _again(forward, work, rows, otherwise, side.chunk())
-            found += _split(work, rows, _pairs(work, rows, side.of(rows), again))
+            pairs += _split(work, rows, _pairs(work, rows, side.of(rows), again))
             advance(sum(len(work.rows[row].ids) for row in rows))
-    return found
+    return pairs
 
 
 def _sample(work: Workload) -> list[int]:
@@ -358,7 +346,9 @@ def by_group(
     """The comparison for every group and crossing of groups."""
     grouped = group_rows([group_fields(example) for example in examples])
     return {
-        dimension: {name: summarise([rows[index] for index in found], seed) for name, found in groups.items()}
+        dimension: {
+            name: summarise([rows[place] for place in places], seed) for name, places in groups.items()
+        }
         for dimension, groups in grouped.items()
     }
 

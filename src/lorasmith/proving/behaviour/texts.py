@@ -8,31 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasmith.executors.base import ChunkLog, Executor, WorkSpec, map_chunks
 from lorasmith.files.journal import Journal
-from lorasmith.machine.allocator import keep_memory
-from lorasmith.models.device import Route, use_route
 from lorasmith.models.generation.generate import (
     Generated,
-    from_arrays,
     generate_greedy,
+    open_texts_work,
     plan_generation,
     stop_tokens,
-    to_arrays,
 )
-from lorasmith.models.hidden_states import Replica
-from lorasmith.models.load import LoadedModel
+from lorasmith.models.scorer import Scorer
 from lorasmith.models.scoring import RowWork
-from lorasmith.models.session import Inputs, ScoringOptions, Workload, open_journal
+from lorasmith.models.session import Inputs, ScoringOptions, open_journal
 from lorasmith.models.statistics import group_fields, group_rows
-from lorasmith.progress import Progress
 from lorasmith.records.dataset import Example
 from lorasmith.records.proof import Divergence, GenerationComparison, GenerationGroup
 
 FLOOR_EXAMPLES = 16
 """Examples that the adapter answers once more alone: a text can turn on a tie that rounding breaks."""
 
-"""Where a worker finds the function of this name."""
 
 _SHOWN = 12
 """Tokens of each text that are shown from the first difference on."""
@@ -50,34 +43,31 @@ class Texts:
     alone: list[Generated]
 
 
-def write_texts(
-    work: Workload,
-    model: LoadedModel,
-    route: Route,
-    max_new_tokens: int,
-    label: str,
-    journals: tuple[Journal | None, Journal | None],
-    progress: Progress,
-    executor: Executor,
-    replica: Replica,
-    log: ChunkLog,
-) -> Texts:
+def write_texts(scorer: Scorer, max_new_tokens: int, label: str, journal_alone: Journal | None) -> Texts:
     """Generate at most `max_new_tokens` after each prompt, greedily.
 
-    One journal keeps the texts written in batches, the other those written alone.
+    The scorer's journal keeps the texts written in batches, `journal_alone` those written once more.
     """
-    spec = WorkSpec(open_texts, {"replica": replica, "max_new_tokens": max_new_tokens}, replica.gpu)
-    prompts = [row.ids[: row.n_prompt] for row in work.rows]
-    found: dict[int, Generated] = {}
-    with open_writing(work, model, route, max_new_tokens) as writing:
-        with progress(label, total=len(prompts), unit="row") as advance:
-            plan = plan_generation(prompts)
-            for rows, texts in executor.map_chunks(plan, writing, journals[0], spec, log):
-                found.update(zip(rows, texts, strict=True))
-                advance(len(rows))
-        singles = [(row,) for row in range(min(FLOOR_EXAMPLES, len(prompts)))]
-        alone = dict(map_chunks(singles, writing, journals[1]))
-    return Texts([found[row] for row in range(len(prompts))], [alone[row][0] for row in singles])
+    prompts = [row.ids[: row.n_prompt] for row in scorer.work.rows]
+    batched = scorer.run(open_texts, plan_generation(prompts), label, max_new_tokens=max_new_tokens)
+    singles = [(row,) for row in range(min(FLOOR_EXAMPLES, len(prompts)))]
+    alone = scorer.here(journal_alone).run(open_texts, singles, "", max_new_tokens=max_new_tokens)
+    return Texts([batched[row] for row in range(len(prompts))], [alone[row] for (row,) in singles])
+
+
+@contextmanager
+def open_texts(scorer: Scorer, max_new_tokens: int) -> Iterator[RowWork[list[Generated], Generated]]:
+    """Batches of rows → what the model writes after each prompt."""
+    loaded, work = scorer.loaded, scorer.work
+    stop = stop_tokens(loaded, work.settings.template)
+
+    def write(rows: tuple[int, ...]) -> list[Generated]:
+        prompts = [work.rows[row].ids[: work.rows[row].n_prompt] for row in rows]
+        names = [work.names[row] for row in rows]
+        return generate_greedy(loaded, prompts, max_new_tokens=max_new_tokens, stop=stop, names=names)
+
+    with open_texts_work(scorer, write) as writing:
+        yield writing
 
 
 @contextmanager
@@ -103,30 +93,6 @@ def open_text_journals(
         }
 
 
-@contextmanager
-def open_texts(replica: Replica, max_new_tokens: int) -> Iterator[RowWork[list[Generated]]]:
-    """The same work in another process."""
-    model, work, route = replica.open()
-    with open_writing(work, model, route, max_new_tokens) as writing:
-        yield writing
-
-
-@contextmanager
-def open_writing(
-    work: Workload, model: LoadedModel, route: Route, max_new_tokens: int
-) -> Iterator[RowWork[list[Generated]]]:
-    """Batches of rows → what the model writes after each prompt."""
-    stop = stop_tokens(model, work.settings.template)
-
-    def write(rows: tuple[int, ...]) -> list[Generated]:
-        prompts = [work.rows[row].ids[: work.rows[row].n_prompt] for row in rows]
-        names = [work.names[row] for row in rows]
-        return generate_greedy(model, prompts, max_new_tokens=max_new_tokens, stop=stop, names=names)
-
-    with keep_memory(), use_route(route):
-        yield RowWork(work.rows, model.device, write, to_arrays=to_arrays, from_arrays=from_arrays)
-
-
 def compare_texts(
     examples: Sequence[Example], a: Texts, b: Texts, tokenizer: Any, max_new_tokens: int
 ) -> GenerationComparison:
@@ -149,9 +115,9 @@ def compare_texts(
                     same=sum(same[row] for row in rows),
                     tokens_before_divergence=sum(agreed[row] for row in rows) / len(rows),
                 )
-                for name, rows in found.items()
+                for name, rows in members.items()
             }
-            for dimension, found in group_rows([group_fields(example) for example in examples]).items()
+            for dimension, members in group_rows([group_fields(example) for example in examples]).items()
         },
         divergences=[
             Divergence(
