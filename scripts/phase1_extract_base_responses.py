@@ -22,12 +22,12 @@ def main() -> int:
     parser.add_argument("--model_path", type=Path, required=True, help="the merged model")
     parser.add_argument("--data_file", type=Path, required=True)
     parser.add_argument("--output_file", type=Path, required=True)
-    parser.add_argument("--max_new_tokens", type=int, default=1024)
+    parser.add_argument("--max_new_tokens", type=int)
     parser.add_argument("--batch_size", type=int, help="rows under way at once")
-    parser.add_argument("--top_logprobs", type=int, default=0)
-    parser.add_argument("--engine", default="transformers", help="transformers or vllm")
+    parser.add_argument("--top_logprobs", type=int)
+    parser.add_argument("--engine", help="transformers or vllm")
     parser.add_argument("--price_per_hour", type=float)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device")
     asked = parser.parse_args()
     try:
         return extract(asked)
@@ -41,15 +41,12 @@ def extract(asked: argparse.Namespace) -> int:
     from lorasmith.cli.console import console
     from lorasmith.cli.respond import TerminalRespond
     from lorasmith.cli.views.followup import show_responses
-    from lorasmith.followup.responses.respond import RespondOptions, respond
+    from lorasmith.followup.responses.respond import respond
+    from lorasmith.options import RespondOptions
 
-    options = RespondOptions(
-        engine=asked.engine,
-        max_new_tokens=asked.max_new_tokens,
-        top_logprobs=asked.top_logprobs,
-        batch_size=asked.batch_size,
-        device=asked.device,
-        price_per_hour=asked.price_per_hour,
+    given = {name: value for name, value in vars(asked).items() if value is not None}
+    options = RespondOptions.make(
+        {name: given[name] for name in RespondOptions.model_fields if name in given}
     )
     watcher = TerminalRespond(asked.price_per_hour)
     record = respond(asked.model_path, asked.data_file, asked.output_file, options=options, watcher=watcher)

@@ -13,10 +13,10 @@ from typing import Annotated, Any, get_args, get_origin
 from typer.models import OptionInfo
 
 from lorasmith.cli import COMMANDS, GROUPS
-from lorasmith.cli.flags import flag_text, help_line, hints_of, shown_default, taken
+from lorasmith.cli.flags import flag_text, hints_of, shown_default, taken
 from lorasmith.errors import ExitCode
 from lorasmith.options import PANELS, Options
-from lorasmith.options.base import flag_of, panel_of
+from lorasmith.options.base import flag_of, help_line, panel_of
 
 TARGET = Path(__file__).parent.parent / "docs" / "reference" / "cli.md"
 

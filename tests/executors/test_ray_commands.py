@@ -16,8 +16,9 @@ from lorasmith.errors import CheckpointError, UsageError
 from lorasmith.executors.ray import Cluster
 from lorasmith.files.digests import digest_folder
 from lorasmith.followup.responses.cluster import group_size
-from lorasmith.followup.responses.respond import RespondOptions, respond
+from lorasmith.followup.responses.respond import respond
 from lorasmith.models.generation.decoding import Sampling
+from lorasmith.options import RespondOptions
 from lorasmith.progress import Advance, Progress, Unwatched
 from lorasmith.records.scoring import ChunkRecord
 from lorasmith.scoring.tasks import evaluate_tasks
@@ -143,12 +144,12 @@ class Kills(Unwatched):
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(temperature=1.3, top_k=20, seed=7)], ids=["greedy", "drawn"]
+    "sampling", [{}, {"temperature": 1.3, "top_k": 20, "seed": 7}], ids=["greedy", "drawn"]
 )
 def test_responses_are_those_of_one_process(
-    cluster: Any, place: Path, tmp_path: Path, sampling: Sampling
+    cluster: Any, place: Path, tmp_path: Path, sampling: dict[str, Any]
 ) -> None:
-    options = RespondOptions(max_new_tokens=8, batch_size=2, sampling=sampling, device="cpu")
+    options = RespondOptions(max_new_tokens=8, batch_size=2, device="cpu", **sampling)
     respond(place / "base", place / "test.jsonl", tmp_path / "here.jsonl", options=options)
     executor = Cluster(threads=1)
     there = tmp_path / "there.jsonl"

@@ -15,7 +15,8 @@ import lorasmith
 from lorasmith.files.jsonl import write_rows
 from lorasmith.followup.responses.cluster import ClusterEngine
 from lorasmith.followup.responses.engines import TransformersEngine
-from lorasmith.followup.responses.respond import RespondOptions, respond
+from lorasmith.followup.responses.respond import respond
+from lorasmith.options import RespondOptions
 from lorasmith.progress import Advance, Unwatched
 from lorasmith.records.followup import RespondRecord
 from lorasmith.records.scoring import ChunkRecord, Conditions

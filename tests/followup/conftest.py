@@ -9,8 +9,8 @@ import torch
 
 from lorasmith.files.jsonl import write_rows
 from lorasmith.followup.compression.compress import compress
-from lorasmith.followup.compression.settings import CompressOptions
 from lorasmith.followup.drafts.draft import train_draft
+from lorasmith.options import CompressOptions
 from lorasmith.proving.behaviour.compare import compare_pair
 from tests.followup.compressing import LOOSE, TINY
 from tests.followup.drafting import SETTINGS, write_responses
@@ -35,7 +35,7 @@ def drafted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_base(folder / "target", num_hidden_layers=4, dtype=torch.float32)
     write_responses(folder, 60)
     train_draft(
-        folder / "target", folder / "responses.jsonl", folder / "draft", layers=[0, 3], settings=SETTINGS
+        folder / "target", folder / "responses.jsonl", folder / "draft", layers=[0, 3], options=SETTINGS
     )
     return folder
 
@@ -46,6 +46,6 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compress")
     save_base(folder / "base", **TINY)
     write_rows(folder / "rows.jsonl", tiny_rows(24))
-    options = CompressOptions(test_set=folder / "rows.jsonl", limits=LOOSE)
+    options = CompressOptions(test_set=folder / "rows.jsonl", **LOOSE)
     compress(folder / "base", folder / "int4", options=options, compare=compare_pair)
     return folder

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from lorasmith.files.jsonl import write_rows
 from lorasmith.followup.drafts.rows import DraftRow, logprobs_beside, read_responses, split_rows
-from lorasmith.followup.drafts.trainer import DraftSettings
+from lorasmith.options import DraftOptions
 from tests.tiny import tiny_rows, tiny_tokenizer
 
-SETTINGS = DraftSettings(
+SETTINGS = DraftOptions(
     learning_rate=5e-3, epochs=6, batch_size=8, validation=0.15, held_out=0.2, validate_every=6, patience=9
 )
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.followup.responses.engines import Engine
-from lorasmith.followup.responses.respond import RespondOptions, respond
+from lorasmith.followup.responses.respond import respond
 from lorasmith.followup.responses.work import GROUP_ROWS
 from lorasmith.models.generation.decoding import GeneratedAnswer, GenerationLimits, Request, Sampling
+from lorasmith.options import RespondOptions
 from lorasmith.progress import Advance
 from lorasmith.records.base import Finding
 from lorasmith.records.followup import RespondRecord
@@ -54,7 +55,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from lorasmith.followup.responses import output, work
-from lorasmith.followup.responses.respond import RespondOptions, respond
+from lorasmith.followup.responses.respond import respond
+from lorasmith.options import RespondOptions
 place, target, number = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 work.GROUP_ROWS = int(sys.argv[4])
 add, seen = output.ResponseJournal.add, []
@@ -150,7 +152,7 @@ def scripted(place: Path, tmp_path: Path, engine: Scripted, **options: Any) -> R
         place / "base",
         options.pop("data", place / "data.jsonl"),
         tmp_path / "r.jsonl",
-        options=RespondOptions(**{"max_new_tokens": 12, **options}),
         watcher=options.pop("watcher", None),
-        engine=engine,
+        loaded=engine,
+        **{"max_new_tokens": 12, **options},
     )

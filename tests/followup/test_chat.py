@@ -16,13 +16,12 @@ from lorasmith.cli.console import console
 from lorasmith.errors import DataError, UsageError
 from lorasmith.followup.chat import (
     AnswerStretch,
-    ChatOptions,
     mark_differences,
     mark_tokens,
     open_chat,
     open_side_by_side,
 )
-from lorasmith.models.generation.decoding import Sampling
+from lorasmith.options import ChatOptions
 from tests.tiny import load_model, save_adapter, save_base, tiny_tokenizer
 from tests.typed import Typed
 
@@ -75,9 +74,7 @@ def test_a_draft_changes_the_speed_only(place: Path) -> None:
     chat = open_chat(place / "base", draft=place / "draft", options=SHORT)
     assert "".join(chat.answer("on the mat")) == expected(place / "base", [turn("user", "on the mat")])
     with pytest.raises(UsageError, match="greedy"):
-        open_chat(
-            place / "base", draft=place / "draft", options=ChatOptions(sampling=Sampling(temperature=1.0))
-        )
+        open_chat(place / "base", draft=place / "draft", options=ChatOptions(temperature=1.0))
 
 
 def test_what_was_said_before_an_interruption_is_remembered(place: Path) -> None:
@@ -90,10 +87,8 @@ def test_what_was_said_before_an_interruption_is_remembered(place: Path) -> None
 
 def test_sampling_follows_its_seed(place: Path) -> None:
     def say(seed: int) -> str:
-        sampling = Sampling(temperature=1.5, seed=seed)
-        return "".join(
-            open_chat(place / "base", options=ChatOptions(sampling=sampling, max_new_tokens=10)).answer("a")
-        )
+        options = ChatOptions(temperature=1.5, seed=seed, max_new_tokens=10)
+        return "".join(open_chat(place / "base", options=options).answer("a"))
 
     assert say(1) == say(1) != say(2)
 

@@ -19,8 +19,8 @@ from lorasmith.files.digests import digest_folder
 from lorasmith.followup.compression import quantize
 from lorasmith.followup.compression.compress import compress
 from lorasmith.followup.compression.quantize import calibration_samples
-from lorasmith.followup.compression.settings import CompressOptions, CompressSettings
 from lorasmith.followup.compression.sizes import plan_compression
+from lorasmith.options import CompressOptions
 from lorasmith.proving.behaviour.compare import compare_pair
 from tests.followup.compressing import TINY, record_of, unpacked
 from tests.tiny import load_model, tiny_model, tiny_rows, tiny_tokenizer
@@ -49,7 +49,7 @@ def test_every_weight_is_a_level_of_its_group(compressed: Path) -> None:
 
 
 def test_eight_bits_are_written_and_planned_as_well(compressed: Path, tmp_path: Path) -> None:
-    record = compress(compressed / "base", tmp_path / "int8", settings=CompressSettings(bits=8))
+    record = compress(compressed / "base", tmp_path / "int8", options=CompressOptions(bits=(8,)))
     tensors = load_file(tmp_path / "int8" / "model.safetensors")
     assert sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) == record.planned_bytes
     sizes = {one.format: one.bytes for one in plan_compression(compressed / "base").methods}
@@ -77,11 +77,11 @@ def save_llama_with_sentencepiece(folder: Path) -> Path:
 
 def test_a_calibrated_gguf_file_loads_again_and_is_what_was_planned(compressed: Path, tmp_path: Path) -> None:
     base = save_llama_with_sentencepiece(tmp_path / "base")
-    settings = CompressSettings(
-        method="calibrated", format="gguf:q4_0", iterations=2, calibration_rows=4, calibration_length=32
-    )
-    options = CompressOptions(calibration=compressed / "rows.jsonl")
-    record = compress(base, tmp_path / "q4", settings=settings, options=options)
+    options = CompressOptions(
+        method=("calibrated",), format=("gguf:q4_0",), iterations=2, calibration_rows=4,
+        calibration_length=32, calibration=compressed / "rows.jsonl",
+    )  # fmt: skip
+    record = compress(base, tmp_path / "q4", options=options)
     reader = GGUFReader(tmp_path / "q4" / "model-q4_0.gguf")
     assert sum(-(-tensor.n_bytes // 32) * 32 for tensor in reader.tensors) == record.planned_bytes
     assert record.calibration is not None and record.calibration.path == "rows.jsonl"
@@ -98,20 +98,20 @@ def test_a_calibrated_gguf_file_loads_again_and_is_what_was_planned(compressed: 
 def test_a_finished_output_is_kept_and_a_damaged_one_is_made_again(
     compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = digest_folder(compressed / "int4")
+    before, plain = digest_folder(compressed / "int4"), CompressOptions()
     monkeypatch.setattr(quantize, "WORKER", ("-c", "raise SystemExit('not again')"))
-    assert compress(compressed / "base", compressed / "int4").quality is not None
+    assert compress(compressed / "base", compressed / "int4", options=plain).quality is not None
     assert digest_folder(compressed / "int4") == before
-    other = CompressSettings(group_size=32)
+    other = CompressOptions(group_size=32)
     with pytest.raises(MachineError, match="not again"):
-        compress(compressed / "base", compressed / "int4", settings=other)
+        compress(compressed / "base", compressed / "int4", options=other)
     assert digest_folder(compressed / "int4") == before  # a failure leaves the older output alone
     damaged = shutil.copytree(compressed / "int4", tmp_path / "damaged")
     content = bytearray((damaged / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (damaged / "model.safetensors").write_bytes(content)
     with pytest.raises(MachineError, match="not again"):
-        compress(compressed / "base", damaged)
+        compress(compressed / "base", damaged, options=plain)
 
 
 def test_other_commands_take_a_compressed_folder(compressed: Path, tmp_path: Path) -> None:
@@ -129,8 +129,8 @@ def test_other_commands_take_a_compressed_folder(compressed: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"method": "magic"}, "no method"),
-        ({"format": "gguf:q1_x"}, "no format"),
+        ({"method": "magic"}, "--method is 'magic'"),
+        ({"format": "gguf:q1_x"}, "--format is 'gguf:q1_x'"),
         ({"bits": 3}, "3 bits"),
         ({"format": "gguf:q4_0", "bits": 5}, "has 4 bits"),
         ({"format": "gguf:q4_0", "group_size": 64}, "own groups"),
@@ -143,13 +143,13 @@ def test_wrong_settings_are_one_message(
     compressed: Path, tmp_path: Path, settings: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
-        compress(compressed / "base", tmp_path / "out", settings=CompressSettings(**settings))
+        compress(compressed / "base", tmp_path / "out", options=CompressOptions.make(settings))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_compressed_model_is_not_compressed_again(compressed: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="quantized"):
-        compress(compressed / "int4", tmp_path / "out")
+        compress(compressed / "int4", tmp_path / "out", options=CompressOptions())
 
 
 def test_calibration_rows_are_laid_end_to_end(compressed: Path) -> None:

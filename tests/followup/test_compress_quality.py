@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from lorasmith.errors import DataError, InputError, UsageError
 from lorasmith.files.jsonl import write_rows
 from lorasmith.followup.compression import quantize
 from lorasmith.followup.compression.compress import compress, judge_compression
-from lorasmith.followup.compression.settings import CompressOptions, CompressSettings
+from lorasmith.options import CompressOptions
 from lorasmith.proving.behaviour.compare import compare_pair
 from lorasmith.records.compression import CompressRecord
 from tests.followup.compressing import LOOSE, questions, record_of, unpacked
@@ -55,7 +54,7 @@ def test_the_quality_is_that_of_plain_forwards(compressed: Path) -> None:
 
 def test_a_failed_gate_is_an_answer(compressed: Path, tmp_path: Path) -> None:
     shutil.copytree(compressed / "int4", tmp_path / "int4")
-    options = CompressOptions(test_set=compressed / "rows.jsonl", limit=4, limits={"mean_kl": 1e-6})
+    options = CompressOptions(test_set=compressed / "rows.jsonl", limit=4, max_mean_kl=1e-6)
     record = compress(compressed / "base", tmp_path / "int4", options=options, compare=compare_pair)
     assert record.passed is False
     assert [gate.verdict for gate in record.gates if gate.gate.metric == "compressed.mean_kl"] == ["fail"]
@@ -79,7 +78,7 @@ def right_letters(model: Any) -> list[float]:
 def test_task_accuracy_by_group_is_that_of_plain_forwards(compressed: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", [*questions(), *tiny_rows(3)])
     shutil.copytree(compressed / "int4", tmp_path / "int4")
-    options = CompressOptions(test_set=tmp_path / "rows.jsonl", limits={**LOOSE, "accuracy_drop": 1.0})
+    options = CompressOptions(test_set=tmp_path / "rows.jsonl", max_accuracy_drop=1.0, **LOOSE)
     record = lorasmith.compress(compressed / "base", tmp_path / "int4", options=options)
     a = right_letters(load_model(compressed / "base"))
     b = right_letters(unpacked(compressed / "int4"))
@@ -103,10 +102,10 @@ def test_without_questions_it_says_so_and_an_asked_gate_does_not_pass(
     compressed: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(compressed / "int4", tmp_path / "int4")
-    options = CompressOptions(test_set=compressed / "rows.jsonl", limit=4, limits=LOOSE)
+    options = CompressOptions(test_set=compressed / "rows.jsonl", limit=4, **LOOSE)
     record = lorasmith.compress(compressed / "base", tmp_path / "int4", options=options)
     assert [finding.code for finding in record.findings] == ["no-task"] and record.passed is True
-    asked = replace(options, limits={**LOOSE, "accuracy_drop": 0.1})
+    asked = options.model_copy(update={"max_accuracy_drop": 0.1})
     record = lorasmith.compress(compressed / "base", tmp_path / "int4", options=asked)
     assert record.passed is False
     assert [gate.verdict for gate in record.gates].count("not measured") == 1
@@ -119,15 +118,15 @@ def test_a_size_is_a_gate(compressed: Path, tmp_path: Path, monkeypatch: pytest.
     assert [gate.verdict for gate in judge_compression(record, {"q99_kl": 1e-9})] == ["fail"]
     monkeypatch.setattr(quantize, "WORKER", ("-c", "raise SystemExit('too late')"))
 
-    def refused(limits: dict[str, float]) -> None:
-        compress(compressed / "base", tmp_path / "out", options=CompressOptions(limits=limits))
+    def refused(**limits: Any) -> None:
+        lorasmith.compress(compressed / "base", tmp_path / "out", **limits)
 
     with pytest.raises(UsageError, match=r"the limit is 1\.0 kB"):  # before any work
-        refused({"bytes": 1000})
-    with pytest.raises(UsageError, match="no limit 'speed'"):
-        refused({"speed": 1})
-    with pytest.raises(UsageError, match="mean_kl is nan"):
-        refused({"mean_kl": float("nan")})
+        refused(target_size="1000B")
+    with pytest.raises(UsageError, match="no option 'max_speed'"):
+        refused(max_speed=1)
+    with pytest.raises(UsageError, match="--max-mean-kl is nan"):
+        refused(max_mean_kl=float("nan"))
 
 
 def test_what_cannot_be_measured_is_told_before_the_work(
@@ -138,9 +137,10 @@ def test_what_cannot_be_measured_is_told_before_the_work(
         options = CompressOptions(test_set=tmp_path / "absent.jsonl")
         lorasmith.compress(compressed / "base", tmp_path / "out", options=options)
     with pytest.raises(DataError, match="24 of 24 calibration rows are in the test set"):
-        both = CompressOptions(calibration=compressed / "rows.jsonl", test_set=compressed / "rows.jsonl")
-        settings = CompressSettings(method="calibrated")
-        lorasmith.compress(compressed / "base", tmp_path / "out", settings=settings, options=both)
+        rows = compressed / "rows.jsonl"
+        lorasmith.compress(
+            compressed / "base", tmp_path / "out", method="calibrated", calibration=rows, test_set=rows
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -165,7 +165,7 @@ class Watched:
 
 def test_a_stopped_measuring_goes_on_and_a_finished_one_is_kept(compressed: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", [*questions(), *tiny_rows(3)])
-    rows = CompressOptions(test_set=tmp_path / "rows.jsonl", limits=LOOSE)
+    rows = CompressOptions(test_set=tmp_path / "rows.jsonl", **LOOSE)
 
     def measure(output: Path, watched: Watched, options: CompressOptions = rows) -> CompressRecord:
         return lorasmith.compress(compressed / "base", output, options=options, progress=watched)
@@ -189,5 +189,5 @@ def test_a_stopped_measuring_goes_on_and_a_finished_one_is_kept(compressed: Path
     # The same command on what is finished computes nothing; another limit judges the figures that are there.
     idle = Watched()
     assert measure(tmp_path / "stopped", idle) == whole
-    strict = measure(tmp_path / "stopped", idle, replace(rows, limits={"mean_kl": 0.0}))
+    strict = measure(tmp_path / "stopped", idle, rows.model_copy(update={"max_mean_kl": 0.0}))
     assert (strict.passed, strict.quality, idle.moved) == (False, whole.quality, {})

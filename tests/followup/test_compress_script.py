@@ -51,4 +51,4 @@ def test_it_goes_on_to_the_real_size(tmp_path: Path, merged: Path) -> None:
     assert done.returncode == 2
     assert "Step 2/2: compress to gguf:nonsense (rtn)" in done.stdout
     assert "quality is not measured" in done.stdout
-    assert "there is no format 'gguf:nonsense'" in done.stderr
+    assert "--format is 'gguf:nonsense'" in done.stderr

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorasmith.followup.drafts.draft import HEAD, calibration_error, report_classifier, train_draft
 from lorasmith.followup.drafts.loss import Weights, batch_loss, topk_kl
 from lorasmith.followup.drafts.rows import label_rows, logprobs_beside, read_responses, split_rows
-from lorasmith.followup.drafts.trainer import DraftSettings
 from tests.followup.drafting import SETTINGS, held_out, record_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -100,9 +99,9 @@ def test_the_classifier_beats_the_majority_and_its_head_is_usable_alone(drafted:
 
 
 def test_training_stops_when_validation_gets_no_better(drafted: Path, tmp_path: Path) -> None:
-    settings = DraftSettings(**{**vars(SETTINGS), "learning_rate": 1.0, "validate_every": 1, "patience": 2})
+    settings = SETTINGS.model_copy(update={"learning_rate": 1.0, "validate_every": 1, "patience": 2})
     record = train_draft(
-        drafted / "target", drafted / "responses.jsonl", tmp_path / "d", layers=[0, 1], settings=settings
+        drafted / "target", drafted / "responses.jsonl", tmp_path / "d", layers=[0, 1], options=settings
     )
     assert record.stopped_early
     losses = [found.loss for found in record.validations]

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from lorasmith.errors import CheckpointError, UsageError
 from lorasmith.followup.drafts.draft import train_draft
-from lorasmith.followup.drafts.start import match_vocabulary, parse_layers
-from lorasmith.followup.drafts.trainer import DraftSettings
+from lorasmith.followup.drafts.layers import parse_layers
+from lorasmith.followup.drafts.start import match_vocabulary
 from tests.followup.drafting import SETTINGS
 from tests.tiny import save_base, tiny_model
 
@@ -33,13 +33,13 @@ def test_a_kept_layer_is_the_targets(drafted: Path) -> None:
 
 def test_another_base_is_padded_to_the_targets_vocabulary(drafted: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "small", vocab_size=280, num_hidden_layers=1, hidden_size=16, dtype=torch.float32)
-    settings = DraftSettings(**{**vars(SETTINGS), "epochs": 1})
+    settings = SETTINGS.model_copy(update={"epochs": 1})
     record = train_draft(
         drafted / "target",
         drafted / "responses.jsonl",
         tmp_path / "d",
-        base=tmp_path / "small",
-        settings=settings,
+        from_model=tmp_path / "small",
+        options=settings,
     )
     assert (record.padded_rows, record.vocabulary) == (20, 300)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "d")
@@ -69,7 +69,9 @@ def test_another_tokenizer_is_refused(drafted: Path, tmp_path: Path) -> None:
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     path.write_text(json.dumps(body))
     with pytest.raises(CheckpointError, match="is not the target's") as caught:
-        train_draft(drafted / "target", drafted / "responses.jsonl", tmp_path / "d", base=tmp_path / "other")
+        train_draft(
+            drafted / "target", drafted / "responses.jsonl", tmp_path / "d", from_model=tmp_path / "other"
+        )
     assert "--from-target" in str(caught.value)
     assert not (tmp_path / "d").exists()
 

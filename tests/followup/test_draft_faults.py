@@ -15,13 +15,12 @@ from lorasmith.files.digests import digest_folder
 from lorasmith.files.output_folder import only_one
 from lorasmith.followup.drafts import trainer
 from lorasmith.followup.drafts.draft import train_draft
-from lorasmith.followup.drafts.trainer import DraftSettings
 from tests.faults import in_child, was_killed
 from tests.followup.drafting import SETTINGS
 
 
 def train(drafted: Path, output: Path) -> None:
-    train_draft(drafted / "target", drafted / "responses.jsonl", output, layers=[0, 3], settings=SETTINGS)
+    train_draft(drafted / "target", drafted / "responses.jsonl", output, layers=[0, 3], options=SETTINGS)
 
 
 def test_a_killed_training_goes_on_to_the_same_bytes(drafted: Path, tmp_path: Path) -> None:
@@ -47,12 +46,12 @@ def test_a_checkpoint_of_other_settings_is_not_continued(
     monkeypatch.setattr("lorasmith.followup.drafts.draft.save_draft", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_draft(
-            drafted / "target", drafted / "responses.jsonl", tmp_path / "d", layers=[0], settings=SETTINGS
+            drafted / "target", drafted / "responses.jsonl", tmp_path / "d", layers=[0], options=SETTINGS
         )
-    other = DraftSettings(**{**vars(SETTINGS), "seed": 7})
+    other = SETTINGS.model_copy(update={"seed": 7})
     with pytest.raises(UsageError, match="other inputs, settings or versions"):
         train_draft(
-            drafted / "target", drafted / "responses.jsonl", tmp_path / "d", layers=[0], settings=other
+            drafted / "target", drafted / "responses.jsonl", tmp_path / "d", layers=[0], options=other
         )
 
 
@@ -64,7 +63,7 @@ def test_a_damaged_checkpoint_is_named(
         patched.setattr("lorasmith.followup.drafts.draft.save_draft", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train_draft(
-                drafted / "target", drafted / "responses.jsonl", tmp_path / "d", layers=[0], settings=SETTINGS
+                drafted / "target", drafted / "responses.jsonl", tmp_path / "d", layers=[0], options=SETTINGS
             )
     for name in ("state.json", "model.safetensors", "optimizer.pt"):
         file = tmp_path / ".d.checkpoint" / name
@@ -72,7 +71,7 @@ def test_a_damaged_checkpoint_is_named(
         file.write_bytes(content[: len(content) // 2])
         with pytest.raises(CheckpointError, match="damaged") as caught:
             train_draft(
-                drafted / "target", drafted / "responses.jsonl", tmp_path / "d", layers=[0], settings=SETTINGS
+                drafted / "target", drafted / "responses.jsonl", tmp_path / "d", layers=[0], options=SETTINGS
             )
         assert ".d.checkpoint" in str(caught.value)
         file.write_bytes(content)
@@ -103,7 +102,7 @@ def test_a_disk_that_fills_up_in_a_checkpoint_loses_nothing(
 def test_two_trainings_of_one_output_are_refused(drafted: Path, tmp_path: Path) -> None:
     with only_one(tmp_path / "d", "training"), pytest.raises(BusyError, match="another training"):
         train_draft(
-            drafted / "target", drafted / "responses.jsonl", tmp_path / "d", layers=[0], settings=SETTINGS
+            drafted / "target", drafted / "responses.jsonl", tmp_path / "d", layers=[0], options=SETTINGS
         )
 
 
@@ -114,7 +113,7 @@ def test_a_loss_that_is_no_number_stops_it(
     monkeypatch.setattr(trainer, "batch_loss", lambda *a, **k: real(*a, **k) * float("nan"))
     with pytest.raises(trainer.MachineError, match="step 1 is not a number"):
         train_draft(
-            drafted / "target", drafted / "responses.jsonl", tmp_path / "d", layers=[0], settings=SETTINGS
+            drafted / "target", drafted / "responses.jsonl", tmp_path / "d", layers=[0], options=SETTINGS
         )
 
 
@@ -124,7 +123,7 @@ def test_no_disk(drafted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(os, "statvfs", lambda path: full)
     with pytest.raises(DiskError, match="too little disk space to train the draft"):
         train_draft(
-            drafted / "target", drafted / "responses.jsonl", tmp_path / "d", layers=[0], settings=SETTINGS
+            drafted / "target", drafted / "responses.jsonl", tmp_path / "d", layers=[0], options=SETTINGS
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -141,9 +140,12 @@ def test_no_disk(drafted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_wrong_settings_are_one_message(drafted: Path, tmp_path: Path, wrong: dict[str, Any]) -> None:
-    settings = DraftSettings(**{**vars(SETTINGS), **wrong})
     with pytest.raises(UsageError):
         train_draft(
-            drafted / "target", drafted / "responses.jsonl", tmp_path / "d", layers=[0], settings=settings
+            drafted / "target",
+            drafted / "responses.jsonl",
+            tmp_path / "d",
+            layers=[0],
+            **{**SETTINGS.values(), **wrong},
         )
     assert list(tmp_path.iterdir()) == []

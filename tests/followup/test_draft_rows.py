@@ -13,9 +13,9 @@ from lorasmith.errors import DataError, UsageError
 from lorasmith.files.jsonl import read_examples, write_rows
 from lorasmith.followup.drafts.draft import train_draft
 from lorasmith.followup.drafts.rows import label_rows, read_responses
-from lorasmith.followup.drafts.trainer import DraftSettings
-from lorasmith.followup.responses.respond import RespondOptions, respond
+from lorasmith.followup.responses.respond import respond
 from lorasmith.models.text import encode_examples
+from lorasmith.options import RespondOptions
 from tests.followup.drafting import SETTINGS
 from tests.tiny import save_base, tiny_rows, tiny_tokenizer
 
@@ -23,8 +23,8 @@ from tests.tiny import save_base, tiny_rows, tiny_tokenizer
 def test_without_stored_probabilities_it_says_so(drafted: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain.jsonl"
     write_rows(plain, tiny_rows(24))
-    settings = DraftSettings(**{**vars(SETTINGS), "epochs": 1})
-    record = train_draft(drafted / "target", plain, tmp_path / "d", layers=[0], settings=settings)
+    settings = SETTINGS.model_copy(update={"epochs": 1})
+    record = train_draft(drafted / "target", plain, tmp_path / "d", layers=[0], options=settings)
     assert [finding.code for finding in record.findings] == ["no-logprobs"]
     assert record.generator.kl is None and record.logprobs is None
     assert record.classifier is not None and record.classifier.labels == ["easy", "hard", "medium"]
@@ -32,9 +32,9 @@ def test_without_stored_probabilities_it_says_so(drafted: Path, tmp_path: Path) 
     scored = encode_examples(read_examples(plain), tiny_tokenizer(), max_length=1024).rows
     ours = read_responses(plain, tiny_tokenizer(), max_length=1024)[0]
     assert [(row.ids, row.n_prompt) for row in ours] == [(row.ids, row.n_prompt) for row in scored]
-    only = DraftSettings(**{**vars(settings), "cross_entropy_weight": 0.0})
+    only = settings.model_copy(update={"cross_entropy_weight": 0.0})
     with pytest.raises(UsageError, match="nothing to learn from"):
-        train_draft(drafted / "target", plain, tmp_path / "e", layers=[0], settings=only)
+        train_draft(drafted / "target", plain, tmp_path / "e", layers=[0], options=only)
 
 
 def test_what_respond_writes_is_what_is_read(drafted: Path, tmp_path: Path) -> None:
@@ -53,11 +53,11 @@ def test_what_respond_writes_is_what_is_read(drafted: Path, tmp_path: Path) -> N
         assert row.top_logprobs is not None and row.top_ids is not None
         assert torch.allclose(torch.from_numpy(row.top_logprobs), logprobs.topk(4).values, atol=1e-4)
         assert row.top_ids[:, 0].tolist() == row.ids[row.n_prompt :]  # greedy: the likeliest is what was said
-    settings = DraftSettings(**{**vars(SETTINGS), "epochs": 1})
-    record = train_draft(drafted / "target", output, tmp_path / "d", layers=[0, 3], settings=settings)
+    settings = SETTINGS.model_copy(update={"epochs": 1})
+    record = train_draft(drafted / "target", output, tmp_path / "d", layers=[0, 3], options=settings)
     assert record.findings == [] and record.generator.agreement is not None
     save_base(tmp_path / "other", seed=9, dtype=torch.float32)
-    told = train_draft(tmp_path / "other", output, tmp_path / "e", layers=[0], settings=settings)
+    told = train_draft(tmp_path / "other", output, tmp_path / "e", layers=[0], options=settings)
     assert [finding.code for finding in told.findings] == ["other-target"]
 
 

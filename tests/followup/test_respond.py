@@ -13,8 +13,9 @@ import torch
 from lorasmith.cli.main import run
 from lorasmith.errors import DataError
 from lorasmith.files.jsonl import read_examples
-from lorasmith.followup.responses.respond import RespondOptions, respond
+from lorasmith.followup.responses.respond import respond
 from lorasmith.followup.responses.rows import find_messages, read_prompts
+from lorasmith.options import RespondOptions
 from tests.followup.responding import COUNT, SHORT, Scripted, plain, read, scripted, write
 from tests.tiny import load_model, tiny_rows
 from tests.typed import Typed
@@ -37,8 +38,10 @@ def test_responses_are_those_of_generate_in_the_rows_order_without_prompt_tails(
 
 
 def test_an_adapter_answers_as_peft_does(answering: Path, tmp_path: Path) -> None:
-    options = RespondOptions(max_new_tokens=12, adapter=answering / "adapter", limit=3)
-    respond(answering / "base", answering / "data.jsonl", tmp_path / "r.jsonl", options=options)
+    respond(
+        answering / "base", answering / "data.jsonl", tmp_path / "r.jsonl",
+        adapter=answering / "adapter", max_new_tokens=12, limit=3,
+    )  # fmt: skip
     for row in read(tmp_path / "r.jsonl"):
         assert row["response"] == plain(answering, row["prompt"], adapter=True)
 

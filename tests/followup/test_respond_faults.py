@@ -14,8 +14,8 @@ import pytest
 from lorasmith.errors import BusyError, DiskError, UsageError
 from lorasmith.files.atomic import read_record
 from lorasmith.followup.responses.output import ResponseJournal
-from lorasmith.followup.responses.respond import RespondOptions, respond
-from lorasmith.models.generation.decoding import Sampling
+from lorasmith.followup.responses.respond import respond
+from lorasmith.options import RespondOptions
 from lorasmith.records.followup import RespondRecord
 from tests.followup.responding import COUNT, Hears, Scripted, kill_after, read, scripted
 from tests.tiny import tiny_rows
@@ -72,7 +72,7 @@ def test_settings_are_not_mixed_in_one_output(answering: Path, tmp_path: Path, b
         scripted(answering, tmp_path, Scripted(), max_new_tokens=13)
     assert "--output" in str(raised.value)
     with pytest.raises(UsageError, match="temperature"):
-        scripted(answering, tmp_path, Scripted(), sampling=Sampling(temperature=0.5))
+        scripted(answering, tmp_path, Scripted(), temperature=0.5)
 
 
 def test_a_foreign_or_changed_output_is_left_alone(answering: Path, tmp_path: Path) -> None:
@@ -132,8 +132,8 @@ def test_failed_rows_lie_aside_and_are_tried_again_when_asked(answering: Path, t
 def test_wrong_options_are_refused(answering: Path, tmp_path: Path) -> None:
     for options in (
         {"max_new_tokens": 0},
-        {"sampling": Sampling(temperature=-1)},
-        {"sampling": Sampling(top_p=0.5)},
+        {"temperature": -1},
+        {"top_p": 0.5},
         {"engine": "llama.cpp"},
         {"batch_size": 0},
         {"dtype": "int3"},
@@ -143,6 +143,6 @@ def test_wrong_options_are_refused(answering: Path, tmp_path: Path) -> None:
                 answering / "base",
                 answering / "data.jsonl",
                 tmp_path / "r.jsonl",
-                options=RespondOptions(**options),
+                **options,
             )
     assert list(tmp_path.iterdir()) == []

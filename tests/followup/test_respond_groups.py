@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from lorasmith.followup.responses import work
-from lorasmith.followup.responses.respond import RespondOptions, respond
+from lorasmith.followup.responses.respond import respond
 from lorasmith.models.generation.decoding import GeneratedAnswer, Request
+from lorasmith.options import RespondOptions
 from tests.followup.responding import COUNT, Scripted, kill_after, read, write
 from tests.tiny import save_base, tiny_rows
 
@@ -65,8 +66,8 @@ def test_only_the_group_under_way_is_answered_again(
     first, second = Likely(break_after=after), Likely()
     options = RespondOptions(max_new_tokens=12, top_logprobs=1, whole_groups=True)
     with pytest.raises(RuntimeError, match="broken off"):
-        respond(place / "base", place / "data.jsonl", tmp_path / "r.jsonl", options=options, engine=first)
-    respond(place / "base", place / "data.jsonl", tmp_path / "r.jsonl", options=options, engine=second)
+        respond(place / "base", place / "data.jsonl", tmp_path / "r.jsonl", options=options, loaded=first)
+    respond(place / "base", place / "data.jsonl", tmp_path / "r.jsonl", options=options, loaded=second)
     assert len(first.asked[:after]) + len(second.asked) == COUNT + again
     assert len(read(tmp_path / "r.jsonl")) == COUNT
 
@@ -77,10 +78,10 @@ def test_rows_that_fail_do_not_hold_their_group_back(
     monkeypatch.setattr(work, "GROUP_ROWS", GROUP)
     options = RespondOptions(max_new_tokens=12, top_logprobs=1, whole_groups=True)
     data = write(tmp_path / "data.jsonl", [*tiny_rows(COUNT), {"nothing": 1}])
-    record = respond(place / "base", data, tmp_path / "r.jsonl", options=options, engine=Likely(fails={2}))
+    record = respond(place / "base", data, tmp_path / "r.jsonl", options=options, loaded=Likely(fails={2}))
     assert (record.rows, record.failed) == (COUNT - 1, 2)
     idle = Likely()
-    respond(place / "base", data, tmp_path / "r.jsonl", options=options, engine=idle)
+    respond(place / "base", data, tmp_path / "r.jsonl", options=options, loaded=idle)
     assert idle.asked == []
     failed = [json.loads(line)["error"] for line in (tmp_path / "r.failed.jsonl").read_text().splitlines()]
     assert failed == ["the device gave up", "the row has no prompt"]

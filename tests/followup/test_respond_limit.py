@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasmith.followup.responses.respond import RespondOptions, respond
+from lorasmith.followup.responses.respond import respond
 from lorasmith.followup.responses.work import Length, is_loop, judge_limit, suggest_limit
+from lorasmith.options import RespondOptions
 from lorasmith.records.base import Finding
 from tests.followup.responding import Hears, Scripted, write
 
@@ -25,7 +26,7 @@ def test_a_limit_that_cuts_most_rows_is_told_after_the_first_hundred(answering: 
         tmp_path / "r.jsonl",
         options=RespondOptions(max_new_tokens=12),
         watcher=watcher,
-        engine=engine,
+        loaded=engine,
     )
     [(asked, finding)] = told
     assert asked == 100  # 200 rows before it would have been too late
@@ -74,7 +75,7 @@ def test_rows_that_must_not_be_published_are_told_before_the_first_answer(
         tmp_path / "r.jsonl",
         options=RespondOptions(max_new_tokens=12),
         watcher=Hears(lambda finding: told.append((len(engine.asked), finding))),
-        engine=engine,
+        loaded=engine,
     )
     asked, finding = told[0]
     assert (asked, finding.code) == (0, "text-not-to-publish")

@@ -11,7 +11,8 @@ import pytest
 
 from lorasmith.errors import MachineError, UsageError
 from lorasmith.followup.responses.engines import VllmEngine
-from lorasmith.followup.responses.respond import RespondOptions, respond
+from lorasmith.followup.responses.respond import respond
+from lorasmith.options import RespondOptions
 from tests.followup.responding import read, write
 from tests.tiny import tiny_rows
 
@@ -63,7 +64,7 @@ def test_the_vllm_engine_keeps_the_contract(answering: Path, tmp_path: Path) -> 
     assert package.arguments["dtype"] == "float32"  # as the folder was saved
     data = write(tmp_path / "d.jsonl", [*tiny_rows(6), {"id": "long", "prompt": "word " * 80}])
     options = RespondOptions(max_new_tokens=9, top_logprobs=2)
-    record = respond(answering / "base", data, tmp_path / "r.jsonl", options=options, engine=engine)
+    record = respond(answering / "base", data, tmp_path / "r.jsonl", options=options, loaded=engine)
     assert (record.rows, record.failed, record.finish) == (6, 1, {"stop": 6})
     assert package.most_waiting == 3
     rows = read(tmp_path / "r.jsonl")

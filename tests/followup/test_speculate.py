@@ -21,7 +21,6 @@ from lorasmith.followup.speculation.loop import (
     decode_speculatively,
 )
 from lorasmith.followup.speculation.speculate import (
-    SpeculateOptions,
     predicted_speedup,
     recommend,
     require_same_tokenizer,
@@ -30,6 +29,7 @@ from lorasmith.followup.speculation.speculate import (
 )
 from lorasmith.models.device import choose_route, use_route
 from lorasmith.models.load import LoadedModel
+from lorasmith.options import SpeculateOptions
 from lorasmith.records.followup import SpeculationRecord, SpeculationSpeed
 from tests.tiny import save_base, tiny_model, tiny_rows, tiny_tokenizer
 from tests.typed import Typed
@@ -233,9 +233,9 @@ def test_rows_that_are_left_out_are_told(place: Path, tmp_path: Path) -> None:
 def test_wrong_input_is_refused(place: Path, tmp_path: Path) -> None:
     for options in ({"draft_tokens": (0,)}, {"draft_tokens": ()}, {"max_new_tokens": 0}, {"limit": 0}):
         with pytest.raises(UsageError):
-            speculate(place / "target", place / "prompts.jsonl", options=SpeculateOptions(**options))
+            speculate(place / "target", place / "prompts.jsonl", **options)
     with pytest.raises(DataError, match="no prompt leaves room"):
-        speculate(place / "target", place / "prompts.jsonl", options=SpeculateOptions(max_new_tokens=250))
+        speculate(place / "target", place / "prompts.jsonl", max_new_tokens=250)
 
 
 def test_the_command_as_typed(place: Path, here: Typed) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lorasmith.errors import MemoryLimitError, UsageError
-from lorasmith.followup.responses.respond import RespondOptions, respond
+from lorasmith.followup.responses.respond import respond
 from lorasmith.models.batches import make_batch
 from lorasmith.models.device import choose_route, use_route
 from lorasmith.models.generation.continuous import generate_continuously
@@ -20,6 +20,7 @@ from lorasmith.models.generation.generate import generate_greedy
 from lorasmith.models.load import DeviceMap, load_model
 from lorasmith.models.scoring import open_forward, score_states
 from lorasmith.models.text import Encoded
+from lorasmith.options import RespondOptions
 from lorasmith.proving.behaviour.compare import compare
 from lorasmith.scoring.validate import validate
 from tests.tiny import save_adapter, save_base, tiny_rows

@@ -15,13 +15,13 @@ from lorasmith.files.atomic import write_record
 from lorasmith.files.jsonl import write_examples, write_rows
 from lorasmith.machine import resources
 from lorasmith.machine.resources import available_memory
+from lorasmith.options import RunOptions
 from lorasmith.preflight import doctor
 from lorasmith.preflight import doctor as module
 from lorasmith.preflight.doctor import examine, require_machine
 from lorasmith.preflight.estimate import Rates, least_memory
 from lorasmith.records.doctor import DoctorRecord
 from lorasmith.records.release import Gate, GateRecord, GateResult
-from lorasmith.runs.config import make_config
 from tests.samples import sample_examples
 from tests.tiny import save_adapter, save_base, tiny_rows
 
@@ -51,7 +51,7 @@ def states(record: DoctorRecord) -> dict[str, str]:
 
 
 def test_a_sound_run_is_estimated_and_nothing_is_written(inputs: dict[str, Any]) -> None:
-    record = examine(make_config({**inputs, "price_per_hour": 3.6}))
+    record = examine(RunOptions.make({**inputs, "price_per_hour": 3.6}))
     assert "error" not in states(record).values()
     assert {stage.stage for stage in record.stages} >= {"validate-base", "merge", "compare", "package"}
     assert record.seconds == pytest.approx(sum(stage.seconds for stage in record.stages))
@@ -64,18 +64,18 @@ def test_everything_that_is_wrong_is_found_at_once(inputs: dict[str, Any], tmp_p
     (inputs["base"] / "model.safetensors").unlink()
     (inputs["adapter"] / "adapter_config.json").write_text("{")
     inputs["test_set"].write_text('{"prompt": "a"}\n')
-    found = states(examine(make_config(inputs)))
+    found = states(examine(RunOptions.make(inputs)))
     assert (found["base"], found["adapter"], found["test set"]) == ("error", "error", "error")
 
 
 def test_an_adapter_of_another_base_fails_at_the_merge(inputs: dict[str, Any], tmp_path: Path) -> None:
     other = save_base(tmp_path / "other", hidden_size=64)
-    assert states(examine(make_config({**inputs, "base": other})))["merge"] == "error"
+    assert states(examine(RunOptions.make({**inputs, "base": other})))["merge"] == "error"
 
 
 def test_rows_beyond_the_context_are_said_before(inputs: dict[str, Any]) -> None:
-    assert states(examine(make_config({**inputs, "max_length": 16})))["test set"] == "error"
-    lenient = make_config({**inputs, "max_length": 16, "strict": False})
+    assert states(examine(RunOptions.make({**inputs, "max_length": 16})))["test set"] == "error"
+    lenient = RunOptions.make({**inputs, "max_length": 16, "strict": False})
     assert states(examine(lenient))["test set"] == "warning"
 
 
@@ -83,7 +83,7 @@ def test_a_test_set_for_days_gets_a_smaller_size(
     inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "measure_rates", lambda *arguments: Rates(flops=100.0, write_bytes=1e9))
-    record = examine(make_config(inputs))
+    record = examine(RunOptions.make(inputs))
     (check,) = [check for check in record.checks if check.name == "time"]
     assert check.state == "warning"
     assert "--test-size" in check.remedy
@@ -93,18 +93,18 @@ def test_a_merge_that_is_fitted_to_rows_takes_longer(inputs: dict[str, Any], tmp
     write_rows(tmp_path / "train.jsonl", tiny_rows(30, seed=4))
 
     def seconds(**more: Any) -> float:
-        stages = examine(make_config({**inputs, **more})).stages
+        stages = examine(RunOptions.make({**inputs, **more})).stages
         return next(stage.seconds for stage in stages if stage.stage == "merge")
 
     train = {"train": (tmp_path / "train.jsonl",)}
     assert seconds(**train) > seconds(**train, rounding="dithered") == seconds()
-    assert states(examine(make_config({**inputs, "rounding": "calibrated"})))["merge"] == "error"
+    assert states(examine(RunOptions.make({**inputs, "rounding": "calibrated"})))["merge"] == "error"
 
 
 def test_questions_are_looked_for_before_they_are_asked(inputs: dict[str, Any]) -> None:
-    assert states(examine(make_config({**inputs, "tasks": True})))["tasks"] == "error"
+    assert states(examine(RunOptions.make({**inputs, "tasks": True})))["tasks"] == "error"
     write_examples(inputs["test_set"], sample_examples(10))
-    record = examine(make_config({**inputs, "tasks": True}))
+    record = examine(RunOptions.make({**inputs, "tasks": True}))
     assert states(record)["tasks"] == "ok"
     assert [stage.stage for stage in record.stages if stage.stage.startswith("tasks")]
 
@@ -125,7 +125,7 @@ def test_memory_is_judged_by_what_one_model_needs(
 ) -> None:
     need = least_memory(size_of(inputs))
     monkeypatch.setattr(module, "available_memory", lambda: int(share * need))
-    assert states(examine(make_config(inputs)))["memory needed"] == state
+    assert states(examine(RunOptions.make(inputs)))["memory needed"] == state
 
 
 def size_of(inputs: dict[str, Any]) -> Any:
@@ -145,9 +145,9 @@ def test_a_run_that_cannot_fit_in_memory_does_not_begin(
     assert "too little memory for this run: 1.0 kB are available" in error
     assert "--no-check-memory" in error
     assert not (inputs["output"] / "validation").exists()
-    require_machine(make_config({**inputs, "check_memory": False}))
+    require_machine(RunOptions.make({**inputs, "check_memory": False}))
     # A model that is spread over devices and disk needs less.
-    require_machine(make_config({**inputs, "device_map": "auto"}))
+    require_machine(RunOptions.make({**inputs, "device_map": "auto"}))
 
 
 def test_a_comparison_that_is_done_needs_no_memory(
@@ -155,10 +155,10 @@ def test_a_comparison_that_is_done_needs_no_memory(
 ) -> None:
     monkeypatch.setattr(module, "available_memory", lambda: 1000)
     with pytest.raises(MemoryLimitError):
-        require_machine(make_config(inputs))
+        require_machine(RunOptions.make(inputs))
     (inputs["output"] / "stages").mkdir(parents=True)
     (inputs["output"] / "stages" / "compare.json").write_text("{}")
-    require_machine(make_config(inputs))
+    require_machine(RunOptions.make(inputs))
 
 
 def test_a_run_that_cannot_fit_on_the_disk_does_not_begin(
@@ -169,7 +169,7 @@ def test_a_run_that_cannot_fit_on_the_disk_does_not_begin(
 
     monkeypatch.setattr(resources.os, "statvfs", small)
     with pytest.raises(DiskError, match="merge and pack"):
-        require_machine(make_config(inputs))
+        require_machine(RunOptions.make(inputs))
 
 
 def test_a_full_disk_is_an_error_of_the_examination(
@@ -177,14 +177,14 @@ def test_a_full_disk_is_an_error_of_the_examination(
 ) -> None:
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: usage)
-    found = states(examine(make_config(inputs)))
+    found = states(examine(RunOptions.make(inputs)))
     assert (found["disk"], found["cache"]) == ("error", "error")
 
 
 def test_a_base_of_the_hub_is_not_fetched_for_an_estimate(
     inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = examine(make_config({**inputs, "base": "acme/no-such-model"}))
+    record = examine(RunOptions.make({**inputs, "base": "acme/no-such-model"}))
     assert states(record)["base"] == "note"
     assert not record.stages
 
@@ -193,7 +193,7 @@ def test_differences_of_an_earlier_run_come_with_advice(inputs: dict[str, Any]) 
     gate = Gate(name="merge loss Δ", metric="merge.loss_delta", threshold=1e-4, advice="merge again")
     results = [GateResult(gate=gate, measured=1e-3, verdict="fail")]
     write_record(inputs["output"] / "gates.json", GateRecord(passed=False, gates=results))
-    (check,) = [check for check in examine(make_config(inputs)).checks if check.name == "gates"]
+    (check,) = [check for check in examine(RunOptions.make(inputs)).checks if check.name == "gates"]
     assert "merge loss Δ: fail" in check.found
     assert check.remedy == "merge again"
 

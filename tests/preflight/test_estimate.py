@@ -16,6 +16,7 @@ from lorasmith.files.atomic import read_record
 from lorasmith.files.jsonl import read_examples, write_rows
 from lorasmith.merging.calibrated.rows import load_calibration
 from lorasmith.merging.plan import plan_merge
+from lorasmith.options import RunOptions
 from lorasmith.preflight.doctor import examine
 from lorasmith.preflight.estimate import (
     EFFICIENCY,
@@ -40,7 +41,6 @@ from lorasmith.preflight.sizes import (
     work_size,
 )
 from lorasmith.records.release import TimingRecord
-from lorasmith.runs.config import make_config
 from tests.samples import sample_examples
 from tests.tiny import load_model, save_adapter, save_base, tiny_rows, tiny_tokenizer
 
@@ -144,7 +144,7 @@ def test_the_sizes_of_a_real_run_are_those_estimated(tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapter", base)
     write_rows(tmp_path / "test.jsonl", tiny_rows(10))
     write_rows(tmp_path / "train.jsonl", tiny_rows(10, seed=3))
-    config = make_config(
+    config = RunOptions.make(
         {
             "base": base, "adapter": tmp_path / "adapter", "test_set": tmp_path / "test.jsonl",
             "train": (tmp_path / "train.jsonl",), "output": tmp_path / "run",

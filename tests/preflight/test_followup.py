@@ -12,11 +12,11 @@ from lorasmith.errors import DiskError
 from lorasmith.files.jsonl import write_rows
 from lorasmith.followup.compression.sizes import plan_compression
 from lorasmith.machine import resources
+from lorasmith.options import RunOptions
 from lorasmith.preflight.doctor import examine, require_machine
 from lorasmith.preflight.estimate import EFFICIENCY, LOAD_BYTES, Rates, estimate_followup, followup_disk
 from lorasmith.preflight.sizes import ModelSize, model_size
 from lorasmith.records.doctor import StageEstimate
-from lorasmith.runs.config import RunConfig, make_config
 from tests.tiny import save_adapter, save_base, tiny_rows
 
 RATES = Rates(flops=1e9, write_bytes=1e9)
@@ -24,7 +24,7 @@ ASKED: dict[str, Any] = {
     "respond": {"max_new_tokens": 100, "top_logprobs": 8, "limit": 10},
     "draft": {"layers": "0,3", "epochs": 2.0},
     "speculate": {"draft_tokens": (2, 4), "max_new_tokens": 50, "limit": 5},
-    "compress": {"formats": ("compressed-tensors", "gguf:q8_0")},
+    "compress": {"format": ("compressed-tensors", "gguf:q8_0")},
 }
 
 
@@ -42,7 +42,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def estimated(inputs: dict[str, Any], asked: dict[str, Any]) -> tuple[ModelSize, dict[str, StageEstimate]]:
-    config: RunConfig = make_config({**inputs, "followup": asked})
+    config: RunOptions = RunOptions.make({**inputs, "followup": asked})
     base = open_checkpoint(inputs["base"])
     size = model_size(base, None, base.total_bytes)
     return size, {stage.stage: stage for stage in estimate_followup(config, base, size, RATES)}
@@ -82,7 +82,7 @@ def test_compressed_sizes_are_those_of_the_plan(inputs: dict[str, Any]) -> None:
 
 
 def test_calibrated_steps_count_like_training(inputs: dict[str, Any]) -> None:
-    asked = {"formats": ("compressed-tensors",), "iterations": 10, "calibration_length": 64}
+    asked = {"format": ("compressed-tensors",), "iterations": 10, "calibration_length": 64}
     size, plain = estimated(inputs, {"compress": asked})
     _, calibrated = estimated(inputs, {"compress": {**asked, "method": "calibrated"}})
     # Eight samples a step, forward and backward, at 1 GFLOP/s; no output head.
@@ -92,24 +92,24 @@ def test_calibrated_steps_count_like_training(inputs: dict[str, Any]) -> None:
 
 
 def test_the_doctor_lists_them_among_the_steps_of_the_run(inputs: dict[str, Any]) -> None:
-    record = examine(make_config({**inputs, "followup": ASKED}))
+    record = examine(RunOptions.make({**inputs, "followup": ASKED}))
     names = [stage.stage for stage in record.stages]
     assert names[-5:] == list(estimated(inputs, ASKED)[1])
     assert record.disk_bytes == sum(stage.disk_bytes for stage in record.stages)
-    wrong = examine(make_config({**inputs, "followup": {"respond": {}, "draft": {"layers": "9"}}}))
+    wrong = examine(RunOptions.make({**inputs, "followup": {"respond": {}, "draft": {"layers": "9"}}}))
     assert any(check.name == "followup" and check.state == "error" for check in wrong.checks)
 
 
 def test_a_full_disk_is_told_before_the_run_and_steps_that_are_done_need_none(
     inputs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_config({**inputs, "followup": ASKED})
+    config = RunOptions.make({**inputs, "followup": ASKED})
     base = open_checkpoint(inputs["base"])
     whole = followup_disk(config, base, base.total_bytes, ())
     drafted = followup_disk(config, base, base.total_bytes, {"draft"})
     assert whole - drafted == estimated(inputs, ASKED)[1]["draft"].disk_bytes
     room = 2 * base.total_bytes + whole // 2
     monkeypatch.setattr(resources.os, "statvfs", lambda place: SimpleNamespace(f_bavail=room, f_frsize=1))
-    require_machine(make_config(inputs))
+    require_machine(RunOptions.make(inputs))
     with pytest.raises(DiskError):
         require_machine(config)

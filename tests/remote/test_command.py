@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import tomli_w
 
-from lorasmith.cli.remote.command import _CONFIG_PATHS, _FOLLOWUP_PATHS, read_command
+from lorasmith.cli.remote.command import read_command
 from lorasmith.cli.remote.rentals import needs
 from lorasmith.errors import UsageError
 from lorasmith.files.atomic import write_record
-from lorasmith.followup.asked import FollowupAsked
+from lorasmith.options import FollowupOptions, RunOptions
+from lorasmith.options.base import path_fields
 from lorasmith.records.release import StageTiming, TimingRecord
 from lorasmith.remote.rental.job import estimate
 from lorasmith.remote.rental.provider import Offer
-from lorasmith.runs.config import RunConfig
 from tests.remote.machines import SSHD, Machine, machine
 from tests.remote.rented_machine import vast_for
 from tests.remote.vast_server import KEY, FakeVast, SimulatedClock, serve
@@ -132,7 +133,7 @@ def test_the_paths_of_a_config_file_are_this_machines() -> None:
 def test_paths_of_what_follows_the_release_are_seen_from_the_config_file() -> None:
     Path("run.toml").write_text(
         'base = "b"\nadapter = "a"\ntest_set = "t"\n[followup.respond]\ndata = "sub/rows.jsonl"\n'
-        '[followup.draft]\nbase = "small"\nepochs = 1.0\n'
+        '[followup.draft]\nfrom_model = "small"\nepochs = 1.0\n'
     )
     found = read_command(["run", "--config", "run.toml", "--output", "o"])
     places = {item.local: item.remote for item in found.inputs}
@@ -141,23 +142,26 @@ def test_paths_of_what_follows_the_release_are_seen_from_the_config_file() -> No
     here = Path.cwd()
     for named, local in (
         (asked["respond"]["data"], here / "sub" / "rows.jsonl"),
-        (asked["draft"]["base"], here / "small"),
+        (asked["draft"]["from_model"], here / "small"),
     ):
         assert os.path.normpath(Path(places[config]).parent / named) == places[str(local)]
     assert asked["draft"]["epochs"] == 1.0
 
 
 def test_every_path_that_a_config_can_name_is_sent() -> None:
-    """A new key with a path in it, of the run or of what follows, must be known to this command, too."""
+    """A new key with a path in it, of the run or of what follows, is known to this command, too."""
 
-    def paths(kind: Any) -> set[str]:
-        fields = kind.model_fields.items()
-        return {name for name, field in fields if re.search(r"\bPath\b", str(field.annotation))}
-
-    assert paths(RunConfig) == {*_CONFIG_PATHS, "train"}
-    tables = {name: get_args(field.annotation)[0] for name, field in FollowupAsked.model_fields.items()}
-    named = {(table, key) for table, kind in tables.items() for key in paths(kind)}
-    assert named == set(_FOLLOWUP_PATHS)
+    tables = {name: get_args(field.annotation)[0] for name, field in FollowupOptions.model_fields.items()}
+    body: dict[str, Any] = {name: f"files/of/{name}" for name in path_fields(RunOptions)}
+    body["followup"] = {
+        name: {key: f"files/of/{key}" for key in path_fields(kind)} for name, kind in tables.items()
+    }
+    Path("run.toml").write_text(tomli_w.dumps(body))
+    found = read_command(["run", "--config", "run.toml"])
+    moved = {item.local for item in [*found.inputs, *found.outputs]}
+    keys = {*path_fields(RunOptions), *(key for kind in tables.values() for key in path_fields(kind))}
+    assert {"base", "train", "data", "from_model"} < keys
+    assert {str(Path.cwd() / "files" / "of" / key) for key in keys} <= moved
 
 
 def test_a_config_may_name_a_base_of_the_hub() -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from lorasmith.files.atomic import read_record, write_record
+from lorasmith.options import RunOptions
 from lorasmith.progress import Unwatched
 from lorasmith.records.release import GateRecord, TimingRecord
-from lorasmith.runs.config import make_config
+from lorasmith.runs.config import resolved_gates
 from lorasmith.runs.step import RunContext
 from lorasmith.runs.steps import judge_costs
 from tests.samples import sample_run
@@ -17,9 +18,9 @@ from tests.samples import sample_run
 
 def judged(run: Path, budget: float | None) -> GateRecord | None:
     places = {"base": run, "adapter": run, "test_set": run / "testset" / "test_set.jsonl", "output": run}
-    config = make_config({**places, "price_per_hour": 1.5, "budget": budget})
+    config = RunOptions.make({**places, "price_per_hour": 1.5, "budget": budget})
     judge_costs(RunContext(config), Unwatched())
-    assert all(gate.name != "--budget" for gate in config.resolved_gates())
+    assert all(gate.name != "--budget" for gate in resolved_gates(config))
     path = run / "cost_gates.json"
     return read_record(path, GateRecord) if path.is_file() else None
 

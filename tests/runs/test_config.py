@@ -8,7 +8,7 @@ import pytest
 
 from lorasmith.errors import UsageError
 from lorasmith.gates import GUIDE_GATES
-from lorasmith.runs.config import load_config, to_toml
+from lorasmith.runs.config import load_config, resolved_gates, to_toml
 
 FLAGS = {"base": Path("b"), "adapter": Path("a"), "test_set": Path("t.jsonl"), "output": Path("run")}
 
@@ -41,7 +41,7 @@ def test_the_printed_config_gives_the_same_config_again(tmp_path: Path) -> None:
     file = write(tmp_path, '[[gates]]\nname = "loss"\nmetric = "adapter.loss"\nthreshold = 0.5\n')
     config = load_config(file, FLAGS)
     again = load_config(write(tmp_path, to_toml(config)), FLAGS)
-    assert again.resolved_gates() == config.resolved_gates()
+    assert resolved_gates(again) == resolved_gates(config)
     assert again.model_dump(exclude={"gates", "gate_defaults"}) == config.model_dump(
         exclude={"gates", "gate_defaults"}
     )
@@ -53,7 +53,7 @@ def test_a_gate_replaces_the_default_of_its_name_and_others_are_added(tmp_path: 
         '[[gates]]\nname = "loss"\nmetric = "adapter.loss"\nthreshold = 0.5\n'
         '[[gates]]\nname = "kl"\nmetric = "merge.kl_mean"\nthreshold = 1e-4\n',
     )
-    gates = load_config(file, FLAGS).resolved_gates()
+    gates = resolved_gates(load_config(file, FLAGS))
     assert [gate.name for gate in gates] == [*(gate.name for gate in GUIDE_GATES), "kl"]
     assert next(gate.threshold for gate in gates if gate.name == "loss") == 0.5
 

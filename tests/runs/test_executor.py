@@ -12,8 +12,8 @@ from lorasmith.errors import UsageError
 from lorasmith.executors.ray import Cluster
 from lorasmith.files.digests import hash_file
 from lorasmith.files.jsonl import write_rows
+from lorasmith.options import RunOptions
 from lorasmith.runs import step as steps
-from lorasmith.runs.config import make_config
 from lorasmith.runs.step import RunContext
 from tests.executors.nearby import Nearby
 from tests.tiny import save_adapter, save_base, tiny_rows
@@ -44,7 +44,7 @@ def test_a_run_on_a_cluster_packs_the_same_bytes(
 
 
 def test_the_executor_of_a_run_is_the_one_that_was_asked_for(inputs: dict[str, Any], tmp_path: Path) -> None:
-    asked = make_config(
+    asked = RunOptions.make(
         {
             **inputs,
             "output": tmp_path / "run",
@@ -57,6 +57,5 @@ def test_the_executor_of_a_run_is_the_one_that_was_asked_for(inputs: dict[str, A
     )
     executor = RunContext(asked).executor
     assert executor == Cluster(address="auto", workers=3, threads=2, gpus=0.5)
-    alone = make_config({**inputs, "output": tmp_path / "run", "workers": 3})
     with pytest.raises(UsageError, match="--workers without a cluster"):
-        assert RunContext(alone).executor
+        RunOptions.make({**inputs, "output": tmp_path / "run", "workers": 3})

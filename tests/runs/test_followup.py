@@ -16,7 +16,7 @@ import lorasmith
 from lorasmith.errors import CheckpointError, ExitCode, InputError, UsageError
 from lorasmith.files.atomic import read_record
 from lorasmith.files.jsonl import write_rows
-from lorasmith.followup.asked import spread_layers
+from lorasmith.followup.drafts.layers import spread_layers
 from lorasmith.packaging.verify import verify
 from lorasmith.progress import silent
 from lorasmith.records.base import Finding
@@ -195,14 +195,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"respond": {"data": "absent.jsonl"}}, r"followup\.respond\.data does not exist"),
     ({"respond": {}, "draft": {"layers": "0,7"}}, "there is no layer 7"),
     ({"respond": {}, "draft": {"layers": "1,0"}}, "do not rise"),
-    ({"respond": {}, "draft": {"layers": "0", "base": "x"}}, "as a base or as layers"),
-    ({"respond": {}, "draft": {"kl_weight": -1.0}}, "weights of the loss"),
-    ({"speculate": {"draft_tokens": (0,)}}, "--draft-tokens is 0"),
-    ({"compress": {"formats": ("gguf:q9",)}}, "no format 'gguf:q9'"),
-    ({"compress": {"formats": ("gguf:q8_0", "gguf:q8_0")}}, "more than once"),
+    ({"respond": {}, "draft": {"layers": "0", "from_model": "x"}}, "as a model or as layers"),
+    ({"respond": {}, "draft": {"kl_weight": -1.0}}, r"followup\.draft\.kl_weight is -1"),
+    ({"speculate": {"draft_tokens": (0,)}}, r"followup\.speculate\.draft_tokens\.0 is 0"),
+    ({"compress": {"format": ("gguf:q9",)}}, r"followup\.compress\.format\.0 is 'gguf:q9'"),
+    ({"compress": {"format": ("gguf:q8_0", "gguf:q8_0")}}, "more than once"),
     ({"compress": {"target_size": "5 bananas"}}, "is not a size"),
     ({"compress": {"target_size": "2kB"}}, "the limit is 2.0 kB"),
-    ({"compress": {"max_q99_kl": -1.0}}, "q99_kl is -1"),
+    ({"compress": {"max_q99_kl": -1.0}}, r"max_q99_kl is -1"),
     ({"compress": {"group_size": 48}}, "no group of 48"),
     ({"respond": {"max_new_tokens": 0}}, "followup.respond.max"),
     ({"respond": {"max_tokens": 9}}, "there is no option 'followup.respond.max_tokens'"),
@@ -227,7 +227,9 @@ def test_a_base_with_another_tokenizer_is_refused_before_hours_are_spent(
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(names))
     with pytest.raises(CheckpointError, match="tokenizer is not the target's"):
-        lorasmith.run(**inputs, followup={"respond": {}, "draft": {"base": other}}, output=tmp_path / "run")
+        lorasmith.run(
+            **inputs, followup={"respond": {}, "draft": {"from_model": other}}, output=tmp_path / "run"
+        )
     assert not (tmp_path / "run").exists()
 
 

@@ -14,11 +14,11 @@ from lorasmith.errors import DataError, UsageError
 from lorasmith.files.digests import digest_folder
 from lorasmith.files.jsonl import read_examples, write_rows
 from lorasmith.models.text import encode_examples
-from lorasmith.training.settings import TrainSettings
+from lorasmith.options import TrainOptions
 from lorasmith.training.train import batch_loss, make_batches, train
 from tests.tiny import save_base, tiny_model, tiny_rows, tiny_tokenizer
 
-SETTINGS = TrainSettings(rank=4, alpha=8, learning_rate=2e-2, epochs=4, batch_size=4, max_length=128)
+SETTINGS = TrainOptions(rank=4, alpha=8, learning_rate=2e-2, epochs=4, batch_size=4, max_length=128)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_lowers_the_loss_and_writes_what_peft_loads(folder: Path, tmp_path: Path) -> None:
-    record = train(folder / "base", folder / "train.jsonl", tmp_path / "adapter", settings=SETTINGS)
+    record = train(folder / "base", folder / "train.jsonl", tmp_path / "adapter", options=SETTINGS)
     assert record.examples == 24
     assert len(record.losses) == 24
     assert sum(record.losses[-6:]) < 0.8 * sum(record.losses[:6])
@@ -44,16 +44,16 @@ def test_training_lowers_the_loss_and_writes_what_peft_loads(folder: Path, tmp_p
 
 def test_the_same_inputs_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        train(folder / "base", folder / "train.jsonl", tmp_path / name, settings=SETTINGS)
+        train(folder / "base", folder / "train.jsonl", tmp_path / name, options=SETTINGS)
     assert digest_folder(tmp_path / "one") == digest_folder(tmp_path / "two")
-    other = TrainSettings(**{**vars(SETTINGS), "seed": 7})
-    train(folder / "base", folder / "train.jsonl", tmp_path / "other", settings=other)
+    other = SETTINGS.model_copy(update={"seed": 7})
+    train(folder / "base", folder / "train.jsonl", tmp_path / "other", options=other)
     assert digest_folder(tmp_path / "other") != digest_folder(tmp_path / "one")
 
 
 def test_the_base_is_not_written_to(folder: Path, tmp_path: Path) -> None:
     before = digest_folder(folder / "base", rehash=True)
-    train(folder / "base", folder / "train.jsonl", tmp_path / "adapter", settings=SETTINGS)
+    train(folder / "base", folder / "train.jsonl", tmp_path / "adapter", options=SETTINGS)
     assert digest_folder(folder / "base", rehash=True) == before
 
 
@@ -80,7 +80,7 @@ def test_every_row_is_used_once_an_epoch_and_batches_are_of_like_length(folder: 
     rows = encode_examples(
         read_examples(folder / "train.jsonl"), tiny_tokenizer(), template="chat", max_length=128
     ).rows
-    batches = list(make_batches(rows, TrainSettings(epochs=2, batch_size=5)))
+    batches = list(make_batches(rows, TrainOptions(epochs=2, batch_size=5)))
     for epoch in (batches[:5], batches[5:10]):
         assert sorted(id(row) for batch in epoch for row in batch) == sorted(id(row) for row in rows)
     waste = sum(max(len(row.ids) for row in batch) * len(batch) for batch in batches[:5])
@@ -90,16 +90,16 @@ def test_every_row_is_used_once_an_epoch_and_batches_are_of_like_length(folder: 
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = train(folder / "base", folder / "train.jsonl", tmp_path / "whole", settings=SETTINGS)
+    whole = train(folder / "base", folder / "train.jsonl", tmp_path / "whole", options=SETTINGS)
     monkeypatch.setattr("lorasmith.training.train._PART_TOKENS", 1)
-    parts = train(folder / "base", folder / "train.jsonl", tmp_path / "parts", settings=SETTINGS)
+    parts = train(folder / "base", folder / "train.jsonl", tmp_path / "parts", options=SETTINGS)
     assert parts.tokens == whole.tokens
     # The same sums in another order, in bfloat16 products, over 24 steps that build on each other.
     assert parts.losses == pytest.approx(whole.losses, rel=2e-2)
 
 
 def test_the_config_is_sorted_so_that_bytes_do_not_depend_on_hash_order(folder: Path, tmp_path: Path) -> None:
-    train(folder / "base", folder / "train.jsonl", tmp_path / "adapter", settings=SETTINGS)
+    train(folder / "base", folder / "train.jsonl", tmp_path / "adapter", options=SETTINGS)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(config["target_modules"])
 
@@ -108,13 +108,12 @@ def test_the_config_is_sorted_so_that_bytes_do_not_depend_on_hash_order(folder: 
     "wrong", [{"rank": 0}, {"batch_size": -1}, {"epochs": 0.0}, {"target_modules": "no_such_layer"}]
 )
 def test_wrong_settings_are_one_message(folder: Path, tmp_path: Path, wrong: dict[str, object]) -> None:
-    settings = TrainSettings(**{**vars(SETTINGS), **wrong})  # type: ignore[arg-type]
     with pytest.raises(UsageError):
-        train(folder / "base", folder / "train.jsonl", tmp_path / "adapter", settings=settings)
+        train(folder / "base", folder / "train.jsonl", tmp_path / "adapter", **{**SETTINGS.values(), **wrong})
     assert not (tmp_path / "adapter").exists()
 
 
 def test_a_row_without_a_response_is_named(folder: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "bad.jsonl", [*tiny_rows(2), {"id": "x", "prompt": "a", "response": " "}])
     with pytest.raises(DataError, match=r"bad\.jsonl:3"):
-        train(folder / "base", tmp_path / "bad.jsonl", tmp_path / "adapter", settings=SETTINGS)
+        train(folder / "base", tmp_path / "bad.jsonl", tmp_path / "adapter", options=SETTINGS)

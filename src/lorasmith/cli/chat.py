@@ -8,23 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasmith.cli.options import Device, Seed
-
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorasmith.followup.chat import Chat, ChatOptions
+    from lorasmith.followup.chat import Chat
+    from lorasmith.options import ChatOptions, ModelInput
 
 _HELP = "Type a message. /reset forgets the conversation, /exit or Ctrl-D ends it."
 
 
 def chat(
-    model: Annotated[
-        Path, typer.Option(help="Folder of the model, or of the adapter's base.", metavar="DIR")
-    ],
-    adapter: Annotated[
-        Path | None, typer.Option(help="Folder of an adapter on top of it, unmerged.", metavar="DIR")
-    ] = None,
+    inputs: ModelInput,
     merged: Annotated[
         Path | None, typer.Option(help="With --side-by-side: the merged model.", metavar="DIR")
     ] = None,
@@ -37,17 +31,8 @@ def chat(
     prompt: Annotated[
         str | None, typer.Option(help="Answer this and end; - or a pipe reads standard input.")
     ] = None,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token (greedy).")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total share.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw from so many likeliest tokens; 0 for all.")] = 0,
-    seed: Seed = 42,
-    template: Annotated[str, typer.Option(help="chat, or plain to have the text continued.")] = "chat",
-    device: Device = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (float32 on a CPU, else the model's own), float32, bfloat16, float16.")
-    ] = "auto",
+    *,
+    options: ChatOptions,
 ) -> None:
     """Talk to a model in the terminal, or answer one prompt; side by side with differing tokens marked.
 
@@ -55,14 +40,11 @@ def chat(
     """
     from lorasmith.cli.console import console
     from lorasmith.errors import UsageError
-    from lorasmith.followup.chat import ChatOptions, open_chat
-    from lorasmith.models.generation.decoding import Sampling
+    from lorasmith.followup.chat import open_chat
 
     if merged is not None and not side_by_side:
         raise UsageError("--merged needs --side-by-side", remedy="give --model the merged folder instead")
-    options = ChatOptions(
-        system, max_new_tokens, Sampling(temperature, top_p, top_k, seed), template, device, dtype
-    )
+    model, adapter = inputs.model, inputs.adapter
     if side_by_side:
         chats = _side_by_side(model, adapter, merged, draft, options)
     else:

@@ -7,16 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasmith.cli.options import AsJson, Device, Limit
+from lorasmith.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from lorasmith.followup.compression.settings import CompressOptions, CompressSettings
-
-_Rows = Annotated[
-    Path | None,
-    typer.Option(help="JSONL with prompt and response that calibrates; local.", metavar="FILE"),
-]
-_Tests = Annotated[Path | None, typer.Option(help="JSONL on which the quality is measured.", metavar="FILE")]
+    from lorasmith.options import CompressOptions
 
 
 def compress(
@@ -27,49 +21,8 @@ def compress(
     plan: Annotated[
         bool, typer.Option("--plan", help="Only show the sizes that are possible; reads headers alone.")
     ] = False,
-    target_size: Annotated[
-        str | None,
-        typer.Option(help="Wanted size, such as 540MB or 4GB, a gate too; refused where nothing reaches it."),
-    ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(help="rtn (round to nearest, the default), or calibrated (on rows of --calibration)."),
-    ] = None,
-    form: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--format",
-            help="compressed-tensors (the default), gguf:q4_0, gguf:q4_k_m, gguf:q5_k_m, gguf:q6_k or "
-            "gguf:q8_0. "
-            "Several formats, methods or bits: every combination, each in a folder below --output.",
-        ),
-    ] = None,
-    bits: Annotated[
-        list[int] | None, typer.Option(help="Bits of a weight in compressed-tensors: 4, 8, or both. [4]")
-    ] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale. [the largest of 128, 64, 32 that fits]")
-    ] = None,
-    calibration: _Rows = None,
-    calibration_rows: Annotated[int, typer.Option(help="Samples that calibrate.")] = 128,
-    calibration_length: Annotated[int, typer.Option(help="Tokens of a sample.")] = 512,
-    iterations: Annotated[int, typer.Option(help="Steps for each block when calibrated.")] = 200,
-    test_set: _Tests = None,
-    limit: Limit = None,
-    max_perplexity_ratio: Annotated[float, typer.Option(help="Gate on the quality.")] = 1.05,
-    max_mean_kl: Annotated[float, typer.Option(help="Gate on the quality, in nats.")] = 0.05,
-    max_q99_kl: Annotated[
-        float | None, typer.Option(help="Gate on the 99 % quantile of the KL, in nats.")
-    ] = None,
-    min_top1: Annotated[float, typer.Option(help="Gate on the quality, 0..1.")] = 0.9,
-    tasks: Annotated[
-        bool,
-        typer.Option("--tasks/--no-tasks", help="Put the benchmarks' questions of the test set as well."),
-    ] = True,
-    max_accuracy_drop: Annotated[
-        float | None,
-        typer.Option(help="Gate on the accuracy lost over them, 0..1. [0.05 where there are questions]"),
-    ] = None,
+    *,
+    options: CompressOptions,
     beside: Annotated[
         list[Path] | None,
         typer.Option("--beside", help="Another compressed folder for the table of --report.", metavar="DIR"),
@@ -78,8 +31,6 @@ def compress(
         Path | None,
         typer.Option(help="Write a page with table and plot of size and quality.", metavar="FILE"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 42,
-    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Quantize a model, and measure what it lost against the original.
@@ -96,8 +47,8 @@ def compress(
     from lorasmith.followup.compression.sizes import plan_compression
 
     sizes = None
-    if plan or target_size is not None:
-        sizes = plan_compression(model, target_size=target_size)
+    if plan or options.target_size is not None:
+        sizes = plan_compression(model, target_size=options.target_size)
         if plan and as_json:
             show_record(sizes)
         elif plan or sizes.reachable is False:
@@ -108,44 +59,15 @@ def compress(
             return
     if output is None:
         raise UsageError("there is no place to write to", remedy="give --output DIR, or --plan")
-    from lorasmith.followup.compression.settings import CompressOptions, every_way
+    from lorasmith.followup.compression.settings import every_way
 
-    limits = {
-        "perplexity_ratio": max_perplexity_ratio,
-        "mean_kl": max_mean_kl,
-        "top1_agreement": min_top1,
-        "accuracy_drop": max_accuracy_drop,
-        "q99_kl": max_q99_kl,
-        "bytes": None if sizes is None else sizes.target_bytes,
-    }
-    ways = every_way(
-        form or ["compressed-tensors"],
-        method or ["rtn"],
-        bits or [],
-        group_size,
-        iterations=iterations,
-        calibration_rows=calibration_rows,
-        calibration_length=calibration_length,
-        seed=seed,
-    )
-    options = CompressOptions(
-        calibration=calibration,
-        test_set=test_set,
-        tasks=tasks,
-        limit=limit,
-        limits={name: value for name, value in limits.items() if value is not None},
-        device=device,
-    )
-    if len(ways) > 1:
-        _several(model, output, ways, options, beside or [], report, as_json)
-    else:
-        _one(model, output, ways[0], options, beside or [], report, as_json)
+    several = len(every_way(options, options.seed)) > 1
+    (_several if several else _one)(model, output, options, beside or [], report, as_json)
 
 
 def _one(
     model: Path,
     output: Path,
-    way: CompressSettings,
     options: CompressOptions,
     beside: list[Path],
     report: Path | None,
@@ -156,7 +78,7 @@ def _one(
     from lorasmith.cli.views.compression import show_compressed
     from lorasmith.followup.compression.table import write_page
 
-    record = lorasmith.compress(model, output, settings=way, options=options, progress=bar)
+    record = lorasmith.compress(model, output, options=options, progress=bar)
     if report is not None:
         write_page([*beside, output], report)
     if as_json:
@@ -171,7 +93,6 @@ def _one(
 def _several(
     model: Path,
     output: Path,
-    ways: list[CompressSettings],
     options: CompressOptions,
     beside: list[Path],
     report: Path | None,
@@ -182,7 +103,7 @@ def _several(
     from lorasmith.followup.compression.table import write_page
     from lorasmith.runs.compression import compress_several
 
-    record = compress_several(model, output, ways, options=options, progress=bar)
+    record = compress_several(model, output, options=options, progress=bar)
     if report is not None:
         write_page([*beside, *(output / name for name in record.folders)], report)
     if as_json:

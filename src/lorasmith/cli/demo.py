@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasmith.cli.options import Seed
+if TYPE_CHECKING:
+    from lorasmith.options import SeedOptions
 
 
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for everything the demo makes.", metavar="DIR")],
-    seed: Seed = 42,
+    *,
+    options: SeedOptions,
     followup: Annotated[
         bool,
         typer.Option(
@@ -33,7 +35,7 @@ def demo(
     from lorasmith.runs.stages import read_timings
 
     watcher = TerminalWatcher()
-    result = make(output, seed=seed, followup=followup, watcher=watcher)
+    result = make(output, seed=options.seed, followup=followup, watcher=watcher)
     timings = [*read_timings(output).values(), *read_timings(result.run.folder).values()]
     records.show_timings(timings, watcher.screen)
     show_summary(result.run, watcher.screen)

@@ -3,41 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorasmith.cli.flags import Given
 from lorasmith.cli.options import AsJson
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lorasmith.options import RunOptions
     from lorasmith.records.doctor import DoctorRecord
 
 
 def doctor(
-    base: Annotated[
-        Path | None, typer.Option(help="Folder or hub name of the base model.", metavar="DIR")
-    ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Folder of the LoRA adapter.", metavar="DIR")] = None,
-    test_set: Annotated[
-        Path | None, typer.Option(help="JSONL with prompt, response and metadata.", metavar="FILE")
-    ] = None,
-    train: Annotated[
-        list[Path] | None,
-        typer.Option("--train", help="What the adapter was trained on (JSONL).", metavar="FILE"),
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="The run folder. [run]", metavar="RUN")] = None,
+    options: Annotated[dict[str, Any], Given(RunOptions)],
     config: Annotated[
         Path | None, typer.Option(help="TOML file of the run; flags win.", metavar="FILE")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="Of the merged model. [base]")] = None,
-    rounding: Annotated[
-        str | None, typer.Option(help="auto, nearest, dithered or calibrated. [auto]")
-    ] = None,
-    tasks: Annotated[bool | None, typer.Option("--tasks/--no-tasks", help="As `run` has it. [off]")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps. [auto]")] = None,
-    price_per_hour: Annotated[float | None, typer.Option(help="Of the machine in dollars.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check machine, libraries, model, adapter and test set; estimate time, memory, disk and cost.
@@ -51,22 +35,11 @@ def doctor(
     from lorasmith.preflight.doctor import examine
     from lorasmith.runs.config import load_config
 
-    flags = {
-        "base": base,
-        "adapter": adapter,
-        "test_set": test_set,
-        "train": tuple(train) if train else None,
-        "output": output,
-        "precision": precision,
-        "rounding": rounding,
-        "tasks": tasks,
-        "device": device,
-        "price_per_hour": price_per_hour,
-    }
-    asked = config is not None or any(value is not None for value in (base, adapter, test_set))
+    inputs = ("base", "adapter", "test_set")
+    asked = config is not None or any(name in options for name in inputs)
     if asked and config is None:
-        flags["output"] = output or Path("run")
-    record = examine(load_config(config, flags) if asked else None)
+        options.setdefault("output", Path("run"))
+    record = examine(load_config(config, options) if asked else None)
     if as_json:
         show_record(record)
     else:

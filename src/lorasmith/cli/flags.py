@@ -8,7 +8,7 @@ left out of what the model gets unless it was typed, so that defaults stand in t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -50,21 +50,18 @@ def taken(command: Callable[..., Any]) -> dict[str, Taken]:
     for name, hint in hints_of(command).items():
         given = next((item for item in get_args(hint) if isinstance(item, Given)), None)
         if given is not None:
-            names = given.names or tuple(in_order(given.model))
+            names = given.names or shown_fields(given.model)
             found[name] = Taken(name, given.model, names, whole=False)
         elif isinstance(hint, type) and issubclass(hint, Options):
-            found[name] = Taken(name, hint, tuple(in_order(hint)), whole=True)
+            found[name] = Taken(name, hint, shown_fields(hint), whole=True)
     return found
 
 
-def in_order(model: type[Options]) -> Iterator[str]:
-    """The fields that become flags: those that a class declares itself, then those of its bases."""
-    from lorasmith.options.base import flag_of
+def shown_fields(model: type[Options]) -> tuple[str, ...]:
+    """The fields that become flags."""
+    from lorasmith.options.base import flag_of, in_order
 
-    declared = [name for one in model.__mro__ for name in vars(one).get("__annotations__", {})]
-    for name in dict.fromkeys(declared):
-        if name in model.model_fields and not flag_of(model, name).hidden:
-            yield name
+    return tuple(name for name in in_order(model) if not flag_of(model, name).hidden)
 
 
 def expanded(command: Callable[..., Any]) -> Callable[..., None]:
@@ -99,11 +96,6 @@ def arguments(command: Callable[..., Any], values: Mapping[str, Any]) -> dict[st
     return own
 
 
-def help_line(model: type[Options], name: str) -> str:
-    """The docstring of a field as one line."""
-    return " ".join((model.model_fields[name].description or "").split())
-
-
 def shown_default(model: type[Options], name: str) -> str:
     """The default of a field as it is typed; empty where it has none."""
     from lorasmith.options.base import flag_of
@@ -131,7 +123,7 @@ def flag_text(model: type[Options], name: str) -> str:
 
 def _parameter(model: type[Options], name: str, *, required: bool) -> inspect.Parameter:
     """A flag as typer wants it. It has no default of its own: what is not typed is left to the model."""
-    from lorasmith.options.base import flag_of, panel_of
+    from lorasmith.options.base import flag_of, help_line, panel_of
 
     flag, default = flag_of(model, name), shown_default(model, name)
     kind, choices = _typed_as(model, name)

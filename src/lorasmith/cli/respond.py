@@ -9,51 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.options import AsJson, Device, DeviceMap, Seed, Template, with_executor
+from lorasmith.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from lorasmith.executors.base import Executor
+    from lorasmith.options import ClusterOptions, ModelInput, RespondOptions
     from lorasmith.progress import Advance
 
 
-@with_executor
 def respond(
-    model: Annotated[Path, typer.Option(help="Folder of the model.", metavar="DIR")],
+    inputs: ModelInput,
     data: Annotated[
         Path, typer.Option(help="JSONL with a prompt, question or messages in each row.", metavar="FILE")
     ],
     output: Annotated[Path, typer.Option(help="JSONL to write the responses to.", metavar="FILE")],
-    adapter: Annotated[
-        Path | None, typer.Option(help="Folder of an adapter to answer with, unmerged.", metavar="DIR")
-    ] = None,
-    engine: Annotated[str, typer.Option(help="transformers, or vllm (GPU).")] = "transformers",
-    template: Template = "auto",
-    system: Annotated[str | None, typer.Option(help="System prompt for rows that have none.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest response in tokens.")] = 1024,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token (greedy).")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total share.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw from so many likeliest tokens; 0 for all.")] = 0,
-    seed: Seed = 42,
-    top_logprobs: Annotated[
-        int, typer.Option(help="Keep the log-probabilities of so many likeliest tokens (Parquet).")
-    ] = 0,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Rows under way at once. [16 on a CPU, 64 on a GPU]")
-    ] = None,
-    device: Device = "auto",
-    device_map: DeviceMap = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto (float32 on a CPU, else the model's own), float32, bfloat16, float16.")
-    ] = "auto",
-    limit: Annotated[int | None, typer.Option(help="Answer only the first rows.")] = None,
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try rows again that failed before.")
-    ] = False,
-    price_per_hour: Annotated[
-        float | None, typer.Option(help="Price of the machine, to show the cost so far.")
-    ] = None,
     *,
-    executor: Executor,
+    options: RespondOptions,
+    cluster: ClusterOptions,
     as_json: AsJson = False,
 ) -> None:
     """Answer every row of a file: resumable, each row once, with continuous batching.
@@ -64,28 +35,20 @@ def respond(
     """
     from lorasmith.cli.console import console, show_record
     from lorasmith.errors import ExitCode
-    from lorasmith.followup.responses.respond import RespondOptions
+    from lorasmith.executors.choose import make_executor
     from lorasmith.followup.responses.respond import respond as answer_all
-    from lorasmith.models.generation.decoding import Sampling
 
-    options = RespondOptions(
-        adapter=adapter,
-        engine=engine,
-        template=template,
-        system=system,
-        max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, top_p, top_k, seed),
-        top_logprobs=top_logprobs,
-        batch_size=batch_size,
-        device=device,
-        device_map=device_map,
-        dtype=dtype,
-        limit=limit,
-        retry_failed=retry_failed,
-        price_per_hour=price_per_hour,
+    executor = make_executor(cluster)
+    watcher = TerminalRespond(options.price_per_hour)
+    record = answer_all(
+        inputs.model,
+        data,
+        output,
+        adapter=inputs.adapter,
+        options=options,
+        watcher=watcher,
+        executor=executor,
     )
-    watcher = TerminalRespond(price_per_hour)
-    record = answer_all(model, data, output, options=options, watcher=watcher, executor=executor)
     if as_json:
         show_record(record)
     else:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasmith.cli.options import AsJson, Device, Template
+from lorasmith.cli.options import AsJson
 
 if TYPE_CHECKING:
-    pass
+    from lorasmith.options import SpeculateOptions
 
 
 def speculate(
@@ -21,12 +21,8 @@ def speculate(
         typer.Option(help="Folder of the draft model; without it only prompt lookup.", metavar="DIR"),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON to write the record to.", metavar="FILE")] = None,
-    draft_tokens: Annotated[str, typer.Option(help="Lengths of a draft, separated by commas.")] = "2,4,6",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 128,
-    limit: Annotated[int, typer.Option(help="Prompts from the beginning of the file.")] = 20,
-    template: Template = "auto",
-    device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    *,
+    options: SpeculateOptions,
     as_json: AsJson = False,
 ) -> None:
     """Test speculative decoding: same output as greedy, acceptance, speed measured and predicted.
@@ -36,17 +32,9 @@ def speculate(
     Example: `lorasmith speculate --target merged --draft draft --prompts test.jsonl --output s.json`
     """
     from lorasmith.cli.console import bar, console, show_record
-    from lorasmith.errors import ExitCode, UsageError
-    from lorasmith.followup.speculation.speculate import SpeculateOptions
+    from lorasmith.errors import ExitCode
     from lorasmith.followup.speculation.speculate import speculate as measure
 
-    try:
-        lengths = tuple(int(part) for part in draft_tokens.split(","))
-    except ValueError as error:
-        raise UsageError(
-            f"--draft-tokens is {draft_tokens!r}", expected="numbers separated by commas"
-        ) from error
-    options = SpeculateOptions(lengths, max_new_tokens, limit, template, device, dtype)
     record, timing = measure(target, prompts, draft=draft, output=output, options=options, progress=bar)
     if as_json:
         show_record(record)

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasmith.cli.options import AsJson, Base, Device, Seed, Template
+from lorasmith.cli.options import AsJson
+
+if TYPE_CHECKING:
+    from lorasmith.options import BaseInput, TrainOptions
 
 
 def train(
-    base: Base,
+    inputs: BaseInput,
     train_file: Annotated[
         Path, typer.Option("--train", help="JSONL with prompt and response.", metavar="FILE")
     ],
     output: Annotated[Path, typer.Option(help="Folder to write the adapter to.", metavar="DIR")],
-    rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
-    alpha: Annotated[int, typer.Option(help="LoRA alpha: the update is scaled by alpha / rank.")] = 32,
-    target_modules: Annotated[
-        str, typer.Option(help="all-linear, or names separated by commas.")
-    ] = "all-linear",
-    learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 2e-4,
-    epochs: Annotated[float, typer.Option(help="Passes over the training file.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Rows a step.")] = 4,
-    max_length: Annotated[int, typer.Option(help="Longest row in tokens; longer ones are cut.")] = 1024,
-    template: Template = "auto",
-    device: Device = "auto",
-    seed: Seed = 42,
+    *,
+    options: TrainOptions,
     as_json: AsJson = False,
 ) -> None:
     """Train a LoRA adapter with PEFT on the responses of a JSONL file.
@@ -37,20 +30,8 @@ def train(
     import lorasmith
     from lorasmith.cli.console import bar, console, show_record
     from lorasmith.cli.views import records
-    from lorasmith.training.settings import TrainSettings
 
-    settings = TrainSettings(
-        rank=rank,
-        alpha=alpha,
-        target_modules=target_modules,
-        learning_rate=learning_rate,
-        epochs=epochs,
-        batch_size=batch_size,
-        max_length=max_length,
-        template=template,
-        seed=seed,
-    )
-    record = lorasmith.train(base, train_file, output, settings=settings, device=device, progress=bar)
+    record = lorasmith.train(inputs.base, train_file, output, options=options, progress=bar)
     if as_json:
         show_record(record)
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 
@@ -19,27 +19,9 @@ from lorasmith.models.generation.decoding import Sampling, choose, stream
 from lorasmith.models.generation.generate import stop_tokens
 from lorasmith.models.load import LoadedModel, load_model
 from lorasmith.models.text import Message, conversation_tokens, frame, require_chat, resolve_template
+from lorasmith.options import ChatOptions
 
 DRAFT_TOKENS = 4
-
-
-@dataclass(frozen=True)
-class ChatOptions:
-    """What a caller of `Chat` may choose."""
-
-    system: str | None = None
-    max_new_tokens: int = 512
-    sampling: Sampling = field(default_factory=Sampling)
-    template: str = "chat"
-    """`chat`, or `plain` to have texts continued, each on its own."""
-    device: str = "auto"
-    dtype: str = "auto"
-
-    def check(self) -> None:
-        """Raise `UsageError` for a value that cannot be."""
-        self.sampling.check()
-        if self.max_new_tokens < 1:
-            raise UsageError(f"--max-new-tokens is {self.max_new_tokens}", expected="1 or more")
 
 
 class Chat:
@@ -56,11 +38,10 @@ class Chat:
         within: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """`within` is entered around every answer, such as PEFT's `disable_adapter` for the base model."""
-        options.check()
         if options.template != "plain":
             require_chat(loaded.tokenizer, "chat")
         if draft is not None:
-            if not options.sampling.greedy:
+            if options.temperature:
                 raise UsageError(
                     "a draft model is used with greedy decoding only", remedy="leave out --temperature"
                 )
@@ -73,7 +54,7 @@ class Chat:
         )
         self._stop = frozenset(stop_tokens(loaded, self._around.template))
         self._stepper = Stepper(loaded)
-        self._random = stream(options.sampling.seed)
+        self._random = stream(options.seed)
         self.tokens: list[int] = []
         """Tokens of the newest answer."""
 
@@ -124,7 +105,11 @@ class Chat:
             return
         text = list(ids)
         for _ in range(limit):
-            token = int(choose(self._stepper.logits(text), self.options.sampling, [self._random])[0])
+            token = int(
+                choose(
+                    self._stepper.logits(text), Sampling.of(self.options, self.options.seed), [self._random]
+                )[0]
+            )
             if token in self._stop:
                 return
             yield token
@@ -140,7 +125,6 @@ def open_chat(
 ) -> Chat:
     """A conversation with a model, an adapter on top of it where one is given, a draft for speed."""
     options = options or ChatOptions()
-    options.check()
     load, route = _loader(Path(model), options)
     loaded = load(Path(model), None if adapter is None else Path(adapter))
     small = None if draft is None else load(Path(draft), None)
@@ -152,7 +136,6 @@ def open_side_by_side(
 ) -> list[Chat]:
     """Conversations with the adapter (first: the reference), the base, and the merged model where given."""
     options = options or ChatOptions()
-    options.check()
     load, route = _loader(Path(model), options)
     both = load(Path(model), Path(adapter))
     chats = [

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from pathlib import Path
+from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -19,7 +20,9 @@ PANELS = (
     "Compression",
     "Scoring",
     "Gates",
+    "Package",
     "Speed and memory",
+    "Cost",
     "Cluster",
     "Display",
 )
@@ -40,7 +43,9 @@ class Flag:
     argument: bool = False
     """Whether it stands without a flag."""
     hidden: bool = False
-    """Whether it is for programs only: neither a flag nor a line of help."""
+    """Whether it is for programs and config files only: neither a flag nor a line of help."""
+    hub: bool = False
+    """Whether a path may be the name of a model on the hub."""
 
 
 class Options(BaseModel):
@@ -56,7 +61,7 @@ class Options(BaseModel):
     )
 
     PANEL: ClassVar[str] = PANELS[0]
-    """The group of the help in which the fields that a class declares itself are shown."""
+    """The group of the help for the fields that a class itself declares; not inherited."""
 
     @classmethod
     def make(cls, values: Mapping[str, Any] | None = None, *, where: Where | None = None) -> Self:
@@ -96,7 +101,13 @@ def flag_of(model: type[Options], name: str) -> Flag:
 
 def panel_of(model: type[Options], name: str) -> str:
     """The group of the help in which a field is shown: that of the class that declares it."""
-    return next(one.PANEL for one in model.__mro__ if issubclass(one, Options) and name in _own_fields(one))
+    declares = next(one for one in model.__mro__ if name in _own_fields(one))
+    return vars(declares).get("PANEL", PANELS[0])
+
+
+def help_line(model: type[Options], name: str) -> str:
+    """The docstring of a field as one line."""
+    return " ".join((model.model_fields[name].description or "").split())
 
 
 def flag_name(model: type[Options], name: str) -> str:
@@ -104,7 +115,43 @@ def flag_name(model: type[Options], name: str) -> str:
     return flag_of(model, name).name or "--" + name.replace("_", "-")
 
 
-def _own_fields(model: type[Options]) -> Mapping[str, Any]:
+def in_order(model: type[Options]) -> Iterator[str]:
+    """The fields that a class declares itself, then those of its bases."""
+    declared = [name for one in model.__mro__ for name in _own_fields(one)]
+    return (name for name in dict.fromkeys(declared) if name in model.model_fields)
+
+
+def with_paths(
+    model: type[BaseModel], values: Mapping[str, Any], change: Callable[[str, Flag], Any]
+) -> dict[str, Any]:
+    """Values of a config file, with what `change` makes of each text that a field takes for a path."""
+    found, paths = dict(values), path_fields(model)
+    for name, field in model.model_fields.items():
+        value, kinds = found.get(name), _kinds(field.annotation)
+        table = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Options)), None)
+        if table is not None and isinstance(value, Mapping):
+            found[name] = with_paths(table, value, change)
+        elif name in paths:
+            flag = next((item for item in field.metadata if isinstance(item, Flag)), Flag())
+            texts = value if isinstance(value, list) else [value]
+            changed = [change(text, flag) if isinstance(text, str) else text for text in texts]
+            if value is not None:
+                found[name] = changed if isinstance(value, list) else changed[0]
+    return found
+
+
+def path_fields(model: type[BaseModel]) -> tuple[str, ...]:
+    """The fields that name files or folders."""
+    return tuple(name for name, field in model.model_fields.items() if Path in _kinds(field.annotation))
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    parts = [part for part in get_args(annotation) if isinstance(part, type) or get_args(part)]
+    return {annotation}.union(*(_kinds(part) for part in parts)) if parts else {annotation}
+
+
+def _own_fields(model: type) -> Mapping[str, Any]:
     return vars(model).get("__annotations__", {})
 
 
@@ -126,30 +173,32 @@ _EXPECTED = {
 def usage_error(model: type[Options], error: ValidationError, where: Where | None = None) -> UsageError:
     """The first mistake that pydantic found, as a message of ours."""
     first = error.errors()[0]
-    *tables, last = [str(part) for part in first["loc"]] or [""]
-    option = ".".join([*tables, last])
-    known = not tables and last in model.model_fields
-    flag = flag_name(model, last) if known else "--" + option.replace("_", "-")
+    place = first["loc"]
+    option = ".".join(str(part) for part in place)
+    # The place of an item in a list is no part of a flag.
+    own = bool(place) and place[0] in model.model_fields and all(isinstance(one, int) for one in place[1:])
+    flag = flag_name(model, str(place[0])) if own else option
     if first["type"] == "missing":
         return UsageError(
-            f"{flag} is missing", where=where, remedy=f"give {flag}, or {option} in the config file"
+            f"{flag} is missing",
+            where=where,
+            remedy=f"give {flag}, or {option} in the config file" if own else f"give {option}",
         )
     if first["type"] == "extra_forbidden":
         return UsageError(
-            f"there is no option {option!r}", where=where, expected=", ".join(_known(model, tables))
+            f"there is no option {option!r}", where=where, expected=", ".join(_known(model, place[:-1]))
         )
     expected = _EXPECTED.get(first["type"], "").format(**first.get("ctx", {})).replace("'", "")
     if expected:
-        return UsageError(f"{flag} is {first['input']!r}", where=where, expected=expected)
+        found = str(first["input"]) if first["type"].startswith(("greater", "less")) else repr(first["input"])
+        return UsageError(f"{flag} is {found}", where=where, expected=expected)
     return UsageError(f"{flag}: {first['msg']}", where=where)
 
 
-def _known(model: type[BaseModel], tables: list[str]) -> list[str]:
+def _known(model: type[BaseModel], tables: Sequence[str | int]) -> list[str]:
     """The keys of a table in a config."""
-    from typing import get_args
-
-    kind: Any = model
-    for name in tables:
-        choices = get_args(kind.model_fields[name].annotation) if name in kind.model_fields else ()
-        kind = next((choice for choice in choices if hasattr(choice, "model_fields")), kind)
+    kind = model
+    for name in map(str, tables):
+        kinds = _kinds(kind.model_fields[name].annotation) if name in kind.model_fields else set()
+        kind = next((one for one in kinds if isinstance(one, type) and issubclass(one, BaseModel)), kind)
     return list(kind.model_fields)

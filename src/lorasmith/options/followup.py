@@ -9,12 +9,14 @@ from pydantic import Field, model_validator
 
 from lorasmith.errors import UsageError
 from lorasmith.options.base import Flag, Options
+from lorasmith.options.inputs import PriceOptions
 from lorasmith.options.machine import DeviceOptions, SeedOptions, SpreadOptions
 from lorasmith.options.scoring import TemplateOptions
 from lorasmith.options.training import OptimiserOptions, Positive
-from lorasmith.options.values import Count, Dollars, Dtype, Fraction, OneOrSeveral, WithCommas
+from lorasmith.options.values import Count, Dtype, Fraction, Model, OneOrSeveral, WithCommas
 
 Weight = Annotated[float, Field(ge=0)]
+Format = Literal["compressed-tensors", "gguf:q4_0", "gguf:q4_k_m", "gguf:q5_k_m", "gguf:q6_k", "gguf:q8_0"]
 
 
 class SamplingOptions(Options):
@@ -35,8 +37,8 @@ class SamplingOptions(Options):
     def _is_used(self) -> Self:
         if not self.temperature and (self.top_p != 1 or self.top_k):
             raise UsageError(
-                "greedy decoding uses neither --top-p nor --top-k",
-                remedy="give a --temperature above 0, or leave them out",
+                "--top-p and --top-k do nothing at a temperature of 0",
+                remedy="give --temperature as well, or leave them out",
             )
         return self
 
@@ -56,13 +58,11 @@ class ResponseOptions(SamplingOptions):
     """Number of rows from the beginning of the file that are answered."""
 
 
-class RespondOptions(ResponseOptions, TemplateOptions, SpreadOptions, SeedOptions):
+class RespondOptions(ResponseOptions, TemplateOptions, SpreadOptions, SeedOptions, PriceOptions):
     """What a caller of `respond` may choose."""
 
     PANEL: ClassVar[str] = "Generation"
 
-    adapter: Annotated[Path | None, Flag(metavar="DIR", default="none")] = None
-    """Folder of an adapter to answer with, unmerged."""
     dtype: Dtype = "auto"
     """Type of the weights: auto (float32 on a CPU, else the model's own), float32, bfloat16 or float16."""
     retry_failed: bool = False
@@ -70,8 +70,19 @@ class RespondOptions(ResponseOptions, TemplateOptions, SpreadOptions, SeedOption
     whole_groups: Annotated[bool, Flag(hidden=True)] = False
     """Answer rows in groups that a kill does not tear: stored log-probabilities are then the same bytes after
     it, at the price of up to `GROUP_ROWS` rows that are answered again, and of each group's slow end."""
-    price_per_hour: Annotated[Dollars | None, Flag(default="no cost is shown")] = None
-    """Price of the machine in dollars an hour, to show the cost so far."""
+
+
+class StartOptions(Options):
+    """What a draft begins as."""
+
+    PANEL: ClassVar[str] = "Draft model"
+
+    from_model: Annotated[Model | None, Flag(metavar="MODEL", hub=True, default="layers of the target")] = (
+        None
+    )
+    """Folder of a small model with the target's tokenizer, or its name on the hub, to begin with."""
+    layers: Annotated[str | None, Flag(metavar="LAYERS")] = None
+    """Layers of the target to begin with, such as 0,2,4 or 0-3,8."""
 
 
 class LearningOptions(OptimiserOptions):
@@ -111,7 +122,7 @@ class LearningOptions(OptimiserOptions):
         return self
 
 
-class DraftOptions(LearningOptions):
+class DraftOptions(LearningOptions, DeviceOptions, SeedOptions):
     """What a caller of `train_draft` may choose."""
 
 
@@ -126,7 +137,7 @@ class SpeculationOptions(Options):
     """Numbers of tokens that the draft proposes at once, separated by commas."""
     max_new_tokens: Count = 128
     """Longest answer in tokens."""
-    limit: Count | None = 20
+    limit: Count = 20
     """Number of prompts from the beginning of the file."""
 
 
@@ -139,12 +150,12 @@ class SpeculateOptions(SpeculationOptions, TemplateOptions, DeviceOptions):
     """Type of the weights: float32, bfloat16, float16, or auto; only float32 shows a tie for what it is."""
 
 
-class FormatOptions(SeedOptions):
+class FormatOptions(Options):
     """Formats, and gates on their quality: options of `compress`, and keys of `[followup.compress]`."""
 
     PANEL: ClassVar[str] = "Compression"
 
-    format: Annotated[tuple[str, ...], OneOrSeveral, Flag(metavar="FORMAT")] = ("compressed-tensors",)
+    format: Annotated[tuple[Format, ...], OneOrSeveral, Flag(metavar="FORMAT")] = ("compressed-tensors",)
     """Format of the weights: compressed-tensors, gguf:q4_0, gguf:q4_k_m, gguf:q5_k_m, gguf:q6_k or gguf:q8_0.
     Several formats, methods or bits: every combination, each in a folder below --output."""
     method: Annotated[tuple[Literal["rtn", "calibrated"], ...], OneOrSeveral] = ("rtn",)
@@ -159,8 +170,6 @@ class FormatOptions(SeedOptions):
     """Number of samples that calibrate."""
     calibration_length: Count = 512
     """Length in tokens of a sample that calibrates."""
-    limit: Annotated[Count | None, Flag(default="all")] = None
-    """Number of rows of the test set that the quality is measured on."""
 
 
 class QualityOptions(Options):
@@ -171,6 +180,8 @@ class QualityOptions(Options):
 
     PANEL: ClassVar[str] = "Gates"
 
+    limit: Annotated[Count | None, Flag(default="all")] = None
+    """Number of rows of the test set that the quality is measured on."""
     max_perplexity_ratio: Weight = 1.05
     """Gate: largest perplexity, as a multiple of the original's."""
     max_mean_kl: Weight = 0.05
@@ -185,7 +196,7 @@ class QualityOptions(Options):
     """Gate: largest size, such as 540MB or 4GB; refused at once where no format reaches it."""
 
 
-class CompressOptions(FormatOptions, QualityOptions, DeviceOptions):
+class CompressOptions(FormatOptions, QualityOptions, DeviceOptions, SeedOptions):
     """What a caller of `compress` may choose."""
 
     PANEL: ClassVar[str] = "Compression"

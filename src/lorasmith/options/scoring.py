@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
+from pydantic import model_validator
+
+from lorasmith.errors import UsageError
 from lorasmith.options.base import Flag, Options
 from lorasmith.options.machine import SeedOptions, SpreadOptions
 from lorasmith.options.values import Count, OrAuto, Template
+
+Given = TypeVar("Given", bound="BatchOptions")
 
 
 class TemplateOptions(Options):
@@ -19,14 +24,14 @@ class TemplateOptions(Options):
     """Layout of prompts: chat (the tokenizer's chat template), plain, or auto (chat where there is one)."""
 
 
-class AnswerOptions(TemplateOptions, SpreadOptions, SeedOptions):
+class BatchOptions(TemplateOptions, SpreadOptions, SeedOptions):
     """How a model is run over rows, whatever is computed there."""
 
     PANEL: ClassVar[str] = "Speed and memory"
 
     arithmetic: Literal["auto", "mkl", "onednn", "bfloat16"] = "auto"
     """Arithmetic on a CPU: auto (float32 by the faster route), mkl, onednn, or bfloat16 (not exact)."""
-    batch_tokens: Annotated[Count | None, Flag(default="what the memory allows")] = None
+    batch_tokens: Annotated[Count | None, Flag(default="what suits the device")] = None
     """Largest number of tokens in a batch."""
     batch_size: Annotated[
         Count | None,
@@ -37,13 +42,13 @@ class AnswerOptions(TemplateOptions, SpreadOptions, SeedOptions):
     ] = None
     """Largest number of rows in a batch."""
     max_length: Annotated[Count | None, Flag(default="the model's context")] = None
-    """Longest row in tokens; longer ones are cut, or stop the command (--strict)."""
+    """Longest row in tokens; longer ones stop the command, or are cut with --no-strict."""
     strict: bool = True
     """Stop at rows that would be cut."""
 
 
-class ScoringOptions(AnswerOptions):
-    """How the losses of rows are computed."""
+class LossOptions(BatchOptions):
+    """Which tokens a loss is computed of."""
 
     PANEL: ClassVar[str] = "Scoring"
 
@@ -64,17 +69,58 @@ class SampleOptions(Options):
     """Seed by which --limit draws rows at random."""
 
 
-class ValidateOptions(ScoringOptions, SampleOptions):
+class AnswerOptions(BatchOptions, SampleOptions):
+    """How the benchmarks' questions are put to a model."""
+
+
+class ScoringOptions(LossOptions, AnswerOptions):
+    """How the losses of rows are computed: what validation and comparison have in common."""
+
+
+class ValidateOptions(ScoringOptions):
     """What a caller of `validate` may choose."""
 
+    PANEL: ClassVar[str] = "Scoring"
+
     states: Annotated[Path | None, Flag(metavar="DIR", default="not kept")] = None
-    """Folder that keeps the model's hidden states for `compare`."""
+    """Folder that keeps the model's hidden states at the scored positions for `compare`."""
 
 
-class CompareOptions(ScoringOptions, SampleOptions):
-    """What a caller of `compare` may choose."""
+class GenerateOptions(Options):
+    """Whether texts are compared as well."""
+
+    PANEL: ClassVar[str] = "Scoring"
 
     generate: Annotated[Count | None, Flag(default="none")] = None
-    """Number of tokens that both models also write after each prompt, to see where they part."""
+    """Number of tokens that adapter and merged model also write after each prompt, to see where they part."""
+
+
+class CompareOptions(ScoringOptions, GenerateOptions):
+    """What a caller of `compare` may choose."""
+
+    PANEL: ClassVar[str] = "Scoring"
+
     states: Annotated[Path | None, Flag(metavar="DIR", default="computed again")] = None
-    """Folder in which `validate` kept a model's hidden states."""
+    """Folder in which `validate` kept hidden states; what is missing there is added."""
+
+    @model_validator(mode="after")
+    def _tells_models_apart(self) -> Self:
+        return require_float32(self)
+
+
+def require_float32(options: Given) -> Given:
+    """Raise `UsageError` for an arithmetic in which two models cannot be told apart."""
+    if options.arithmetic == "bfloat16":
+        raise UsageError(
+            "bfloat16 arithmetic cannot tell the two models apart", expected="auto, mkl or onednn"
+        )
+    return options
+
+
+class TaskOptions(Options):
+    """Whether questions are put."""
+
+    PANEL: ClassVar[str] = "Scoring"
+
+    tasks: bool = False
+    """Put the benchmarks' questions as well, and score the answers."""

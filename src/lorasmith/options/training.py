@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from lorasmith.options.base import Options
 from lorasmith.options.machine import DeviceOptions, SeedOptions
 from lorasmith.options.scoring import TemplateOptions
 from lorasmith.options.values import Count, Fraction
@@ -13,8 +14,8 @@ from lorasmith.options.values import Count, Fraction
 Positive = Annotated[float, Field(gt=0)]
 
 
-class OptimiserOptions(SeedOptions, DeviceOptions):
-    """What every training has in common; how much of it is each training's own."""
+class OptimiserOptions(Options):
+    """What every training has in common."""
 
     PANEL: ClassVar[str] = "Training"
 
@@ -28,7 +29,7 @@ class OptimiserOptions(SeedOptions, DeviceOptions):
     """Decay of the weights, by AdamW."""
 
 
-class TrainOptions(OptimiserOptions, TemplateOptions):
+class TrainOptions(OptimiserOptions, TemplateOptions, DeviceOptions, SeedOptions):
     """What decides an adapter, apart from its base and its data."""
 
     PANEL: ClassVar[str] = "Training"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
+
+from lorasmith.options.base import Flag
 
 _SHORT_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -36,6 +39,8 @@ WithCommas = BeforeValidator(_split)
 
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], LongType]
 Template = Literal["auto", "chat", "plain"]
+Model = Annotated[Path, Flag(metavar="MODEL", hub=True)]
+"""A folder, or the name of a model on the hub."""
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Dollars = Annotated[float, Field(ge=0)]

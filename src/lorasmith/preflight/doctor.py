@@ -20,6 +20,7 @@ from lorasmith.files.jsonl import read_examples
 from lorasmith.hub.cache import find_cached, hub_name
 from lorasmith.machine.resources import available_memory, hardware, human_bytes, require_disk
 from lorasmith.merging.plan import Plan, plan_merge
+from lorasmith.options import RunOptions
 from lorasmith.preflight.estimate import estimate, estimate_followup, followup_disk, least_memory
 from lorasmith.preflight.rates import existing, measure_rates
 from lorasmith.preflight.sizes import (
@@ -35,7 +36,6 @@ from lorasmith.preflight.sizes import (
 from lorasmith.records.dataset import Example
 from lorasmith.records.doctor import Check, DoctorRecord
 from lorasmith.records.release import GateRecord
-from lorasmith.runs.config import RunConfig
 
 # The machine and what is installed on it.
 
@@ -148,7 +148,7 @@ class _Checks:
             return None
 
 
-def examine(config: RunConfig | None = None) -> DoctorRecord:
+def examine(config: RunOptions | None = None) -> DoctorRecord:
     """Look at the machine and, with the config of a run, at all that it would read, and estimate it.
 
     Problems are findings, not errors: the record holds all of them at once.
@@ -160,7 +160,7 @@ def examine(config: RunConfig | None = None) -> DoctorRecord:
     return record.model_copy(update={"checks": checks.done})
 
 
-def _examine_run(config: RunConfig, checks: _Checks, record: DoctorRecord) -> DoctorRecord:
+def _examine_run(config: RunOptions, checks: _Checks, record: DoctorRecord) -> DoctorRecord:
     base = _base(config, checks)
     adapter = checks.attempt("adapter", lambda: open_adapter(config.adapter))
     if adapter is not None:
@@ -211,7 +211,7 @@ def _examine_run(config: RunConfig, checks: _Checks, record: DoctorRecord) -> Do
     )
 
 
-def _base(config: RunConfig, checks: _Checks) -> Checkpoint | None:
+def _base(config: RunOptions, checks: _Checks) -> Checkpoint | None:
     folder = Path(config.base)
     named = hub_name(config.base)
     if named is not None:
@@ -244,7 +244,7 @@ def _describe_adapter(adapter: Adapter, checks: _Checks) -> None:
         )
 
 
-def _plan(config: RunConfig, base: Checkpoint, adapter: Adapter, checks: _Checks) -> Plan | None:
+def _plan(config: RunOptions, base: Checkpoint, adapter: Adapter, checks: _Checks) -> Plan | None:
     plan = checks.attempt("merge", lambda: plan_merge(base, [adapter], [1.0], config.precision))
     if plan is not None:
         changed = len(plan.outputs)
@@ -255,7 +255,7 @@ def _plan(config: RunConfig, base: Checkpoint, adapter: Adapter, checks: _Checks
 
 
 def _test_set(
-    examples: list[Example], base: Path, size: ModelSize, config: RunConfig, checks: _Checks
+    examples: list[Example], base: Path, size: ModelSize, config: RunOptions, checks: _Checks
 ) -> WorkSize:
     work = work_size(examples, base)
     how = "" if work.counted else " (guessed from the characters)"
@@ -272,7 +272,7 @@ def _test_set(
 
 
 def _calibration(
-    config: RunConfig, base: Checkpoint, plan: Plan | None, checks: _Checks
+    config: RunOptions, base: Checkpoint, plan: Plan | None, checks: _Checks
 ) -> CalibrationSize | None:
     """None where the merge is not fitted to rows."""
     if config.rounding == "calibrated" and not config.train:
@@ -289,7 +289,7 @@ def _calibration(
 
 
 def _answers(
-    config: RunConfig, examples: list[Example], base: Checkpoint, checks: _Checks
+    config: RunOptions, examples: list[Example], base: Checkpoint, checks: _Checks
 ) -> AnswerSize | None:
     if not config.tasks:
         return None
@@ -303,7 +303,7 @@ def _answers(
     return size
 
 
-def _judge_memory(size: ModelSize, peak: int, config: RunConfig, checks: _Checks) -> None:
+def _judge_memory(size: ModelSize, peak: int, config: RunOptions, checks: _Checks) -> None:
     """Whether the models fit into memory; on a GPU they lie there, and the host needs no more than one."""
     have, where = device_memory(config.device)
     text = f"{human_bytes(peak)} needed at the peak, {human_bytes(have)} available on {where}"
@@ -344,7 +344,7 @@ def _look_back(run: Path, checks: _Checks) -> None:
 # What a run refuses to start with: hours would be spent before it fails.
 
 
-def require_machine(config: RunConfig) -> None:
+def require_machine(config: RunOptions) -> None:
     """Raise `MemoryLimitError` or `DiskError` where the run could not end; look at headers only.
 
     Also raises what is wrong with base and adapter (`CheckpointError`, `AdapterError`). A stage that is done

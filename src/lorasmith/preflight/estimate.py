@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasmith.checkpoint.model import Checkpoint, open_checkpoint
-from lorasmith.followup.asked import CompressAsked, DraftAsked, RespondAsked, spread_layers
+from lorasmith.followup.compression.settings import every_way
 from lorasmith.followup.compression.sizes import choose_group, shapes_of, written_bytes
+from lorasmith.followup.drafts.layers import kept_layers
 from lorasmith.followup.responses.rows import read_prompts
+from lorasmith.options import CompressTable, DraftTable, RespondTable, RunOptions
 from lorasmith.preflight.sizes import AnswerSize, CalibrationSize, ModelSize, WorkSize, model_size
 from lorasmith.records.doctor import StageEstimate
-from lorasmith.runs.config import RunConfig
 
 EFFICIENCY = 0.5
 """Part of the rate of the probe's product that scoring reaches: SmolLM2-135M, whose products are 576 to 1,536
@@ -202,7 +203,7 @@ PACKED = 16
 
 
 def estimate_followup(
-    config: RunConfig, base: Checkpoint, model: ModelSize, rates: Rates
+    config: RunOptions, base: Checkpoint, model: ModelSize, rates: Rates
 ) -> list[StageEstimate]:
     """Each step that `[followup]` asks for; rows are read, nothing is loaded. Times are upper ends.
 
@@ -237,7 +238,7 @@ def estimate_followup(
     return stages
 
 
-def followup_disk(config: RunConfig, base: Checkpoint, merged: int, done: Collection[str]) -> int:
+def followup_disk(config: RunOptions, base: Checkpoint, merged: int, done: Collection[str]) -> int:
     """Bytes that the steps still to be done leave behind, at most; `done` names stages."""
     size = model_size(base, None, merged)
     unknown = Rates(flops=1.0, write_bytes=1.0)  # only the disk is asked for
@@ -250,7 +251,7 @@ def _forward(model: ModelSize) -> float:
     return 2.0 * (model.active + model.vocabulary * model.hidden)
 
 
-def _lengths(config: RunConfig, asked: RespondAsked) -> AnswerSize:
+def _lengths(config: RunOptions, asked: RespondTable) -> AnswerSize:
     """Prompts, guessed from their characters, and answers as long as their limit."""
     data = asked.data or (config.train[0] if config.train else None)
     if data is None or not data.is_file():
@@ -265,7 +266,7 @@ def _lengths(config: RunConfig, asked: RespondAsked) -> AnswerSize:
     )
 
 
-def _respond(asked: RespondAsked, model: ModelSize, rates: Rates, answers: AnswerSize) -> StageEstimate:
+def _respond(asked: RespondTable, model: ModelSize, rates: Rates, answers: AnswerSize) -> StageEstimate:
     text = int(CHARACTERS_PER_TOKEN * (answers.tokens + answers.written))
     return StageEstimate(
         stage="respond",
@@ -276,18 +277,18 @@ def _respond(asked: RespondAsked, model: ModelSize, rates: Rates, answers: Answe
     )
 
 
-def draft_parameters(asked: DraftAsked, model: ModelSize) -> int:
-    """Size of a draft that is cut from the target, or of its base; a quarter for one that is not here yet."""
-    if asked.base is not None:
-        if not Path(asked.base).is_dir():
+def draft_parameters(asked: DraftTable, model: ModelSize) -> int:
+    """Size of a draft that is cut from the target, or of its model; a quarter where that is not here."""
+    if asked.from_model is not None:
+        if not Path(asked.from_model).is_dir():
             return model.parameters // 4
-        return sum(info.elements for info in open_checkpoint(Path(asked.base)).tensors.values())
-    kept = asked.kept_layers(model.layers) if asked.layers else spread_layers(model.layers)
+        return sum(info.elements for info in open_checkpoint(Path(asked.from_model)).tensors.values())
+    kept = kept_layers(asked, model.layers)
     outer = model.parameters - model.active
     return outer + model.active * len(kept or ()) // max(1, model.layers)
 
 
-def _draft(asked: DraftAsked, model: ModelSize, rates: Rates, tokens: int) -> StageEstimate:
+def _draft(asked: DraftTable, model: ModelSize, rates: Rates, tokens: int) -> StageEstimate:
     parameters = draft_parameters(asked, model)
     share = parameters / model.parameters
     return StageEstimate(
@@ -299,11 +300,11 @@ def _draft(asked: DraftAsked, model: ModelSize, rates: Rates, tokens: int) -> St
 
 
 def _compress(
-    asked: CompressAsked, config: RunConfig, base: Checkpoint, model: ModelSize, rates: Rates
+    asked: CompressTable, config: RunOptions, base: Checkpoint, model: ModelSize, rates: Rates
 ) -> Sequence[StageEstimate]:
     shapes = shapes_of(base)
     stages = []
-    for settings in asked.settings(seed=config.seed):
+    for settings in every_way(asked, config.seed):
         group = settings.group_size or choose_group(shapes) or 32
         calibrated = settings.method == "calibrated"
         tokens = settings.iterations * CALIBRATED * settings.calibration_length if calibrated else 0

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lorasmith
 from lorasmith.errors import os_errors
@@ -14,10 +13,12 @@ from lorasmith.files.digests import digest_folder, sha256_file
 from lorasmith.files.jsonl import read_examples
 from lorasmith.followup.compression.compress import compress as quantize
 from lorasmith.followup.compression.compress import prepare_compression
-from lorasmith.followup.compression.settings import CompressOptions, CompressSettings, check_different
+from lorasmith.followup.compression.settings import every_way, only_way
 from lorasmith.followup.compression.table import recommend
 from lorasmith.gates.metrics import MAIN_METRICS
 from lorasmith.models.device import resolve_device
+from lorasmith.options import CompressOptions
+from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
 from lorasmith.proving.behaviour.compare import compare_pair
 from lorasmith.records.compression import CompressionsRecord, CompressRecord, TaskQuality
@@ -28,63 +29,65 @@ from lorasmith.scoring.tasks import answerable, evaluate_tasks
 RECORD = "compressions.json"
 
 
+@documented(CompressOptions)
 def compress(
     model: StrPath,
     output: StrPath,
     *,
-    settings: CompressSettings | None = None,
     options: CompressOptions | None = None,
+    work: StrPath | None = None,
     progress: Progress = silent,
+    **given: Any,
 ) -> CompressRecord:
-    """Quantize the model in a folder, write it to `output`, measure what it lost on the options' test set.
+    """Quantize the model in a folder, write it to `output`, measure what it lost on the test set, if any.
 
-    Token by token in float32 and, unless `options.tasks` is off, on the benchmarks' questions. A finished
-    output of the same inputs and settings is kept; a killed measuring goes on. What is raised stands at
-    `followup.compress.compress`.
+    Token by token in float32 and, unless `tasks` is off, on the benchmarks' questions. The options name one
+    format and method; `compress_several` takes more. A finished output of the same inputs and options is
+    kept; a killed measuring goes on, in `work` where that is given. What is raised stands at
+    `followup.compression.compress`.
     """
-    chosen = options or CompressOptions()
+    chosen = CompressOptions.given(options, given)
     return quantize(
         model,
         output,
-        settings=settings,
         options=chosen,
+        work=work,
         compare=compare_pair,
         ask=ask_pair if chosen.tasks else None,
         progress=progress,
     )
 
 
+@documented(CompressOptions)
 def compress_several(
     model: StrPath,
     output: StrPath,
-    ways: Sequence[CompressSettings],
     *,
     options: CompressOptions | None = None,
     progress: Progress = silent,
+    **given: Any,
 ) -> CompressionsRecord:
-    """Compress a model in several ways, each to a folder of its own below `output`, and say which to take.
+    """Compress a model in every way that the options name, each to a folder of its own below `output`.
 
-    Writes `compressions.json` beside the folders. The original is run and asked once for all. Raises what
-    `compress` does, for any of the ways before the first is begun, and `UsageError` for ways that are the
-    same.
+    Writes `compressions.json` beside the folders, which says which to take. The original is run and asked
+    once for all. Raises what `compress` does, for any of the ways before the first is begun.
     """
-    check_different(ways)
-    place, chosen = Path(output), options or CompressOptions()
+    place, chosen = Path(output), CompressOptions.given(options, given)
+    ways = every_way(chosen, chosen.seed)
     for way in ways:
         prepare_compression(Path(model), way, chosen)
     with os_errors(place, "write"):
         place.mkdir(parents=True, exist_ok=True)
-    work = Path(chosen.work) if chosen.work is not None else place / ".measuring"
-    shared = replace(chosen, work=work)
+    work = place / ".measuring"
     records = [
-        compress(model, place / way.name, settings=way, options=shared, progress=progress) for way in ways
+        compress(model, place / way.name, options=only_way(chosen, way), work=work, progress=progress)
+        for way in ways
     ]
     names = [way.name for way in ways]
     recommended, reason = recommend(names, records)
     record = CompressionsRecord(folders=names, compressed=records, recommended=recommended, reason=reason)
     write_record(place / RECORD, record)
-    if chosen.work is None:
-        shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
     return record
 
 

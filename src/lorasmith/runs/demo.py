@@ -19,27 +19,33 @@ from lorasmith.errors import DataError, UsageError, os_errors
 from lorasmith.files.atomic import aside, publish_folder, read_record
 from lorasmith.files.digests import cache_folder, sha256_file
 from lorasmith.files.jsonl import read_examples
-from lorasmith.followup.asked import CompressAsked, DraftAsked, FollowupAsked, RespondAsked, SpeculateAsked
 from lorasmith.machine.resources import require_disk
 from lorasmith.models.load import quiet_libraries
+from lorasmith.options import (
+    CompressTable,
+    DraftTable,
+    FollowupOptions,
+    RespondTable,
+    RunOptions,
+    SpeculateTable,
+    TrainOptions,
+)
 from lorasmith.progress import Progress, Unwatched, Watcher, silent
 from lorasmith.records.followup import TrainRecord
-from lorasmith.runs.config import RunConfig
 from lorasmith.runs.pipeline import run
 from lorasmith.runs.results import RunResult
 from lorasmith.runs.stages import Stage, open_run
-from lorasmith.training.settings import TrainSettings
 
 ROWS, HELD_OUT = 164, 64
 """Rows in all and rows held out; the other 100 are trained on."""
 CALIBRATION_TOKENS = 6_144
 """A demo should not take long: some 30 of its 100 training rows."""
-SETTINGS = TrainSettings(batch_size=2)
+TRAINING = TrainOptions(batch_size=2)
 """What `train` takes by itself (rank 16, α = 2r, a rate of 2e-4, one pass) but for batches of two rows, which
 make 50 steps of 100 rows."""
-FOLLOWUP = FollowupAsked(
-    respond=RespondAsked(max_new_tokens=128, top_logprobs=8),
-    draft=DraftAsked(
+FOLLOWUP = FollowupOptions(
+    respond=RespondTable(max_new_tokens=128, top_logprobs=8),
+    draft=DraftTable(
         layers="0-3,28-29",
         epochs=4.0,
         batch_size=8,
@@ -47,9 +53,9 @@ FOLLOWUP = FollowupAsked(
         validate_every=10,
         labels="confidence",
     ),
-    speculate=SpeculateAsked(draft_tokens=(2, 4), max_new_tokens=64, limit=8),
-    compress=CompressAsked(
-        formats=("gguf:q8_0", "gguf:q6_k", "gguf:q5_k_m", "gguf:q4_k_m", "gguf:q4_0", "compressed-tensors"),
+    speculate=SpeculateTable(draft_tokens=(2, 4), max_new_tokens=64, limit=8),
+    compress=CompressTable(
+        format=("gguf:q8_0", "gguf:q6_k", "gguf:q5_k_m", "gguf:q4_k_m", "gguf:q4_0", "compressed-tensors"),
         bits=(4, 8),
         limit=16,
     ),
@@ -82,7 +88,7 @@ def demo(
     require_disk(output, _NEEDED_BYTES, "run the demo")
     base, adapter = output / "base", output / "adapter"
     train_file, test_file = output / "train.jsonl", output / "held_out.jsonl"
-    settings = TrainSettings(**{**vars(SETTINGS), "seed": seed})
+    training = TRAINING.model_copy(update={"seed": seed})
     stages = (
         (
             "Write the base model",
@@ -103,9 +109,9 @@ def demo(
             Stage(
                 "demo-train",
                 {"base": base, "train": train_file},
-                vars(settings),
+                training.model_dump(exclude={"device"}),
                 ["adapter"],
-                partial(train, base, train_file, adapter, settings=settings, progress=watch.progress),
+                partial(train, base, train_file, adapter, options=training, progress=watch.progress),
             ),
         ),
     )
@@ -115,7 +121,7 @@ def demo(
             timing = folder.perform(stage)
             watch.finished(stage.name, reused=timing.reused, seconds=timing.wall_seconds)
         watch.show("demo-train", read_record(adapter / "lorasmith_train.json", TrainRecord))
-    config = RunConfig(
+    config = RunOptions(
         base=base,
         adapter=adapter,
         test_set=test_file,

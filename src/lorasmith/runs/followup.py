@@ -11,7 +11,7 @@ import shutil
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorasmith.checkpoint.model import open_checkpoint, text_config
 from lorasmith.errors import InputError, UsageError, os_errors
@@ -27,16 +27,24 @@ from lorasmith.files.run_layout import (
     SPECULATION_SPEED,
     RunFile,
 )
-from lorasmith.followup.asked import CompressAsked, DraftAsked, FollowupAsked, RespondAsked, SpeculateAsked
+from lorasmith.followup.compression.settings import every_way, limits_of, only_way
+from lorasmith.followup.drafts.layers import kept_layers
 from lorasmith.hub.models import local_model
+from lorasmith.options import (
+    CompressOptions,
+    CompressTable,
+    DraftOptions,
+    DraftTable,
+    FollowupOptions,
+    RespondOptions,
+    RespondTable,
+    RunOptions,
+    SpeculateOptions,
+    SpeculateTable,
+)
 from lorasmith.progress import Progress
-from lorasmith.runs.config import RunConfig
 from lorasmith.runs.stages import Stage
 from lorasmith.runs.step import RunContext, Step
-
-if TYPE_CHECKING:
-    from lorasmith.followup.compression.settings import CompressOptions
-
 
 # Where the follow-up steps read and write, what is no longer theirs, what is refused before a run begins.
 
@@ -56,7 +64,7 @@ def work_folder(run: Path, stage: Stage) -> Path:
     return folder
 
 
-def response_data(config: RunConfig) -> Path:
+def response_data(config: RunOptions) -> Path:
     """The rows that are answered; raises `UsageError` where there are none."""
     asked = config.followup.respond if config.followup else None
     if asked is not None and asked.data is not None:
@@ -68,9 +76,9 @@ def response_data(config: RunConfig) -> Path:
     return config.train[0]
 
 
-def forget_unasked(config: RunConfig) -> None:
+def forget_unasked(config: RunOptions) -> None:
     """Remove what an earlier command left of steps that are not asked for now: it is no part of this run."""
-    asked, run = config.followup or FollowupAsked(), config.output
+    asked, run = config.followup or FollowupOptions(), config.output
     left = {
         "respond": (_folder(RESPONSES), RESPONSES_SPEED.path, RESPONSE_CHUNKS),
         "draft": (_folder(DRAFT),),
@@ -80,7 +88,7 @@ def forget_unasked(config: RunConfig) -> None:
         for path in (*paths, f"{layout.STAGES}/{name}.json"):
             if name not in asked.named:
                 _remove(run / path)
-    wanted = {way.name for way in asked.compress.settings(seed=config.seed)} if asked.compress else set()
+    wanted = {way.name for way in every_way(asked.compress, config.seed)} if asked.compress else set()
     compressed = run / layout.COMPRESSED_MODELS
     for place in (*compressed.glob("*"), *(run / layout.STAGES).glob("compress-*.json")):
         if place.name.removeprefix("compress-").removesuffix(".json") not in wanted:
@@ -103,16 +111,18 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def with_local_draft(config: RunConfig, progress: Progress) -> RunConfig:
-    """The config with the draft's base as a folder, downloaded where it is a name of the hub."""
+def with_local_draft(config: RunOptions, progress: Progress) -> RunOptions:
+    """The config with the draft's own model as a folder, downloaded where it is a name of the hub."""
     asked = config.followup
-    if asked is None or asked.draft is None or asked.draft.base is None:
+    if asked is None or asked.draft is None or asked.draft.from_model is None:
         return config
-    draft = asked.draft.model_copy(update={"base": local_model(asked.draft.base, progress=progress)})
+    draft = asked.draft.model_copy(
+        update={"from_model": local_model(asked.draft.from_model, progress=progress)}
+    )
     return config.model_copy(update={"followup": asked.model_copy(update={"draft": draft})})
 
 
-def check_followup(config: RunConfig) -> None:
+def check_followup(config: RunOptions) -> None:
     """Refuse now what would fail after hours; nothing is loaded but tokenizers. `config.base` is a folder."""
     asked = config.followup
     if asked is None:
@@ -131,8 +141,6 @@ def check_followup(config: RunConfig) -> None:
                 remedy="ask for respond as well: --followup respond,draft",
             )
         _check_draft(asked.draft, config)
-    if asked.speculate is not None:
-        asked.speculate.options(template=config.template, device=config.device)
     if asked.compress is not None:
         _check_compress(asked.compress, config)
         if find_spec("auto_round") is None:
@@ -142,30 +150,21 @@ def check_followup(config: RunConfig) -> None:
             )
 
 
-def _check_compress(asked: CompressAsked, config: RunConfig) -> None:
+def _check_compress(asked: CompressTable, config: RunOptions) -> None:
     """The base has the shapes of the merged model, so what its files refuse the merged model's would."""
     from lorasmith.followup.compression.compress import prepare_compression
 
     if "calibrated" in asked.method and not config.train:
         raise UsageError("calibrated compression needs rows", remedy="give --train FILE.jsonl")
     options = compress_options(asked, config, config.test_set)
-    for way in asked.settings(seed=config.seed):
+    for way in every_way(asked, config.seed):
         prepare_compression(Path(config.base), way, options)
 
 
-def compress_options(asked: CompressAsked, config: RunConfig, test_set: Path) -> CompressOptions:
+def compress_options(asked: CompressTable, config: RunOptions, test_set: Path) -> CompressOptions:
     """What every format of a run has in common; they share what the original model gave."""
-    from lorasmith.followup.compression.settings import CompressOptions
-
-    return CompressOptions(
-        calibration=config.train[0] if "calibrated" in asked.method else None,
-        test_set=test_set,
-        tasks=config.tasks,
-        limit=asked.limit,
-        limits=asked.limits,
-        device=config.device,
-        work=config.output / layout.FOLLOWUP_WORK / "measuring",
-    )
+    rows = config.train[0] if "calibrated" in asked.method else None
+    return CompressOptions.taken_from(asked, config, calibration=rows, test_set=test_set)
 
 
 def layer_count(folder: Path) -> int:
@@ -177,22 +176,21 @@ def layer_count(folder: Path) -> int:
     return count
 
 
-def _check_draft(asked: DraftAsked, config: RunConfig) -> None:
-    asked.settings(seed=config.seed)
-    asked.kept_layers(layer_count(Path(config.base)))
-    if asked.base is None:
+def _check_draft(asked: DraftTable, config: RunOptions) -> None:
+    kept_layers(asked, layer_count(Path(config.base)))
+    if asked.from_model is None:
         return
     from lorasmith.followup.drafts.start import require_same_tokenizer
     from lorasmith.models.load import load_tokenizer
 
-    open_checkpoint(asked.base)
-    ours, theirs = load_tokenizer(asked.base), load_tokenizer(Path(config.base))
-    require_same_tokenizer(ours, theirs, asked.base, Path(config.base))
+    open_checkpoint(asked.from_model)
+    ours, theirs = load_tokenizer(asked.from_model), load_tokenizer(Path(config.base))
+    require_same_tokenizer(ours, theirs, asked.from_model, Path(config.base))
 
 
 def followup_steps(run: RunContext) -> list[Step]:
     """The steps that `[followup]` names, in the order in which they need each other."""
-    asked = run.config.followup or FollowupAsked()
+    asked = run.config.followup or FollowupOptions()
     steps = []
     if asked.respond is not None:
         steps.append(_respond(run, asked.respond))
@@ -210,34 +208,29 @@ def packed_records(run: RunContext) -> list[RunFile[Any]]:
     return [file for step in followup_steps(run) for file in step.shows]
 
 
-def _respond(run: RunContext, asked: RespondAsked) -> Step:
-    config = run.config
-    data = response_data(config)
-    own: dict[str, Any] = {
-        name: getattr(config, name) for name in ("template", "device", "device_map", "seed")
-    }
+def _respond(run: RunContext, asked: RespondTable) -> Step:
+    data = response_data(run.config)
+    options = RespondOptions.taken_from(asked, run.config, whole_groups=True)
     stage = Stage(
         name="respond",
         inputs={"model": run.merged, "data": data},
-        parameters={**asked.model_dump(mode="json", exclude={"data"}), **own},
+        parameters=options.model_dump(mode="json", exclude={"price_per_hour", "retry_failed"}),
         outputs=[_folder(RESPONSES)],
-        action=lambda: _answer(run, data, stage, asked.options(**own, price=config.price_per_hour)),
+        action=lambda: _answer(run, data, stage, options),
     )
     return Step("Responses of the merged model", stage, (RESPONSES,))
 
 
-def _answer(run: RunContext, data: Path, stage: Stage, options: Any) -> None:
+def _answer(run: RunContext, data: Path, stage: Stage, options: RespondOptions) -> None:
     """Answer all rows, those that failed once more, and put aside what differs between two runs."""
-    from dataclasses import replace
-
     from lorasmith.followup.responses.respond import choose_engine, respond
 
     final = RESPONSES.at(run.folder)
     work = work_folder(run.folder, stage)
     engine = choose_engine(run.merged, None, options, run.executor)
-    ask = partial(respond, run.merged, data, work / "responses.jsonl", watcher=run.watcher, engine=engine)
+    ask = partial(respond, run.merged, data, work / "responses.jsonl", watcher=run.watcher, loaded=engine)
     if ask(options=options).failed:
-        ask(options=replace(options, retry_failed=True))
+        ask(options=options.model_copy(update={"retry_failed": True}))
     for name in (RESPONSES_SPEED.path, RESPONSE_CHUNKS):  # of this machine or cluster, not of what it wrote
         aside = work / Path(name).name
         if aside.is_file():
@@ -245,24 +238,21 @@ def _answer(run: RunContext, data: Path, stage: Stage, options: Any) -> None:
     publish_folder(work, final.parent)
 
 
-def _draft(run: RunContext, asked: DraftAsked) -> Step:
-    config = run.config
+def _draft(run: RunContext, asked: DraftTable) -> Step:
     responses = RESPONSES.at(run.folder).parent
+    start = {"start": asked.from_model} if asked.from_model else {}
+    options = DraftOptions.taken_from(asked, run.config)
     stage = Stage(
         name="draft",
-        inputs={"target": run.merged, "responses": responses, **({"base": asked.base} if asked.base else {})},
-        parameters={
-            **asked.model_dump(mode="json", exclude={"base"}),
-            "device": config.device,
-            "seed": config.seed,
-        },
+        inputs={"target": run.merged, "responses": responses, **start},
+        parameters={**options.values(), "layers": asked.layers},
         outputs=[_folder(DRAFT)],
-        action=lambda: _train(run, responses, stage, asked),
+        action=lambda: _train(run, responses, stage, asked, options),
     )
     return Step("Train a draft model", stage, (DRAFT,))
 
 
-def _train(run: RunContext, responses: Path, stage: Stage, asked: DraftAsked) -> None:
+def _train(run: RunContext, responses: Path, stage: Stage, asked: DraftTable, options: DraftOptions) -> None:
     from lorasmith.followup.drafts.draft import train_draft
 
     work = work_folder(run.folder, stage)
@@ -271,45 +261,43 @@ def _train(run: RunContext, responses: Path, stage: Stage, asked: DraftAsked) ->
         run.merged,
         responses / Path(RESPONSES.path).with_suffix(".jsonl").name,
         made,
-        base=asked.base,
-        layers=asked.kept_layers(layer_count(run.merged)),
-        settings=asked.settings(seed=run.config.seed),
-        device=run.config.device,
+        from_model=asked.from_model,
+        layers=kept_layers(asked, layer_count(run.merged)),
+        options=options,
         progress=run.progress,
     )
     publish_folder(made, DRAFT.at(run.folder).parent)
 
 
-def _speculate(run: RunContext, asked: SpeculateAsked, *, drafted: bool) -> Step:
+def _speculate(run: RunContext, asked: SpeculateTable, *, drafted: bool) -> Step:
     from lorasmith.followup.speculation.speculate import speculate
 
-    config = run.config
     draft = DRAFT.at(run.folder).parent if drafted else None
-    own = {"template": config.template, "device": config.device}
+    options = SpeculateOptions.taken_from(asked, run.config)
     stage = Stage(
         name="speculate",
         inputs={"target": run.merged, "prompts": run.test_set, **({"draft": draft} if draft else {})},
-        parameters={**asked.model_dump(mode="json"), **own},
+        parameters=options.model_dump(mode="json"),
         outputs=[SPECULATION.path],
         action=lambda: speculate(
             run.merged,
             run.test_set,
             draft=draft,
             output=SPECULATION.at(run.folder),
-            options=asked.options(**own),
+            options=options,
             progress=run.progress,
         ),
     )
     return Step("Test speculative decoding", stage, (SPECULATION,))
 
 
-def _compress(run: RunContext, asked: CompressAsked) -> list[Step]:
+def _compress(run: RunContext, asked: CompressTable) -> list[Step]:
     from lorasmith.runs.compression import compress
 
     config = run.config
     options = compress_options(asked, config, run.test_set)
     steps = []
-    for settings in asked.settings(seed=config.seed):
+    for settings in every_way(asked, config.seed):
         inputs = {"model": run.merged, "test_set": run.test_set}
         if settings.method == "calibrated":
             inputs["calibration"] = config.train[0]
@@ -320,7 +308,7 @@ def _compress(run: RunContext, asked: CompressAsked) -> list[Step]:
             parameters={
                 **vars(settings),
                 "limit": asked.limit,
-                "limits": asked.limits,
+                "limits": limits_of(asked),
                 "tasks": config.tasks,
                 "device": config.device,
             },
@@ -329,8 +317,8 @@ def _compress(run: RunContext, asked: CompressAsked) -> list[Step]:
                 compress,
                 run.merged,
                 run.folder / place,
-                settings=settings,
-                options=options,
+                options=only_way(options, settings),
+                work=run.folder / layout.FOLLOWUP_WORK / "measuring",
                 progress=run.progress,
             ),
         )

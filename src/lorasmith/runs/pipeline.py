@@ -16,10 +16,12 @@ from lorasmith.files.digests import open_seal, seal_run
 from lorasmith.gates.evaluate import check_gates
 from lorasmith.hub.cache import hub_name
 from lorasmith.hub.models import local_model
+from lorasmith.options import RunOptions
+from lorasmith.options.keywords import documented
 from lorasmith.preflight.doctor import require_machine
 from lorasmith.progress import Unwatched, Watcher
 from lorasmith.reporting.page import write_report
-from lorasmith.runs.config import RunConfig, make_config
+from lorasmith.runs.config import resolved_gates
 from lorasmith.runs.followup import check_followup, followup_steps, forget_unasked, with_local_draft
 from lorasmith.runs.results import RunResult, describe_run, load_result
 from lorasmith.runs.stages import open_run
@@ -39,20 +41,18 @@ from lorasmith.runs.steps import (
 )
 
 
+@documented(RunOptions)
 def run(
-    config: RunConfig | None = None, *, watcher: Watcher | None = None, rehash: bool = False, **options: Any
+    options: RunOptions | None = None, *, watcher: Watcher | None = None, rehash: bool = False, **given: Any
 ) -> RunResult:
     """Validate, merge, prove, compare, judge, report and package; stages that are done are reused.
 
-    Give a `RunConfig`, or its fields as keywords (`base=…, adapter=…, test_set=…, output=…`).
     Raises `InputError` and `MachineError`; a failed gate is no error but stands in the result.
     """
-    if config is not None and options:
-        raise UsageError("both a config and single options were given", expected="one of them")
-    asked = config or make_config(options)
+    asked = RunOptions.given(options, given)
     watch = watcher or Unwatched()
     check_places(asked)
-    check_gates(asked.resolved_gates())
+    check_gates(resolved_gates(asked))
     base = local_model(asked.base, [asked.adapter], progress=watch.progress)
     asked = with_local_draft(asked.model_copy(update={"base": base}), watch.progress)
     check_followup(asked)
@@ -81,7 +81,7 @@ def run(
     return load_result(asked.output)
 
 
-def _forget_tasks(config: RunConfig) -> None:
+def _forget_tasks(config: RunOptions) -> None:
     """Remove what an earlier command answered, where nothing is asked now: it is no part of this run."""
     if config.tasks:
         return
@@ -111,7 +111,7 @@ def plan(run: RunContext) -> list[Step]:
     ]
 
 
-def check_places(config: RunConfig) -> None:
+def check_places(config: RunOptions) -> None:
     """The inputs exist, and the run folder is not one of them: nothing is written before this."""
     for flag, place, wanted in (
         *((("--base", config.base, "dir"),) if hub_name(config.base) is None else ()),

@@ -14,12 +14,13 @@ from lorasmith.files import run_layout as layout
 from lorasmith.files.digests import digest_path
 from lorasmith.files.run_layout import FollowupRecords, load_records
 from lorasmith.gates import evaluate
+from lorasmith.options import ClusterOptions, LimitOptions, MemoryOptions, RunOptions
 from lorasmith.records.dataset import ContaminationRecord, DatasetStatistics
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.proof import BehaviourProof, ComparisonRecord, WeightProof
 from lorasmith.records.release import Gate, GateRecord, PackageManifest, RunRecord
 from lorasmith.records.scoring import ValidationResult
-from lorasmith.runs.config import RunConfig, load_gates
+from lorasmith.runs.config import load_gates, resolved_gates
 
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pyarrow", "isal")
 """Their versions may decide the bytes of a run."""
@@ -87,27 +88,27 @@ def load_result(run: Path) -> RunResult:
     )
 
 
-def describe_run(config: RunConfig, *, rehash: bool = False) -> RunRecord:
+def describe_run(config: RunOptions, *, rehash: bool = False) -> RunRecord:
     """`run.json`: the options without their paths, the libraries, the digests of the inputs."""
     inputs = {"base": config.base, "adapter": config.adapter, "test_set": config.test_set}
     inputs |= {f"train {number}": path for number, path in enumerate(config.train, 1)}
     asked = config.followup
     if asked and asked.respond and asked.respond.data:
         inputs["followup data"] = asked.respond.data
-    if asked and asked.draft and asked.draft.base:
-        inputs["draft base"] = asked.draft.base
-    left_out = {"base", "adapter", "test_set", "train", "output", "price_per_hour", "budget", "check_memory"}
-    left_out |= set() if asked else {"followup"}
-    left_out |= {"executor", "ray_address", "workers", "worker_threads", "worker_gpus"}
+    if asked and asked.draft and asked.draft.from_model:
+        inputs["draft start"] = asked.draft.from_model
+    left_out = {"base", "adapter", "test_set", "train", "output", *(() if asked else ("followup",))}
+    for unseen in (LimitOptions, MemoryOptions, ClusterOptions):  # they change nothing of what is made
+        left_out |= unseen.model_fields.keys()
     options = config.model_dump(
         mode="json",
         exclude={
             **dict.fromkeys(left_out, True),
-            **({"followup": {"respond": {"data"}, "draft": {"base"}}} if asked else {}),
+            **({"followup": {"respond": {"data"}, "draft": {"from_model"}}} if asked else {}),
         },
     )
     return RunRecord(
-        config={**options, "gates": [gate.model_dump(mode="json") for gate in config.resolved_gates()]},
+        config={**options, "gates": [gate.model_dump(mode="json") for gate in resolved_gates(config)]},
         versions={"lorasmith": lorasmith.__version__, **{name: version(name) for name in _LIBRARIES}},
         inputs={name: digest_path(path, rehash=rehash) for name, path in inputs.items()},
     )

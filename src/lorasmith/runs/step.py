@@ -10,24 +10,9 @@ from typing import Any
 from lorasmith.executors.base import Executor
 from lorasmith.executors.choose import make_executor
 from lorasmith.files.run_layout import MERGED, TEST_SET, RunFile
-from lorasmith.options import ClusterOptions
+from lorasmith.options import ClusterOptions, LossOptions, RunOptions
 from lorasmith.progress import Progress, Unwatched, Watcher
-from lorasmith.runs.config import RunConfig
 from lorasmith.runs.stages import Stage
-
-_SCORING = (
-    "template",
-    "loss_on",
-    "end_of_turn",
-    "device",
-    "device_map",
-    "arithmetic",
-    "batch_tokens",
-    "batch_size",
-    "max_length",
-    "strict",
-    "seed",
-)
 
 
 @dataclass(frozen=True)
@@ -43,7 +28,7 @@ class Step:
 class RunContext:
     """A run as its steps see it."""
 
-    config: RunConfig
+    config: RunOptions
     watcher: Watcher = field(default_factory=Unwatched)
 
     @property
@@ -54,9 +39,7 @@ class RunContext:
     @cached_property
     def executor(self) -> Executor:
         """Where models run over rows and shards are merged."""
-        config = self.config
-        names = ClusterOptions.model_fields
-        return make_executor(ClusterOptions.make({name: getattr(config, name) for name in names}))
+        return make_executor(ClusterOptions.taken_from(self.config))
 
     @property
     def folder(self) -> Path:
@@ -81,7 +64,7 @@ class RunContext:
     @property
     def scoring(self) -> dict[str, Any]:
         """Options that validation and comparison share."""
-        return {name: getattr(self.config, name) for name in _SCORING}
+        return LossOptions.taken_from(self.config).values()
 
 
 def numbered(name: str, paths: tuple[Path, ...]) -> dict[str, Path]:

@@ -5,10 +5,8 @@ Each step imports its stage function itself: a mistake in the options is told be
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lorasmith.files import run_layout as layout
 from lorasmith.files.atomic import write_record
@@ -17,11 +15,13 @@ from lorasmith.files.jsonl import read_examples, write_examples
 from lorasmith.files.run_layout import ROLES, load_records
 from lorasmith.gates import evaluate, split_costs
 from lorasmith.hub.cache import origin_of
+from lorasmith.options import BatchOptions, MergeOptions
 from lorasmith.progress import Watcher
 from lorasmith.records.dataset import ContaminationRecord
 from lorasmith.records.proof import ComparisonRecord
 from lorasmith.records.release import Gate
 from lorasmith.records.scoring import TaskEffect
+from lorasmith.runs.config import resolved_gates
 from lorasmith.runs.followup import packed_records
 from lorasmith.runs.stages import Stage
 from lorasmith.runs.step import RunContext, Step, numbered
@@ -89,7 +89,7 @@ def task_steps(run: RunContext, role: str) -> list[Step]:
     from lorasmith.scoring.tasks import evaluate_tasks
 
     model, adapter = _model(run, role)
-    options = {name: value for name, value in run.scoring.items() if name not in ("loss_on", "end_of_turn")}
+    options = BatchOptions.taken_from(run.config).values()
     record = layout.TASKS[role]
     stage = Stage(
         name=f"tasks-{role}",
@@ -123,20 +123,14 @@ def merge_step(run: RunContext) -> Step:
     """Base and adapter into one folder."""
     from lorasmith.merging.merge import merge
 
-    config = run.config
-    options: dict[str, Any] = {
-        "precision": config.precision,
-        "rounding": config.rounding,
-        "seed": config.seed,
-    }
-    rows = merging_rows(run)
+    config, options = run.config, merge_options(run)
+    rows = {} if options.test_set is None else {"test_set": options.test_set}
     stage = Stage(
         name="merge",
-        inputs={**run.models, **numbered("calibration", rows.get("calibration", ())), **_held_out(rows)},
+        inputs={**run.models, **numbered("calibration", options.calibration), **rows},
         parameters={
-            **options,
-            "template": config.template,
-            "calibration_tokens": rows.get("calibration_tokens"),
+            **options.model_dump(mode="json", exclude={"calibration", "test_set", "device"}),
+            "calibration_tokens": options.calibration_tokens if rows else None,
             **_origin(config.base),
         },
         outputs=[layout.MERGED],
@@ -146,25 +140,19 @@ def merge_step(run: RunContext) -> Step:
             run.merged,
             executor=None if rows else run.executor,  # what is fitted to rows is merged in one process
             progress=run.progress,
-            **options,
-            **rows,
+            **options.values(),
         ),
     )
     return Step("Merge LoRA weights", stage, (layout.MERGE,))
 
 
-def merging_rows(run: RunContext) -> dict[str, Any]:
-    """What a calibrated merge is given: the training files, and the test set that it must not see."""
+def merge_options(run: RunContext) -> MergeOptions:
+    """A calibrated merge is given the training files, and the test set that it must not see."""
     config = run.config
-    if config.rounding not in ("auto", "calibrated") or not config.train:
-        return {}
-    own: dict[str, Any] = {"template": config.template, "device": config.device}
-    budget = config.calibration_tokens
-    return {"calibration": config.train, "calibration_tokens": budget, "test_set": run.test_set, **own}
-
-
-def _held_out(rows: Mapping[str, Any]) -> dict[str, Path]:
-    return {"test_set": rows["test_set"]} if rows else {}
+    fitted = config.rounding in ("auto", "calibrated") and bool(config.train)
+    return MergeOptions.taken_from(
+        config, calibration=config.train if fitted else (), test_set=run.test_set if fitted else None
+    )
 
 
 def _origin(base: Path) -> dict[str, str]:
@@ -278,7 +266,7 @@ def _task_effects(run: RunContext) -> dict[str, list[TaskEffect]]:
 
 def gates_step(run: RunContext) -> Step:
     """Every gate but those on costs, which are no function of the inputs."""
-    gates, _ = split_costs(run.config.resolved_gates())
+    gates, _ = split_costs(resolved_gates(run.config))
     answered = layout.TASKS.values() if run.config.tasks else ()
     files = (*layout.MEASURED, *answered)
     stage = Stage(
@@ -295,7 +283,7 @@ def gates_step(run: RunContext) -> Step:
 
 def judge_costs(run: RunContext, watch: Watcher) -> None:
     """`cost_gates.json`: judged after every command, outside of what is equal between two runs."""
-    _, gates = split_costs(run.config.resolved_gates())
+    _, gates = split_costs(resolved_gates(run.config))
     if run.config.budget is not None:  # kept out of the gates of run.json, which money must not change
         limit = run.config.budget
         gates.append(Gate(name="--budget", metric="cost.dollars", comparison="<=", threshold=limit))

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +24,36 @@ from lorasmith.models.batches import split_batch
 from lorasmith.models.device import resolve_device
 from lorasmith.models.load import load_model, quiet_libraries
 from lorasmith.models.text import Encoded, encode_examples
+from lorasmith.options import TrainOptions
+from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
 from lorasmith.records.followup import TrainRecord
-from lorasmith.training.settings import TrainSettings
 
 RECORD = "lorasmith_train.json"
 
 
+@documented(TrainOptions)
 def train(
     base: StrPath,
     train_file: StrPath,
     output: StrPath,
     *,
-    settings: TrainSettings | None = None,
-    device: str = "auto",
+    options: TrainOptions | None = None,
     progress: Progress = silent,
+    **given: Any,
 ) -> TrainRecord:
     """Train an adapter on the responses of `train_file` and write it to `output` as PEFT does.
 
     The arithmetic is bfloat16 by autocast over the base's own weights; the adapter is float32. The same
-    inputs, settings, versions and device class give the same adapter. Raises `InputError` for a wrong base
+    inputs, options, versions and device class give the same adapter. Raises `InputError` for a wrong base
     or file, and when every row is cut before its response, `UsageError` for an output that is not ours to
     replace.
     """
     base, train_file, output = Path(base), Path(train_file), Path(output)
-    chosen = settings or TrainSettings()
-    chosen.check()
+    chosen = TrainOptions.given(options, given)
     require_own_place(output, RECORD, [base])
     examples = read_examples(train_file)
-    loaded = load_model(base, device=resolve_device(device), dtype=torch.bfloat16)
+    loaded = load_model(base, device=resolve_device(chosen.device), dtype=torch.bfloat16)
     encoded = encode_examples(
         examples, loaded.tokenizer, template=chosen.template, max_length=chosen.max_length
     )
@@ -71,7 +71,7 @@ def train(
         lorasmith_version=lorasmith.__version__,
         base_sha256=digest_folder(base),
         train=describe([train_file], train_file.parent)[0],
-        settings=asdict(chosen),
+        settings=chosen.model_dump(exclude={"device"}),
         template=encoded.template,
         examples=len(usable),
         tokens=tokens,
@@ -83,16 +83,16 @@ def train(
     return record
 
 
-def _add_adapter(model: torch.nn.Module, settings: TrainSettings) -> PeftModel:
-    torch.manual_seed(settings.seed)
-    wanted = settings.target_modules
+def _add_adapter(model: torch.nn.Module, options: TrainOptions) -> PeftModel:
+    torch.manual_seed(options.seed)
+    wanted = options.target_modules
     targets: str | list[str] = (
         wanted if wanted == "all-linear" else [name.strip() for name in wanted.split(",")]
     )
     config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
@@ -110,24 +110,22 @@ _GROUP = 32
 """Batches that are sorted by length together: large enough to save padding, small enough to stay random."""
 
 
-def make_batches(rows: Sequence[Encoded], settings: TrainSettings) -> Iterator[list[Encoded]]:
+def make_batches(rows: Sequence[Encoded], options: TrainOptions) -> Iterator[list[Encoded]]:
     """Seeded batches of rows of similar length; the last epoch may be a fraction.
 
     Each epoch shuffles the rows, sorts groups of `_GROUP` batches by length and shuffles the batches, so that
     little is spent on padding and no order is learnt.
     """
-    total = math.ceil(settings.epochs * len(rows) / settings.batch_size)
-    generator = np.random.Generator(np.random.PCG64(settings.seed))
-    group = _GROUP * settings.batch_size
+    total = math.ceil(options.epochs * len(rows) / options.batch_size)
+    generator = np.random.Generator(np.random.PCG64(options.seed))
+    group = _GROUP * options.batch_size
     made = 0
     while made < total:
         order = generator.permutation(len(rows)).tolist()
         batches = []
         for start in range(0, len(rows), group):
             near = sorted(order[start : start + group], key=lambda index: len(rows[index].ids))
-            batches += [
-                near[at : at + settings.batch_size] for at in range(0, len(near), settings.batch_size)
-            ]
+            batches += [near[at : at + options.batch_size] for at in range(0, len(near), options.batch_size)]
         for number in generator.permutation(len(batches))[: total - made]:
             yield [rows[index] for index in batches[number]]
             made += 1
@@ -138,18 +136,18 @@ _PART_TOKENS = 1024
 
 
 def _optimise(
-    model: PeftModel, batches: Sequence[list[Encoded]], settings: TrainSettings, progress: Progress
+    model: PeftModel, batches: Sequence[list[Encoded]], options: TrainOptions, progress: Progress
 ) -> tuple[list[float], int]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
+        lr=options.learning_rate,
+        weight_decay=options.weight_decay,
         betas=(0.9, 0.99),
         fused=True,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _rate(step, len(batches), settings.warmup)
+        optimizer, lambda step: _rate(step, len(batches), options.warmup)
     )
     device = parameters[0].device
     losses: list[float] = []
@@ -164,7 +162,7 @@ def _optimise(
                 share = mean * (count / tokens)
                 share.backward()
                 loss += share.item()
-            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+            torch.nn.utils.clip_grad_norm_(parameters, options.clip_norm)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)

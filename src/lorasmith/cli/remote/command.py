@@ -18,9 +18,6 @@ OUTPUTS = {"output", "output_dir", "output_file"}
 """Options that name what a command writes; every other path is something that it reads."""
 _LOCAL_ONLY = {"demo", "chat", "remote", "costs"}
 _CHANGES_ITS_INPUT = {("testset split", "remove")}
-_CONFIG_PATHS = ("base", "adapter", "test_set", "output")
-_FOLLOWUP_PATHS = (("respond", "data"), ("draft", "base"))
-"""Table below `followup`, and its key."""
 
 
 @dataclass
@@ -157,6 +154,8 @@ def _with_config(values: dict[str, Any], found: RemoteCommand) -> dict[str, Any]
 
     from lorasmith.files.atomic import write_bytes
     from lorasmith.hub.cache import hub_name
+    from lorasmith.options import Flag, RunOptions
+    from lorasmith.options.base import path_fields, with_paths
     from lorasmith.remote.state import state_folder
 
     file = Path(values["config"])
@@ -167,21 +166,21 @@ def _with_config(values: dict[str, Any], found: RemoteCommand) -> dict[str, Any]
     except ValueError as error:
         raise UsageError(f"the config is not TOML: {error}", where=file) from error
     merged = dict(values)
-    for key in _CONFIG_PATHS:
-        if isinstance(named := body.pop(key, None), str) and values.get(key) is None:
-            merged[key] = Path(named) if named.startswith("hub:") else file.parent / named
-    if values.get("price_per_hour") is None:
-        merged["price_per_hour"] = body.pop("price_per_hour", None)
-    train = body.pop("train", None)
-    if train is not None and not values.get("train"):
-        merged["train"] = [file.parent / name for name in ([train] if isinstance(train, str) else train)]
-    for table, key in _FOLLOWUP_PATHS:
-        asked = body.get("followup", {}).get(table)
-        if isinstance(asked, dict) and isinstance(named := asked.get(key), str):
-            if key == "base" and not (file.parent / named).exists() and hub_name(named):
-                continue  # fetched there, as it would be here
-            path = named if named.startswith("hub:") else file.parent / named
-            asked[key] = f"../../{found.place(Path(path), output=False)}"
+
+    def here(text: str, flag: Flag) -> Path:
+        return Path(text) if text.startswith("hub:") else file.parent / text
+
+    def there(text: str, flag: Flag) -> str:
+        if flag.hub and not (file.parent / text).exists() and hub_name(text):
+            return text  # fetched there, as it would be here
+        return f"../../{found.place(here(text, flag), output=False)}"
+
+    names = path_fields(RunOptions)
+    paths = with_paths(RunOptions, {name: body.pop(name) for name in names if name in body}, here)
+    if body.get("price_per_hour") is not None:
+        paths["price_per_hour"] = body.pop("price_per_hour")
+    merged |= {name: value for name, value in paths.items() if not values.get(name)}
+    body = with_paths(RunOptions, body, there)
     import hashlib
 
     digest = hashlib.sha256(str(file.absolute()).encode()).hexdigest()[:12]

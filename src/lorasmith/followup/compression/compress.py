@@ -21,17 +21,18 @@ from lorasmith.followup.compression.quantize import calibration_samples, collect
 from lorasmith.followup.compression.settings import (
     ACCURACY_DROP,
     RECORD,
-    CompressOptions,
     CompressSettings,
     files_of,
     finished,
+    limits_of,
     planned_record,
-    resolve_limits,
+    single_way,
 )
 from lorasmith.followup.compression.sizes import Shape, choose_group, shapes_of, written_bytes
 from lorasmith.machine.resources import human_bytes, require_disk
 from lorasmith.models.device import resolve_device
 from lorasmith.models.load import load_model
+from lorasmith.options import CompressOptions
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest, Finding, Interval
 from lorasmith.records.compression import CompressRecord, TaskQuality
@@ -145,7 +146,7 @@ def _measure(model: Path, output: Path, record: CompressRecord, how: Measuring) 
 
 
 def judge_compression(record: CompressRecord, limits: Mapping[str, float]) -> list[GateResult]:
-    """The gates of `limits` (names as in `compress_settings.LIMITS`) on a measured record."""
+    """The gates of `limits` (names as `limits_of` gives them) on a measured record."""
     return [_gate(name, threshold, record) for name, threshold in limits.items()]
 
 
@@ -216,13 +217,16 @@ def compress(
     model: StrPath,
     output: StrPath,
     *,
-    settings: CompressSettings | None = None,
     options: CompressOptions | None = None,
+    work: StrPath | None = None,
     compare: Compare | None = None,
     ask: Ask | None = None,
     progress: Progress = silent,
 ) -> CompressRecord:
     """Quantize the model in a folder and write it to `output`, which appears when transformers has loaded it.
+
+    The options name one way. `work` is a folder in which measuring goes on after a kill and which several
+    ways share; without one it is hidden beside the output, and removed at the end.
 
     The test set of the options is compared on by `compare`, and its questions put by `ask`. A finished output
     of the same inputs and settings is kept, measured where it was not in the same way, and judged. Raises
@@ -234,7 +238,7 @@ def compress(
     require_own_place(output, RECORD, [model])
     if how.test_set is not None and compare is None:
         raise UsageError("a test set is given, but nothing that compares", remedy="give `compare` as well")
-    ready = prepare_compression(model, settings or CompressSettings(), how)
+    ready = prepare_compression(model, single_way(how), how)
     wanted = planned_record(ready.source, ready.shapes, ready.chosen, ready.rows)
     with only_one(output, "compression"):
         done = finished(output, wanted)
@@ -242,13 +246,13 @@ def compress(
             done = _write(model, output, wanted, ready, how.device, progress)
         if how.test_set is None or compare is None:
             return done
-        work = Path(how.work) if how.work is not None else output.parent / f".{output.name}.measuring"
+        place = Path(work) if work is not None else output.parent / f".{output.name}.measuring"
         measuring = Measuring(
-            Path(how.test_set), compare, ask, how.limit, ready.limits, how.device, work, progress
+            Path(how.test_set), compare, ask, how.limit, ready.limits, how.device, place, progress
         )
         record = measure(model, output, done, measuring)
-        if how.work is None:
-            shutil.rmtree(work, ignore_errors=True)
+        if work is None:
+            shutil.rmtree(place, ignore_errors=True)
         return record
 
 
@@ -259,18 +263,16 @@ def prepare_compression(model: Path, settings: CompressSettings, options: Compre
     `CheckpointError` for a model that cannot be quantized, `DataError` for calibration rows that the test set
     holds.
     """
-    settings.check()
-    options.check()
     source = open_checkpoint(model)
     shapes = shapes_of(source)
     chosen = _with_group(settings, shapes, model)
     calibrated = chosen.method == "calibrated"
     if calibrated and options.calibration is None:
         raise UsageError("the calibrated method needs rows", remedy="give --calibration FILE.jsonl")
-    rows = Path(options.calibration) if calibrated and options.calibration is not None else None
+    rows = options.calibration if calibrated else None
     if options.test_set is not None:
-        _check_rows(Path(options.test_set), rows)
-    limits = resolve_limits(options.limits)
+        _check_rows(options.test_set, rows)
+    limits = limits_of(options)
     size = written_bytes(shapes, source.tied, chosen.format, chosen.bits, chosen.group_size or 32)
     if size > limits.get("bytes", size):
         raise UsageError(

@@ -2,50 +2,40 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import lorasmith
 from lorasmith.checkpoint.model import Checkpoint
 from lorasmith.errors import InputError, UsageError
-from lorasmith.files.atomic import StrPath, read_record
+from lorasmith.files.atomic import read_record
 from lorasmith.files.digests import describe, digest_folder, folder_files
-from lorasmith.followup.compression.sizes import GGUF_TYPES, Shape, written_bytes
+from lorasmith.followup.compression.sizes import Shape, parse_size, written_bytes
+from lorasmith.options import CompressOptions, FormatOptions, QualityOptions
 from lorasmith.records.base import FileDigest
 from lorasmith.records.compression import CompressRecord
-
-METHODS = ("rtn", "calibrated")
-FORMATS = ("compressed-tensors", *(f"gguf:{name}" for name in GGUF_TYPES))
-
-LIMITS: Mapping[str, float] = {"perplexity_ratio": 1.05, "mean_kl": 0.05, "top1_agreement": 0.9}
-"""What a compressed model may lose: 5 % of perplexity, 0.05 nats a token, one choice in ten. Chosen, not
-measured: how much is too much depends on the use, so each can be set."""
 
 ACCURACY_DROP = 0.05
 """Where the benchmarks' questions were answered: accuracy lost over all of them at most. Chosen as well."""
 
-OPTIONAL = ("bytes", "q99_kl", "accuracy_drop")
-"""Further limits: the size of the weight files, the 99 % quantile of the KL in nats, accuracy lost (0..1)."""
-
 
 @dataclass(frozen=True)
 class CompressSettings:
-    """What decides the compressed model, apart from the model and the calibration rows."""
+    """One way to compress a model: what decides the result, apart from the model and the calibration rows."""
 
-    method: str = "rtn"
-    format: str = "compressed-tensors"
-    bits: int = 4
-    group_size: int | None = None
+    method: str
+    format: str
+    bits: int
+    group_size: int | None
     """None: the largest of 128, 64 and 32 that divides every width."""
-    iterations: int = 200
+    iterations: int
     """Steps for each block; only where it is calibrated."""
-    calibration_rows: int = 128
-    calibration_length: int = 512
+    calibration_rows: int
+    calibration_length: int
     """Tokens of a row."""
-    seed: int = 42
+    seed: int
 
     @property
     def name(self) -> str:
@@ -57,18 +47,10 @@ class CompressSettings:
     @staticmethod
     def own_bits(form: str) -> int:
         """The bits of a GGUF type stand in its name; 4 for every other format."""
-        return int(form[len("gguf:q")]) if form in FORMATS and form.startswith("gguf:") else 4
+        return int(form[len("gguf:q")]) if form.startswith("gguf:") else 4
 
     def check(self) -> None:
-        """Raise `UsageError` for a value that cannot be."""
-        if self.method not in METHODS:
-            raise UsageError(f"there is no method {self.method!r}", expected=" | ".join(METHODS))
-        if self.format not in FORMATS:
-            raise UsageError(f"there is no format {self.format!r}", expected=" | ".join(FORMATS))
-        for name in ("iterations", "calibration_rows", "calibration_length"):
-            if getattr(self, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(f"{flag} is {getattr(self, name)}", expected="at least 1")
+        """Raise `UsageError` for bits or groups that the format does not have."""
         if self.format == "compressed-tensors":
             if self.bits not in (4, 8):
                 raise UsageError(f"compressed-tensors are not written in {self.bits} bits", expected="4 or 8")
@@ -78,40 +60,7 @@ class CompressSettings:
             raise UsageError(f"{self.format} has its own groups", remedy="leave out --group-size")
 
 
-@dataclass(frozen=True)
-class CompressOptions:
-    """What a caller may choose beside the settings: files, and how the quality is measured and judged."""
-
-    calibration: StrPath | None = None
-    """JSONL with prompts and responses, local; needed by the calibrated method."""
-    test_set: StrPath | None = None
-    """JSONL on which the quality is measured; nothing is measured without."""
-    tasks: bool = True
-    """Whether the benchmarks' questions of the test set are put as well."""
-    limit: int | None = None
-    """Only the first rows of the test set."""
-    limits: Mapping[str, float] = field(default_factory=dict)
-    """Gates in place of some of `LIMITS` or beside them: `perplexity_ratio`, `mean_kl` and `q99_kl` (nats),
-    `top1_agreement`, `accuracy_drop` (0..1), `bytes`."""
-    device: str = "auto"
-    work: StrPath | None = None
-    """Folder in which measuring goes on after a kill, and which several ways share. None: a hidden one beside
-    the output, which is removed at the end."""
-
-    def check(self) -> None:
-        """Raise `UsageError` for a value that cannot be."""
-        resolve_limits(self.limits)
-        if self.limit is not None and self.limit < 1:
-            raise UsageError(f"--limit is {self.limit}", expected="1 or more")
-
-
-def every_way(
-    formats: Sequence[str],
-    methods: Sequence[str],
-    bits: Sequence[int],
-    group_size: int | None,
-    **shared: int,
-) -> list[CompressSettings]:
+def every_way(options: FormatOptions, seed: int) -> list[CompressSettings]:
     """Every combination, formats first; `bits` and `group_size` are those of compressed-tensors.
 
     A GGUF type has bits and groups of its own, so that it stands once for all `bits`; where nothing else is
@@ -119,16 +68,44 @@ def every_way(
     for two ways that are the same.
     """
     ways = []
-    for form in formats:
-        choice = form == "compressed-tensors" or "compressed-tensors" not in formats
-        for count in bits if choice and bits else [CompressSettings.own_bits(form)]:
-            for method in methods:
-                group = group_size if choice else None
-                way = CompressSettings(method=method, format=form, bits=count, group_size=group, **shared)
+    for form in options.format:
+        choice = form == "compressed-tensors" or "compressed-tensors" not in options.format
+        for bits in options.bits if choice and options.bits else [CompressSettings.own_bits(form)]:
+            for method in options.method:
+                way = CompressSettings(
+                    method=method,
+                    format=form,
+                    bits=bits,
+                    group_size=options.group_size if choice else None,
+                    iterations=options.iterations,
+                    calibration_rows=options.calibration_rows,
+                    calibration_length=options.calibration_length,
+                    seed=seed,
+                )
                 way.check()
                 ways.append(way)
     check_different(ways)
     return ways
+
+
+def single_way(options: CompressOptions) -> CompressSettings:
+    """The way that is asked for; raises `UsageError` where there are several."""
+    ways = every_way(options, options.seed)
+    if len(ways) > 1:
+        names = ", ".join(way.name for way in ways)
+        raise UsageError(f"{len(ways)} ways are asked for: {names}", expected="one format and one method")
+    return ways[0]
+
+
+def only_way(options: CompressOptions, way: CompressSettings) -> CompressOptions:
+    """The options with one of their ways alone."""
+    one = {
+        "format": (way.format,),
+        "method": (way.method,),
+        "bits": (way.bits,),
+        "group_size": way.group_size,
+    }
+    return options.model_copy(update=one)
 
 
 def check_different(ways: Sequence[CompressSettings]) -> None:
@@ -142,15 +119,17 @@ def check_different(ways: Sequence[CompressSettings]) -> None:
         )
 
 
-def resolve_limits(given: Mapping[str, float] | None) -> dict[str, float]:
-    """The defaults with the caller's in place; raises `UsageError` for an unknown name or a wrong number."""
-    known = (*LIMITS, *OPTIONAL)
-    for name, value in (given or {}).items():
-        if name not in known:
-            raise UsageError(f"there is no limit {name!r}", expected=" | ".join(known))
-        if not 0 <= value < math.inf:
-            raise UsageError(f"the limit {name} is {value}", expected="a number, 0 or more")
-    return {**LIMITS, **(given or {})}
+def limits_of(options: QualityOptions) -> dict[str, float]:
+    """The gates on the quality by their names; raises `UsageError` for a target that is no size."""
+    asked = {
+        "perplexity_ratio": options.max_perplexity_ratio,
+        "mean_kl": options.max_mean_kl,
+        "top1_agreement": options.min_top1,
+        "accuracy_drop": options.max_accuracy_drop,
+        "q99_kl": options.max_q99_kl,
+        "bytes": None if options.target_size is None else parse_size(options.target_size),
+    }
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 # What identifies a compressed folder, what lies in it, and whether it is a finished one.

@@ -7,7 +7,6 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,13 +38,15 @@ from lorasmith.followup.drafts.start import (
     require_layers,
     require_same_tokenizer,
 )
-from lorasmith.followup.drafts.trainer import DraftSettings, Trainer
+from lorasmith.followup.drafts.trainer import Trainer
 from lorasmith.hub.models import local_model
 from lorasmith.machine.resources import require_disk
 from lorasmith.models.device import resolve_device
 from lorasmith.models.load import load_tokenizer, quiet_libraries, unpacking
 from lorasmith.models.scoring import token_logprobs
 from lorasmith.models.statistics import perplexity
+from lorasmith.options import DraftOptions
+from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.followup import ClassifierReport, DraftRecord, GeneratorReport
@@ -73,11 +74,11 @@ def digest_logprobs(responses: Path) -> FileDigest | None:
     return describe([path], path.parent)[0] if path.is_file() else None
 
 
-def key_of(inputs: dict[str, str], settings: DraftSettings, layers: list[int], device: str) -> str:
+def key_of(inputs: dict[str, str], options: DraftOptions, layers: list[int], device: str) -> str:
     """Names everything that decides the weights: a checkpoint under another key is not continued."""
     versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
     versions["lorasmith"] = lorasmith.__version__
-    body = [inputs, asdict(settings), layers, device, versions]
+    body = [inputs, options.model_dump(exclude={"device"}), layers, device, versions]
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
@@ -222,34 +223,34 @@ def _head_config(labels: Sequence[str], weight: torch.Tensor) -> bytes:
     return (json.dumps(body, indent=2) + "\n").encode()
 
 
+@documented(DraftOptions)
 def train_draft(
     target: StrPath,
     responses: StrPath,
     output: StrPath,
     *,
-    base: StrPath | None = None,
+    from_model: StrPath | None = None,
     layers: Sequence[int] | None = None,
-    settings: DraftSettings | None = None,
-    device: str = "auto",
+    options: DraftOptions | None = None,
     progress: Progress = silent,
+    **given: Any,
 ) -> DraftRecord:
     """Train a draft of `target` on its responses and write it to `output` as a transformers folder.
 
-    The draft begins as `base` (a folder or a name on the hub) or as the target's own `layers`. A killed
+    The draft begins as `from_model` (a folder or a name on the hub) or as the target's own `layers`. A killed
     training continues from its last checkpoint, beside the output, and ends with the same weights. Raises
-    `UsageError` for settings that do not go together, layers that do not exist and an output that is not ours
-    to replace, `CheckpointError` for a base with another tokenizer and a damaged checkpoint, `DataError` for
+    `UsageError` for options that do not go together, layers that do not exist and an output that is not ours
+    to replace, `CheckpointError` for a model with another tokenizer and a damaged checkpoint, `DataError` for
     responses that cannot be used, `BusyError` while another training writes to `output`.
     """
     target, responses, output = local_model(target, progress=progress), Path(responses), Path(output)
-    chosen = settings or DraftSettings()
-    chosen.check()
-    if (base is None) == (layers is None):
+    chosen = DraftOptions.given(options, given)
+    if (from_model is None) == (layers is None):
         raise UsageError(
-            "a draft begins as a small base or as layers of the target",
-            remedy="give either --base DIR or --from-target --layers 0,2,4",
+            "a draft begins as a small model or as layers of the target",
+            remedy="give either --from-model DIR or --from-target --layers 0,2,4",
         )
-    small = None if base is None else local_model(base, progress=progress)
+    small = None if from_model is None else local_model(from_model, progress=progress)
     for folder in (target, small):
         if folder is not None and unpacking(folder):
             raise CheckpointError(
@@ -262,7 +263,7 @@ def train_draft(
     else:
         require_same_tokenizer(load_tokenizer(small), tokenizer, small, target)
     with only_one(output, "training"):
-        return _train(target, responses, output, small, layers, tokenizer, chosen, device, progress)
+        return _train(target, responses, output, small, layers, tokenizer, chosen, progress)
 
 
 def _train(
@@ -272,15 +273,14 @@ def _train(
     small: Path | None,
     layers: Sequence[int] | None,
     tokenizer: Any,
-    chosen: DraftSettings,
-    device: str,
+    chosen: DraftOptions,
     progress: Progress,
 ) -> DraftRecord:
     rows, told = read_responses(responses, tokenizer, max_length=chosen.max_length)
     split = split_rows(len(rows), validation=chosen.validation, held_out=chosen.held_out, seed=chosen.seed)
     rows, labels, labels_from = label_rows(rows, split.train, chosen.labels)
     findings = [*told, *_origin(target, responses), *_findings(rows, labels, chosen, responses)]
-    place = resolve_device(device)
+    place = resolve_device(chosen.device)
     with quiet_libraries():
         if small is not None:
             draft = from_base(small, target, place)
@@ -306,7 +306,7 @@ def _train(
         layers=draft.layers,
         responses=describe([responses], responses.parent)[0],
         logprobs=digest_logprobs(responses),
-        settings=asdict(chosen),
+        settings=chosen.model_dump(exclude={"device"}),
         parameters=parameters,
         target_parameters=draft.target_parameters,
         vocabulary=draft.model.get_input_embeddings().weight.shape[0],
@@ -346,7 +346,7 @@ def _origin(target: Path, responses: Path) -> list[Finding]:
 
 
 def _findings(
-    rows: Sequence[DraftRow], labels: Sequence[str], chosen: DraftSettings, responses: Path
+    rows: Sequence[DraftRow], labels: Sequence[str], chosen: DraftOptions, responses: Path
 ) -> list[Finding]:
     """Findings on what the responses lack for these settings."""
     findings = []

@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lorasmith.followup.drafts.rows import DraftRow
+from lorasmith.options import DraftOptions
 
 _LEAST_REST = 1e-7
 """Probability below which the mass outside the stored tokens counts as this much: float32 cannot tell it from
@@ -21,11 +22,16 @@ the rounding of a sum near 1."""
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of the three parts of the loss."""
+    """How much each of the three parts of the loss counts."""
 
-    cross_entropy: float = 1.0
-    kl: float = 1.0
-    classifier: float = 0.1
+    cross_entropy: float
+    kl: float
+    classifier: float
+
+    @classmethod
+    def of(cls, options: DraftOptions) -> Weights:
+        """The weights that were asked for."""
+        return cls(options.cross_entropy_weight, options.kl_weight, options.classifier_weight)
 
 
 @dataclass

@@ -6,7 +6,6 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +31,6 @@ class Draft:
     target_parameters: int
     layers: list[int] | None
     context: int | None
-
-
-def parse_layers(text: str) -> list[int]:
-    """`0,2,4-6` as numbers; raises `UsageError` for anything else, and unless they rise."""
-    layers: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if match is None:
-            raise UsageError(f"{text!r} is no list of layers", expected="numbers such as 0,2,4 or 0-3,8")
-        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
-    if not layers or any(later <= earlier for earlier, later in pairwise(layers)):
-        raise UsageError(
-            f"the layers {text!r} do not rise", expected="each layer once, from the first to the last"
-        )
-    return layers
 
 
 def require_layers(target: Path, layers: Sequence[int]) -> None:

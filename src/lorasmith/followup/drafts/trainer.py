@@ -19,52 +19,11 @@ from lorasmith.files.atomic import aside, publish_folder
 from lorasmith.followup.drafts.loss import Weights, batch_loss
 from lorasmith.followup.drafts.rows import DraftRow, Split
 from lorasmith.models.batches import split_batch
+from lorasmith.options import DraftOptions
 from lorasmith.progress import Progress
 from lorasmith.records.followup import DraftStep
 
 # What decides a draft, apart from its base, the target and the responses.
-
-
-@dataclass(frozen=True)
-class DraftSettings:
-    """The settings of one training."""
-
-    learning_rate: float = 1e-4
-    warmup: float = 0.05
-    """Fraction of all steps over which the rate rises; it then falls as a cosine to a tenth."""
-    epochs: float = 3.0
-    batch_size: int = 8
-    max_length: int = 1024
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    cross_entropy_weight: float = 1.0
-    kl_weight: float = 1.0
-    classifier_weight: float = 0.1
-    labels: str = "auto"
-    validation: float = 0.1
-    held_out: float = 0.1
-    validate_every: int = 50
-    """Steps between two validations; each writes a checkpoint."""
-    patience: int = 3
-    """Validations without a better one after which training stops."""
-    seed: int = 42
-
-    def check(self) -> None:
-        """Raise `UsageError` for a value that cannot be."""
-        for name in ("learning_rate", "epochs", "batch_size", "max_length", "validate_every", "patience"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}", expected="above 0")
-        parts = (self.cross_entropy_weight, self.kl_weight, self.classifier_weight)
-        if min(parts) < 0 or self.cross_entropy_weight + self.kl_weight == 0:
-            raise UsageError(
-                f"the weights of the loss are {parts}",
-                expected="none below 0, and cross-entropy or KL above it",
-            )
-
-    @property
-    def weights(self) -> Weights:
-        """Weights of the parts of the loss."""
-        return Weights(self.cross_entropy_weight, self.kl_weight, self.classifier_weight)
 
 
 _PART_TOKENS = 2048
@@ -84,14 +43,14 @@ class Course:
     stopped_early: bool = False
 
 
-def make_batches(count: int, settings: DraftSettings) -> list[list[int]]:
+def make_batches(count: int, options: DraftOptions) -> list[list[int]]:
     """Seeded batches of places in the training rows; the last epoch may be a fraction."""
-    total = math.ceil(settings.epochs * count / settings.batch_size)
-    generator = np.random.Generator(np.random.PCG64(settings.seed))
+    total = math.ceil(options.epochs * count / options.batch_size)
+    generator = np.random.Generator(np.random.PCG64(options.seed))
     batches: list[list[int]] = []
     while len(batches) < total:
         order = generator.permutation(count).tolist()
-        batches += [order[at : at + settings.batch_size] for at in range(0, count, settings.batch_size)]
+        batches += [order[at : at + options.batch_size] for at in range(0, count, options.batch_size)]
     return batches[:total]
 
 
@@ -104,13 +63,13 @@ class Trainer:
         head: torch.nn.Linear | None,
         rows: Sequence[DraftRow],
         split: Split,
-        settings: DraftSettings,
+        options: DraftOptions,
         checkpoint: Path,
         key: str,
     ) -> None:
         from accelerate import Accelerator
 
-        self.rows, self.split, self.settings = rows, split, settings
+        self.rows, self.split, self.options = rows, split, options
         self.checkpoint, self.key = checkpoint, key
         device = next(model.parameters()).device
         # On processors without a matrix unit for bfloat16 autocast is slower than float32, and less exact.
@@ -119,11 +78,11 @@ class Trainer:
         self.module = torch.nn.ModuleDict(
             {"draft": model} if head is None else {"draft": model, "head": head}
         )
-        self.batches = make_batches(len(split.train), settings)
+        self.batches = make_batches(len(split.train), options)
         optimizer = torch.optim.AdamW(
             self.module.parameters(),
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
+            lr=options.learning_rate,
+            weight_decay=options.weight_decay,
             betas=(0.9, 0.99),
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
@@ -140,7 +99,7 @@ class Trainer:
         Raises `UsageError` for a checkpoint of other inputs or settings, `MachineError` for a loss that is
         not a number.
         """
-        torch.manual_seed(self.settings.seed)
+        torch.manual_seed(self.options.seed)
         self._load()
         with progress("Draft", total=len(self.batches), unit="step") as advance:
             advance(self.course.step)
@@ -148,14 +107,14 @@ class Trainer:
                 self._step(self.batches[self.course.step])
                 advance(1)
                 last = self.course.step == len(self.batches)
-                if last or self.course.step % self.settings.validate_every == 0:
+                if last or self.course.step % self.options.validate_every == 0:
                     self._validate()
                     self._save()
         self._core().load_state_dict(self.best)
         return self.course
 
     def _rate(self, step: int) -> float:
-        rising = max(1, round(self.settings.warmup * len(self.batches)))
+        rising = max(1, round(self.options.warmup * len(self.batches)))
         if step < rising:
             return (step + 1) / rising
         done = (step - rising) / max(1, len(self.batches) - rising)
@@ -176,7 +135,7 @@ class Trainer:
                 f"the loss of step {self.course.step + 1} is not a number",
                 remedy="give a lower --learning-rate and start again from an empty output",
             )
-        self.accelerator.clip_grad_norm_(self.module.parameters(), self.settings.clip_norm)
+        self.accelerator.clip_grad_norm_(self.module.parameters(), self.options.clip_norm)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -185,7 +144,7 @@ class Trainer:
 
     def _shares(self, rows: Sequence[DraftRow]) -> Iterator[torch.Tensor]:
         """The batch's loss in parts that fit in memory."""
-        core, weights = self._core(), self.settings.weights
+        core, weights = self._core(), Weights.of(self.options)
         head = cast("torch.nn.Linear", core["head"]) if "head" in core else None
         tokens = sum(row.scored for row in rows)
         labelled = sum(row.label >= 0 for row in rows)
@@ -209,7 +168,7 @@ class Trainer:
                 name: value.detach().cpu().clone() for name, value in self._core().state_dict().items()
             }
         since = sum(step.step > course.best_step for step in course.validations)
-        course.stopped_early = since >= self.settings.patience
+        course.stopped_early = since >= self.options.patience
 
     def _save(self) -> None:
         """A checkpoint, whole or not at all: weights, best weights, optimizer, random state, how far."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,68 +19,35 @@ from lorasmith.followup.responses.work import (
     ResponseWork,
     speed_since_start,
 )
-from lorasmith.models.generation.decoding import Sampling
-from lorasmith.models.load import check_device_map
 from lorasmith.models.text import Frame, frame
+from lorasmith.options import RespondOptions
+from lorasmith.options.keywords import documented
 from lorasmith.progress import Unwatched, Watcher
 from lorasmith.records.base import FileDigest
 from lorasmith.records.followup import RespondRecord, RespondSettings
 
 
-@dataclass(frozen=True)
-class RespondOptions:
-    """What a caller of `respond` may choose."""
-
-    adapter: StrPath | None = None
-    engine: str = "transformers"
-    template: str = "auto"
-    system: str | None = None
-    max_new_tokens: int = 1024
-    sampling: Sampling = field(default_factory=Sampling)
-    top_logprobs: int = 0
-    batch_size: int | None = None
-    device: str = "auto"
-    device_map: str | None = None
-    """`auto` spreads a model that is too large for one GPU over all of them, memory and disk."""
-    dtype: str = "auto"
-    limit: int | None = None
-    """Only the first rows of the file."""
-    retry_failed: bool = False
-    whole_groups: bool = False
-    """Answer rows in groups that a kill does not tear: stored log-probabilities are then the same bytes after
-    it, at the price of up to `GROUP_ROWS` rows that are answered again, and of each group's slow end."""
-    price_per_hour: float | None = None
-
-    def check(self) -> None:
-        """Raise `UsageError` for a value that cannot be."""
-        self.sampling.check()
-        check_device_map(self.device_map)
-        for name, value, least in (
-            ("max_new_tokens", self.max_new_tokens, 1),
-            ("top_logprobs", self.top_logprobs, 0),
-            ("limit", self.limit, 1),
-            ("price_per_hour", self.price_per_hour, 0),
-        ):
-            if value is not None and value < least:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}", expected=f"{least} or more")
-
-
+@documented(RespondOptions)
 def respond(
     model: StrPath,
     data: StrPath,
     output: StrPath,
     *,
+    adapter: StrPath | None = None,
     options: RespondOptions | None = None,
     watcher: Watcher | None = None,
-    engine: Engine | None = None,
+    loaded: Engine | None = None,
     executor: Executor | None = None,
+    **given: Any,
 ) -> RespondRecord:
     """Answer every row of `data` (JSONL) and write the responses to `output` (JSONL) in the rows' order.
+
+    `model` answers by itself, or with `adapter` on it, unmerged.
 
     Beside it: `NAME.json` (the record), `NAME.logprobs.parquet` where log-probabilities are wanted,
     `NAME.failed.jsonl` with the rows that have no answer, `NAME.timing.json`. Killed at any point, the same
     command goes on after the last finished row. Raises `UsageError` for an output begun with other settings,
-    `DataError` for a file without prompts. `engine` is one already loaded.
+    `DataError` for a file without prompts. `loaded` is an engine that is ready.
 
     `executor` is where rows are answered; this process by default. On a cluster, groups of rows are the
     chunks of work (`cluster.group_size`): a lost worker costs its group. Greedy texts are those of
@@ -89,11 +55,10 @@ def respond(
     computed it, those of commands that were broken off included; a finding says where that differs.
     """
     model, data = Path(model), Path(data)
-    places, options = Places(Path(output)), options or RespondOptions()
-    options.check()
+    places, options = Places(Path(output)), RespondOptions.given(options, given)
     rows = read_prompts(data, options.limit)
-    adapter = None if options.adapter is None else Path(options.adapter)
-    engine = engine or choose_engine(model, adapter, options, executor)
+    adapter = None if adapter is None else Path(adapter)
+    engine = loaded or choose_engine(model, adapter, options, executor)
     around = frame(engine.tokenizer, options.template, end_of_turn=False)
     settings = _settings(model, adapter, engine, around, options)
     earlier = earlier_rows(places, settings)  # refuses a foreign output before anything is written
@@ -143,9 +108,9 @@ def _settings(
         template=around.template,
         system=options.system,
         max_new_tokens=options.max_new_tokens,
-        temperature=options.sampling.temperature,
-        top_p=options.sampling.top_p,
-        top_k=options.sampling.top_k,
-        seed=0 if options.sampling.greedy else options.sampling.seed,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        seed=options.seed if options.temperature else 0,  # nothing is drawn
         top_logprobs=options.top_logprobs,
     )

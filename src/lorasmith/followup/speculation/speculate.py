@@ -27,6 +27,8 @@ from lorasmith.models.device import resolve_device, use_route
 from lorasmith.models.generation.generate import stop_tokens
 from lorasmith.models.load import LoadedModel, load_model
 from lorasmith.models.text import Frame, conversation_tokens, frame
+from lorasmith.options import SpeculateOptions
+from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import Finding
 from lorasmith.records.followup import (
@@ -228,29 +230,7 @@ def recommend(speeds: Sequence[SpeculationSpeed]) -> tuple[bool, str]:
 _PROBE = "The quick brown fox: 3.14159 × 2\n\tdef f(x):\n        return [x, 'ä', \"日本\"]  # 🙂"
 
 
-@dataclass(frozen=True)
-class SpeculateOptions:
-    """What a caller of `speculate` may choose."""
-
-    draft_tokens: tuple[int, ...] = (2, 4, 6)
-    max_new_tokens: int = 128
-    limit: int | None = 20
-    """Prompts from the beginning of the file; None for all."""
-    template: str = "auto"
-    device: str = "auto"
-    dtype: str = "float32"
-
-    def check(self) -> None:
-        """Raise `UsageError` for a value that cannot be."""
-        for name, values in (
-            ("draft_tokens", self.draft_tokens or (0,)),
-            ("max_new_tokens", (self.max_new_tokens,)),
-            ("limit", (1 if self.limit is None else self.limit,)),
-        ):
-            if min(values) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {min(values)}", expected="1 or more")
-
-
+@documented(SpeculateOptions)
 def speculate(
     target: StrPath,
     prompts: StrPath,
@@ -259,6 +239,7 @@ def speculate(
     output: StrPath | None = None,
     options: SpeculateOptions | None = None,
     progress: Progress = silent,
+    **given: Any,
 ) -> tuple[SpeculationRecord, SpeculationTiming]:
     """Decode each prompt greedily, with drafts of each length, and with prompt lookup of each length.
 
@@ -268,8 +249,7 @@ def speculate(
     """
     target, prompts = Path(target), Path(prompts)
     draft = None if draft is None else Path(draft)
-    options = options or SpeculateOptions()
-    options.check()
+    options = SpeculateOptions.given(options, given)
     device = resolve_device(options.device)
     dtype = resolve_dtype(target, options.dtype, device.type)
     loaded = load_model(target, device=device, dtype=DTYPES[dtype])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lorasmith.errors import UsageError
+from lorasmith.options import SamplingOptions
 
 
 def left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,20 +113,10 @@ class Sampling:
     seed: int = 0
     """Of everything random; not used by greedy decoding."""
 
-    def check(self) -> None:
-        """Raise `UsageError` for a value that cannot be, or that greedy decoding would ignore."""
-        for name, good, expected in (
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
-            ("top_k", self.top_k >= 0, "0 (no limit) or more"),
-        ):
-            if not good:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}", expected=expected)
-        if not self.temperature and (self.top_p != 1 or self.top_k):
-            raise UsageError(
-                "--top-p and --top-k do nothing at a temperature of 0",
-                remedy="give --temperature as well, or leave them out",
-            )
+    @classmethod
+    def of(cls, options: SamplingOptions, seed: int) -> Sampling:
+        """What was asked for."""
+        return cls(options.temperature, options.top_p, options.top_k, seed)
 
     @property
     def greedy(self) -> bool:
