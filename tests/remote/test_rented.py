@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 from lorasmith.errors import ProviderError, RemoteError
-from lorasmith.remote.rental.job import open_transport
+from lorasmith.remote.rental.caps import Caps
+from lorasmith.remote.rental.first_contact import open_transport
 from lorasmith.remote.rental.provider import Instance
-from lorasmith.remote.rental.rent import Caps, Renter
+from lorasmith.remote.rental.rent import Renter
 from lorasmith.remote.rental.vast import Vast
 from lorasmith.remote.ssh import SshTransport
 from lorasmith.remote.state import open_rentals, rental_at, rental_hosts, rentals
@@ -117,7 +118,7 @@ def test_a_silent_log_leaves_the_first_contact_and_says_so(vast: FakeVast, other
 def test_a_machine_without_its_watchdog_is_not_used(
     vast: FakeVast, other: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorasmith.remote.rental.job.SSH_SECONDS", 10.0)
+    monkeypatch.setattr("lorasmith.remote.rental.first_contact.SSH_SECONDS", 10.0)
     _, contact = meet(vast, [])
     (other.home / ".lorasmith" / "watchdog.pid").unlink()
     with pytest.raises(ProviderError, match="the watchdog does not run"):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from lorasmith.errors import InputError, ProviderError, UsageError
-from lorasmith.remote.rental.provider import RefusedError
-from lorasmith.remote.rental.rent import Caps, Renter
+from lorasmith.remote.rental.caps import Caps
+from lorasmith.remote.rental.provider import Charge, RefusedError
+from lorasmith.remote.rental.rent import Renter
 from lorasmith.remote.rental.vast import Vast, parse_query, read_key
 from tests.remote.vast_server import KEY, FakeVast, SimulatedClock, a_start, an_offer, serve
 
@@ -95,6 +96,7 @@ def test_charges_are_summed_for_each_instance(vast: FakeVast) -> None:
     first, second = (vast.buy(1, {"label": "x", "onstart": a_start()}) for _ in range(2))
     vast.bills = {first.id: 0.9, second.id: 1.25}
     now = vast.clock.time
-    assert client(vast).charges(now - 10, now + 10) == {first.id: 0.9, second.id: 1.25}
+    bills = client(vast).charges(now - 10, now + 10)
+    assert bills == {first.id: Charge(0.9, 1.5), second.id: Charge(1.25, 1.5)}
     assert sum("charges" in line for line in vast.seen) == 3  # a page each, that of a volume too
     assert client(vast).charges(now + 90_000, now + 100_000) == {}

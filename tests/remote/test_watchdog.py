@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import subprocess
 import sys
@@ -10,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from lorasmith.remote.agent import requests, watchdog
-from lorasmith.remote.rental.job import _PRINT
+from lorasmith.remote.agent import requests
+from lorasmith.remote.rental import watchdog
+from lorasmith.remote.rental.caps import Caps
+from lorasmith.remote.rental.first_contact import _PRINT
+from lorasmith.remote.rental.rent import watchdog_program
 from tests.remote.machines import make_key
 from tests.remote.vast_server import KEY, FakeVast, SimulatedClock, a_start, an_offer, serve
 
@@ -32,25 +37,86 @@ NET = """Inter-|   Receive                                                |  Tra
         (1900, 1000, False, None),
         (3000, 1000, False, "nobody has been here"),
         (7000, 1000, True, None),
-        (7200, 7199, True, "used up"),
+        (7200, 7199, True, "cap is reached"),
     ],
 )
 def test_when_the_watchdog_destroys(now: float, beat: float, busy: bool, expected: str | None) -> None:
-    found = watchdog.reason(now, 0, 7200, 1800, beat, busy)
-    assert found is None if expected is None else expected in str(found)
+    said = a_watch(hours=2.0, cost=100.0).reason(now, beat, busy)
+    assert said == "" if expected is None else expected in said
 
 
-def test_dollars_that_traffic_takes_are_missing_for_hours() -> None:
-    assert watchdog.deadline(100.0, 4.0, 3.0, 1.5, 0.0) == 100.0 + 2 * 3600
-    assert watchdog.deadline(100.0, 4.0, 3.0, 1.5, 1.5) == 100.0 + 3600
-    assert watchdog.deadline(100.0, 1.0, 3.0, 1.5, 0.0) == 100.0 + 3600
-    assert watchdog.deadline(100.0, 4.0, 3.0, 1.5, 9.9) == 100.0
+def a_watch(*, hours: float, cost: float, price: float = 1.5) -> watchdog.Watch:
+    """A watchdog since the first second, told by the command line that the client writes."""
+    caps = Caps(price=2.0, cost=cost, hours=hours)
+    return watchdog.Watch(0.0, tuple(watchdog.arguments(caps, price, 0.001, 0.002).split()))
 
 
-def test_traffic_is_that_of_the_outer_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert watchdog.traffic(NET) == (5_000_000_001, 2_000_000_002)
-    monkeypatch.setattr(requests.Path, "read_text", lambda self: NET)
-    assert requests.traffic() == (5_000_000_001, 2_000_000_002)
+@pytest.mark.parametrize(
+    ("hours", "traffic", "over_after"), [(4.0, 0.0, 2.0), (4.0, 1.5, 1.0), (1.0, 0.0, 1.0), (4.0, 9.9, 0.0)]
+)
+def test_dollars_that_traffic_takes_are_missing_for_hours(
+    hours: float, traffic: float, over_after: float
+) -> None:
+    """Three dollars at $1.50 an hour."""
+    watch = a_watch(hours=hours, cost=3.0)
+    watch.see_traffic(0, int(traffic / 0.002 * 1e9))
+    assert not watch.reason(over_after * 3600 - 1, 0.0, True) or not over_after
+    assert "cap is reached" in watch.reason(over_after * 3600 + 1, 0.0, True)
+
+
+def test_traffic_is_that_of_the_outer_interfaces() -> None:
+    assert watchdog.counters(NET) == (5_000_000_001, 2_000_000_002)
+
+
+def test_a_beat_tells_what_the_machine_costs_and_brings_back_what_the_watchdog_counted(
+    tmp_path: Path,
+) -> None:
+    request = {"do": "beat", "folder": str(tmp_path), "told": {"price": 1.51, "ahead": 0.25}}
+    assert requests.beat(request) == {"watchdog": False, "received": 0, "sent": 0}
+    (tmp_path / "watchdog.pid").write_text(str(os.getpid()))
+    (tmp_path / "traffic").write_text("70 30")
+    assert requests.beat(request) == {"watchdog": True, "received": 70, "sent": 30}
+    watch = a_watch(hours=4.0, cost=3.0)
+    watch.see_beat((tmp_path / "heartbeat").read_text())
+    assert (watch.meter.price, watch.meter.ahead) == (1.51, 0.25)
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    (tmp_path / "watchdog.pid").write_text(str(done.pid))
+    assert not requests.beat(request)["watchdog"]  # a number that nobody has any more is no watchdog
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ({"instances": {"dph_total": 1.5}}, ""),
+        ({"instances": {"dph_total": 1.51}}, ""),
+        ({"instances": {"dph_total": 1.6}}, "costs $1.600 an hour, more than the $1.500 offered"),
+        ({"instances": {"dph_total": float("nan")}}, "no price"),
+        ({"instances": {"dph_total": -1.0}}, "no price"),
+        ({"instances": {"dph_total": 0}}, "no price"),
+        ({"instances": {"dph_total": None}}, "no price"),
+        ({"instances": {"dph_total": "0.1"}}, "no price"),
+        ({"instances": {"dph_total": True}}, "no price"),
+        ({"instances": {}}, "no price"),
+        ({"instances": None}, ""),  # nothing is said of its price: what is known holds
+    ],
+)
+def test_the_watchdog_reads_its_own_price_and_ends_at_one_that_is_none(answer: object, expected: str) -> None:
+    watch = a_watch(hours=4.0, cost=3.0)
+    watch.see_answer(json.dumps(answer).encode(), "instances/dph_total")
+    said = watch.reason(60.0, 0.0, True)
+    assert said == "" if not expected else expected in said
+    # Nothing that is heard later makes it forget.
+    watch.see_answer(b'{"instances": {"dph_total": 1.5}}', "instances/dph_total")
+    assert watch.reason(60.0, 0.0, True) == said
+
+
+def test_a_clock_or_a_cap_that_is_no_number_ends_the_machine() -> None:
+    assert a_watch(hours=float("nan"), cost=3.0).reason(60.0, 0.0, True)
+    assert a_watch(hours=4.0, cost=float("nan")).reason(60.0, 0.0, True)
+    watch = a_watch(hours=4.0, cost=3.0)
+    watch.meter.began = float("nan")
+    assert watch.reason(60.0, 0.0, True)
 
 
 def test_fingerprints_are_those_of_ssh_keygen(tmp_path: Path) -> None:
@@ -83,5 +149,12 @@ def test_the_watchdog_as_it_is_sent_destroys_its_machine_with_its_own_key(tmp_pa
             time.sleep(0.05)
         os.kill(int((there / "watchdog.pid").read_text()), 15)
     assert one.gone_at is not None
-    assert "used up" in (tmp_path / "lorasmith-watchdog.log").read_text()
-    assert float((there / "traffic").read_text()) >= 0.0
+    assert "cap is reached" in (tmp_path / "lorasmith-watchdog.log").read_text()
+    assert len((there / "traffic").read_text().split()) == 2
+
+
+def test_what_is_sent_needs_a_bare_python_of_years_ago() -> None:
+    program = ast.parse(watchdog_program(), feature_version=(3, 8))
+    imported = {name.name for one in ast.walk(program) if isinstance(one, ast.Import) for name in one.names}
+    imported |= {str(one.module) for one in ast.walk(program) if isinstance(one, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in imported} <= sys.stdlib_module_names

@@ -13,9 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
-from lorasmith.remote.agent import watchdog
-from lorasmith.remote.rental.provider import Farewell, Offer
-from lorasmith.remote.rental.rent import Caps, onstart
+from lorasmith.remote.rental import watchdog
+from lorasmith.remote.rental.caps import Caps, usable_price
+from lorasmith.remote.rental.provider import Offer, OwnAccess
+from lorasmith.remote.rental.rent import onstart
 
 KEY = "account-key"
 
@@ -54,11 +55,11 @@ class SimulatedClock:
 class FakeInstance:
     id: int
     label: str
-    price: float
+    price: Any
+    """What the provider shows; `billed` goes on at the last that was a number."""
     created: float
-    hours: float
-    dollars: float
-    grace: float
+    watch: watchdog.Watch
+    """Its watchdog, which knows what it was told and what it asks for: nobody else helps it."""
     listed_from: float
     starts_at: float | None
     """None: it never does."""
@@ -66,7 +67,13 @@ class FakeInstance:
     host: str = "127.0.0.1"
     port: int = 22
     beat: float = 0.0
+    told: str = ""
+    """What the renting computer wrote into the heartbeat."""
     busy: bool = False
+    billed: float = 0.0
+    """Dollars for its time, second by second at the price of that second."""
+    rate: float = 0.0
+    counted_until: float = 0.0
     gone_at: float | None = None
     traffic: float = 0.0
     """Dollars, as its watchdog counts them."""
@@ -99,13 +106,14 @@ class FakeVast:
     """Like a provider that ignores the label of a request to rent."""
     first_log: list[str] = field(default_factory=list)
     """What every instance writes into its log as it starts."""
-    bills: dict[int, float] = field(default_factory=dict)
-    """Instance → dollars charged."""
+    bills: dict[int, Any] = field(default_factory=dict)
+    """Instance → dollars charged, where the bill is not what its time and traffic cost."""
     offers: list[dict[str, Any]] = field(default_factory=list)
     instances: dict[int, FakeInstance] = field(default_factory=dict)
     bought: list[str] = field(default_factory=list)
     """The label of every purchase."""
     seen: list[str] = field(default_factory=list)
+    price_path: str = ""
 
     def __post_init__(self) -> None:
         self.clock.passing = self.tick
@@ -120,18 +128,34 @@ class FakeVast:
         for one in self.running():
             if one.status == "loading" and one.starts_at is not None and now >= one.starts_at:
                 one.status = self.dead_status or "running"
-            deadline = watchdog.deadline(one.created, one.hours, one.dollars, one.price, one.traffic)
-            if watchdog.reason(now, one.created, deadline, one.grace, one.beat, one.busy):
-                one.gone_at = now
+            self._bill(one, now)
+            self._watch(one, now)
+
+    def _bill(self, one: FakeInstance, now: float) -> None:
+        if usable_price(one.price):
+            one.rate = one.price
+        one.billed += (now - one.counted_until) / 3600 * one.rate
+        one.counted_until = now
+
+    def _watch(self, one: FakeInstance, now: float) -> None:
+        """What the watchdog does every 15 seconds, over the same bad line."""
+        one.watch.meter.traffic = one.traffic
+        one.watch.see_beat(one.told)
+        status, body = self.answer("GET", f"/api/v0/instances/{one.id}/", {})
+        if status == 200:
+            one.watch.see_answer(json.dumps(body).encode(), self.price_path)
+        if one.watch.reason(now, one.beat, one.busy):
+            self.answer("DELETE", f"/api/v0/instances/{one.id}/", {})
 
     def cost(self, one: FakeInstance) -> float:
         """Dollars so far."""
-        return ((one.gone_at or self.clock.time) - one.created) / 3600 * one.price + one.traffic
+        return one.billed + one.traffic
 
     def buy(self, offer: int, body: dict[str, Any]) -> FakeInstance:
-        found = re.search(r"dog\.py http\S+ CONTAINER_API_KEY \S+ ([\d.]+) (\d+) ([\d.]+) ", body["onstart"])
-        assert found, "an instance without a watchdog was asked for"
+        asked = re.search(r"dog\.py http\S+ CONTAINER_API_KEY (\S+) \S+ ([\d. ]+) > ", body["onstart"])
+        assert asked, "an instance without a watchdog was asked for"
         assert KEY not in body["onstart"]
+        self.price_path = asked[1]
         now = self.clock.time
         price = next(item["dph_total"] for item in self.offers if item["id"] == offer)
         one = FakeInstance(
@@ -139,9 +163,9 @@ class FakeVast:
             label="" if self.loses_labels else body["label"],
             price=price,
             created=now,
-            hours=float(found[1]),
-            dollars=float(found[3]),
-            grace=float(found[2]),
+            watch=watchdog.Watch(now, tuple(asked[2].split())),
+            rate=price,
+            counted_until=now,
             listed_from=now + self.listing_delay,
             starts_at=None if self.starts_after is None else now + self.starts_after,
             port=self.port,
@@ -225,9 +249,14 @@ class FakeVast:
         days = json.loads(query["select_filters"][0])["day"]
         assert days["gte"] % 86_400 == 0
         rows = [
-            {"source": f"instance-{number}", "type": "instance", "amount": amount, "items": []}
-            for number, amount in self.bills.items()
-            if days["gte"] <= self.instances[number].created <= days["lte"]
+            {
+                "source": f"instance-{one.id}",
+                "type": "instance",
+                "amount": self.bills.get(one.id, self.cost(one)),
+                "items": [{"type": "gpu", "description": f"1.000 hours at ${one.rate:.3f}/hour"}],
+            }
+            for one in self.instances.values()
+            if days["gte"] <= one.created <= days["lte"]
         ]
         rows.append({"source": "volume-5000", "type": "volume", "amount": 99.0, "items": []})
         start = int(query.get("after_token", ["0"])[0])
@@ -279,7 +308,10 @@ def a_start(url: str = "http://x", *, hours: float = 1.0, grace: float = 1.0, fo
     offer = Offer(1, "H100", 1, 80, 1.5, 0.02, 0.002, 0.001, 0.99, 500, 800.0, 1600.0, "")
     caps = Caps(price=2.0, cost=1e6, hours=hours, grace=grace)
     return onstart(
-        Farewell(f"{url}/api/v0/instances/$CONTAINER_ID/", "CONTAINER_API_KEY"), caps, offer, folder
+        OwnAccess(f"{url}/api/v0/instances/$CONTAINER_ID/", "CONTAINER_API_KEY", "instances/dph_total"),
+        caps,
+        offer,
+        folder,
     )
 
 

@@ -73,7 +73,8 @@ def rental_cost(rental: Rental, now: float | None = None) -> RentalCost:
     until = rental.gone_at if rental.gone_at is not None else time.time() if now is None else now
     hours = max(0.0, until - rental.asked_at) / 3600 if rental.state != "refused" else 0.0
     disk = hours * rental.disk_per_hour
-    compute = hours * rental.price_per_hour - disk
+    # What the provider billed beyond our own count is part of the price, whatever it was for.
+    compute = hours * rental.price_per_hour - disk + rental.billed_ahead
     traffic = traffic_dollars(rental)
     return RentalCost(
         label=rental.label,

@@ -90,7 +90,9 @@ class Rental(Record):
     offer: int | None = None
     instance: int | None = None
     price_per_hour: float
-    """US dollars, disk included."""
+    """US dollars, disk included: the highest of offer, instance and bill that was seen."""
+    offered_price: float | None = None
+    """US dollars an hour of the offer that was taken; None in records from before it was kept apart."""
     disk_per_hour: float = 0.0
     """US dollars of `price_per_hour` that the disk takes."""
     upload_per_gb: float = 0.0
@@ -113,7 +115,9 @@ class Rental(Record):
     """What vouches for the keys: the log that the provider serves, or nothing."""
     sent_bytes: int = 0
     received_bytes: int = 0
-    """By the machine's own count since it started; downloads of packages and models included."""
+    """Bytes by the machine's own count since it started; downloads of packages and models included."""
+    billed_ahead: float = 0.0
+    """US dollars by which the provider's bill once exceeded what was counted here."""
     outputs: list[str] = []
     """Where results of this rental go on this machine."""
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lorasmith.errors import InputError, UsageError, os_errors
+from lorasmith.errors import InputError, LorasmithError, UsageError, os_errors
 from lorasmith.files.atomic import read_record, write_bytes, write_record
 from lorasmith.records.remote import RemoteJob, Rental
 
@@ -76,13 +78,33 @@ def find_job(name: str | None) -> RemoteJob:
         )
     if name is None:
         return known[0]
-    found = [job for job in known if job.id.startswith(name)]
-    if len(found) != 1:
+    begun = [job for job in known if job.id.startswith(name)]
+    if len(begun) != 1:
         ids = ", ".join(job.id for job in known[:5])
         raise UsageError(
-            f"{name!r} is the beginning of {len(found)} jobs", expected=f"one of {ids}", where=state_folder()
+            f"{name!r} is the beginning of {len(begun)} jobs", expected=f"one of {ids}", where=state_folder()
         )
-    return found[0]
+    return begun[0]
+
+
+# Rentals: one file each, named by its label. Money depends on them, so that each is read for itself.
+
+
+PREFIX = "lorasmith-"
+"""Begins every label, and nothing else in the account."""
+LABEL = re.compile(PREFIX + r"[0-9A-Za-z-]+")
+"""What is searched for in the account and destroyed: a file that names anything else is not believed."""
+
+
+@dataclass(frozen=True)
+class UnreadableRental:
+    """A file of a rental that cannot be read as one, and what is still legible of it."""
+
+    path: Path
+    label: str | None
+    """The label that the file or its name tells; None where it tells none of ours."""
+    instance: int | None
+    problem: str
 
 
 def save_rental(rental: Rental) -> None:
@@ -90,18 +112,43 @@ def save_rental(rental: Rental) -> None:
     write_record(state_folder() / "rentals" / f"{rental.label}.json", rental)
 
 
-def rentals() -> Iterator[Rental]:
-    """Every rental ever written here."""
+def read_rentals() -> tuple[list[Rental], list[UnreadableRental]]:
+    """Every rental ever written here, and the files that should be one: neither keeps the other from use."""
+    whole: list[Rental] = []
+    unreadable: list[UnreadableRental] = []
     for path in sorted((state_folder() / "rentals").glob("*.json")):
-        yield read_record(path, Rental)
+        try:
+            if not path.is_file():  # a pipe would be waited for, and a folder holds no rental
+                raise InputError("it is no file", where=path)
+            rental = read_record(path, Rental)
+            if rental.label != path.stem or not LABEL.fullmatch(rental.label):
+                raise InputError(f"it is the rental {rental.label!r} under another name", where=path)
+            whole.append(rental)
+        except (LorasmithError, ValueError, RecursionError) as error:
+            unreadable.append(_legible(path, str(error).partition("\n")[0]))
+    return whole, unreadable
 
 
-def change_rental(label: str, **changes: object) -> Rental:
-    """Write down what has become known of a rental."""
-    path = state_folder() / "rentals" / f"{label}.json"
-    rental = read_record(path, Rental).model_copy(update=changes)
-    write_record(path, rental)
-    return rental
+def _legible(path: Path, problem: str) -> UnreadableRental:
+    """What a damaged or foreign file still tells of the machine that it stands for."""
+    try:
+        text = path.read_bytes()[:100_000].decode(errors="replace") if path.is_file() else ""
+    except OSError:
+        text = ""
+    told = re.search(rf'"label":\s*"({LABEL.pattern})"', text)
+    named = told[1] if told else path.stem
+    number = re.search(r'"instance":\s*(\d{1,18})\b', text)
+    return UnreadableRental(
+        path=path,
+        label=named if LABEL.fullmatch(named) else None,
+        instance=int(number[1]) if number else None,
+        problem=problem,
+    )
+
+
+def rentals() -> list[Rental]:
+    """Every rental ever written here that can be read."""
+    return read_rentals()[0]
 
 
 def open_rentals() -> list[Rental]:

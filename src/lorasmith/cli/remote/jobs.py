@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,13 +19,13 @@ from lorasmith.cli.remote.rentals import (
     MaxPrice,
     choose_offer,
     needs,
-    open_renter,
 )
 from lorasmith.errors import UsageError
 
 if TYPE_CHECKING:
     from lorasmith.cli.remote.command import RemoteCommand
     from lorasmith.records.remote import RemoteJob, RemoteStatus, Rental
+    from lorasmith.remote.rental.rent import Renter
     from lorasmith.remote.session import Session
     from lorasmith.remote.ssh import SshTransport
 
@@ -77,11 +79,11 @@ def confirm_key(name: str, prints: list[str]) -> bool:
     return typer.confirm("Is one of them what its owner or provider tells?", err=True)
 
 
-def ended(found: RemoteStatus) -> None:
+def ended(status: RemoteStatus) -> None:
     """End with the command's own exit code."""
-    if found.code in (0, 1):
+    if status.code in (0, 1):
         typer.echo("done: results fetched and verified")
-    raise typer.Exit(found.code if found.code is not None else 3)
+    raise typer.Exit(status.code if status.code is not None else 3)
 
 
 def _interactive() -> bool:
@@ -90,29 +92,36 @@ def _interactive() -> bool:
     return sys.stdin.isatty() and sys.stderr.isatty()
 
 
-def follow(session: Session, rental: Rental | None, *, needs_gpu: bool) -> RemoteStatus:
-    """Run the job; on a rented machine it is seen that somebody is there, under the caps of the rental."""
+def renter_of(rental: Rental) -> Renter:
+    """The provider of a machine that was rented before, under the caps that it was rented with."""
+    from lorasmith.remote.rental.rent import open_renter
+
+    return open_renter(rental.max_price, rental.max_cost, rental.max_hours, say)
+
+
+@contextmanager
+def looked_after(session: Session) -> Iterator[None]:
+    """On a rented machine: be there for its watchdog, and hold the caps of the rental from here too."""
+    from lorasmith.remote.rental.job import Watch
+    from lorasmith.remote.state import rental_at
+
+    rental = rental_at(session.job.host.rpartition("@")[2], session.job.port)
     if rental is None:
-        return session.run(needs_gpu=needs_gpu)
-    import time
-
-    from lorasmith.remote.rental.job import Heartbeat
-    from lorasmith.remote.rental.rent import Caps
-
-    caps = Caps(rental.max_price, rental.max_cost, rental.max_hours)
-    with Heartbeat(session.transport, rental.label) as pulse:
-        session.alive = lambda: caps.require_left(pulse.rental, time.time())
-        return session.run(needs_gpu=needs_gpu)
+        yield
+        return
+    with Watch(renter_of(rental), session.transport, rental) as watch:
+        session.alive = watch.require
+        yield
 
 
-def report_again(found: RemoteCommand) -> None:
+def report_again(sent: RemoteCommand) -> None:
     """A run's own page, now that it is known what the machine cost."""
-    if found.name != "run":
+    if sent.name != "run":
         return
     from lorasmith.files.digests import reseal
     from lorasmith.reporting.page import write_report
 
-    for run in (Path(item.local) for item in found.outputs):
+    for run in (Path(item.local) for item in sent.outputs):
         if (run / "report.html").is_file():
             write_report(run, run / "report.html")
             reseal(run, run / "report.html")
@@ -168,27 +177,28 @@ def run(
     """
     from lorasmith.cli.remote.command import read_command
     from lorasmith.remote.job import make_job, require_free_outputs, require_inputs
-    from lorasmith.remote.rental.job import own_key, remember_outputs, run_rented
-    from lorasmith.remote.rental.rent import IMAGE
+    from lorasmith.remote.rental.first_contact import own_key
+    from lorasmith.remote.rental.job import run_rented
+    from lorasmith.remote.rental.rent import IMAGE, open_renter
     from lorasmith.remote.session import value_of
     from lorasmith.remote.ssh import parse_host
     from lorasmith.remote.state import rental_at
 
     if (host is None) == (vast is None):
         raise UsageError("where should it run?", expected="either --host user@machine or --vast CONDITIONS")
-    found = read_command(command)
+    sent = read_command(command)
 
     def make(login: str, port: int | None, key: str | None, price: float | None) -> RemoteJob:
         return make_job(
             login,
             port,
-            found.at_price(price),
-            found.inputs,
-            found.outputs,
+            sent.at_price(price),
+            sent.inputs,
+            sent.outputs,
             folder=folder,
             identity=key,
-            hub=found.hub,
-            extras=found.extras,
+            hub=sent.hub,
+            extras=sent.extras,
             python=remote_python,
             environment=env or [],
         )
@@ -199,18 +209,22 @@ def run(
         key = identity or (own_key() if rental else None)
         price = rental.price_per_hour if rental else None
         job = make(place.login, place.port, str(key.absolute()) if key else None, price)
-        if rental:
-            remember_outputs(rental.label, job)
-        ended(follow(open_session(job, fingerprint), rental, needs_gpu=found.needs_gpu))
+        if rental:  # where its results go is known before its cost is
+            places = [*rental.outputs, *(item.local for item in job.outputs)]
+            renter_of(rental).keep(rental, outputs=list(dict.fromkeys(places)))
+        session = open_session(job, fingerprint)
+        with looked_after(session):
+            status = session.run(needs_gpu=sent.needs_gpu)
+        ended(status)
     if max_cost is None:
         raise UsageError("--vast spends money", expected="--max-cost, in US dollars")
     # What would fail there in a quarter of an hour fails here, before money is spent.
-    require_inputs(found.inputs)
-    require_free_outputs(found.outputs)
+    require_inputs(sent.inputs)
+    require_free_outputs(sent.outputs)
     for name in env or []:
         value_of(name)
-    need = needs(found, hours, disk)
-    renter = open_renter(max_price, max_cost, max_hours)
+    need = needs(sent, hours, disk)
+    renter = open_renter(max_price, max_cost, max_hours, say)
     chosen = choose_offer(renter, str(vast), offer, need.disk)
     status = run_rented(
         renter,
@@ -219,11 +233,11 @@ def run(
         new_session,
         disk=need.disk,
         image=image or IMAGE,
-        needs_gpu=found.needs_gpu,
+        needs_gpu=sent.needs_gpu,
         planned=need.estimate(chosen).dollars,
-        outputs=[item.local for item in found.outputs],
+        outputs=[item.local for item in sent.outputs],
     )
-    report_again(found)
+    report_again(sent)
     ended(status)
 
 
@@ -233,7 +247,9 @@ def attach(job: JobName = None) -> None:
     Example: `lorasmith remote attach`
     """
     session = open_job(job)
-    ended(session.finish(session.attach()))
+    with looked_after(session):
+        status = session.finish(session.attach())
+    ended(status)
 
 
 def status(job: JobName = None, as_json: AsJson = False) -> None:
@@ -244,15 +260,17 @@ def status(job: JobName = None, as_json: AsJson = False) -> None:
     from lorasmith.cli.console import console
 
     session = open_job(job)
-    found = session.status()
+    now = session.status()
     if as_json:
-        typer.echo(found.model_dump_json(indent=2))
+        typer.echo(now.model_dump_json(indent=2))
         return
     screen = console()
-    code = "" if found.code is None else f", exit code {found.code}"
-    reason = f" ({found.reason})" if found.reason else ""
-    seconds = "" if found.seconds is None else f", {found.seconds:,.0f} s"
-    screen.print(f"{session.job.id} on {session.transport.where}: {found.phase}{code}{seconds}{reason}")
+    code = "" if now.code is None else f", exit code {now.code}"
+    reason = f" ({now.reason})" if now.reason else ""
+    seconds = "" if now.seconds is None else f", {now.seconds:,.0f} s"
+    screen.print(
+        f"{session.job.id} on {session.transport.where}: {now.phase}{code}{seconds}{reason}", markup=False
+    )
     screen.print(f"  lorasmith {' '.join(session.job.command)}", markup=False, soft_wrap=True)
     if session.job.fetched:
         screen.print("  results are here and verified")
@@ -272,7 +290,9 @@ def fetch(job: JobName = None) -> None:
     Example: `lorasmith remote fetch`
     """
     session = open_job(job)
-    ended(session.finish(session.status()))
+    with looked_after(session):
+        status = session.finish(session.status())
+    ended(status)
 
 
 def stop(job: JobName = None) -> None:
@@ -280,8 +300,8 @@ def stop(job: JobName = None) -> None:
 
     Example: `lorasmith remote stop`
     """
-    found = open_job(job).stop()
-    typer.echo(f"{found.phase}" + (f": {found.reason}" if found.reason else ""))
+    now = open_job(job).stop()
+    typer.echo(f"{now.phase}" + (f": {now.reason}" if now.reason else ""))
 
 
 for _command in (attach, status, logs, fetch, stop):

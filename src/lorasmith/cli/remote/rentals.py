@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lorasmith.preflight.sizes import ModelSize, WorkSize
     from lorasmith.records.remote import Rental
     from lorasmith.remote.rental.job import Estimate
-    from lorasmith.remote.rental.provider import Offer
+    from lorasmith.remote.rental.provider import Charge, Offer
     from lorasmith.remote.rental.rent import Renter
 
 
@@ -32,33 +32,23 @@ _DISK_BYTES = 500e6
 """Per second to the disk of a rented machine: a guess as well."""
 
 
-def open_renter(max_price: float, max_cost: float, max_hours: float) -> Renter:
-    """The provider with the account's key, under caps."""
-    import os
-
-    from lorasmith.remote.rental.rent import Caps, Renter
-    from lorasmith.remote.rental.vast import URL, Vast, read_key
-
-    for flag, value in (("--max-price", max_price), ("--max-cost", max_cost), ("--max-hours", max_hours)):
-        if not value > 0:
-            raise UsageError(f"{flag} {value:g} allows nothing", expected=f"{flag} above 0")
-    provider = Vast(read_key(), url=os.environ.get("LORASMITH_VAST_URL", URL))
-    return Renter(provider, Caps(max_price, max_cost, max_hours), say=typer.echo)
-
-
 def looking_renter() -> Renter:
-    """For commands that rent nothing."""
-    return open_renter(_NO_CAP, _NO_CAP, _NO_CAP)
+    """The provider, for commands that rent nothing."""
+    from lorasmith.remote.rental.rent import open_renter
+
+    return open_renter(_NO_CAP, _NO_CAP, _NO_CAP, typer.echo)
 
 
 def choose_offer(renter: Renter, query: str, number: int | None, disk: float) -> Offer:
     """The offer with this number, else the cheapest within the caps; raises `UsageError` for none."""
+    from lorasmith.remote.rental.rent import require_price
+
     known = renter.provider.offers(query, disk)
     require_offers(known, query)
     if number is not None:
         known = [offer for offer in known if offer.id == number]
         require_offers(known, f"offer {number}")
-    renter.caps.require(known[0])
+    require_price(known[0], renter.caps)
     return known[0]
 
 
@@ -81,12 +71,12 @@ class Need:
     disk: float
     """GB: environment, inputs, and results of twice their size."""
     hours: float | None = None
-    """Of work as the person says; None to work it out for each offer."""
+    """Hours of work as the person says; None to work them out for each offer."""
     sizes: tuple[ModelSize, WorkSize] | None = None
-    """Of a run whose models and test set are here."""
+    """Sizes of a run whose models and test set are here."""
 
     def work_hours(self, offer: Offer) -> float:
-        """As the person says, else by the formulas of `lorasmith doctor`, else half an hour."""
+        """Hours as the person says, else by the formulas of `lorasmith doctor`, else half an hour."""
         if self.hours is not None:
             return self.hours
         if self.sizes is None or not offer.flops:
@@ -114,19 +104,19 @@ class Need:
         return f"{DEFAULT_HOURS:g} h of work assumed (--hours)"
 
 
-def needs(found: RemoteCommand | None, hours: float | None, disk: float | None) -> Need:
+def needs(command: RemoteCommand | None, hours: float | None, disk: float | None) -> Need:
     """What the command sends and fetches, and how much it has to do. Models of the hub count 20 GB each."""
     from lorasmith.remote.rental.job import size_gb
 
-    sent = size_gb(found.inputs) if found else 0.0
-    hub = 20.0 * len(found.hub) if found else 0.0
+    sent = size_gb(command.inputs) if command else 0.0
+    hub = 20.0 * len(command.hub) if command else 0.0
     space = disk or 25.0 + 3 * (sent + hub)
-    sizes = _sizes(found.values) if found and found.name == "run" and not found.hub else None
+    sizes = _sizes(command.values) if command and command.name == "run" and not command.hub else None
     return Need(sent, 2 * sent, space, hours, sizes)
 
 
 def _sizes(values: dict[str, Any]) -> tuple[ModelSize, WorkSize] | None:
-    """Of a run; None where its files cannot be read: the run itself will say what is wrong with them."""
+    """Sizes of a run; None where its files cannot be read: the run itself says what is wrong with them."""
     from lorasmith.checkpoint.adapter import open_adapter
     from lorasmith.checkpoint.model import open_checkpoint
     from lorasmith.files.jsonl import read_examples
@@ -147,7 +137,8 @@ MaxCost = Annotated[float, typer.Option(help="US dollars in all at most; the mac
 MaxHours = Annotated[float, typer.Option(help="Hours at most; the machine is destroyed at them.")]
 Disk = Annotated[float | None, typer.Option(help="GB of disk. [what the command needs]")]
 Hours = Annotated[
-    float | None, typer.Option(help="Of the work itself, for the estimate. [worked out from a run's sizes]")
+    float | None,
+    typer.Option(help="Hours of the work itself, for the estimate. [worked out from a run's sizes]"),
 ]
 Image = Annotated[str | None, typer.Option(help="Docker image. [the provider's own]")]
 
@@ -208,19 +199,19 @@ def up(
 
     Example: `lorasmith remote up --query "gpu_name=RTX_4090" --max-cost 2`
     """
-    from lorasmith.remote.rental.job import open_transport, own_key
-    from lorasmith.remote.rental.rent import IMAGE
+    from lorasmith.remote.rental.first_contact import open_transport, own_key
+    from lorasmith.remote.rental.rent import IMAGE, open_renter
 
-    renter = open_renter(max_price, max_cost, max_hours)
+    renter = open_renter(max_price, max_cost, max_hours, typer.echo)
     space = disk or 60.0
     chosen = choose_offer(renter, query, offer, space)
     with renter.rented(chosen, keep=True, disk=space, image=image or IMAGE) as rental:
-        found = renter.wait_until_running(rental)
-        transport = open_transport(renter, rental, found)
-    typer.echo(f"{rental.label}: instance {found.id} runs, ${rental.price_per_hour:.3f} an hour")
+        machine = renter.wait_until_running(rental)
+        transport = open_transport(renter, rental, machine)
+    typer.echo(f"{rental.label}: instance {machine.id} runs, ${rental.price_per_hour:.3f} an hour")
     known = f"-o UserKnownHostsFile={transport.known_hosts}"
-    typer.echo(f"  ssh -i {own_key()} {known} -p {found.port} root@{found.host}")
-    typer.echo(f"  lorasmith remote run --host root@{found.host}:{found.port} -- COMMAND")
+    typer.echo(f"  ssh -i {own_key()} {known} -p {machine.port} root@{machine.host}")
+    typer.echo(f"  lorasmith remote run --host root@{machine.host}:{machine.port} -- COMMAND")
     typer.echo(f"  give it back with: lorasmith remote down {rental.label}")
 
 
@@ -236,11 +227,15 @@ def down(
     from lorasmith.remote.rental.job import record_rentals
     from lorasmith.remote.state import open_rentals
 
-    found = [rental for rental in open_rentals() if name in (rental.label, str(rental.instance))]
-    if not found:
+    named = [rental for rental in open_rentals() if name in (rental.label, str(rental.instance))]
+    if not named:
         known = ", ".join(rental.label for rental in open_rentals()) or "none"
-        raise UsageError(f"this computer rents nothing called {name!r}", expected=f"one of: {known}")
-    gone = open_renter(found[0].max_price, found[0].max_cost, found[0].max_hours).give_back(found[0])
+        raise UsageError(
+            f"this computer rents nothing called {name!r}",
+            expected=f"one of: {known}",
+            remedy="`lorasmith remote reap` also ends what no record here can be read of",
+        )
+    gone = looking_renter().give_back(named[0])
     for place in gone.outputs:
         record_rentals(Path(place))
     typer.echo(f"{gone.label}: {gone.state}, {_spent(gone)}")
@@ -258,41 +253,43 @@ def list_(
     Example: `lorasmith remote list`
     """
     from lorasmith.cli.console import console, table
-    from lorasmith.remote.rental.rent import PREFIX
+    from lorasmith.remote.state import PREFIX
 
     provider = looking_renter().provider
     if past:
         console().print(table("Rentals that have ended", *_past(provider.charges)))
         return
-    found = provider.instances()
+    instances = provider.instances()
     rows = [
         (
-            str(one.id),
+            "?" if one.id is None else str(one.id),
             one.label,
             one.status,
-            f"${one.price_per_hour:.3f}",
+            "?" if one.price_per_hour is None else f"${one.price_per_hour:.3f}",
             f"{one.host}:{one.port}" if one.host else "",
             "lorasmith" if one.label.startswith(PREFIX) else "",
         )
-        for one in found
+        for one in instances
     ]
-    console().print(table(f"{len(found)} instances", ("id", "label", "state", "per hour", "ssh", "by"), rows))
+    columns = ("id", "label", "state", "per hour", "ssh", "by")
+    console().print(table(f"{len(instances)} instances", columns, rows))
 
 
 def _past(
-    charges: Callable[[float, float], dict[int, float]],
+    charges: Callable[[float, float], dict[int, Charge]],
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     from lorasmith.files.costs import rental_cost
     from lorasmith.remote.state import rentals
 
     ended = [one for one in rentals() if one.state == "gone" and one.gone_at is not None]
-    billed: dict[int, float] = {}
+    billed: dict[int, Charge] = {}
     if ended:
         billed = charges(min(one.asked_at for one in ended), max(one.gone_at or 0.0 for one in ended))
     rows: list[tuple[str, ...]] = []
     for rental in sorted(ended, key=lambda one: one.asked_at):
         cost = rental_cost(rental)
-        bill = billed.get(rental.instance) if rental.instance is not None else None
+        charge = billed.get(rental.instance) if rental.instance is not None else None
+        bill = None if charge is None else charge.dollars
         rows.append(
             (
                 rental.label,
@@ -311,18 +308,21 @@ def _past(
 
 def reap(
     everything: Annotated[
-        bool, typer.Option("--all", help="Also what lorasmith rented from other computers.")
+        bool, typer.Option("--all", help="Destroy what lorasmith rented from other computers as well.")
     ] = False,
 ) -> None:
     """Destroy every machine that lorasmith rented and that is not known to be gone.
 
+    Exit code 1 where one of them may still run; its label and number are then shown.
+
     Example: `lorasmith remote reap`
     """
-    found = looking_renter().reap(everything=everything)
-    for rental in found:
-        what = "gone" if rental.state == "gone" else "not seen; its watchdog ends it, ask again later"
-        typer.echo(f"{rental.label}: {what}")
-    typer.echo(f"{len(found)} looked after" if found else "nothing is rented")
+    outcomes = looking_renter().reap(everything=everything)
+    for outcome in outcomes:
+        typer.echo(outcome.line)
+    typer.echo(f"{len(outcomes)} looked after" if outcomes else "nothing is rented")
+    if any(outcome.state != "gone" for outcome in outcomes):
+        raise typer.Exit(1)
 
 
 def _spent(rental: Rental) -> str:

@@ -1,4 +1,4 @@
-"""A job's files on the other machine, each kept once by its SHA-256: sent like `there.py`, and below it.
+"""A job's files on the other machine, each kept once by its SHA-256: sent there with `requests.py`.
 
 `kept/SHA256` beside `jobs/` holds every input that has arrived whole. A job has hard links to it, so that
 what one command has brought, such as a base model, the next one does not send again. A kept file goes when no

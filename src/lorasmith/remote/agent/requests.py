@@ -1,4 +1,4 @@
-"""What runs on the other machine: sent there with `kept.py`, needs Python 3.11 and nothing else.
+"""What runs on the other machine: sent there with `file_store.py`, needs Python 3.11 and nothing else.
 
 Each request is one JSON object and gives lines `@lorasmith {...}`. The job itself runs detached from the
 connection, under `supervise.py`, which holds the job folder's lock and writes its state to `state.json`.
@@ -179,22 +179,21 @@ def stop(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def beat(request: dict[str, Any]) -> dict[str, Any]:
-    """Tell a rented machine's watchdog that somebody is there; answer what the machine has transferred."""
+    """Tell a rented machine's watchdog that somebody is there, and what the machine costs by their reading.
+
+    Answers whether the watchdog lives, and what the machine has transferred by the watchdog's own count.
+    """
     folder = Path(request["folder"]).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "heartbeat").touch()
-    received, sent = traffic()
-    return {"watchdog": (folder / "watchdog.pid").exists(), "received": received, "sent": sent}
-
-
-def traffic() -> tuple[int, int]:
-    """Bytes in and out since the machine started, through all interfaces but the loopback."""
-    try:
-        counts = [row.replace(":", " ").split() for row in Path("/proc/net/dev").read_text().splitlines()[2:]]
-    except OSError:
-        return 0, 0
-    outer = [count for count in counts if count[0] != "lo"]
-    return sum(int(count[1]) for count in outer), sum(int(count[9]) for count in outer)
+    temporary = folder / f"heartbeat.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(request.get("told", {})))
+    temporary.replace(folder / "heartbeat")
+    received, sent, alive = 0, 0, False
+    with contextlib.suppress(OSError, ValueError):
+        alive = Path(f"/proc/{int((folder / 'watchdog.pid').read_text())}").is_dir()
+    with contextlib.suppress(OSError, ValueError):
+        received, sent = map(int, (folder / "traffic").read_text().split())
+    return {"watchdog": alive, "received": received, "sent": sent}
 
 
 _ALL = (check, prepare_folders, arrived, verify, start, status, follow, stop, manifest, beat)
@@ -204,6 +203,8 @@ REQUESTS = {function.__name__: function for function in _ALL}
 def answer(request: dict[str, Any]) -> None:
     """Do what one request asks, and tell the result or why not."""
     try:
+        if request["do"] not in REQUESTS:
+            raise OSError(f"there is no request {request['do']!r}")
         tell({"ok": True, **REQUESTS[request["do"]](request)})
     except BrokenPipeError:
         os._exit(1)

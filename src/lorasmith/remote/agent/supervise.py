@@ -1,6 +1,6 @@
 """Runs a job on the other machine, detached from any connection: install, fetch models, run the command.
 
-Sent like `there.py`, and like it needs Python 3.11 and nothing else. Its state is in `state.json`.
+Sent like `requests.py`, and like it needs Python 3.11 and nothing else. Its state is in `state.json`.
 """
 
 from __future__ import annotations

@@ -2,123 +2,32 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorasmith.errors import AccessError, ConnectionLostError, MachineError, ProviderError, RemoteError
+from lorasmith.errors import MachineError
 from lorasmith.files.atomic import write_record
-from lorasmith.files.costs import RENTALS
+from lorasmith.files.costs import RENTALS, traffic_dollars
 from lorasmith.files.digests import reseal
 from lorasmith.records.remote import RemoteJob, RemoteStatus, Rental, RentalRecord, Transfer
-from lorasmith.remote.agent.watchdog import SIGN
 from lorasmith.remote.job import input_bytes
-from lorasmith.remote.rental.provider import Instance, Offer
-from lorasmith.remote.rental.rent import Renter
+from lorasmith.remote.rental.caps import breach
+from lorasmith.remote.rental.first_contact import open_transport, own_key
+from lorasmith.remote.rental.provider import Offer
+from lorasmith.remote.rental.rent import Renter, meter_of, over_cap
 from lorasmith.remote.session import Session
-from lorasmith.remote.ssh import Host, SshTransport, Transport
-from lorasmith.remote.state import change_rental, rental_hosts, rentals, state_folder
-
-# The first contact with a rented machine: whose host key is it, and does the watchdog run there?
-#
-# Nothing tells the key of a machine that has just come to be, but the machine itself, in its log, which the
-# provider serves over https to whoever has the account's key. Where the log stays silent, the first key seen
-# is taken, and that is said and recorded. From then on no other is accepted.
-
-
-SSH_SECONDS = 600.0
-"""How long the ssh server of a running machine may take to answer."""
-LOG_SECONDS = 120.0
-"""How long the host key may take to appear in the machine's log."""
-_PAUSE = 5.0
-_PRINT = re.compile(rf"{SIGN} (SHA256:[A-Za-z0-9+/]{{43}})(?![A-Za-z0-9+/])")
-
-
-def own_key() -> Path:
-    """The ssh key that lorasmith uses for rented machines; made once."""
-    path = state_folder() / "rented_ed25519"
-    if not path.exists():
-        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "lorasmith", "-f", str(path)]
-        subprocess.run(command, check=True, capture_output=True)
-    return path
-
-
-def open_transport(renter: Renter, rental: Rental, found: Instance, *, user: str = "root") -> SshTransport:
-    """A connection to a rented machine, once its ssh server answers, with its host keys pinned.
-
-    Raises `ProviderError` when ssh never comes or the watchdog does not run, `RemoteError` for a machine with
-    other keys than its log tells.
-    """
-    if not found.host or not found.port:
-        raise ProviderError("the machine has no address", where=f"instance {found.id}")
-    key = own_key()
-    renter.provider.allow_key(found.id, key.with_suffix(".pub").read_text().strip())
-    hosts = rental_hosts(rental.label)
-    transport = SshTransport(Host(found.host, user, found.port), identity=key, known_hosts=hosts)
-    change_rental(rental.label, host=found.host, port=found.port)
-    told = _told(renter, found.id)
-    until = renter.clock.now() + SSH_SECONDS
-    pinned = False
-    while True:
-        try:
-            if not pinned:
-                _pin(renter, rental, transport, told)
-                pinned = True
-            if transport.request({"do": "beat", "folder": "~/.lorasmith"}).get("watchdog"):
-                return transport
-            problem: MachineError = RemoteError("the watchdog does not run on the machine")
-        except (ConnectionLostError, AccessError) as error:  # server and key take a while
-            problem = error
-        if renter.clock.now() >= until:
-            raise ProviderError(
-                f"the machine runs, but cannot be used: {problem.found}",
-                where=f"instance {found.id}, {found.host}:{found.port}",
-                remedy="take another offer",
-            ) from problem
-        renter.clock.sleep(_PAUSE)
-
-
-def _pin(renter: Renter, rental: Rental, transport: SshTransport, told: list[str]) -> None:
-    """Accept the keys that the log tells, or the first ones seen; either way write down which, and why."""
-
-    def accept(name: str, prints: list[str]) -> bool:
-        renter.say(
-            f"host key of {name}: {', '.join(prints)}. The provider tells none, so that this one is taken on"
-            " trust; from now on no other is accepted"
-        )
-        return True
-
-    prints = transport.trust(fingerprint=told) if told else transport.trust(confirm=accept)
-    if told:
-        renter.say(f"host key {', '.join(prints)}: as the machine's log at {renter.provider.name} tells")
-    change_rental(
-        rental.label,
-        host_keys=prints,
-        host_key_from="the instance's log" if told else "first contact",
-    )
-
-
-def _told(renter: Renter, number: int) -> list[str]:
-    """Fingerprints in the machine's own log; none where it does not appear in time."""
-    until = renter.clock.now() + LOG_SECONDS
-    while True:
-        try:
-            lines = renter.provider.log(number, SIGN)
-        except ProviderError:
-            lines = []
-        found = [match[1] for line in lines if (match := _PRINT.search(line))]
-        if found or renter.clock.now() >= until:
-            return list(dict.fromkeys(found))
-        renter.clock.sleep(_PAUSE)
-
+from lorasmith.remote.ssh import SshTransport, Transport
+from lorasmith.remote.state import rentals
 
 SETUP_HOURS = 0.15
 """To start, pull the image and install: an estimate (4 GB at 1 Gbit/s, unpacking, starting), not measured."""
 _BEAT_SECONDS = 60.0
+"""Between two looks at a rented machine; the watchdog waits half an hour for the next one."""
+_BILL_SECONDS = 600.0
+"""Between two looks at its bill, which the provider adds to less often."""
 
 
 @dataclass(frozen=True)
@@ -161,23 +70,17 @@ def run_rented(
     """
     try:
         with renter.rented(offer, disk=disk, image=image, planned=planned, outputs=outputs) as rental:
-            found = renter.wait_until_running(rental)
+            machine = renter.wait_until_running(rental)
             renter.say("the machine runs; waiting for ssh")
-            transport = open_transport(renter, rental, found)
+            transport = open_transport(renter, rental, machine)
             job = make(transport.host.login, transport.host.port or 22, str(own_key()))
             session = prepare(transport, job)
-            with Heartbeat(transport, rental.label) as pulse:
-                session.alive = lambda: renter.caps.require_left(pulse.rental, renter.clock.now())
+            with Watch(renter, transport, rental) as watch:
+                session.alive = watch.require
                 return session.run(needs_gpu=needs_gpu)
     finally:
         for place in outputs:
             record_rentals(Path(place))
-
-
-def remember_outputs(label: str, job: RemoteJob) -> None:
-    """Note on the rental where the results of a job go, for the day when its cost is known."""
-    places = [*change_rental(label).outputs, *(item.local for item in job.outputs)]
-    change_rental(label, outputs=list(dict.fromkeys(places)))
 
 
 def record_rentals(run: Path) -> None:
@@ -191,35 +94,79 @@ def record_rentals(run: Path) -> None:
         reseal(run, run / RENTALS)
 
 
-class Heartbeat:
-    """Tells the watchdog now and then that somebody is here, and writes down what was transferred."""
+class Watch:
+    """Looks after a rented machine while work is done on it, in a thread of its own.
 
-    def __init__(self, transport: Transport, label: str) -> None:
+    Tells the watchdog that somebody is here and what the machine costs, and writes down what was transferred.
+    `require` raises once a cap is reached or the price cannot be relied on.
+    """
+
+    def __init__(self, renter: Renter, transport: Transport, rental: Rental) -> None:
+        self._renter = renter
         self._transport = transport
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-        self.rental: Rental = change_rental(label)
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self.rental = renter.keep(renter.latest(rental.label) or rental)
+        self._meter = meter_of(self.rental)
+        self._bill_due = 0.0
 
-    def __enter__(self) -> Heartbeat:
-        self._once()
+    def __enter__(self) -> Watch:
+        self.look()
         self._thread.start()
         return self
 
     def __exit__(self, *ignored: object) -> None:
         self._over.set()
         self._thread.join()
-        self._once()
+        self.look()
+
+    def _work(self) -> None:
+        while not self._over.wait(_BEAT_SECONDS):
+            self.look()
+
+    def require(self) -> None:
+        """Raise `ProviderError` once the machine has to be given back."""
+        caps = self._renter.caps
+        if reason := breach(caps, self._meter, self._renter.clock.now()):
+            raise over_cap(caps, reason, self.rental.label)
+
+    def look(self) -> None:
+        """One look at price, bill and machine; what cannot be read now is read the next time."""
+        for read in (self._see_price, self._see_bill, self._beat):
+            with suppress(MachineError):
+                read()
+        self.rental = self._renter.note(
+            self.rental.label, price_per_hour=self._meter.price, billed_ahead=self._meter.ahead
+        )
+
+    def _see_price(self) -> None:
+        if self.rental.instance is None:
+            return
+        machine = self._renter.provider.instance(self.rental.instance)
+        if machine is not None:
+            self._meter.see_price(machine.price_per_hour)
+
+    def _see_bill(self) -> None:
+        now = self._renter.clock.now()
+        if self.rental.instance is None or now < self._bill_due:
+            return
+        self._bill_due = now + _BILL_SECONDS
+        charge = self._renter.provider.charges(self.rental.asked_at, now).get(self.rental.instance)
+        if charge is not None:
+            self._meter.see_bill(charge.dollars, now)
+            if charge.price_per_hour is not None:
+                self._meter.see_price(charge.price_per_hour)
 
     def _beat(self) -> None:
-        while not self._over.wait(_BEAT_SECONDS):
-            self._once()
-
-    def _once(self) -> None:
-        with suppress(MachineError):  # the next one may come through
-            answer = self._transport.request({"do": "beat", "folder": "~/.lorasmith"})
-            self.rental = change_rental(
-                self.rental.label,
-                # A machine that was restarted counts anew: what was seen before is not taken back.
-                received_bytes=max(self.rental.received_bytes, int(answer["received"])),
-                sent_bytes=max(self.rental.sent_bytes, int(answer["sent"])),
-            )
+        price = None if self._meter.wrong else self._meter.price  # none ends it there as well
+        told = {"price": price, "ahead": self._meter.ahead}
+        answer = self._transport.request({"do": "beat", "folder": "~/.lorasmith", "told": told})
+        counts = [answer.get(name) for name in ("received", "sent")]
+        received, sent = (count if isinstance(count, int) and count > 0 else 0 for count in counts)
+        self.rental = self._renter.note(
+            self.rental.label,
+            # A machine that counts anew, or backwards, takes nothing back of what was seen before.
+            received_bytes=max(self.rental.received_bytes, received),
+            sent_bytes=max(self.rental.sent_bytes, sent),
+        )
+        self._meter.traffic = traffic_dollars(self.rental)

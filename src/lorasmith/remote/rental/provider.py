@@ -33,7 +33,7 @@ class Offer:
     """Megabits a second towards the network and from it, seen from the machine."""
     place: str
     flops: float = 0.0
-    """Of all GPUs, single precision, a second, as the provider states them; 0 where it does not."""
+    """Single-precision operations a second of all GPUs, as the provider states them; 0 where it does not."""
 
     def cost(self, hours: float, sent_gb: float, fetched_gb: float) -> float:
         """US dollars: hours · price + what goes there · download + what comes back · upload."""
@@ -45,24 +45,37 @@ class Offer:
 class Instance:
     """A machine that is rented, and paid for."""
 
-    id: int
+    id: int | None
+    """None where the provider's list shows it without a number that can be asked for."""
     label: str
     status: str
-    """As the provider says: `loading`, `running`, `exited`, …"""
-    price_per_hour: float
+    """State in the provider's words: `loading`, `running`, `exited`, …"""
+    price_per_hour: float | None
+    """As the provider states it, a NaN or a negative one included; None where it states none."""
     host: str | None = None
     port: int | None = None
-    """Of its ssh server, once it has one."""
+    """Port of its ssh server, once it has one."""
 
 
 @dataclass(frozen=True)
-class Farewell:
-    """How a machine destroys itself, with a key that is good for it alone. A shell there expands both."""
+class Charge:
+    """What the provider has billed for one instance."""
+
+    dollars: float
+    price_per_hour: float | None = None
+    """US dollars an hour, where the bill tells a rate; whatever it bills otherwise is not in it."""
+
+
+@dataclass(frozen=True)
+class OwnAccess:
+    """How a rented machine reads its own price and destroys itself, with a key that is good for it alone."""
 
     url: str
-    """Takes a DELETE."""
+    """Takes a GET and a DELETE; a shell on the machine expands it."""
     key: str
-    """The variable that holds the key on the machine."""
+    """Variable that holds the key on the machine."""
+    price: str
+    """Names on the way to the price in the answer to the GET, joined by slashes."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,7 @@ class Provider(Protocol):
     name: str
     console: str
     """Where a person sees and destroys instances."""
-    farewell: Farewell
+    own_access: OwnAccess
 
     def offers(self, query: str, disk: float) -> list[Offer]:
         """What can be rented, the cheapest first."""
@@ -120,8 +133,8 @@ class Provider(Protocol):
     def log(self, number: int, containing: str) -> list[str]:
         """Lines of the instance's own log with this text, as the provider serves them."""
 
-    def charges(self, since: float, until: float) -> dict[int, float]:
-        """US dollars billed for each instance in days of this span (seconds since 1970)."""
+    def charges(self, since: float, until: float) -> dict[int, Charge]:
+        """What was billed for each instance in days of this span (seconds since 1970)."""
 
 
 class Clock(Protocol):

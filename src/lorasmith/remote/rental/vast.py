@@ -7,20 +7,22 @@ invoices are payments into the account; what an instance cost is in the charges.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from lorasmith.errors import ExitCode, InputError, MachineError, ProviderError, UsageError, os_errors
 from lorasmith.parsing import parse_json
 from lorasmith.remote.rental.provider import (
+    Charge,
     Clock,
-    Farewell,
     Instance,
     Offer,
+    OwnAccess,
     RealClock,
     RefusedError,
     UncertainError,
@@ -169,23 +171,25 @@ _HOURS_PER_MONTH = 730.0
 """Vast.ai states the price of a disk per GB and month."""
 _OPERATORS = {"=": "eq", "==": "eq", "!=": "neq", ">": "gt", ">=": "gte", "<": "lt", "<=": "lte"}
 _TERM = re.compile(r"""\s*([a-z_0-9]+)\s*(==|!=|>=|<=|=|>|<)\s*("[^"]*"|'[^']*'|\S+)""")
+_NOT_ASKED = {"rentable", "rented", "order", "type", "allocated_storage", "limit"}
+"""Set by lorasmith: other values would show machines that cannot be rented, or another price than is paid."""
 
 
 def parse_query(text: str) -> dict[str, Any]:
     """Read terms such as `gpu_name=H100_SXM dph_total<2.5`; underscores in a name of a GPU are spaces."""
-    found: dict[str, Any] = {}
+    conditions: dict[str, Any] = {}
     place = 0
     while text[place:].strip():
         match = _TERM.match(text, place)
-        if not match:
+        if not match or match[1] in _NOT_ASKED or not text.isprintable():
             raise UsageError(
-                f"{text[place:].strip()!r} is no condition on an offer",
+                f"{text[place:].strip()!a} is no condition on an offer",
                 expected="such as: gpu_name=RTX_4090 num_gpus=1 reliability>0.98 dph_total<0.6",
             )
         name, operator, value = match.groups()
-        found.setdefault(name, {})[_OPERATORS[operator]] = _value(name, value.strip("'\""))
+        conditions.setdefault(name, {})[_OPERATORS[operator]] = _value(name, value.strip("'\""))
         place = match.end()
-    return found
+    return conditions
 
 
 def _value(name: str, text: str) -> Any:
@@ -195,14 +199,26 @@ def _value(name: str, text: str) -> Any:
         number = float(text)
     except ValueError:
         return text.replace("_", " ") if name == "gpu_name" else text
+    if not math.isfinite(number):
+        raise UsageError(f"{name} is compared with {text}", expected="a finite number")
     return int(number) if number.is_integer() else number
 
 
 def offer_of(item: dict[str, Any], disk: float) -> Offer:
-    """One of the offers of a search that asked for `disk` GB."""
-    number: Callable[[str], float] = lambda name: float(item.get(name) or 0.0)  # noqa: E731 - one line
+    """One of the offers of a search that asked for `disk` GB; raises `ValueError` for one that is none."""
+    if (identity := _whole_number(item.get("id"))) is None:
+        raise ValueError(f"its id is {item.get('id')!r:.40}")
+
+    def number(name: str) -> float:
+        value = float(item.get(name) or 0.0)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}")
+        return value
+
+    if not number("dph_total"):
+        raise ValueError("it has no price")
     return Offer(
-        id=int(item["id"]),
+        id=identity,
         gpu=str(item.get("gpu_name") or "?"),
         gpus=int(item.get("num_gpus") or 0),
         gpu_memory=int(number("gpu_ram") * 1e6),
@@ -220,21 +236,62 @@ def offer_of(item: dict[str, Any], disk: float) -> Offer:
 
 
 def instance_of(item: dict[str, Any]) -> Instance:
-    """Directly at its own address where the ssh port is open there, else through the provider's proxy."""
-    ports = item.get("ports") or {}
-    direct = (ports.get("22/tcp") or [{}])[0].get("HostPort") if isinstance(ports, dict) else None
-    if direct and item.get("public_ipaddr"):
-        host, port = str(item["public_ipaddr"]).strip(), str(direct)
-    else:
-        host, port = str(item.get("ssh_host") or ""), str(item.get("ssh_port") or "")
+    """An instance as far as its entry can be read: an odd one, perhaps somebody else's, stops nothing.
+
+    Directly at its own address where the ssh port is open there, else through the provider's proxy.
+    """
+    host, port = item.get("public_ipaddr"), _direct_port(item.get("ports"))
+    if not (host and port):
+        host, port = item.get("ssh_host"), _whole_number(item.get("ssh_port"))
+    usable = isinstance(host, str) and port is not None
     return Instance(
-        id=int(item["id"]),
+        id=_whole_number(item.get("id")),
         label=str(item.get("label") or ""),
         status=str(item.get("actual_status") or "provisioning"),
-        price_per_hour=float(item.get("dph_total") or 0.0),
-        host=host or None,
-        port=int(port) if port else None,
+        price_per_hour=_as_stated(item.get("dph_total")),
+        host=str(host).strip() if usable else None,
+        port=port if usable else None,
     )
+
+
+def _as_stated(price: Any) -> float | None:
+    """A price as it stands there, however odd; None where it is no number at all."""
+    try:
+        return float(price) if isinstance(price, int | float) else None
+    except OverflowError:
+        return math.inf
+
+
+def _direct_port(ports: Any) -> int | None:
+    try:
+        return _whole_number(ports["22/tcp"][0]["HostPort"])
+    except (TypeError, KeyError, IndexError):
+        return None
+
+
+def _whole_number(value: Any) -> int | None:
+    """A number above zero, or the text of one; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        return None
+    if not re.fullmatch(r"[0-9]{1,18}", str(value)):
+        return None
+    return int(value) or None
+
+
+_RATE = re.compile(r"hours? at \$([0-9]+(?:\.[0-9]+)?)/hour")
+"""Rate of a line of a bill, in the provider's own sentence."""
+
+
+def charge_of(items: Iterable[dict[str, Any]]) -> Charge:
+    """What the bills of one instance come to; the hourly rate is the sum over GPU, disk and the like."""
+    dollars, rates = 0.0, dict[str, float]()
+    for item in items:
+        dollars += float(item["amount"])
+        for line in item.get("items") or []:
+            if rate := _RATE.search(str(line.get("description") or "")):
+                kind = str(line.get("type"))
+                rates[kind] = max(rates.get(kind, 0.0), float(rate[1]))
+    return Charge(dollars, sum(rates.values()) or None)
 
 
 URL = "https://console.vast.ai"
@@ -254,12 +311,21 @@ class Vast:
     console = CONSOLE
 
     def __init__(
-        self, key: str, *, url: str = URL, clock: Clock | None = None, timeout: float = 30.0
+        self,
+        key: str,
+        *,
+        url: str = URL,
+        clock: Clock | None = None,
+        timeout: float = 30.0,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """`timeout`: seconds for one answer. Needs the extra `remote`."""
+        """`timeout`: seconds for one answer. `say` is told what was left out. Needs the extra `remote`."""
         self.connection = Connection(key, url, clock or RealClock(), timeout)
-        # Vast.ai sets both variables in every container; the key can start, stop and destroy it alone.
-        self.farewell = Farewell(f"{url}/api/v0/instances/$CONTAINER_ID/", "CONTAINER_API_KEY")
+        self.say = say
+        # Vast.ai sets both variables in every container; the key is good for that instance alone.
+        self.own_access = OwnAccess(
+            f"{url}/api/v0/instances/$CONTAINER_ID/", "CONTAINER_API_KEY", "instances/dph_total"
+        )
 
     def offers(self, query: str, disk: float) -> list[Offer]:
         """What can be rented, the cheapest first; `query` such as `gpu_name=H100_SXM num_gpus=1`."""
@@ -275,10 +341,26 @@ class Vast:
             "limit": 64,
         }
         body = self.connection.again("POST", "/api/v0/bundles/", json=wanted)
-        found = body.get("offers")
-        if not isinstance(found, list):
+        listed = body.get("offers")
+        if not isinstance(listed, list):
             raise ProviderError("the answer to a search holds no offers", where=self.name)
-        return sorted((offer_of(item, disk) for item in found), key=lambda offer: offer.price_per_hour)
+        offers: list[Offer] = []
+        problem = ""
+        for item in listed:
+            try:
+                offers.append(offer_of(item, disk))
+            except (AttributeError, TypeError, ValueError, OverflowError) as error:
+                problem = str(error)
+        odd = len(listed) - len(offers)
+        if odd and not offers:
+            raise ProviderError(
+                f"none of the {odd} offers can be read, the last because {problem}",
+                where=self.name,
+                remedy="try again later, or look at the provider's own page",
+            )
+        if odd:
+            self.say(f"note: {odd} of {len(listed)} offers cannot be read and are left out ({problem})")
+        return sorted(offers, key=lambda offer: offer.price_per_hour)
 
     def create(self, offer: int, wish: Wish) -> int:
         """Rent, with the label set by the same request; the instance's id."""
@@ -292,14 +374,16 @@ class Vast:
             "onstart": wish.onstart,
         }
         number = self.connection.once("PUT", f"/api/v0/asks/{offer}/", json=asked).get("new_contract")
-        if not isinstance(number, int):
+        if (instance := _whole_number(number)) is None:
             raise UncertainError("the answer to the request to rent names no instance", where=self.name)
-        return number
+        return instance
 
     def instances(self) -> list[Instance]:
         """All instances, page by page; raises `ProviderError` when pages do not add up to the total."""
-        found = self._pages("/api/v1/instances/", {"limit": str(_PAGE)}, "instances", "total_instances")
-        return list({item["id"]: instance_of(item) for item in found}.values())
+        listed = self._pages("/api/v1/instances/", {"limit": str(_PAGE)}, "instances", "total_instances")
+        shown = [instance_of(item) for item in listed]
+        numbered = {one.id: one for one in shown if one.id is not None}
+        return [*numbered.values(), *(one for one in shown if one.id is None)]
 
     def instance(self, number: int) -> Instance | None:
         """One instance; None only where the provider says that there is none."""
@@ -309,7 +393,7 @@ class Vast:
         if body == {} or ("instances" in body and body["instances"] is None):
             return None
         item = body.get("instances")
-        if not isinstance(item, dict) or item.get("id") != number:
+        if not isinstance(item, dict) or _whole_number(item.get("id")) != number:
             raise ProviderError("the answer holds another instance or none", where=self.name)
         return instance_of(item)
 
@@ -340,21 +424,24 @@ class Vast:
             self.connection.clock.sleep(1.0)
         return [line for line in text.splitlines() if containing in line]
 
-    def charges(self, since: float, until: float) -> dict[int, float]:
-        """US dollars billed for each instance in days of this span (seconds since 1970)."""
+    def charges(self, since: float, until: float) -> dict[int, Charge]:
+        """What was billed for each instance in days of this span (seconds since 1970)."""
         days = {"gte": int(since) // _DAY * _DAY, "lte": int(until)}
         chosen = json.dumps({"day": days, "type": {"in": ["instance"]}})
-        found: dict[int, float] = {}
+        billed: dict[int, list[dict[str, Any]]] = {}
         query = {"select_filters": chosen, "limit": str(_CHARGES)}
         for item in self._pages("/api/v0/charges/", query, "results", "total"):
             kind, _, number = str(item.get("source") or "").partition("-")
-            if kind == "instance" and number.isdigit():
-                found[int(number)] = found.get(int(number), 0.0) + float(item["amount"])
-        return found
+            if kind == "instance" and (known := _whole_number(number)) is not None:
+                billed.setdefault(known, []).append(item)
+        try:
+            return {number: charge_of(items) for number, items in billed.items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ProviderError(f"a charge cannot be read: {error!r:.80}", where=self.name) from error
 
     def _pages(self, path: str, query: dict[str, str], items: str, count: str) -> list[dict[str, Any]]:
         """Every item of a listing; raises `ProviderError` rather than give a part of them."""
-        found: list[dict[str, Any]] = []
+        items_so_far: list[dict[str, Any]] = []
         token: str | None = None
         while True:
             parameters = {**query, **({"after_token": token} if token else {})}
@@ -362,16 +449,18 @@ class Vast:
             page, total = body.get(items), body.get(count)
             if not isinstance(page, list) or not isinstance(total, int):
                 raise ProviderError(f"the answer to a listing holds no {items}", where=self.name)
-            found += page
+            if not all(isinstance(item, dict) for item in page):
+                raise ProviderError(f"a listing of {items} holds what is none", where=self.name)
+            items_so_far += page
             token = body.get("next_token")
             if not token:
                 break
             if not page:
                 raise ProviderError("an empty page within a listing", where=self.name)
         # One that moved to another page meanwhile may come twice, in place of another that never comes.
-        distinct = {item.get("id") or json.dumps(item, sort_keys=True) for item in found}
+        distinct = {json.dumps(item.get("id") or item, sort_keys=True) for item in items_so_far}
         if len(distinct) < total:
             raise ProviderError(
                 f"pages are missing from a listing: {len(distinct)} of {total} {items}", where=self.name
             )
-        return found
+        return items_so_far
