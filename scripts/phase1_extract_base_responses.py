@@ -13,7 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from lorasmith.errors import ExitCode, LorasmithError
+from lorasmith.cli.main import guarded
+from lorasmith.errors import ExitCode
 
 
 def main() -> int:
@@ -29,11 +30,7 @@ def main() -> int:
     parser.add_argument("--price_per_hour", type=float)
     parser.add_argument("--device")
     asked = parser.parse_args()
-    try:
-        return extract(asked)
-    except LorasmithError as error:
-        print(f"error: {error.message()}", file=sys.stderr)
-        return error.exit_code
+    return guarded(lambda: extract(asked))
 
 
 def extract(asked: argparse.Namespace) -> int:

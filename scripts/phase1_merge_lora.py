@@ -13,7 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from lorasmith.errors import ExitCode, LorasmithError
+from lorasmith.cli.main import guarded
+from lorasmith.errors import ExitCode
 
 
 def main() -> int:
@@ -26,11 +27,7 @@ def main() -> int:
     parser.add_argument("--rounding", default="nearest", help="as `lorasmith merge --rounding`")
     parser.add_argument("--verify", action="store_true", help="prove every element of the result")
     asked = parser.parse_args()
-    try:
-        return merge_adapter(asked)
-    except LorasmithError as error:
-        print(f"error: {error.message()}", file=sys.stderr)
-        return error.exit_code
+    return guarded(lambda: merge_adapter(asked))
 
 
 def merge_adapter(asked: argparse.Namespace) -> int:

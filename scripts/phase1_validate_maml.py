@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lorasmith.errors import ExitCode, LorasmithError, os_errors
+from lorasmith.cli.main import guarded
+from lorasmith.errors import ExitCode, os_errors
 
 LOSS_DELTA, PERPLEXITY_DELTA = 1e-4, 0.01
 STATES = ".states"
@@ -36,11 +37,7 @@ def main() -> int:
     parser.add_argument("--merged_path", type=Path)
     parser.add_argument("--device", default="auto")
     asked = parser.parse_args()
-    try:
-        return validate_models(asked)
-    except LorasmithError as error:
-        print(f"error: {error.message()}", file=sys.stderr)
-        return error.exit_code
+    return guarded(lambda: validate_models(asked))
 
 
 def validate_models(asked: argparse.Namespace) -> int:

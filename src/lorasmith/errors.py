@@ -17,6 +17,7 @@
             ├── ConnectionLostError       the connection broke; worth another attempt
             └── ProviderError             who rents out machines refuses, or does not answer
 
+Anything else that is raised is a bug: exit 70, with its traceback and where to report it.
 A negative answer (a failed gate, `different` weights) is a result, not an error: see `ExitCode`.
 """
 
@@ -29,17 +30,25 @@ from contextlib import contextmanager
 from os import PathLike, fspath
 from typing import ClassVar
 
+from lorasmith.visible import visible
+
 Where = str | PathLike[str]
 
 
 class ExitCode(enum.IntEnum):
-    """What the process tells its caller (the table of the command-line reference)."""
+    """What the process tells its caller (the table of the command-line reference).
+
+    0 and 1 are answers. Whatever keeps a command from its answer has another code: 70 is EX_SOFTWARE of
+    sysexits.h, 130, 141 and 143 are 128 and the number of SIGINT, SIGPIPE and SIGTERM, as shells count.
+    """
 
     OK = 0
     ANSWER_IS_NO = 1
     BAD_INPUT = 2
     MACHINE = 3
+    BUG = 70
     INTERRUPTED = 130
+    OUTPUT_CLOSED = 141
     TERMINATED = 143
 
 
@@ -63,12 +72,19 @@ class LorasmithError(Exception):
         super().__init__(self.message())
 
     def message(self) -> str:
-        """The whole message, one fact a line."""
-        lines = [self.found]
+        """The whole message, one fact a line, fit for a terminal: names and texts of files stand in it.
+
+        Further lines of a text stand behind a bar, so that none of them can pass for a fact of its own.
+        """
+        lines = [_shown(self.found)]
         for label, text in (("where", self.where), ("expected", self.expected), ("to do", self.remedy)):
             if text:
-                lines.append(f"  {label + ':':<9} {text}")
+                lines.append(f"  {label + ':':<9} {_shown(text)}")
         return "\n".join(lines)
+
+
+def _shown(text: str) -> str:
+    return visible(text).rstrip("\n").replace("\n", "\n  | ")
 
 
 class InputError(LorasmithError):
@@ -166,6 +182,19 @@ def os_errors(where: Where, doing: str) -> Iterator[None]:
                 f"cannot {doing}: the disk is full",
                 where=where,
                 remedy="free some space and give the same command again; what is finished is kept",
+            ) from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(
+                f"cannot {doing}: the name is longer than the file system takes",
+                where=error.filename or where,
+                expected="names of at most 255 bytes",
+                remedy="shorten it",
+            ) from error
+        if error.errno == errno.ELOOP:
+            raise InputError(
+                f"cannot {doing}: its links lead in a circle",
+                where=error.filename or where,
+                remedy="remove them",
             ) from error
         if error.errno == errno.EROFS:
             raise AccessError(f"cannot {doing}: the file system is read-only", where=where) from error

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorasmith.cli.console import say, say_piece
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -101,9 +103,8 @@ def _talk(chats: list[Chat], screen: Console) -> None:
 def _answer(chats: list[Chat], text: str, screen: Console) -> None:
     if len(chats) == 1:
         for piece in chats[0].answer(text):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+            say_piece(piece)
+        say("")
         return
     from rich.markup import escape
 

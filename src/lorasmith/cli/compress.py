@@ -85,7 +85,7 @@ def _one(
         show_record(record)
     else:
         show_compressed(record, console())
-        console().print(f"Compressed model: {output}")
+        console().print(f"Compressed model: {output}", markup=False, soft_wrap=True)
     if record.passed is False:
         raise typer.Exit(1)
 
@@ -110,6 +110,6 @@ def _several(
         show_record(record)
     else:
         show_table(record.compressed, record.reason, console())
-        console().print(f"Compressed models: {output}")
+        console().print(f"Compressed models: {output}", markup=False, soft_wrap=True)
     if record.recommended is None and any(one.passed is False for one in record.compressed):
         raise typer.Exit(1)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lorasmith.progress import Advance
+from lorasmith.visible import is_visible, visible
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions
     from rich.table import Table
 
     from lorasmith.records.base import Record
@@ -20,11 +24,50 @@ TELL_SECONDS = 30.0
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console that keeps long lines whole when its output goes to a file or a pipe."""
+    """A console that keeps long lines whole when its output goes to a file or a pipe.
+
+    All that it prints goes through `visible`, tables and progress bars included: names of files and tensors,
+    texts of rows, values of configs and what other machines say come from outside.
+    """
     from rich.console import Console
+    from rich.errors import MarkupError
+    from rich.segment import Segment
+    from rich.text import Text
+
+    class VisibleConsole(Console):
+        def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+            # Segments are the last form before rich adds escape sequences of its own, which `control` marks.
+            for segment in super().render(renderable, options):
+                if segment.control or is_visible(segment.text):
+                    yield segment
+                else:
+                    yield Segment(visible(segment.text), segment.style)
+
+        def render_str(self, text: str, **options: Any) -> Text:
+            try:
+                return super().render_str(text, **options)
+            except MarkupError:  # a name with brackets
+                return Text(text)
+
+        def on_broken_pipe(self) -> NoReturn:
+            # rich would end the process with 1, which is an answer.
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 110)
+    return VisibleConsole(stderr=stderr, highlight=False, width=None if stream.isatty() else 110)
+
+
+def say(line: str, *, stderr: bool = False) -> None:
+    """Print a line, or several, with nothing in it that steers the terminal."""
+    stream = sys.stderr if stderr else sys.stdout
+    stream.write(visible(line) + "\n")
+    stream.flush()
+
+
+def say_piece(text: str) -> None:
+    """Print a part of a line at once."""
+    sys.stdout.write(visible(text))
+    sys.stdout.flush()
 
 
 @contextmanager
@@ -116,20 +159,26 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def plain(text: str) -> str:
-    """Text that is shown as it is, whatever brackets it holds."""
+    """A name or a text on one line of a table or a message, shown as it is, whatever brackets it holds."""
     from rich.markup import escape
 
-    return escape(text)
+    return escape(visible(text, one_line=True))
+
+
+def show_json(text: str) -> None:
+    """A JSON document on standard output, in ASCII where that takes no UTF-8."""
+    encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "")
+    if encoding != "utf8":
+        text = json.dumps(json.loads(text), indent=2)
+    say(text.rstrip("\n"))
 
 
 def show_record(record: Record) -> None:
     """The record as JSON on standard output, for programs (`--json`)."""
-    sys.stdout.write(record.to_json().decode())
+    show_json(record.to_json().decode())
 
 
 def show_records(**records: Record) -> None:
     """Several records as one JSON object, each under its name."""
-    import json
-
     bodies = {name: json.loads(record.to_json()) for name, record in records.items()}
-    sys.stdout.write(json.dumps(bodies, indent=2, ensure_ascii=False) + "\n")
+    show_json(json.dumps(bodies, indent=2, ensure_ascii=False))

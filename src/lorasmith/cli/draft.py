@@ -61,4 +61,4 @@ def train(
         from lorasmith.cli.views.followup import show_draft
 
         show_draft(record, console())
-        console().print(f"Draft: {output}")
+        console().print(f"Draft: {output}", markup=False, soft_wrap=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorasmith.cli.console import say
 from lorasmith.cli.options import GateFormat
 from lorasmith.errors import UsageError, os_errors
 
@@ -64,7 +64,7 @@ def print_gates(record: GateRecord, name: str) -> None:
     if name == "text":
         records.show_gates(record, console())
         return
-    sys.stdout.write(FORMATS[name](record))
+    say(FORMATS[name](record).rstrip("\n"))
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if name == "github" and summary:
         with os_errors(summary, "write the job summary"), Path(summary).open("a", encoding="utf-8") as file:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import select
 import signal
 import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 
 import lorasmith
 from lorasmith.cli import COMMANDS, GROUPS
 from lorasmith.cli.flags import CommandGroup, add_command
-from lorasmith.errors import ExitCode, LorasmithError
+from lorasmith.errors import ExitCode, LorasmithError, os_errors
+from lorasmith.visible import visible
+
+_ISSUES = "https://github.com/lorasmith/lorasmith/issues"
 
 app = typer.Typer(
     name="lorasmith",
@@ -66,35 +76,145 @@ def main() -> None:
     # OpenMP threads that spin while they wait take the processor from each other where it is shared: training
     # took 3 times as long beside other work. It must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _prepare_streams()
     sys.exit(run(sys.argv[1:]))
 
 
+def _prepare_streams() -> None:
+    """Make sure that printing alone cannot fail: closed descriptors, and terminals that are not UTF-8."""
+    # The first file to be opened would take the number of a closed descriptor, and get what is printed.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (open as long as the process)
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run(arguments: list[str]) -> int:
-    """Run the command line with `arguments`; returns the exit code. A bug keeps its traceback."""
+    """Run the command line with `arguments`; returns the exit code."""
+    return guarded(lambda: _typed(arguments))
+
+
+def _typed(arguments: list[str]) -> int:
+    streams = sys.stdout, sys.stderr
     try:
         app(arguments, prog_name="lorasmith")
     except SystemExit as ended:
         # Usage errors, --help and typer.Exit end here, with typer's own message.
+        cause = ended.__context__
+        if isinstance(cause, BrokenPipeError):  # typer ends with 1, which is an answer
+            sys.stdout, sys.stderr = streams
+            raise cause from None
         code = ended.code if isinstance(ended.code, int) else ExitCode.OK
+        if isinstance(cause, typer.Abort):  # nobody answered a question
+            return ExitCode.BAD_INPUT
         if code == ExitCode.INTERRUPTED:
             _complain("interrupted; give the same command again to continue", kind="stopped")
         return code
+    return ExitCode.OK
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Do the work and return its exit code, or that of what went wrong, which is then on standard error.
+
+    0 and 1 come from `work` alone, or from an error that stands for a negative answer.
+    """
+    try:
+        code = work()
+        with os_errors("standard output", "write"):
+            sys.stdout.flush()
+        return code
     except LorasmithError as error:
         _complain(error.message())
+        _drop_unwritten(sys.stdout)
         return error.exit_code
     except Terminated:
         _complain("terminated; give the same command again to continue", kind="stopped")
         return ExitCode.TERMINATED
+    except KeyboardInterrupt:
+        _complain("interrupted; give the same command again to continue", kind="stopped")
+        return ExitCode.INTERRUPTED
     except MemoryError:
         _complain(
             "out of memory\n  to do:    use smaller batches (--batch-tokens), or a machine with more memory"
         )
         return ExitCode.MACHINE
-    return ExitCode.OK
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            _drop_unwritten(sys.stdout, sys.stderr)
+            return ExitCode.OUTPUT_CLOSED
+        if error.errno in _OF_THE_MACHINE:
+            _drop_unwritten(sys.stdout)
+            failed = error
+            return guarded(lambda: _say_what_failed(failed))
+        return _report_bug()
+    except Exception:
+        return _report_bug()
+
+
+_OF_THE_MACHINE = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.ELOOP,
+    errno.EMFILE,
+    errno.ENAMETOOLONG,
+    errno.ENFILE,
+    errno.ENOSPC,
+    errno.EPERM,
+    errno.EROFS,
+}
+"""Errors that say what is wrong with a place or the machine, wherever in the code they were met."""
+
+
+def _say_what_failed(error: OSError) -> NoReturn:
+    with os_errors(error.filename or "a file or the standard output", "go on"):
+        raise error
+
+
+def _reader_is_gone() -> bool:
+    """Whether a broken pipe is that of our own output: one to another process would be a bug."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            watch = select.poll()
+            watch.register(stream.fileno(), select.POLLOUT)
+            if any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(0)):
+                return True
+    return False
+
+
+def _drop_unwritten(*streams: TextIO) -> None:
+    """Let go of what cannot be written: the interpreter would try again at its end, and exit with 120."""
+    for stream in streams:
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                descriptor = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(descriptor, stream.fileno())
+                os.close(descriptor)
+                stream.flush()
+
+
+def _report_bug() -> int:
+    _complain(
+        f"{traceback.format_exc().rstrip()}\n"
+        f"This is a bug in lorasmith {lorasmith.__version__}, or in a library that it uses.\n"
+        f"  to do:    please report it with the lines above at {_ISSUES}",
+        kind="bug",
+    )
+    return ExitCode.BUG
 
 
 def _complain(message: str, kind: str = "error") -> None:
-    sys.stderr.write(f"{kind}: {message}\n")
+    with suppress(OSError, ValueError):  # where nobody can be told, the exit code still tells
+        sys.stderr.write(f"{kind}: {visible(message)}\n")
+        sys.stderr.flush()
 
 
 if __name__ == "__main__":

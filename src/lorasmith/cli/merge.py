@@ -97,7 +97,7 @@ def merge(
         show_record(record)
     else:
         proofs.show_merge(record, console())
-        console().print(f"Merged model: {output}")
+        console().print(f"Merged model: {output}", markup=False, soft_wrap=True)
 
 
 def _compare(

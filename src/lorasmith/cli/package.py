@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorasmith.cli.console import say
 from lorasmith.cli.options import AsJson, PublicKey
 
 if TYPE_CHECKING:
@@ -72,10 +73,10 @@ def package(
 
 def say_signature_is_gone() -> None:
     """After a change to a run that was signed."""
-    typer.echo(
+    say(
         "The run's signature was removed, for what it signed has changed: "
         "sign it again with `lorasmith package RUN --sign KEY`.",
-        err=True,
+        stderr=True,
     )
 
 
@@ -119,7 +120,7 @@ def _asked(repository: str, changes: Changes) -> bool:
         return False
     for label, names in (("replaces", changes.replaced), ("removes", changes.removed)):
         for name in names:
-            typer.echo(f"  {label} {name}", err=True)
+            say(f"  {label} {name}", stderr=True)
     return typer.confirm(f"Change these files of {repository}?", err=True)
 
 
@@ -179,7 +180,7 @@ def verify(
     """
     import json
 
-    from lorasmith.cli.console import bar, console
+    from lorasmith.cli.console import bar, console, plain, show_json
     from lorasmith.cli.views import records
     from lorasmith.packaging.signing import Verifier
     from lorasmith.packaging.verify import verify as check
@@ -189,7 +190,7 @@ def verify(
     findings = check(folder, verifier=verifier, progress=bar)
     if as_json:
         body = [finding.model_dump(mode="json") for finding in findings]
-        sys.stdout.write(json.dumps(body, indent=2, ensure_ascii=False) + "\n")
+        show_json(json.dumps(body, indent=2, ensure_ascii=False))
     else:
         records.show_findings(findings, console())
     if worst(findings):
@@ -197,7 +198,7 @@ def verify(
     if rows is not None:
         _check_rows(folder, rows, rejoined)
     if not as_json:
-        console().print(f"[green]✓[/] {folder}: everything is as it was written", soft_wrap=True)
+        console().print(f"[green]✓[/] {plain(str(folder))}: everything is as it was written", soft_wrap=True)
 
 
 def _check_rows(folder: Path, rows: Path, rejoined: Path | None) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorasmith.cli.console import say
 from lorasmith.cli.flags import Given
 from lorasmith.cli.options import AsJson, GateFormat
 
@@ -37,7 +38,7 @@ def run(
 
     resolved = load_config(config, options)
     if print_config:
-        typer.echo(to_toml(resolved), nl=False)
+        say(to_toml(resolved).rstrip("\n"))
         return
     import lorasmith
     from lorasmith.cli.console import console

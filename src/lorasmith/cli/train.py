@@ -36,4 +36,4 @@ def train(
         show_record(record)
     else:
         records.show_training(record, console())
-        console().print(f"Adapter: {output}")
+        console().print(f"Adapter: {output}", markup=False, soft_wrap=True)

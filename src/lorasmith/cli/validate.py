@@ -59,7 +59,7 @@ def validate(
     result = lorasmith.validate(model, test_set, output, keep_journal=tasks, **what, **options.values())
     if not as_json:
         records.show_validation(result, console())
-        console().print(f"Results: {output / (result.model.role + '.json')}")
+        console().print(f"Results: {output / (result.model.role + '.json')}", markup=False, soft_wrap=True)
     if not tasks:
         if as_json:
             show_record(result)
@@ -72,4 +72,6 @@ def validate(
         show_records(validation=result, tasks=answered)
     else:
         records.show_tasks(answered, console())
-        console().print(f"Results: {output / (result.model.role + '_tasks.json')}")
+        console().print(
+            f"Results: {output / (result.model.role + '_tasks.json')}", markup=False, soft_wrap=True
+        )

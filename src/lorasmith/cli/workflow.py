@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasmith.errors import ExitCode, LorasmithError, UsageError, os_errors
+from lorasmith.cli.main import guarded
+from lorasmith.errors import ExitCode, UsageError, os_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -159,14 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("precision", "rounding", "device"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--batch_size", type=int)
-    try:
-        return workflow(parser.parse_args(arguments)).exit_code
-    except LorasmithError as error:
-        print(f"error: {error.message()}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped: interrupted; give the same command again to continue", file=sys.stderr)
-        return ExitCode.INTERRUPTED
+    parsed = parser.parse_args(arguments)
+    return guarded(lambda: workflow(parsed).exit_code)
 
 
 if __name__ == "__main__":

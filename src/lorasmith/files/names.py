@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterable
 
 from lorasmith.errors import DamageError, Where
+from lorasmith.visible import is_visible
 
 _PART_BYTES = 255
 """Longest name of one file or folder: NAME_MAX of every common file system, counted in bytes there."""
@@ -18,8 +19,6 @@ _NAME_BYTES = 2048
 """Longest whole name: half of PATH_MAX, so that the folder it is put in has room as well."""
 _UNPRINTED = {"Cc", "Cs", "Zl", "Zp"}
 """Control characters, halves of surrogate pairs, and separators of lines and paragraphs."""
-_TURNED = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Marks that change the direction of writing: `gnp.exe` is shown as `exe.png`."""
 _SHOWN = 120
 """Characters of a refused name that a message repeats."""
 
@@ -29,7 +28,7 @@ def unsafe_name(name: object) -> str | None:
     if not isinstance(name, str) or not name:
         return "is empty or no text"
     for character in name:
-        if unicodedata.category(character) in _UNPRINTED or character in _TURNED:
+        if unicodedata.category(character) in _UNPRINTED or not is_visible(character):
             return f"holds the character U+{ord(character):04X}, which is not shown as it is"
     if "\\" in name or ":" in name:
         # On Windows the one divides folders and the other follows a drive's letter or precedes a stream.

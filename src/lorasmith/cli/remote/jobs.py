@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorasmith.cli.console import say
 from lorasmith.cli.options import AsJson
 from lorasmith.cli.remote.rentals import (
     Disk,
@@ -64,25 +66,28 @@ def new_session(transport: SshTransport, job: RemoteJob) -> Session:
     from lorasmith.cli.console import bar
     from lorasmith.remote.session import Session
 
-    return Session(transport, job, progress=bar, say=say)
+    return Session(transport, job, progress=bar, say=relay)
 
 
-def say(line: str) -> None:
-    """What the other machine tells."""
-    typer.echo(line)
+_COLOURS = re.compile(r"\x1b\[[0-9;:]*m")
+
+
+def relay(line: str) -> None:
+    """What the other machine tells, without colours; each state of a progress bar has a line of its own."""
+    say(_COLOURS.sub("", line.rstrip("\r")).replace("\r", "\n"))
 
 
 def confirm_key(name: str, prints: list[str]) -> bool:
     """Ask whether this is the right machine."""
     shown = "\n  ".join(prints)
-    typer.echo(f"This machine is not known yet: {name}. It shows the keys\n  {shown}", err=True)
+    say(f"This machine is not known yet: {name}. It shows the keys\n  {shown}", stderr=True)
     return typer.confirm("Is one of them what its owner or provider tells?", err=True)
 
 
 def ended(status: RemoteStatus) -> None:
     """End with the command's own exit code."""
     if status.code in (0, 1):
-        typer.echo("done: results fetched and verified")
+        say("done: results fetched and verified")
     raise typer.Exit(status.code if status.code is not None else 3)
 
 
@@ -257,12 +262,12 @@ def status(job: JobName = None, as_json: AsJson = False) -> None:
 
     Example: `lorasmith remote status`
     """
-    from lorasmith.cli.console import console
+    from lorasmith.cli.console import console, show_json
 
     session = open_job(job)
     now = session.status()
     if as_json:
-        typer.echo(now.model_dump_json(indent=2))
+        show_json(now.model_dump_json(indent=2))
         return
     screen = console()
     code = "" if now.code is None else f", exit code {now.code}"
@@ -301,7 +306,7 @@ def stop(job: JobName = None) -> None:
     Example: `lorasmith remote stop`
     """
     now = open_job(job).stop()
-    typer.echo(f"{now.phase}" + (f": {now.reason}" if now.reason else ""))
+    say(f"{now.phase}" + (f": {now.reason}" if now.reason else ""))
 
 
 for _command in (attach, status, logs, fetch, stop):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorasmith.cli.console import say
 from lorasmith.errors import LorasmithError, UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def looking_renter() -> Renter:
     """The provider, for commands that rent nothing."""
     from lorasmith.remote.rental.rent import open_renter
 
-    return open_renter(_NO_CAP, _NO_CAP, _NO_CAP, typer.echo)
+    return open_renter(_NO_CAP, _NO_CAP, _NO_CAP, say)
 
 
 def choose_offer(renter: Renter, query: str, number: int | None, disk: float) -> Offer:
@@ -202,17 +203,17 @@ def up(
     from lorasmith.remote.rental.first_contact import open_transport, own_key
     from lorasmith.remote.rental.rent import IMAGE, open_renter
 
-    renter = open_renter(max_price, max_cost, max_hours, typer.echo)
+    renter = open_renter(max_price, max_cost, max_hours, say)
     space = disk or 60.0
     chosen = choose_offer(renter, query, offer, space)
     with renter.rented(chosen, keep=True, disk=space, image=image or IMAGE) as rental:
         machine = renter.wait_until_running(rental)
         transport = open_transport(renter, rental, machine)
-    typer.echo(f"{rental.label}: instance {machine.id} runs, ${rental.price_per_hour:.3f} an hour")
+    say(f"{rental.label}: instance {machine.id} runs, ${rental.price_per_hour:.3f} an hour")
     known = f"-o UserKnownHostsFile={transport.known_hosts}"
-    typer.echo(f"  ssh -i {own_key()} {known} -p {machine.port} root@{machine.host}")
-    typer.echo(f"  lorasmith remote run --host root@{machine.host}:{machine.port} -- COMMAND")
-    typer.echo(f"  give it back with: lorasmith remote down {rental.label}")
+    say(f"  ssh -i {own_key()} {known} -p {machine.port} root@{machine.host}")
+    say(f"  lorasmith remote run --host root@{machine.host}:{machine.port} -- COMMAND")
+    say(f"  give it back with: lorasmith remote down {rental.label}")
 
 
 def down(
@@ -238,7 +239,7 @@ def down(
     gone = looking_renter().give_back(named[0])
     for place in gone.outputs:
         record_rentals(Path(place))
-    typer.echo(f"{gone.label}: {gone.state}, {_spent(gone)}")
+    say(f"{gone.label}: {gone.state}, {_spent(gone)}")
 
 
 def list_(
@@ -319,8 +320,8 @@ def reap(
     """
     outcomes = looking_renter().reap(everything=everything)
     for outcome in outcomes:
-        typer.echo(outcome.line)
-    typer.echo(f"{len(outcomes)} looked after" if outcomes else "nothing is rented")
+        say(outcome.line)
+    say(f"{len(outcomes)} looked after" if outcomes else "nothing is rented")
     if any(outcome.state != "gone" for outcome in outcomes):
         raise typer.Exit(1)
 

@@ -93,7 +93,7 @@ def show_responses(record: RespondRecord, output: Path | None, console: Console)
         console.print(f"  they lie in {aside}", markup=False, soft_wrap=True)
     show_findings(record.findings, console)
     if output is not None:
-        console.print(f"Output:    {output}", soft_wrap=True)
+        console.print(f"Output:    {output}", markup=False, soft_wrap=True)
 
 
 def show_speculation(record: SpeculationRecord, timing: SpeculationTiming | None, console: Console) -> None:

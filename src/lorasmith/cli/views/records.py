@@ -39,7 +39,7 @@ def show_findings(findings: Sequence[Finding], console: Console) -> None:
         console.print(f"  [{colour}]{finding.severity}[/] {plain(finding.message)}", soft_wrap=True)
         for label, text in (("where", finding.where), ("to do", finding.remedy)):
             if text:
-                console.print(f"    {label}: {text}", markup=False, soft_wrap=True)
+                console.print(f"    {label}: {plain(text)}", soft_wrap=True)
 
 
 def show_statistics(record: DatasetStatistics, console: Console) -> None:
