@@ -84,6 +84,7 @@ def test_a_changed_stage_is_done_again(tmp_path: Path, source: Path, change: Any
     log: list[str] = []
     with open_run(tmp_path / "run") as run:
         perform(run, source, log)
+    with open_run(tmp_path / "run") as run:
         changes = change(run, source)
         assert not perform(run, source, log, **changes).reused
         assert (run.path / "copy.txt").read_text() == source.read_text()

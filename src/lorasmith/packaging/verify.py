@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from lorasmith.errors import DamageError, InputError, LorasmithError, os_errors
+from lorasmith.files import run_layout as layout
 from lorasmith.files.atomic import read_record
 from lorasmith.files.digests import LOCK, SIGNATURE, SUMS, hash_file, read_sums, sealed_names, walk
 from lorasmith.files.names import safe_member, safe_members
+from lorasmith.files.run_sources import contradictions
 from lorasmith.packaging.archive import BLOCK, Advance, JoinedReader, Write, read_tar
 from lorasmith.packaging.compress import BROKEN, COMPRESSIONS, Compression
 from lorasmith.packaging.contents import RESULTS
@@ -24,7 +26,7 @@ from lorasmith.packaging.signing import SIGNED, Verifier, check_signature
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest, Finding, Record
 from lorasmith.records.merging import MergeRecord
-from lorasmith.records.release import PackageManifest, StageRecord
+from lorasmith.records.release import PackageManifest, RunRecord, StageRecord
 from lorasmith.records.scoring import TaskResult, ValidationResult
 
 # A package folder opened for reading: a manifest that fits its checksums, archives as streams.
@@ -236,6 +238,7 @@ def check_run(run: Path, progress: Progress) -> list[Finding]:
     The archives of a package inside are left out.
     """
     expected, findings = _expected(run)
+    findings += _check_inputs(run)
     findings += _check_list(run, expected)
     present = walk(run)
     lock = present.get(LOCK)
@@ -257,6 +260,21 @@ def check_run(run: Path, progress: Progress) -> list[Finding]:
                     findings.append(_finding("damaged-file", message, name, f"SHA-256 {wanted}, found {sha}"))
             advance(present[name].st_size)
     return findings
+
+
+def _check_inputs(run: Path) -> list[Finding]:
+    """Errors for records that were made from another base or adapter than the run names."""
+    quiet: list[Finding] = []  # whatever cannot be read is found by its hash
+    asked = _read(layout.RUN.at(run), RunRecord, quiet)
+    if asked is None:
+        return []
+    records = {file.path: _read(file.at(run), file.kind, quiet) for file in layout.PACKED}
+    stages = [_read(path, StageRecord, quiet) for path in sorted((run / layout.STAGES).glob("*.json"))]
+    return contradictions(
+        asked,
+        {path: record for path, record in records.items() if record is not None},
+        [stage for stage in stages if stage is not None],
+    )
 
 
 def _check_list(run: Path, expected: dict[str, dict[str, str]]) -> list[Finding]:

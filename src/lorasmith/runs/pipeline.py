@@ -7,12 +7,14 @@ test set → validate base, adapter → merge → prove → validate merged → 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 from lorasmith.errors import InputError, UsageError
 from lorasmith.files import run_layout as layout
 from lorasmith.files.atomic import write_record
 from lorasmith.files.digests import open_seal, seal_run
+from lorasmith.files.run_sources import contradictions
 from lorasmith.gates.evaluate import check_gates
 from lorasmith.hub.cache import hub_name
 from lorasmith.hub.models import local_model
@@ -20,11 +22,13 @@ from lorasmith.options import RunOptions
 from lorasmith.options.keywords import documented
 from lorasmith.preflight.doctor import require_machine
 from lorasmith.progress import Unwatched, Watcher
+from lorasmith.records.base import Record
+from lorasmith.records.release import RunRecord
 from lorasmith.reporting.page import write_report
 from lorasmith.runs.config import resolved_gates
 from lorasmith.runs.followup import check_followup, followup_steps, forget_unasked, with_local_draft
-from lorasmith.runs.results import RunResult, describe_run, load_result
-from lorasmith.runs.stages import open_run
+from lorasmith.runs.results import RunResult, describe_run, load_result, run_inputs
+from lorasmith.runs.stages import RunFolder, open_run
 from lorasmith.runs.step import RunContext, Step
 from lorasmith.runs.steps import (
     card_step,
@@ -62,7 +66,9 @@ def run(
     with open_run(asked.output, rehash=rehash, price_per_hour=asked.price_per_hour) as folder:
         folder.budget = asked.budget
         open_seal(folder.path)
-        write_record(layout.RUN.at(folder.path), describe_run(asked, rehash=rehash))
+        described = describe_run(asked, rehash=rehash)
+        write_record(layout.RUN.at(folder.path), described)
+        folder.pinned = {path: described.inputs[name] for name, path in run_inputs(asked).items()}
         _forget_tasks(asked)
         forget_unasked(asked)
         context = RunContext(asked, watch)
@@ -71,14 +77,28 @@ def run(
             watch.step(number, len(steps), step.title)
             timing = folder.perform(step.stage)
             watch.finished(step.stage.name, reused=timing.reused, seconds=timing.wall_seconds)
-            for file in step.shows:
-                watch.show(step.stage.name, file.read(folder.path))
+            records = {file.path: file.read(folder.path) for file in step.shows}
+            _require_same_inputs(folder, step, described, records)
+            for record in records.values():
+                watch.show(step.stage.name, record)
         for left in (layout.STATES, layout.FOLLOWUP_WORK):
             shutil.rmtree(folder.path / left, ignore_errors=True)
         judge_costs(context, watch)
         write_report(folder.path, folder.path / layout.REPORT)  # after every command, since it shows times
         seal_run(folder.path)
     return load_result(asked.output)
+
+
+def _require_same_inputs(
+    folder: RunFolder, step: Step, run: RunRecord, records: Mapping[str, Record]
+) -> None:
+    """Raise `InputError` where a record tells of another base or adapter than the run.
+
+    Its stage found the right one when it began: it was replaced before it was read, and perhaps put back.
+    """
+    for finding in contradictions(run, records):
+        folder.forget(step.stage)
+        raise InputError(finding.message, where=folder.path, expected=finding.expected, remedy=finding.remedy)
 
 
 def _forget_tasks(config: RunOptions) -> None:

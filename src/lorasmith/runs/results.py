@@ -88,8 +88,8 @@ def load_result(run: Path) -> RunResult:
     )
 
 
-def describe_run(config: RunOptions, *, rehash: bool = False) -> RunRecord:
-    """`run.json`: the options without their paths, the libraries, the digests of the inputs."""
+def run_inputs(config: RunOptions) -> dict[str, Path]:
+    """Everything that a run reads from outside its folder, as `run.json` names it."""
     inputs = {"base": config.base, "adapter": config.adapter, "test_set": config.test_set}
     inputs |= {f"train {number}": path for number, path in enumerate(config.train, 1)}
     asked = config.followup
@@ -97,6 +97,12 @@ def describe_run(config: RunOptions, *, rehash: bool = False) -> RunRecord:
         inputs["followup data"] = asked.respond.data
     if asked and asked.draft and asked.draft.from_model:
         inputs["draft start"] = asked.draft.from_model
+    return inputs
+
+
+def describe_run(config: RunOptions, *, rehash: bool = False) -> RunRecord:
+    """`run.json`: the options without their paths, the libraries, the digests of the inputs."""
+    asked = config.followup
     left_out = {"base", "adapter", "test_set", "train", "output", *(() if asked else ("followup",))}
     for unseen in (LimitOptions, MemoryOptions, ClusterOptions):  # they change nothing of what is made
         left_out |= unseen.model_fields.keys()
@@ -110,7 +116,7 @@ def describe_run(config: RunOptions, *, rehash: bool = False) -> RunRecord:
     return RunRecord(
         config={**options, "gates": [gate.model_dump(mode="json") for gate in resolved_gates(config)]},
         versions={"lorasmith": lorasmith.__version__, **{name: version(name) for name in _LIBRARIES}},
-        inputs={name: digest_path(path, rehash=rehash) for name, path in inputs.items()},
+        inputs={name: digest_path(path, rehash=rehash) for name, path in run_inputs(config).items()},
     )
 
 

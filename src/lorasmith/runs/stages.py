@@ -19,7 +19,7 @@ from typing import Any
 import lorasmith
 from lorasmith.errors import BudgetError, InputError, os_errors
 from lorasmith.files.atomic import read_record, write_record
-from lorasmith.files.digests import describe, digest_path, folder_files
+from lorasmith.files.digests import combine, describe, digest_path, folder_files
 from lorasmith.files.output_folder import locked
 from lorasmith.machine.meter import counted, this_machine
 from lorasmith.machine.resources import (
@@ -68,6 +68,8 @@ class RunFolder:
     budget: float | None = None
     """Most that may ever be spent in this folder, in dollars; it counts only with a price."""
     timings: dict[str, StageTiming] = field(default_factory=dict)
+    pinned: dict[Path, str] = field(default_factory=dict)
+    """Digest of each file and folder as `run.json` names it, or as the first stage to touch it found it."""
 
     def record_path(self, stage: str) -> Path:
         """Where the record of a stage lies."""
@@ -76,17 +78,51 @@ class RunFolder:
     def perform(self, stage: Stage) -> StageTiming:
         """Run the stage unless its record still matches; returns what it cost when it last ran."""
         wanted = self._wanted(stage)
+        self._require_unchanged(stage, wanted["inputs"])
         if self._is_done(stage, wanted):
             known = self._known_timing(stage.name)
             self._keep_timing(known.model_copy(update={"reused": True}))
+            self._pin_outputs(stage, self._outputs(stage))
             return self.timings[stage.name]
-        path = self.record_path(stage.name)
-        path.unlink(missing_ok=True)
+        self.forget(stage)
         timing = self._measure(stage)
         record = StageRecord(**wanted, outputs=self._outputs(stage))
-        write_record(path, record)
+        self._pin_outputs(stage, record.outputs)
+        write_record(self.record_path(stage.name), record)
         self._keep_timing(timing)
         return timing
+
+    def forget(self, stage: Stage) -> None:
+        """From here on the stage counts as not done."""
+        self.record_path(stage.name).unlink(missing_ok=True)
+
+    def _require_unchanged(self, stage: Stage, digests: Mapping[str, str]) -> None:
+        """Raise `InputError` where an input is not what it was when this run first read or wrote it.
+
+        Every stage would be right by itself; together they would tell of a model that never was.
+        """
+        for name, path in stage.inputs.items():
+            first = self.pinned.setdefault(path, digests[name])
+            if first != digests[name]:
+                raise InputError(
+                    f"this was changed while the run was at work: stage {stage.name} finds another {name}",
+                    where=path,
+                    expected=f"SHA-256 {first}, found {digests[name]}",
+                    remedy="leave it as it is while a run works, and give the same command again: "
+                    "what depends on it is then done again",
+                )
+
+    def _pin_outputs(self, stage: Stage, outputs: Sequence[FileDigest]) -> None:
+        for output in outputs:
+            self.pinned[self.path / output.path] = output.sha256
+        for name in stage.outputs:
+            if (self.path / name).is_dir():
+                below = [
+                    output.model_copy(update={"path": output.path.removeprefix(f"{name}/")})
+                    for output in outputs
+                    if output.path.startswith(f"{name}/")
+                ]
+                self.pinned[self.path / name] = combine(below)
 
     def _measure(self, stage: Stage) -> StageTiming:
         """Run the stage for as long as the budget lasts; an attempt that does not end is counted as well."""
