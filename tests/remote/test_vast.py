@@ -83,6 +83,67 @@ def test_queries() -> None:
         parse_query("the cheapest one")
 
 
+@pytest.mark.parametrize(
+    "query",
+    [
+        "dph_total<nan",
+        "dph_total<1e999",
+        "dph_total>-inf",
+        "gpu_name=\ud800",
+        "gpu_name=a\x1b[2J",
+        "type=bid",
+        "order=x",
+        "limit=1e308",
+        "rentable=false",
+        "rented=true",
+        "allocated_storage=1",
+        "a=b;rm -rf",
+    ],
+    ids=ascii,
+)
+def test_a_condition_that_cannot_be_asked_for_is_one_message(vast: FakeVast, query: str) -> None:
+    with pytest.raises(UsageError):
+        client(vast).offers(query, 50)
+    assert not vast.seen
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"id": None},
+        {"id": "x"},
+        {"dph_total": "x"},
+        {"dph_total": None},
+        {"dph_total": float("nan")},
+        {"dph_total": float("inf")},
+        {"dph_total": -0.5},
+        {"gpu_ram": [1]},
+        {"num_gpus": "two"},
+        {"inet_up_cost": -1},
+        {"disk_space": float("nan")},
+    ],
+    ids=str,
+)
+def test_an_odd_offer_is_left_out_with_a_note_and_one_message_where_all_are(
+    vast: FakeVast, odd: dict[str, object]
+) -> None:
+    provider, said = client(vast), list[str]()
+    provider.say = said.append
+    vast.offers = [an_offer(1, 1.5), an_offer(2, 1.2) | odd]
+    assert [offer.id for offer in provider.offers("", 50)] == [1]
+    assert said and said[0].startswith("note: 1 of 2 offers cannot be read")
+    vast.offers = [an_offer(2, 1.2) | odd]
+    with pytest.raises(ProviderError, match="none of the 1 offers can be read"):
+        provider.offers("", 50)
+
+
+@pytest.mark.parametrize("offers", [None, {}, "x", [None], [[1]], ["x"], [3]], ids=str)
+def test_an_answer_to_a_search_that_holds_no_offers_is_one_message(vast: FakeVast, offers: object) -> None:
+    vast.offers = offers  # type: ignore[assignment]
+    with pytest.raises(ProviderError):
+        client(vast).offers("", 50)
+
+
 def test_the_log_of_an_instance_comes_from_where_the_provider_says(vast: FakeVast) -> None:
     one = vast.buy(1, {"label": "x", "onstart": a_start()})
     one.log = ["starting", "lorasmith-host-key SHA256:abc", "sshd: listening"]

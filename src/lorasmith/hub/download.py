@@ -21,6 +21,7 @@ from lorasmith.progress import Advance, Progress
 SMALL_FILES = ("config.json", "README.md", *TOKENIZER_FILES, *OTHER_FILES)
 """Wanted beside the weights; the readme tells the licence."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _BLOCK = 1 << 20
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PLAIN = re.compile(r"[\w=+-][\w.=+-]*")
@@ -41,19 +42,23 @@ class _Remote:
     """Git's hash of a file outside large-file storage."""
 
 
-def download(model: HubModel, progress: Progress) -> Path:
+def download(model: HubModel, progress: Progress, *, adapters: bool = False) -> Path:
     """The snapshot's folder, whole. Weights come last, so a download that was killed goes on with its shards.
+
+    `adapters`: take the repository of an adapter as well, which has no config.json.
 
     Never fetches pickles. Raises `CheckpointError` where the model cannot be had or holds no safetensors,
     `MachineError` where the hub cannot be reached, `DiskError` before anything large is fetched.
     """
     commit, listed = _describe(model)
     snapshot = cache_of(model.repository) / "snapshots" / commit
-    small = [listed[name] for name in listed if fits(name, SMALL_FILES) or name == INDEX]
-    if "config.json" not in listed:
+    adapter = adapters and "config.json" not in listed and ADAPTER_CONFIG in listed
+    small_names = (*SMALL_FILES, ADAPTER_CONFIG) if adapter else (*SMALL_FILES, INDEX)
+    small = [listed[name] for name in listed if fits(name, small_names)]
+    if not adapter and "config.json" not in listed:
         raise _unusable(model, "no config.json", "a model; this may be an adapter or a data set")
     _fetch(model, commit, small, snapshot, progress, "files")
-    weights = _weights(model, listed, snapshot)
+    weights = _weights(model, listed, snapshot, ADAPTER_WEIGHTS if adapter else SINGLE)
     _fetch(model, commit, weights, snapshot, progress, "weights")
     if model.revision != commit:
         # As huggingface_hub notes what a branch stood for, so that the next time needs no network.
@@ -86,14 +91,14 @@ def _describe(model: HubModel) -> tuple[str, dict[str, _Remote]]:
     return str(info.sha), {file.name: file for file in files}
 
 
-def _weights(model: HubModel, listed: dict[str, _Remote], snapshot: Path) -> list[_Remote]:
-    names = [SINGLE] if SINGLE in listed else shards_of(snapshot / INDEX)
+def _weights(model: HubModel, listed: dict[str, _Remote], snapshot: Path, single: str) -> list[_Remote]:
+    names = [single] if single in listed else shards_of(snapshot / INDEX)
     if not names:
         others = sorted(name for name in listed if name.endswith((".bin", ".pt", ".pth", ".gguf", ".h5")))
         raise _unusable(
             model,
             f"{others[0]}, but no safetensors weights" if others else "no weights",
-            f"{SINGLE} or {INDEX}",
+            f"{SINGLE} or {INDEX}" if single == SINGLE else single,
             "take a revision that has them, or convert the model where you trust it: no pickle is loaded",
         )
     missing = [name for name in names if name not in listed]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
 import shutil
-from collections.abc import Callable
+import stat
+import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
 
 from lorasmith.errors import (
     BusyError,
@@ -20,6 +26,8 @@ from lorasmith.errors import (
     os_errors,
 )
 from lorasmith.files.atomic import publish_folder
+from lorasmith.files.digests import walk
+from lorasmith.files.names import safe_members, unsafe_name
 from lorasmith.machine.resources import human_bytes, require_disk
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest
@@ -36,6 +44,90 @@ from lorasmith.remote.job import (
 )
 from lorasmith.remote.ssh import Patience, Transport, ask, checked
 from lorasmith.remote.state import only_one, save_job
+
+# What the other machine says is parsed before it is used: it may be rented, and need not be honest.
+
+
+P = TypeVar("P", bound=BaseModel)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def read_answer(answer: dict[str, Any], kind: type[P], where: str) -> P:
+    """The fields of a record in an answer; raises `RemoteError` where they are not what they should be."""
+    known = {name: answer[name] for name in kind.model_fields if name in answer}
+    try:
+        return kind.model_validate(known, strict=True)
+    except ValidationError as error:
+        field_name = ".".join(map(str, error.errors()[0]["loc"]))
+        raise _unusable(f"its {field_name} is none", where) from error
+
+
+def read_manifest(answer: dict[str, Any], outputs: Sequence[Transfer], where: str) -> list[FileDigest]:
+    """The list of results, each name judged as a member of an archive is, and each within an output.
+
+    Raises `DamageError` for a name that leads elsewhere, `RemoteError` for what is no list of files.
+    """
+    rows = answer.get("files")
+    if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == 3 for row in rows):
+        raise _unusable("it lists no files", where)
+    names = safe_members((row[0] for row in rows), where=where)
+    for name, size, sha256 in rows:
+        if not any(_belongs(name, item.remote) for item in outputs):
+            raise _unusable(f"it lists {name!a}, which is no result", where)
+        if type(size) is not int or size < 0 or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+            raise _unusable(f"it lists {name!a} without a size and a SHA-256", where)
+    return [
+        FileDigest(path=name, bytes=size, sha256=sha256)
+        for name, (_, size, sha256) in zip(names, rows, strict=True)
+    ]
+
+
+def read_names(answer: dict[str, Any], key: str, parcel: Parcel, where: str) -> list[str]:
+    """Those of the files here that an answer names: any other could ask for a file that is nobody's business.
+
+    Raises `RemoteError` for a name that is not among them.
+    """
+    named = answer.get(key)
+    known = {file.path for file in parcel.files}
+    if not isinstance(named, list) or not all(isinstance(name, str) and name in known for name in named):
+        raise _unusable("it asks for files that are none of this job's", where)
+    return named
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would obey instead of show."""
+    return "".join(one for one in text if one in "\n\t" or unicodedata.category(one) not in ("Cc", "Cf"))
+
+
+def _unusable(found: str, where: str) -> RemoteError:
+    return RemoteError(
+        f"the other machine's answer cannot be used: {found}",
+        where=where,
+        remedy="check that this is the machine you mean; a rented one: take another offer",
+    )
+
+
+class _Log:
+    """A job's log as it comes, in pieces that end anywhere, said line by line."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._rest = ""
+
+    def take(self, piece: object) -> None:
+        """The next bytes, as the agent packs them into a text."""
+        content = str(piece).encode("latin-1", "replace")
+        *lines, self._rest = (self._rest + self._decoder.decode(content)).split("\n")
+        if lines:
+            self._say(printable("\n".join(lines)))
+
+    def end(self) -> None:
+        """Say what came without the end of its line."""
+        if self._rest:
+            self._say(printable(self._rest))
+        self._rest = ""
+
 
 # Files there and back: however often the line breaks, and not done before every SHA-256 is right.
 
@@ -69,9 +161,12 @@ class Exchange:
                 return
         raise _damaged(missing, self.transport.where, "the SHA-256 of the files here")
 
-    def fetch(self, item: Transfer, found: list[FileDigest]) -> str:
-        """Fetch one output, compare every SHA-256, and only then put it in its place; what was done."""
-        files = [file for file in found if _belongs(file.path, item.remote)]
+    def fetch(self, item: Transfer, listed: list[FileDigest]) -> str:
+        """Fetch one output, compare every SHA-256, and only then put it in its place; what was done.
+
+        `listed`: as `read_manifest` gives it; no other names may come here.
+        """
+        files = [file for file in listed if _belongs(file.path, item.remote)]
         if not files:
             raise RemoteError(f"the command left nothing at {item.remote}", where=self.transport.where)
         total = sum(file.bytes for file in files)
@@ -86,9 +181,12 @@ class Exchange:
             place.mkdir(parents=True, exist_ok=True)
         source = f"{self.folder}/{Path(item.remote).parent if single else item.remote}"
         missing = [file.path for file in inner]
+        wanted = set(missing)
+        _only_files(place, wanted)
         for _ in range(_ROUNDS):
             receive = partial(self.transport.receive, source, missing, place)
             self._move("Download", total, receive, partial(_sizes, place, missing))
+            _only_files(place, wanted)
             missing = differing(place, inner)
             if not missing:
                 break
@@ -107,7 +205,8 @@ class Exchange:
     def _arrived(self, files: list[str]) -> int:
         """Bytes of these files that are there."""
         request = {"do": "arrived", "job": self.folder, "files": files}
-        return int(ask(self.transport, self.patience, request)["bytes"])
+        count = ask(self.transport, self.patience, request).get("bytes")
+        return count if isinstance(count, int) else 0
 
     def _move(
         self,
@@ -145,6 +244,25 @@ class Exchange:
                     raise
 
             self.patience.over(attempt)
+
+
+def _only_files(place: Path, wanted: set[str]) -> None:
+    """Remove what is none of the wanted files; raise `DamageError` for a link, device or pipe.
+
+    The program that copies is not ours, and had its own ways out of a folder: CVE-2022-29154,
+    CVE-2024-12087. A link that stood here would be followed by whatever reads and deletes after it.
+    """
+    for name, status in walk(place).items():
+        if not stat.S_ISREG(status.st_mode):
+            shutil.rmtree(place, ignore_errors=True)  # does not follow links
+            raise DamageError(
+                f"{name!a} has arrived, which is no file",
+                where=place,
+                expected="the files that the other machine lists, and no links or devices",
+                remedy="do not use this machine before you know why; nothing of it was taken",
+            )
+    # Of an earlier attempt with other results, or a part that rsync has not finished, or unasked for.
+    delete(place, [name for name in walk(place) if name not in wanted])
 
 
 def _sizes(folder: Path, files: list[str]) -> int:
@@ -194,7 +312,7 @@ class Session:
     alive: Callable[[], None] = lambda: None
     """Called often while work is under way; raises to end it."""
     machine: RemoteMachine | None = None
-    """What `check` found."""
+    """The machine as `look` saw it."""
 
     @property
     def folder(self) -> str:
@@ -226,31 +344,34 @@ class Session:
     def look(self) -> RemoteMachine:
         """What the machine has; asked once."""
         if self.machine is None:
-            found = ask(self.transport, self.patience, {"do": "check", "folder": self.job.folder})
-            known = {name: found[name] for name in RemoteMachine.model_fields}
-            self.machine = RemoteMachine.model_validate(known)
+            answer = ask(self.transport, self.patience, {"do": "check", "folder": self.job.folder})
+            machine = read_answer(answer, RemoteMachine, self.transport.where)
+            # It stands behind `host:` for rsync, where a colon would name a service of that host.
+            if not machine.folder.startswith("/") or unsafe_name(machine.folder[1:]):
+                raise _unusable(f"its folder is {machine.folder!a}", self.transport.where)
+            self.machine = machine
         return self.machine
 
     def run(self, *, needs_gpu: bool = False) -> RemoteStatus:
         """Upload, start, follow, fetch and verify; goes on with what an earlier call left."""
         machine = self.check(needs_gpu=needs_gpu)
         gpus = ", ".join(machine.gpus) or "no GPU: this will run on the CPU"
-        self.say(
+        about = (
             f"{self.transport.where}: {gpus}; {machine.cores} cores, {human_bytes(machine.memory)} memory,"
             f" {human_bytes(machine.disk_free)} free, Python {machine.python}"
         )
+        self.say(printable(about))
         with only_one(self.job.id, self.say), pack_parcel(self.job) as parcel:
             plan = plan_job(self.job, parcel, self.folder)
             if self._begin(plan, parcel, machine):
                 self.say(f"job {self.job.id} runs there by itself; closing this computer changes nothing")
-        found = self.attach()
-        return self.finish(found)
+        return self.finish(self.attach())
 
     def _begin(self, plan: dict[str, Any], parcel: Parcel, machine: RemoteMachine) -> bool:
         """Start the job unless it runs or is done already; whether it was started."""
-        found = self.status()
-        same = found.plan == plan["sha256"]
-        if found.phase in ("installing", "fetching models", "running"):
+        before = self.status()
+        same = before.plan == plan["sha256"]
+        if before.phase in ("installing", "fetching models", "running"):
             if same:
                 return False
             raise BusyError(
@@ -258,7 +379,7 @@ class Session:
                 where=f"{self.transport.where}:{self.folder}",
                 remedy=f"wait, or stop it first: lorasmith remote stop {self.job.id}",
             )
-        if found.phase == "ended" and found.code in _ANSWERS and same:
+        if before.phase == "ended" and before.code in _ANSWERS and same:
             return False
         if not self.job.fetched:
             require_free_outputs(self.job.outputs)
@@ -267,7 +388,7 @@ class Session:
         self.upload(parcel, machine)
         environment = {name: value_of(name) for name in self.job.environment}
         answer = self.ask("start", plan=plan, environment=environment)
-        if not answer["started"] and answer.get("plan") != plan["sha256"]:
+        if not answer.get("started") and answer.get("plan") != plan["sha256"]:
             raise BusyError(
                 "another command was started in this job's folder at the same time",
                 where=f"{self.transport.where}:{self.folder}",
@@ -278,7 +399,8 @@ class Session:
     def upload(self, parcel: Parcel, machine: RemoteMachine) -> None:
         """Send what is not there yet of the parcel, and have every file's SHA-256 compared there."""
         folders = [str(Path(item.remote).parent) for item in self.job.outputs]
-        missing = self.ask("prepare_folders", files=parcel.listed, folders=folders)["missing"]
+        answer = self.ask("prepare_folders", files=parcel.listed, folders=folders)
+        missing = read_names(answer, "missing", parcel, self.transport.where)
         to_send = parcel.bytes_of(missing)
         if known := parcel.bytes - to_send:
             self.say(f"{human_bytes(known)} of the inputs are there already; {human_bytes(to_send)} to send")
@@ -291,7 +413,11 @@ class Session:
                 remedy="free some space there, or take --folder on a larger disk",
             )
         self._warn_of_memory(machine)
-        self._exchange().send(parcel, missing, lambda files: list(self.ask("verify", files=files)["wrong"]))
+
+        def verify(files: list[Any]) -> list[str]:
+            return read_names(self.ask("verify", files=files), "wrong", parcel, self.transport.where)
+
+        self._exchange().send(parcel, missing, verify)
 
     def _warn_of_memory(self, machine: RemoteMachine) -> None:
         """A model larger than memory can still be merged, but not scored: said before hours have passed."""
@@ -307,12 +433,13 @@ class Session:
 
     def status(self) -> RemoteStatus:
         """Where the job stands."""
-        return _status(self.ask("status"))
+        return self._status(self.ask("status"))
 
     def attach(self, offset: int = 0) -> RemoteStatus:
         """Follow the log from `offset` until the job has ended; broken connections are opened again."""
         place = offset
         last: dict[str, Any] = {}
+        log = _Log(self.say)
 
         def attempt(moved: Callable[[], None]) -> dict[str, Any]:
             nonlocal place
@@ -323,34 +450,35 @@ class Session:
                 self.alive()
                 moved()
                 if "log" in answer:
-                    self.say(answer["log"].encode("latin-1").decode(errors="replace").rstrip("\n"))
+                    log.take(answer["log"])
                 place = answer.get("offset", place)
             return checked(answer, self.transport.where)
 
         while last.get("phase") not in ("absent", "ended", "lost"):
             last = self.patience.over(attempt)
-        return _status(last)
+        log.end()
+        return self._status(last)
 
-    def finish(self, found: RemoteStatus) -> RemoteStatus:
+    def finish(self, status: RemoteStatus) -> RemoteStatus:
         """Fetch the results of a job that came to its end; raises `RemoteError` for one that did not."""
-        if found.phase == "lost":
+        if status.phase == "lost":
             raise RemoteError(
                 "the job is gone without a word: the machine was restarted, or ran out of memory",
                 where=f"{self.transport.where}:{self.folder}",
                 remedy="give the same command again; it goes on with what is finished there",
             )
-        if found.phase != "ended":
-            raise RemoteError(f"there is no finished job: it is {found.phase}", where=self.transport.where)
-        if found.code in _ANSWERS:
+        if status.phase != "ended":
+            raise RemoteError(f"there is no finished job: it is {status.phase}", where=self.transport.where)
+        if status.code in _ANSWERS:
             self.fetch()
-        elif found.reason:
-            self.say(found.reason)
-        return found
+        elif status.reason:
+            self.say(status.reason)
+        return status
 
     def fetch(self) -> None:
         """Copy the outputs here, compare every SHA-256, and only then put them in their place."""
         answer = self.ask("manifest", outputs=[item.remote for item in self.job.outputs])
-        files = [FileDigest(path=path, bytes=size, sha256=sha) for path, size, sha in answer["files"]]
+        files = read_manifest(answer, self.job.outputs, self.transport.where)
         exchange = self._exchange()
         with only_one(self.job.id, self.say):
             for item in self.job.outputs:
@@ -360,13 +488,11 @@ class Session:
 
     def stop(self) -> RemoteStatus:
         """Stop the command as Ctrl-C would; what is finished is kept there."""
-        return _status(self.ask("stop"))
+        return self._status(self.ask("stop"))
 
-
-def _status(answer: dict[str, Any]) -> RemoteStatus:
-    return RemoteStatus.model_validate(
-        {name: answer[name] for name in RemoteStatus.model_fields if name in answer}
-    )
+    def _status(self, answer: dict[str, Any]) -> RemoteStatus:
+        status = read_answer(answer, RemoteStatus, self.transport.where)
+        return status.model_copy(update={"reason": printable(status.reason)})
 
 
 def value_of(name: str) -> str:

@@ -60,7 +60,7 @@ def trust(
     keys = {_fingerprint(key): key for key in _scan(host, port)}
     if fingerprints:
         wanted = [text if text.startswith("SHA256:") else f"SHA256:{text}" for text in fingerprints]
-        chosen = [found for found in keys if found in wanted]
+        chosen = [fingerprint for fingerprint in keys if fingerprint in wanted]
         if not chosen:
             raise RemoteError(
                 f"this is another machine: its keys are {', '.join(keys)}",
@@ -78,7 +78,7 @@ def trust(
             remedy="compare one of them with what its owner or provider tells, then give --fingerprint",
         )
     with os_errors(known_hosts, "write"), known_hosts.open("a") as handle:
-        handle.writelines(f"{keys[found]}\n" for found in chosen)
+        handle.writelines(f"{keys[fingerprint]}\n" for fingerprint in chosen)
     return chosen
 
 
@@ -96,11 +96,11 @@ def _forget(name: str, file: Path) -> None:
 
 def _scan(host: str, port: int) -> list[str]:
     command = ["ssh-keyscan", "-T", "10", "-p", str(port), host]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    keys = [line for line in found.stdout.splitlines() if line and not line.startswith("#")]
+    scan = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    keys = [line for line in scan.stdout.splitlines() if line and not line.startswith("#")]
     if not keys:
         raise ConnectionLostError(
-            f"no ssh server answers: {_last_line(found.stderr) or 'no key was shown'}",
+            f"no ssh server answers: {_last_line(scan.stderr) or 'no key was shown'}",
             where=f"{host}:{port}",
             remedy="check the address and port, and that the machine is up",
         )
@@ -108,8 +108,8 @@ def _scan(host: str, port: int) -> list[str]:
 
 
 def _fingerprint(key: str) -> str:
-    found = subprocess.run(["ssh-keygen", "-lf", "-"], input=key, capture_output=True, text=True, check=True)
-    return found.stdout.split()[1]
+    shown = subprocess.run(["ssh-keygen", "-lf", "-"], input=key, capture_output=True, text=True, check=True)
+    return shown.stdout.split()[1]
 
 
 def _last_line(text: str) -> str:
@@ -258,14 +258,26 @@ FULL = 11
 """Exit code for an error in file I/O: often all that comes back when the receiving disk is full."""
 
 
+ONLY_FILES = ["--no-links", "--no-devices", "--no-specials", "--chmod=D0755,F0644"]
+"""What rsync may write here, whatever the other end sends: no links, devices or pipes, with plain rights."""
+
+
 def copy(
-    ssh: list[str], source: str, target: str, files: list[str], silence: int, on_bytes: OnBytes
+    ssh: list[str],
+    source: str,
+    target: str,
+    files: list[str],
+    more: list[str],
+    silence: int,
+    on_bytes: OnBytes,
 ) -> tuple[int, str]:
     """Copy `files` below `source` to the same places below `target`; exit code and messages.
 
-    `ssh`: how to reach the other end. `silence`: seconds without a byte after which it is given up.
+    `ssh`: how to reach the other end. `more`: further options of rsync. `silence`: seconds without a byte
+    after which it is given up.
     """
-    command = ["rsync", "-e", shlex.join(ssh), "--secluded-args", "--recursive", "--copy-links", "--times"]
+    # Not --recursive: of a folder in place of a file nothing is copied.
+    command = ["rsync", "-e", shlex.join(ssh), "--secluded-args", "--copy-links", "--times", *more]
     # Partial files are continued in place; whether the result is right, SHA-256 decides afterwards.
     command += ["--partial", "--append-verify", f"--timeout={silence}", "--info=progress2"]
     command += ["--no-inc-recursive", "--from0", "--files-from=-", source, target]
@@ -300,6 +312,8 @@ for name, source in json.loads({parts!r}):
 part.answer(json.loads({request!r}))
 """
 
+_LONGEST_ANSWER = 256 << 20
+"""Bytes of one answer: a manifest of a million files."""
 _PATTERN = re.compile(r"^(?:(?P<user>[^@\s]+)@)?(?P<name>\[[^\]]+\]|[^:@\s]+)(?::(?P<port>\d+))?$")
 _REFUSED = ("Permission denied", "Too many authentication failures", "no such identity")
 _WRONG_KEY = ("REMOTE HOST IDENTIFICATION HAS CHANGED", "Host key verification failed")
@@ -373,14 +387,14 @@ class SshTransport:
         fingerprint: str | Sequence[str] | None = None,
         confirm: Confirm | None = None,
     ) -> list[str]:
-        """Make sure that the machine's key is known, by one of these fingerprints: see `hostkeys.trust`."""
-        found = subprocess.run(
+        """Make sure that the machine's key is known, by one of these fingerprints: see `trust` above."""
+        resolved = subprocess.run(
             ["ssh", "-F", str(self._config), *self._port(), "-G", self.host.login],
             capture_output=True,
             text=True,
             check=False,
         )
-        settings = dict(line.split(" ", 1) for line in found.stdout.splitlines() if " " in line)
+        settings = dict(line.split(" ", 1) for line in resolved.stdout.splitlines() if " " in line)
         if settings.get("proxyjump", "none") != "none" or settings.get("proxycommand", "none") != "none":
             return []  # reachable through another machine only: ssh checks its key against known_hosts
         given = [fingerprint] if isinstance(fingerprint, str) else fingerprint or []
@@ -408,7 +422,7 @@ class SshTransport:
         command = ["ssh", "-F", str(self._config), *self._port(), self.host.login, "--", _LAUNCH]
         with piped(command, program.encode()) as child:
             finished = False
-            for line in child.output:
+            while line := child.output.readline(_LONGEST_ANSWER):
                 if line.startswith(requests.MARK.encode()) and line.endswith(b"\n"):
                     answer = self._answer(line[len(requests.MARK) :])
                     self._require_python(answer)
@@ -440,15 +454,15 @@ class SshTransport:
 
     def send(self, source: Path, files: list[str], target: str, on_bytes: OnBytes) -> None:
         """Copy files below `source` to the same places below `target` there; goes on with partial files."""
-        self._copy(f"{source}/", f"{self._rsync_host()}:{target}/", files, on_bytes)
+        self._copy(f"{source}/", f"{self._rsync_host()}:{target}/", files, [], on_bytes)
 
     def receive(self, source: str, files: list[str], target: Path, on_bytes: OnBytes) -> None:
         """The other way round."""
-        self._copy(f"{self._rsync_host()}:{source}/", f"{target}/", files, on_bytes)
+        self._copy(f"{self._rsync_host()}:{source}/", f"{target}/", files, ONLY_FILES, on_bytes)
 
-    def _copy(self, source: str, target: str, files: list[str], on_bytes: OnBytes) -> None:
+    def _copy(self, source: str, target: str, files: list[str], more: list[str], on_bytes: OnBytes) -> None:
         ssh = ["ssh", "-F", str(self._config), *self._port()]
-        code, message = copy(ssh, source, target, files, self.silence, on_bytes)
+        code, message = copy(ssh, source, target, files, more, self.silence, on_bytes)
         if not code:
             return
         if code == FULL or "No space left" in message or "Disk quota" in message:

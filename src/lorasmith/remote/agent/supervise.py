@@ -108,23 +108,30 @@ def install(plan: dict[str, Any], run: Any) -> tuple[list[str], dict[str, Any]]:
     return launch, more
 
 
+# As a local command fetches a model: only what is needed, no pickle, each file against its hash.
 _FETCH = """import sys
-from huggingface_hub import snapshot_download
-repository, revision, cache = sys.argv[1:]
-# No pickle is loaded, nor what other frameworks read.
-others = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "original/*"]
-print(snapshot_download(repository, revision=revision or None, cache_dir=cache, ignore_patterns=others))
+from lorasmith.errors import LorasmithError
+from lorasmith.hub.cache import HubModel
+from lorasmith.hub.download import download
+from lorasmith.progress import silent
+repository, revision = sys.argv[1:]
+try:
+    print(download(HubModel(repository, revision or "main"), silent, adapters=True))
+except LorasmithError as error:
+    sys.exit(str(error))
 """
 
 
 def fetch_models(plan: dict[str, Any], python: list[str], run: Any, more: dict[str, Any]) -> None:
     """Fetch each model from the hub, once for all jobs, and link it to its place in this one's folder."""
+    environment = {**more.get("env", os.environ), "HF_HUB_CACHE": plan["cache"]}
     for model in plan["hub"]:
         place, told = Path(model["remote"]), Path("hub.path")
         place.parent.mkdir(parents=True, exist_ok=True)
-        wanted = [model["repository"], model["revision"] or "", plan["cache"]]
+        wanted = [model["repository"], model["revision"] or ""]
         with told.open("wb") as out:
-            must(run([*python, _FETCH, *wanted], stdout=out, **more), f"fetching {model['repository']}")
+            code = run([*python, _FETCH, *wanted], stdout=out, env=environment)
+        must(code, f"fetching {model['repository']}")
         if place.is_symlink():
             place.unlink()
         place.symlink_to(told.read_text().splitlines()[-1])

@@ -12,6 +12,7 @@ import pytest
 from lorasmith.errors import UsageError
 from lorasmith.records.remote import Transfer
 from lorasmith.remote.job import build_wheel, constraints, hub_model
+from tests.model_hub import COMMIT, serving
 from tests.remote.jobs import connect, job_for, session_for
 from tests.remote.machines import SSHD, Machine
 
@@ -111,35 +112,53 @@ def test_our_wheel_holds_this_source_and_pip_accepts_it(tmp_path: Path) -> None:
     assert "lorasmith" not in pinned
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"{}"},
+        {"adapter_config.json": b"{}", "adapter_model.safetensors": b"factors"},
+    ],
+    ids=["a model", "an adapter"],
+)
 def test_models_are_fetched_from_the_hub_there_once(
-    other: Machine, fake_lorasmith: str, tmp_path: Path
+    other: Machine,
+    fake_lorasmith: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files: dict[str, bytes],
 ) -> None:
-    stub = other.home / "stub"
-    stub.mkdir()
-    (stub / "huggingface_hub.py").write_text(
-        "import pathlib\n"
-        "def snapshot_download(repository, revision, cache_dir, ignore_patterns):\n"
-        "    assert '*.bin' in ignore_patterns\n"
-        "    found = pathlib.Path(cache_dir, repository, str(revision))\n"
-        "    found.mkdir(parents=True, exist_ok=True)\n"
-        "    with (found / 'from').open('a') as file:\n"
-        "        file.write(f'{repository} {revision};')\n"
-        "    print('Fetching 12 files')\n"
-        "    return str(found)\n"
-    )
-    shim = other.home / "python-with-hub"
-    shim.write_text(
-        Path(fake_lorasmith).read_text().replace("#!/bin/sh\n", f"#!/bin/sh\nexport PYTHONPATH={stub}\n")
-    )
-    shim.chmod(0o755)
-    model = hub_model("hub:Qwen/Qwen3-8B@v1", "in/hub-0/Qwen3-8B")
-    for count in (1, 2, 3):  # the place is that of the first command, and is not cleared by the next
-        copy = tmp_path / f"copy{count}"
-        command = ["copy", model.remote, "out/0/copy"]
-        job = job_for(other, command, str(shim), [], [copy], hub=[model])
-        job = job.model_copy(update={"outputs": [Transfer(local=str(copy), remote="out/0/copy")]})
-        session, _ = session_for(connect(other), job)
-        assert session.run().code == 0
-        assert (copy / "from").read_text() == "Qwen/Qwen3-8B v1;" * count
+    """A model or an adapter: safetensors and what belongs to them, checked, and never a pickle."""
+    monkeypatch.setattr("lorasmith.remote.job.build_wheel", build_wheel)  # with the code that fetches
+    with serving("Qwen/Qwen3-8B") as hub:
+        hub.revisions["v1"] = COMMIT
+        hub.files = {**files, "training_args.bin": b"a pickle", "original/params.json": b"{}"}
+        shim = other.home / f"python-with-hub-{len(files)}"
+        shim.write_text(
+            Path(fake_lorasmith)
+            .read_text()
+            .replace("#!/bin/sh\n", f"#!/bin/sh\nexport HF_ENDPOINT={hub.url} HF_HUB_OFFLINE=0\n")
+        )
+        shim.chmod(0o755)
+        model = hub_model("hub:Qwen/Qwen3-8B@v1", "in/hub-0/Qwen3-8B")
+        folder = f"~/.lorasmith-{len(files)}"
+        for count in (1, 2):  # the place is that of the first command, and is not cleared by the next
+            copy = tmp_path / f"copy{count}"
+            command = ["copy", model.remote, "out/0/copy"]
+            job = job_for(other, command, str(shim), [], [copy], hub=[model], folder=folder)
+            job = job.model_copy(update={"outputs": [Transfer(local=str(copy), remote="out/0/copy")]})
+            session, said = session_for(connect(other), job)
+            assert session.run().code == 0, said
+            assert {path.name: path.read_bytes() for path in copy.iterdir()} == files
+        assert sum(name.endswith(".safetensors") for name in hub.asked) == 1
+        (weights,) = (name for name in files if name.endswith(".safetensors"))
+        hub.files[weights], hub.damaged, hub.revisions["v2"] = b"newer ones", {weights}, COMMIT[::-1]
+        damaged = hub_model("hub:Qwen/Qwen3-8B@v2", "in/hub-0/Qwen3-8B")
+        job = job_for(
+            other, ["copy", damaged.remote, "out/0/x"], str(shim), [], [tmp_path / "x"],
+            hub=[damaged], folder=folder,
+        )  # fmt: skip
+        session, said = session_for(connect(other), job)
+        assert session.run().code == 3
+        assert any("arrived damaged" in line for line in said), said
     with pytest.raises(UsageError, match="no model of the hub"):
         hub_model("hub:Qwen3-8B", "x")
