@@ -39,8 +39,8 @@ def example(benchmark: Benchmark, item: Item) -> Example:
 @pytest.fixture(autouse=True)
 def _needs(request: pytest.FixtureRequest) -> None:
     name = str(request.node.name)
-    if "HumanEval" in name and "score" in name and run.lacking():
-        pytest.skip(f"this machine cannot give {run.lacking()}")
+    if "HumanEval" in name and "score" in name and run.refusal():
+        pytest.skip(run.refusal())
     if "MATH" in name and "score" in name:
         pytest.importorskip("math_verify")
 

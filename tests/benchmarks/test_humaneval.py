@@ -14,7 +14,7 @@ from lorasmith.benchmarks.humaneval import HumanEval, program
 from lorasmith.benchmarks.sandbox import run
 from lorasmith.records.dataset import Example, Metadata
 
-needs_sandbox = pytest.mark.skipif(bool(run.lacking()), reason="this machine has no sandbox")
+needs_sandbox = pytest.mark.skipif(bool(run.refusal()), reason="this machine has no sandbox")
 
 
 def rows() -> list[dict[str, str]]:
@@ -54,6 +54,39 @@ def test_wrong_programs_score_zero(answer: str) -> None:
     assert HumanEval().score(example(rows()[0]), answer) == {"pass@1": 0.0}
 
 
+def small(answer: str) -> dict[str, float]:
+    """The score of an answer to a task of two lines: `f()` is 1."""
+    metadata = Metadata(source="HumanEval", tests="def check(c):\n    assert c() == 1\n", entry_point="f")
+    prompt = "def f():\n    "
+    return HumanEval().judge(
+        Example(id="HumanEval/0", prompt=prompt, response="return 1", metadata=metadata), answer
+    )
+
+
+@needs_sandbox
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "return 1\n\nif __name__ == '__main__':\n    x = int(input())\n",
+        "return 1\n\nif __name__ == '__main__':\n    raise SystemExit(1)\n",
+    ],
+)
+def test_what_an_answer_does_as_a_script_is_not_run(answer: str) -> None:
+    assert small(answer) == {"pass@1": 1.0}
+
+
+@needs_sandbox
+@pytest.mark.parametrize("flood", ["b'[' * 60000", "b'{\"lacking\": 7}'", "b'lacking files'", "b'token 1'"])
+def test_an_answer_that_writes_to_every_handle_is_wrong_and_stops_nothing(flood: str) -> None:
+    answer = f"""import os
+    for handle in range(3, 64):
+        try: os.write(handle, b'\\n' + {flood} + b'\\n')
+        except OSError: pass
+    return 2
+"""
+    assert small(answer) == {"pass@1": 0.0}
+
+
 @needs_sandbox
 def test_a_whole_function_in_a_fence_is_read() -> None:
     first = example(rows()[0])
@@ -76,8 +109,9 @@ def test_an_empty_answer_is_unscored() -> None:
 
 
 def test_without_a_sandbox_it_is_unscored_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "lacking", lambda: ("network",))
-    with pytest.raises(Unscored, match="cannot give network"):
+    why = "generated code is not run: this machine cannot keep the promise of network (no filter)"
+    monkeypatch.setattr(run, "refusal", lambda: why)
+    with pytest.raises(Unscored, match=r"network \(no filter\)"):
         HumanEval().score(example(rows()[0]), "    return True")
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -75,6 +78,25 @@ def test_math_has_a_time_limit_and_goes_on_after_it(monkeypatch: pytest.MonkeyPa
         assert worker.ask({"gold": r"\boxed{2}", "answer": "$1+1$"}) == {"verdict": True}
     finally:
         worker.stop()
+
+
+@pytest.mark.parametrize(
+    "said", ["[" * 60000, "7", '{"other": 1}', '{"verdict": ', "words of a library"], ids=range(5)
+)
+def test_what_is_no_verdict_leaves_the_answer_unscored(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = maths._Worker()
+    stub = f"import sys; print('ready', flush=True); sys.stdin.readline(); print({said!r}, flush=True)"
+    monkeypatch.setattr(maths.subprocess, "Popen", partial(_stub, subprocess.Popen, stub))
+    monkeypatch.setattr(maths, "_worker", lambda: worker)
+    try:
+        with pytest.raises(Unscored, match="something other than a verdict"):
+            maths.equal("1", "2")
+    finally:
+        worker.stop()
+
+
+def _stub(popen: Any, program: str, command: list[str], **options: Any) -> Any:
+    return popen([sys.executable, "-c", program], **options)
 
 
 def test_math_works_off_the_main_thread() -> None:

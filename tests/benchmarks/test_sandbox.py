@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -14,27 +13,17 @@ from pathlib import Path
 import pytest
 
 from lorasmith.benchmarks.sandbox.run import Outcome, SandboxLimits, run
+from tests.benchmarks.ways import QUICK, Way
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox needs Linux")
 
-QUICK = SandboxLimits(wall_seconds=10, cpu_seconds=1, memory_bytes=256 << 20, file_bytes=1 << 20)
+
+def attempt(program: str, way: Way, limits: SandboxLimits = QUICK) -> Outcome:
+    return way.run(program, limits)
 
 
-@pytest.fixture(params=["best", "user", "landlock"])
-def mode(request: pytest.FixtureRequest) -> str:
-    outcome = run("pass", mode=request.param)
-    assert outcome.lacking != ["sandbox"], outcome.reason  # broken, which is not what a machine may lack
-    if outcome.lacking:
-        pytest.skip(f"{outcome.reason}: {outcome.notes}")
-    return str(request.param)
-
-
-def attempt(program: str, mode: str, limits: SandboxLimits = QUICK) -> Outcome:
-    return run(textwrap.dedent(program), limits, mode=mode)
-
-
-def test_an_honest_program_runs_to_its_end(mode: str) -> None:
-    outcome = attempt("import math, re, json, collections\nprint(math.comb(5, 2))", mode)
+def test_an_honest_program_runs_to_its_end(way: Way) -> None:
+    outcome = attempt("import math, re, json, collections\nprint(math.comb(5, 2))", way)
     assert outcome.finished, outcome.reason
     assert outcome.output == "10\n"
     assert outcome.reason == "finished"
@@ -51,11 +40,11 @@ def test_an_honest_program_runs_to_its_end(mode: str) -> None:
         "x =",
     ],
 )
-def test_leaving_early_or_failing_is_no_success(program: str, mode: str) -> None:
-    assert not attempt(program, mode).finished
+def test_leaving_early_or_failing_is_no_success(program: str, way: Way) -> None:
+    assert not attempt(program, way).finished
 
 
-def test_a_fork_bomb_cannot_start(mode: str) -> None:
+def test_a_fork_bomb_cannot_start(way: Way) -> None:
     outcome = attempt(
         """
         import os
@@ -68,32 +57,32 @@ def test_a_fork_bomb_cannot_start(mode: str) -> None:
             started += value == 0
         assert started == 0, started
         """,
-        mode,
+        way,
     )
     assert outcome.finished, outcome.reason
 
 
-def test_no_process_by_the_library_either(mode: str) -> None:
-    outcome = attempt("import subprocess\nsubprocess.run(['/bin/sh', '-c', 'echo out'])", mode)
+def test_no_process_by_the_library_either(way: Way) -> None:
+    outcome = attempt("import subprocess\nsubprocess.run(['/bin/sh', '-c', 'echo out'])", way)
     assert not outcome.finished
     assert "PermissionError" in outcome.reason
 
 
-def test_memory_is_limited(mode: str) -> None:
-    outcome = attempt("x = bytearray(1 << 30)", mode)
+def test_memory_is_limited(way: Way) -> None:
+    outcome = attempt("x = bytearray(1 << 30)", way)
     assert not outcome.finished
     assert "MemoryError" in outcome.reason
 
 
-def test_an_endless_loop_ends_at_the_limit_of_cpu_time(mode: str) -> None:
+def test_an_endless_loop_ends_at_the_limit_of_cpu_time(way: Way) -> None:
     began = time.monotonic()
-    outcome = attempt("while True: pass", mode)
+    outcome = attempt("while True: pass", way)
     assert not outcome.finished
     assert "CPU" in outcome.reason
     assert time.monotonic() - began < 8
 
 
-def test_an_endless_loop_that_catches_everything_ends_as_well(mode: str) -> None:
+def test_an_endless_loop_that_catches_everything_ends_as_well(way: Way) -> None:
     program = """
         import signal
         for number in range(1, 65):
@@ -107,17 +96,17 @@ def test_an_endless_loop_that_catches_everything_ends_as_well(mode: str) -> None
             except BaseException:
                 pass
         """
-    assert not attempt(program, mode).finished
+    assert not attempt(program, way).finished
 
 
-def test_sleeping_ends_at_the_deadline(mode: str) -> None:
+def test_sleeping_ends_at_the_deadline(way: Way) -> None:
     began = time.monotonic()
-    outcome = attempt("import time\ntime.sleep(60)", mode, SandboxLimits(wall_seconds=1))
+    outcome = attempt("import time\ntime.sleep(60)", way, SandboxLimits(wall_seconds=1))
     assert outcome.reason == "stopped after 1 s"
     assert time.monotonic() - began < 5
 
 
-def test_nothing_outside_can_be_written(mode: str, tmp_path: Path) -> None:
+def test_nothing_outside_can_be_written(way: Way, tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     name = f"lorasmith-escape-{os.getpid()}"
     outside = [
@@ -143,7 +132,7 @@ def test_nothing_outside_can_be_written(mode: str, tmp_path: Path) -> None:
                 pass
         assert not written, written
         """,
-        mode,
+        way,
     )
     escaped = [path for path in outside if path.exists()]
     for path in escaped:
@@ -153,7 +142,12 @@ def test_nothing_outside_can_be_written(mode: str, tmp_path: Path) -> None:
     assert escaped == []
 
 
-def test_its_own_folder_is_writable_private_and_gone_afterwards(mode: str) -> None:
+def test_its_own_folder_is_writable_private_and_gone_afterwards(way: Way) -> None:
+    """Where there is one: without namespaces nothing would bound it, so that nothing can be written."""
+    if way.mode.startswith("landlock"):
+        outcome = attempt("import os\nassert os.listdir('.') == []\nopen('own.txt', 'w')", way)
+        assert "PermissionError" in outcome.reason
+        return
     outcome = attempt(
         """
         import os, tempfile
@@ -162,20 +156,20 @@ def test_its_own_folder_is_writable_private_and_gone_afterwards(mode: str) -> No
             handle.write("x")
         print(os.path.realpath("own.txt"))
         """,
-        mode,
+        way,
     )
     assert outcome.finished, outcome.reason
     assert not Path(outcome.output.strip()).exists()
 
 
-def test_a_huge_file_is_cut(mode: str) -> None:
-    outcome = attempt("open('big', 'wb').write(bytes(5 << 20))", mode)
+def test_a_huge_file_is_cut(way: Way) -> None:
+    outcome = attempt("open('big', 'wb').write(bytes(5 << 20))", way)
     assert not outcome.finished
-    sparse = attempt("import os\nos.truncate(os.open('big', os.O_CREAT | os.O_RDWR), 1 << 40)", mode)
+    sparse = attempt("import os\nos.truncate(os.open('big', os.O_CREAT | os.O_RDWR), 1 << 40)", way)
     assert not sparse.finished
 
 
-def test_files_of_the_user_cannot_be_read(mode: str, tmp_path: Path) -> None:
+def test_files_of_the_user_cannot_be_read(way: Way, tmp_path: Path) -> None:
     secret = tmp_path / "secret.txt"
     secret.write_text("token")
     tmp_path.chmod(0o755)
@@ -190,12 +184,12 @@ def test_files_of_the_user_cannot_be_read(mode: str, tmp_path: Path) -> None:
                 pass
         assert not read, read
         """,
-        mode,
+        way,
     )
     assert outcome.finished, outcome.reason
 
 
-def test_the_callers_environment_is_out_of_reach(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_callers_environment_is_out_of_reach(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "very-secret-token")
     outcome = attempt(
         f"""
@@ -208,13 +202,13 @@ def test_the_callers_environment_is_out_of_reach(mode: str, monkeypatch: pytest.
                 except OSError:
                     pass
         """,
-        mode,
+        way,
     )
     assert outcome.finished, outcome.reason
     assert "very-secret-token" not in outcome.output
 
 
-def test_the_parent_and_others_get_no_signals(mode: str) -> None:
+def test_the_parent_and_others_get_no_signals(way: Way) -> None:
     heard: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
     try:
@@ -231,7 +225,7 @@ def test_the_parent_and_others_get_no_signals(mode: str) -> None:
                     pass
             assert not sent, sent
             """,
-            mode,
+            way,
         )
     finally:
         signal.signal(signal.SIGUSR1, before)
@@ -239,7 +233,7 @@ def test_the_parent_and_others_get_no_signals(mode: str) -> None:
     assert heard == []
 
 
-def test_there_are_no_sockets(mode: str) -> None:
+def test_there_are_no_sockets(way: Way) -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -255,14 +249,14 @@ def test_there_are_no_sockets(mode: str) -> None:
                     continue
                 raise SystemExit("connected")
             """,
-            mode,
+            way,
         )
         assert outcome.finished, outcome.reason
         with pytest.raises(TimeoutError):
             server.accept()
 
 
-def test_the_lock_cannot_be_opened_from_inside(mode: str) -> None:
+def test_the_lock_cannot_be_opened_from_inside(way: Way) -> None:
     outcome = attempt(
         """
         import ctypes, os, resource
@@ -285,12 +279,12 @@ def test_the_lock_cannot_be_opened_from_inside(mode: str) -> None:
             pass
         assert not opened, opened
         """,
-        mode,
+        way,
     )
     assert outcome.finished, outcome.reason
 
 
-def test_threads_stay_within_the_memory(mode: str) -> None:
+def test_threads_stay_within_the_memory(way: Way) -> None:
     outcome = attempt(
         """
         import threading, time
@@ -300,21 +294,22 @@ def test_threads_stay_within_the_memory(mode: str) -> None:
         except (RuntimeError, MemoryError):
             pass
         """,
-        mode,
-        SandboxLimits(wall_seconds=10, cpu_seconds=2, memory_bytes=256 << 20),
+        way,
+        SandboxLimits(wall_seconds=4, cpu_seconds=2, memory_bytes=256 << 20),
     )
-    assert outcome.finished, outcome.reason
+    # A thread without memory for its own start never tells the one that waits for it, in some Pythons.
+    assert outcome.finished or outcome.reason == "stopped after 4 s"
 
 
-def test_endless_output_is_thrown_away(mode: str) -> None:
-    outcome = attempt("while True: print('x' * 10000)", mode, SandboxLimits(wall_seconds=5, cpu_seconds=1))
+def test_endless_output_is_thrown_away(way: Way) -> None:
+    outcome = attempt("while True: print('x' * 10000)", way, SandboxLimits(wall_seconds=5, cpu_seconds=1))
     assert not outcome.finished
     assert len(outcome.output) == SandboxLimits().output_bytes
 
 
-def test_nothing_is_left_running(mode: str) -> None:
+def test_nothing_is_left_running(way: Way) -> None:
     before = threading.active_count()
-    attempt("import time\ntime.sleep(60)", mode, SandboxLimits(wall_seconds=0.5))
+    attempt("import time\ntime.sleep(60)", way, SandboxLimits(wall_seconds=0.5))
     time.sleep(0.2)
     marker = "jail.main"
     running = [

@@ -224,3 +224,17 @@ def test_texts_are_cut_at_the_first_stop_and_prompts_at_their_beginning() -> Non
     assert cut("all of it", ("\n",)) == "all of it"
     assert room_for([1, 2, 3, 4, 5], 7, 4) == [3, 4, 5]
     assert room_for([1, 2, 3], None, 4) == [1, 2, 3]
+
+
+def test_code_that_ran_without_a_promise_kept_is_a_finding(place: Path, tmp_path: Path) -> None:
+    task = {
+        "id": "HumanEval/0",
+        "prompt": "def f():\n    ",
+        "response": "return 1",
+        "metadata": {"source": "HumanEval", "tests": "def check(c):\n    c()\n", "entry_point": "f"},
+    }
+    (tmp_path / "test.jsonl").write_text(json.dumps(task) + "\n" + json.dumps(mmlu(1)) + "\n")
+    with patch("lorasmith.scoring.tasks.unkept", lambda: ("files", "disk")):
+        result = evaluate_tasks(place / "base", tmp_path / "test.jsonl", tmp_path / "out")
+    [finding] = [one for one in result.findings if one.code == "code-ran-unprotected"]
+    assert "files, disk" in finding.message and finding.severity == "warning"

@@ -74,6 +74,9 @@ class Benchmark(ABC):
     graded: ClassVar[bool] = False
     """True where every published row has a difficulty: a file without any is damaged."""
 
+    runs_code: ClassVar[bool] = False
+    """True where a verdict comes from running what a model wrote, in the sandbox."""
+
     @abstractmethod
     def recognises(self, row: SourceRow) -> bool:
         """Whether the fields of the row are those of one of this benchmark's public layouts."""

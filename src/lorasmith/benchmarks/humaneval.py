@@ -29,6 +29,7 @@ class HumanEval(Benchmark):
     domain = "code generation"
     source = "https://github.com/openai/human-eval"
     licence = "MIT"
+    runs_code = True
 
     def recognises(self, row: SourceRow) -> bool:
         return row.value.keys() >= _FIELDS
@@ -51,12 +52,11 @@ class HumanEval(Benchmark):
 
     def judge(self, example: Example, answer: str) -> Scores:
         """pass@1: 1.0 when prompt, answer and tests run to their end in the sandbox, else 0.0."""
-        lacking = run.lacking()
-        if lacking:
-            raise Unscored(f"generated code is not run: this machine cannot give {', '.join(lacking)}")
+        if refusal := run.refusal():
+            raise Unscored(refusal)
         extra = example.metadata.extra()
         tests = f"{extra['tests']}\ncheck({extra['entry_point']})\n"
-        outcome = run.run(f"{program(example.prompt, answer, extra['entry_point'])}\n{tests}")
+        outcome = run.run_here(f"{program(example.prompt, answer, extra['entry_point'])}\n{tests}")
         return {"pass@1": float(outcome.finished)}
 
 

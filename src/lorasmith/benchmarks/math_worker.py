@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
 import signal
 import sys
@@ -20,6 +21,9 @@ def main() -> None:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     logging.disable(logging.CRITICAL)
+    # Whatever a library prints about an answer is no verdict: the pipe belongs to this loop alone.
+    verdicts = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     _lock()
     # The prompt asks for a box: where there is one, it counts before everything else.
     targets = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
@@ -31,7 +35,7 @@ def main() -> None:
         answer = parse(question["answer"], extraction_config=targets, parsing_timeout=None)
         return {"verdict": bool(verify(gold, answer, timeout_seconds=None))}
 
-    print("ready", flush=True)
+    print("ready", file=verdicts, flush=True)
     for line in sys.stdin:
         # Should the parent be gone, nobody else ends a comparison that never does.
         signal.alarm(_ALARM_SECONDS)
@@ -40,7 +44,7 @@ def main() -> None:
         except Exception as error:  # whatever sympy raises, the answer stays unscored and says why
             told = {"verdict": None, "reason": f"math-verify failed: {type(error).__name__}"}
         signal.alarm(0)
-        print(json.dumps(told), flush=True)
+        print(json.dumps(told), file=verdicts, flush=True)
 
 
 def _lock() -> None:

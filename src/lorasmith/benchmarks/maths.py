@@ -49,7 +49,7 @@ def equal(final: str, answer: str) -> bool:
         raise Unscored("math-verify is not installed: pip install 'lorasmith[benchmarks]'")
     told = _worker().ask({"gold": f"\\boxed{{{final}}}", "answer": answer})
     if told.get("verdict") is None:
-        raise Unscored(str(told["reason"]))
+        raise Unscored(str(told.get("reason")))
     return bool(told["verdict"])
 
 
@@ -94,8 +94,15 @@ class _Worker:
             if line is None:
                 self.stop()
                 return {"verdict": None, "reason": f"math-verify gave no verdict within {seconds:g} s"}
-            told: dict[str, Any] = json.loads(line)
-            return told
+            try:
+                told = json.loads(line)
+            except (ValueError, RecursionError):
+                told = None
+            if isinstance(told, dict) and {"verdict", "reason"} & told.keys():
+                return told
+            # Half a line of a process that died, or words of a library: what comes next is no answer either.
+            self.stop()
+            return {"verdict": None, "reason": "math-verify failed: it gave something other than a verdict"}
 
     def _start(self) -> subprocess.Popen[str]:
         self.process = subprocess.Popen(

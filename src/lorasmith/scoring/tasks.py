@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from lorasmith.benchmarks.base import Benchmark, Unscored
 from lorasmith.benchmarks.choices import LETTERS, judge_likelihoods
 from lorasmith.benchmarks.registry import BENCHMARKS
+from lorasmith.benchmarks.sandbox.run import ANYWAY, unkept
 from lorasmith.errors import DataError
 from lorasmith.executors.base import ChunkLog, Executor, Local
 from lorasmith.files.atomic import StrPath, write_bytes, write_record
@@ -251,6 +252,17 @@ def require_questions(examples: Sequence[Example], test_set: Path) -> list[int]:
 
 
 def _findings(work: Workload, known: int) -> list[Finding]:
+    benchmarks = {example.metadata.source for example in work.examples}
+    if any(name in BY_NAME and BY_NAME[name].runs_code for name in benchmarks) and (broken := unkept()):
+        message = f"generated code ran although this machine cannot keep the promise of {', '.join(broken)}"
+        work.findings.append(
+            Finding(
+                severity="warning",
+                code="code-ran-unprotected",
+                message=message,
+                expected=f"every promise of the sandbox kept, or {ANYWAY} unset and such answers unscored",
+            )
+        )
     left_out = len(work.examples) - known
     if not left_out:
         return work.findings

@@ -11,6 +11,7 @@ import ctypes
 import os
 import platform
 import struct
+from typing import NamedTuple
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -21,55 +22,190 @@ _CLONE_THREAD = 0x00010000
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 22, 24, 38
 _SIGKILL, _EPERM, _ENOSYS = 9, 1, 38
 
-# name: (x86_64, aarch64); None where the architecture has no such call.
-_FORBIDDEN: dict[str, tuple[int | None, int | None]] = {
-    "socket": (41, 198),
-    "fork": (57, None),
-    "vfork": (58, None),
-    "execve": (59, 221),
-    "execveat": (322, 281),
-    "kill": (62, 129),
-    "tkill": (200, 130),
-    "tgkill": (234, 131),
-    "rt_sigqueueinfo": (129, 138),
-    "rt_tgsigqueueinfo": (297, 240),
-    "pidfd_send_signal": (424, 424),
-    "pidfd_open": (434, 434),
-    "pidfd_getfd": (438, 438),
-    "ptrace": (101, 117),
-    "process_vm_readv": (310, 270),
-    "process_vm_writev": (311, 271),
-    "shmget": (29, 194),
-    "msgget": (68, 186),
-    "semget": (64, 190),
-    "mq_open": (240, 180),
-    "add_key": (248, 217),
-    "request_key": (249, 218),
-    "keyctl": (250, 219),
-    "mount": (165, 40),
-    "umount2": (166, 39),
-    "pivot_root": (155, 41),
-    "chroot": (161, 51),
-    "mount_setattr": (442, 442),
-    "open_tree": (428, 428),
-    "move_mount": (429, 429),
-    "fsopen": (430, 430),
-    "unshare": (272, 97),
-    "setns": (308, 268),
-    "bpf": (321, 280),
-    "perf_event_open": (298, 241),
-    "userfaultfd": (323, 282),
-    "open_by_handle_at": (304, 265),
-    "io_uring_setup": (425, 425),
-    "init_module": (175, 105),
-    "finit_module": (313, 273),
-    "delete_module": (176, 106),
-    "kexec_load": (246, 104),
-    "reboot": (169, 142),
-    "swapon": (167, 224),
-    "sethostname": (170, 161),
+_PR_SET_NAME, _PR_GET_NAME, _PR_SET_VMA = 15, 16, 0x53564D41
+_AF_UNIX, _SOCK_STREAM = 1, 1
+_TYPE_BITS = 0xF
+"""SOCK_NONBLOCK and SOCK_CLOEXEC lie above the four bits of a socket's type."""
+_O_ACCMODE, _O_TRUNC = 0o3, 0o1000
+_OPEN_MODES = (0, 1, 2, 1 | _O_TRUNC, 2 | _O_TRUNC)
+"""To read, to write, both; cut to nothing only by who may write. Linux lets O_RDONLY cut as well, and
+Landlock before version 3 (Linux 6.2) takes that for reading: with this and without truncate(2), version 1
+suffices."""
+
+
+class _Only(NamedTuple):
+    """One argument of a call and the values it may have, as far as `mask` looks; None for a null pointer."""
+
+    argument: int
+    values: tuple[int, ...] | None
+    mask: int = 0xFFFFFFFF
+
+
+# The calls that a program may make: to compute, to use files that are there for it, to wait, and to have
+# threads and pipes of its own. All others fail, those that nobody has thought of yet included. A list of what
+# is forbidden cannot do that: chmod, utime, setxattr, prlimit, sched_setaffinity, truncate and memfd_create
+# each reached out of a sandbox that had one, and every kernel brings new calls of their kind.
+#
+# name: (x86_64, aarch64), and what arguments must be; None where the architecture has no such call.
+_ALLOWED: dict[str, tuple[int | None, int | None, *tuple[_Only, ...]]] = {
+    # Files: names and bytes. Where they are, the file tree or Landlock decides.
+    "read": (0, 63),
+    "write": (1, 64),
+    "open": (2, None, _Only(1, _OPEN_MODES, _O_ACCMODE | _O_TRUNC)),
+    "openat": (257, 56, _Only(2, _OPEN_MODES, _O_ACCMODE | _O_TRUNC)),
+    "close": (3, 57),
+    "close_range": (436, 436),
+    "stat": (4, None),
+    "fstat": (5, 80),
+    "lstat": (6, None),
+    "newfstatat": (262, 79),
+    "statx": (332, 291),
+    "statfs": (137, 43),
+    "fstatfs": (138, 44),
+    "access": (21, None),
+    "faccessat": (269, 48),
+    "faccessat2": (439, 439),
+    "lseek": (8, 62),
+    "pread64": (17, 67),
+    "pwrite64": (18, 68),
+    "readv": (19, 65),
+    "writev": (20, 66),
+    "preadv": (295, 69),
+    "pwritev": (296, 70),
+    "preadv2": (327, 286),
+    "pwritev2": (328, 287),
+    "sendfile": (40, 71),
+    "copy_file_range": (326, 285),
+    "fadvise64": (221, 223),
+    "fallocate": (285, 47),
+    "ftruncate": (77, 46),
+    "fsync": (74, 82),
+    "fdatasync": (75, 83),
+    "getdents": (78, None),
+    "getdents64": (217, 61),
+    "getcwd": (79, 17),
+    "chdir": (80, 49),
+    "fchdir": (81, 50),
+    "readlink": (89, None),
+    "readlinkat": (267, 78),
+    "rename": (82, None),
+    "renameat": (264, 38),
+    "renameat2": (316, 276),
+    "mkdir": (83, None),
+    "mkdirat": (258, 34),
+    "rmdir": (84, None),
+    "creat": (85, None),
+    "link": (86, None),
+    "linkat": (265, 37),
+    "symlink": (88, None),
+    "symlinkat": (266, 36),
+    "unlink": (87, None),
+    "unlinkat": (263, 35),
+    "umask": (95, 166),
+    # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC. F_SETOWN would send signals to others,
+    # F_SETPIPE_SZ take memory that no limit counts, leases and locks hold up who shares a file.
+    "fcntl": (72, 25, _Only(1, (0, 1, 2, 3, 4, 1030))),
+    # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX, TCGETS2: what Python asks of its own handles.
+    # Others change files through a handle for reading, as FS_IOC_SETFLAGS does.
+    "ioctl": (16, 29, _Only(1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x802C542A))),
+    # Pipes, and pairs of connected sockets as asyncio makes them: streams, since a datagram has an address.
+    "pipe": (22, None),
+    "pipe2": (293, 59),
+    "dup": (32, 23),
+    "dup2": (33, None),
+    "dup3": (292, 24),
+    "socketpair": (53, 199, _Only(0, (_AF_UNIX,)), _Only(1, (_SOCK_STREAM,), _TYPE_BITS)),
+    "sendto": (44, 206, _Only(4, None)),
+    "recvfrom": (45, 207),
+    "shutdown": (48, 210),
+    "getsockname": (51, 204),
+    "getsockopt": (55, 209),
+    "poll": (7, None),
+    "ppoll": (271, 73),
+    "select": (23, None),
+    "pselect6": (270, 72),
+    "eventfd": (284, None),
+    "eventfd2": (290, 19),
+    "epoll_create": (213, None),
+    "epoll_create1": (291, 20),
+    "epoll_ctl": (233, 21),
+    "epoll_wait": (232, None),
+    "epoll_pwait": (281, 22),
+    "epoll_pwait2": (441, 441),
+    # Memory, all of it within the limit of address space.
+    "mmap": (9, 222),
+    "mprotect": (10, 226),
+    "munmap": (11, 215),
+    "brk": (12, 214),
+    "mremap": (25, 216),
+    "msync": (26, 227),
+    "mincore": (27, 232),
+    "madvise": (28, 233),
+    "membarrier": (324, 283),
+    # Threads and waiting. A new process is a clone without this flag.
+    "futex": (202, 98),
+    "futex_waitv": (449, 449),
+    "set_tid_address": (218, 96),
+    "set_robust_list": (273, 99),
+    "get_robust_list": (274, 100),
+    "rseq": (334, 293),
+    "arch_prctl": (158, None),
+    "prctl": (157, 167, _Only(0, (_PR_SET_NAME, _PR_GET_NAME, _PR_SET_VMA))),
+    "clone": (56, 220, _Only(0, (_CLONE_THREAD,), _CLONE_THREAD)),
+    "gettid": (186, 178),
+    "sched_yield": (24, 124),
+    "sched_getaffinity": (204, 123),
+    "sched_getscheduler": (145, 120),
+    "sched_getparam": (143, 121),
+    "sched_get_priority_max": (146, 125),
+    "sched_get_priority_min": (147, 126),
+    "getcpu": (309, 168),
+    "exit": (60, 93),
+    "exit_group": (231, 94),
+    "restart_syscall": (219, 128),
+    "pause": (34, None),
+    "nanosleep": (35, 101),
+    "clock_nanosleep": (230, 115),
+    "clock_gettime": (228, 113),
+    "clock_getres": (229, 114),
+    "gettimeofday": (96, 169),
+    "time": (201, None),
+    "times": (100, 153),
+    "alarm": (37, None),
+    "getitimer": (36, 102),
+    "setitimer": (38, 103),
+    "wait4": (61, 260),
+    "waitid": (247, 95),
+    # Handlers of its own signals; none can be sent.
+    "rt_sigaction": (13, 134),
+    "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139),
+    "rt_sigpending": (127, 136),
+    "rt_sigtimedwait": (128, 137),
+    "rt_sigsuspend": (130, 133),
+    "sigaltstack": (131, 132),
+    # Questions about itself and the machine.
+    "getpid": (39, 172),
+    "getppid": (110, 173),
+    "getuid": (102, 174),
+    "geteuid": (107, 175),
+    "getgid": (104, 176),
+    "getegid": (108, 177),
+    "getresuid": (118, 148),
+    "getresgid": (120, 150),
+    "getgroups": (115, 158),
+    "getrlimit": (97, 163),
+    "getrusage": (98, 165),
+    # Process 0 is the caller: limits of others are theirs, and its own can only sink.
+    "prlimit64": (302, 261, _Only(0, (0,))),
+    "getpriority": (140, 141, _Only(1, (0,))),
+    "getrandom": (318, 278),
+    "uname": (63, 160),
+    "sysinfo": (99, 179),
 }
-_CLONE, _CLONE3, _PRCTL = (56, 220), (435, 435), (157, 167)
+_CLONE3 = 435
+_NEWEST_KNOWN = 470
+"""Calls with larger numbers are newer than this table: "no such call" lets libraries take an older way."""
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 
@@ -130,22 +266,31 @@ def drop_capabilities() -> None:
     _check(_LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl NO_NEW_PRIVS")
 
 
-def landlock(readable: list[str], writable: str) -> int:
-    """Allow reading below `readable` and all below `writable`, nothing else; returns the ABI version."""
-    version = _check(_LIBC.syscall(444, None, ctypes.c_size_t(0), 1), "landlock")
+_READ_FILE, _READ_DIR, _EXECUTE, _WRITE_FILE = 1 << 2, 1 << 3, 1 << 0, 1 << 1
+
+
+def landlock(readable: list[str], writable: list[str], newest: int = 99) -> int:
+    """Allow reading below `readable` and writing the devices `writable`, nothing else; returns the version.
+
+    Version 1 (Linux 5.13) is enough beside the filter. No later right than those of version `newest` is used.
+    """
+    version = min(newest, _check(_LIBC.syscall(444, None, ctypes.c_size_t(0), 1), "landlock"))
+    # What a rule set does not handle stays allowed: every right that this version knows is handled.
     everything = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
     attributes = struct.pack("<Q", everything)
     if version >= 4:
-        attributes += struct.pack("<Q", 3)
+        attributes += struct.pack("<Q", 3)  # TCP: bind and connect
     if version >= 6:
-        attributes += struct.pack("<Q", 3)
+        attributes += struct.pack("<Q", 3)  # abstract sockets and signals of others
     rules = _check(_LIBC.syscall(444, attributes, ctypes.c_size_t(len(attributes)), 0), "landlock")
-    read_only = 0b1101
-    for path, access in [*((path, read_only) for path in readable), (writable, everything)]:
-        folder = os.open(path, os.O_PATH)
-        allowed = access if os.path.isdir(path) else access & 0b0111
-        _check(_LIBC.syscall(445, rules, 1, struct.pack("<Qi", allowed, folder), 0), f"landlock {path}")
-        os.close(folder)
+    for path, access in [
+        *((path, _READ_FILE | _READ_DIR | _EXECUTE) for path in readable),
+        *((path, _READ_FILE | _WRITE_FILE) for path in writable),
+    ]:
+        handle = os.open(path, os.O_PATH)
+        allowed = access if os.path.isdir(path) else access & ~_READ_DIR
+        _check(_LIBC.syscall(445, rules, 1, struct.pack("<Qi", allowed, handle), 0), f"landlock {path}")
+        os.close(handle)
     _check(_LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl NO_NEW_PRIVS")
     _check(_LIBC.syscall(446, rules, 0), "landlock")
     os.close(rules)
@@ -153,9 +298,9 @@ def landlock(readable: list[str], writable: str) -> int:
 
 
 def filter_calls() -> None:
-    """Install the seccomp filter: no processes, programs, sockets, signals to others, mounts or tracing.
+    """Install the seccomp filter: a call that `_ALLOWED` does not name fails with EPERM.
 
-    Threads stay possible. A forbidden call fails with EPERM; a call of another architecture kills.
+    Threads stay possible. A call of another architecture kills.
     """
     machine = platform.machine()
     if machine not in _AUDIT_ARCH:
@@ -168,24 +313,44 @@ def filter_calls() -> None:
     _check(_LIBC.prctl(_PR_SET_SECCOMP, 2, header, 0, 0), "seccomp")
 
 
+_LOAD, _EQUAL, _AT_LEAST, _AND, _GIVE = 0x20, 0x15, 0x35, 0x54, 0x06
+_ALLOW, _KILL, _ERROR = 0x7FFF0000, 0x80000000, 0x00050000
+
+
+def _step(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    """One instruction of the filter's machine; jumps count the steps that are left out."""
+    return struct.pack("<HBBI", code, if_true, if_false, value)
+
+
 def _filter(column: int, arch: int) -> bytes:
-    load, equal, at_least, bits, give = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, kill, error = 0x7FFF0000, 0x80000000, 0x00050000
-
-    def step(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
-        return struct.pack("<HBBI", code, if_true, if_false, value)
-
-    steps = [step(load, 4), step(equal, arch, 1, 0), step(give, kill), step(load, 0)]
-    if column == 0:
-        steps += [step(at_least, 0x40000000, 0, 1), step(give, kill)]
-    for numbers in _FORBIDDEN.values():
-        number = numbers[column]
+    """The program: which architecture, which call, what arguments. `struct seccomp_data` begins with the
+    call's number; the architecture is at byte 4, argument k at 16 + 8·k."""
+    steps = [_step(_LOAD, 4), _step(_EQUAL, arch, 1, 0), _step(_GIVE, _KILL), _step(_LOAD, 0)]
+    if column == 0:  # calls of the x32 ABI have the same architecture and other numbers
+        steps += [_step(_AT_LEAST, 0x40000000, 0, 1), _step(_GIVE, _KILL)]
+    for first, second, *conditions in _ALLOWED.values():
+        number = (first, second)[column]
         if number is not None:
-            steps += [step(equal, number, 0, 1), step(give, error | _EPERM)]
+            verdict = [step for condition in conditions for step in _refuse_unless(condition)]
+            verdict.append(_step(_GIVE, _ALLOW))
+            steps += [_step(_EQUAL, number, 0, len(verdict)), *verdict]
     # clone3 hides its flags in memory: without it, libraries use clone, whose flags can be seen.
-    steps += [step(equal, _CLONE3[column], 0, 1), step(give, error | _ENOSYS)]
-    steps += [step(equal, _CLONE[column], 0, 4), step(load, 16), step(bits, _CLONE_THREAD, 1, 0)]
-    steps += [step(give, error | _EPERM), step(give, allow)]
-    steps += [step(equal, _PRCTL[column], 0, 4), step(load, 16), step(equal, _PR_SET_PDEATHSIG, 0, 1)]
-    steps += [step(give, error | _EPERM), step(give, allow), step(give, allow)]
+    steps += [_step(_EQUAL, _CLONE3, 0, 1), _step(_GIVE, _ERROR | _ENOSYS)]
+    steps += [_step(_AT_LEAST, _NEWEST_KNOWN + 1, 0, 1), _step(_GIVE, _ERROR | _ENOSYS)]
+    steps += [_step(_GIVE, _ERROR | _EPERM)]
     return b"".join(steps)
+
+
+def _refuse_unless(condition: _Only) -> list[bytes]:
+    """Steps that end the call with EPERM unless the argument is one of those allowed.
+
+    The kernel takes these arguments as 32-bit numbers, so that the low word decides; a pointer has two.
+    """
+    low = 16 + 8 * condition.argument
+    refuse = _step(_GIVE, _ERROR | _EPERM)
+    if condition.values is None:
+        halves = ([_step(_LOAD, place), _step(_EQUAL, 0, 1, 0), refuse] for place in (low, low + 4))
+        return [step for half in halves for step in half]
+    values = condition.values
+    tests = [_step(_EQUAL, value, len(values) - place, 0) for place, value in enumerate(values)]
+    return [_step(_LOAD, low), _step(_AND, condition.mask), *tests, refuse]

@@ -1,10 +1,11 @@
 """Run generated code where it can do no harm: another process, locked up, with limits and a deadline.
 
 On Linux the program gets its own network (none), process table and file tree (Python read-only, an empty
-temporary folder), an unprivileged user, no capabilities, limits on CPU, memory and file size, a clean
-environment, and a system call filter that forbids processes, programs, sockets and signals. Where
-namespaces are not permitted (many containers), Landlock and the filter take their place. Where neither is
-there (other systems), nothing runs and the reason is given.
+temporary folder of bounded size), an unprivileged user, no capabilities, limits on CPU, memory and files, a
+clean environment, and a filter of system calls that lets through what computing needs. Where namespaces are
+not permitted, as in many containers, Landlock (Linux 5.13) takes the place of the file tree: nothing can be
+written then. `jail.PROMISES` says what a program is kept from; where one of these cannot be kept, nothing
+runs and the reason is given, unless `ANYWAY` is set. Other systems than Linux have no sandbox.
 
 What it is not: a program that is written to fool its own tests can do so, since it runs in one process
 with them. It can pass itself; it cannot reach out.
@@ -29,17 +30,19 @@ from typing import Any
 
 import lorasmith
 
+_LINE_BYTES = 1 << 10
+
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """What a program may use."""
+    """How much a program may use."""
 
     wall_seconds: float = 20.0
     cpu_seconds: int = 10
     memory_bytes: int = 1 << 30
-    """Of address space."""
+    """Address space that it may have."""
     file_bytes: int = 16 << 20
-    """Of each file; also of the temporary folder as a whole where namespaces are permitted."""
+    """Size of a file, and of the temporary folder as a whole."""
     output_bytes: int = 1 << 16
     """So much of what it prints is kept; the rest is read and thrown away."""
 
@@ -53,15 +56,23 @@ class Outcome:
     reason: str
     output: str = ""
     lacking: list[str] = field(default_factory=list)
-    """Protections that this machine cannot give; then nothing was run."""
+    """Promises (`jail.PROMISES`) that this machine cannot keep; nothing was run then, unless it was to be."""
     notes: list[str] = field(default_factory=list)
+    """How the program was locked up, and why the kernel refused what it refused."""
 
 
-def run(program: str, limits: SandboxLimits | None = None, *, mode: str = "best") -> Outcome:
-    """Run Python source text.
+ANYWAY = "LORASMITH_RUN_CODE_ANYWAY"
+"""With 1 in this environment variable, generated code runs even where promises cannot be kept. A variable and
+no option of a command: it says something about the machine, such as one that is thrown away afterwards."""
+
+
+def run(
+    program: str, limits: SandboxLimits | None = None, *, mode: str = "best", anyway: bool = False
+) -> Outcome:
+    """Run Python source text; with `anyway` even where promises cannot be kept.
 
     `mode` is `best`; `user` is the way of a person who is not root (a user namespace), `landlock` the way
-    where namespaces are not permitted.
+    where namespaces are not permitted, and `landlock-1` the same with the first version of Landlock.
     """
     limits = limits or SandboxLimits()
     if not sys.platform.startswith("linux"):
@@ -70,15 +81,32 @@ def run(program: str, limits: SandboxLimits | None = None, *, mode: str = "best"
     with tempfile.TemporaryDirectory(prefix="lorasmith-") as scratch:
         token = secrets.token_hex(16)
         order = {**asdict(limits), "program": program, "token": token, "scratch": scratch, "mode": mode}
-        said, output, timed_out = _supervise(order, limits)
-    return _outcome(said, output, token, timed_out, limits)
+        said, output, timed_out = _supervise({**order, "anyway": anyway}, limits)
+    return _outcome(_Report.read(said), output, token, timed_out, limits, anyway)
+
+
+def run_here(program: str) -> Outcome:
+    """Run Python source text in the best way, and as the environment says of machines that lack something."""
+    return run(program, anyway=os.environ.get(ANYWAY) == "1")
 
 
 @cache
-def lacking() -> tuple[str, ...]:
-    """What this machine cannot give; empty where generated code can be run. One trial, then remembered."""
-    outcome = run("pass")
-    return () if outcome.finished else tuple(outcome.lacking or [outcome.reason])
+def unkept() -> tuple[str, ...]:
+    """Promises that this machine does not keep while generated code runs nevertheless."""
+    if os.environ.get(ANYWAY) != "1":
+        return ()
+    outcome = run_here("pass")
+    return tuple(outcome.lacking) if outcome.finished else ()
+
+
+@cache
+def refusal() -> str:
+    """Why generated code is not run on this machine; empty where it is. One trial, then remembered."""
+    outcome = run_here("pass")
+    if outcome.finished:
+        return ""
+    can_help = outcome.lacking and outcome.lacking != ["sandbox"] and sys.platform.startswith("linux")
+    return f"{outcome.reason}; {ANYWAY}=1 runs it nevertheless" if can_help else outcome.reason
 
 
 def _supervise(order: dict[str, Any], limits: SandboxLimits) -> tuple[bytes, bytes, bool]:
@@ -139,32 +167,62 @@ def _collect(printed: int, said: int, limits: SandboxLimits) -> tuple[bytes, byt
     return kept[said], kept[printed], False
 
 
-def _outcome(said: bytes, output: bytes, token: str, timed_out: bool, limits: SandboxLimits) -> Outcome:
-    facts: dict[str, Any] = {}
-    for line in said.splitlines():
-        with suppress(ValueError):
-            told = json.loads(line)
-            facts |= told if isinstance(told, dict) else {}
+@dataclass
+class _Report:
+    """What the jail told, line by line. The program can write to the same pipe once it has started."""
+
+    lacking: list[str] | None = None
+    notes: list[str] = field(default_factory=list)
+    tokens: list[str] = field(default_factory=list)
+    error: str = ""
+    status: int | None = None
+
+    @classmethod
+    def read(cls, said: bytes) -> _Report:
+        """Nothing after `start` can change what was told before it; all of it is text, cut to a length."""
+        report, started = cls(), False
+        for line in said.splitlines():
+            word, _, text = line[:_LINE_BYTES].decode("utf-8", "replace").partition(" ")
+            if not started:
+                if word == "note":
+                    report.notes.append(text)
+                elif word == "lacking":
+                    report.lacking = [name for name in text.split(",") if name]
+                started = word == "start"
+            if word == "token":
+                report.tokens.append(text)
+            elif word == "error":
+                report.error = text
+            elif word == "status" and text.removeprefix("-").isdecimal():
+                report.status = int(text)
+        return report
+
+
+def _outcome(
+    report: _Report, output: bytes, token: str, timed_out: bool, limits: SandboxLimits, anyway: bool
+) -> Outcome:
     text = output.decode("utf-8", "replace")
-    lacks, notes = facts.get("lacking", []), facts.get("notes", [])
-    if "lacking" not in facts:
+    if report.lacking is None:
         reason = "the sandbox could not be started: " + (text.strip().splitlines() or ["no message"])[-1]
         return Outcome(False, reason, text, lacking=["sandbox"])
-    if lacks:
-        reason = f"generated code is not run: this machine cannot give {', '.join(lacks)}"
-        return Outcome(False, reason, text, lacks, notes)
-    finished = facts.get("token") == token and not timed_out
-    return Outcome(finished, _reason(facts, finished, timed_out, limits), text, [], notes)
+    if report.lacking and not anyway:
+        reason = (
+            f"generated code is not run: this machine cannot keep the promise of {', '.join(report.lacking)}"
+        )
+        why = "; ".join(report.notes) or "the kernel gave no reason"
+        return Outcome(False, f"{reason} ({why})", text, report.lacking, report.notes)
+    finished = token in report.tokens and not timed_out
+    reason = _reason(report, finished, timed_out, limits)
+    return Outcome(finished, reason, text, report.lacking, report.notes)
 
 
-def _reason(facts: dict[str, Any], finished: bool, timed_out: bool, limits: SandboxLimits) -> str:
+def _reason(report: _Report, finished: bool, timed_out: bool, limits: SandboxLimits) -> str:
     if finished:
         return "finished"
     if timed_out:
         return f"stopped after {limits.wall_seconds:g} s"
-    if "error" in facts:
-        return str(facts["error"])
-    status = facts.get("status")
-    if status in (-signal.SIGXCPU, -signal.SIGKILL):
+    if report.error:
+        return report.error
+    if report.status in (-signal.SIGXCPU, -signal.SIGKILL):
         return f"killed at a limit ({limits.cpu_seconds} s of CPU)"
-    return f"ended early with status {status}"
+    return f"ended early with status {report.status}"
