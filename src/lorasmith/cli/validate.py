@@ -65,8 +65,7 @@ def validate(
             show_record(result)
         return
     asking = AnswerOptions.taken_from(options).values()
-    chosen: dict[str, Any] = {"limit": options.limit, "shuffle_seed": options.shuffle_seed}
-    answered = evaluate_tasks(model, test_set, output, **what, **chosen, **asking)
+    answered = evaluate_tasks(model, test_set, output, **what, **asking)
     forget_journal(output, result.model.role)
     if as_json:
         show_records(validation=result, tasks=answered)
