@@ -22,6 +22,7 @@ from lorasmith.followup.chat import (
     open_side_by_side,
 )
 from lorasmith.options import ChatOptions
+from lorasmith.visible import visible
 from tests.tiny import load_model, save_adapter, save_base, tiny_tokenizer
 from tests.typed import Typed
 
@@ -146,7 +147,7 @@ def test_a_session_in_the_terminal(
 
     monkeypatch.setattr("builtins.input", type_next)
     _talk([open_chat(place / "base", options=SHORT)], console())
-    said = expected(place / "base", [turn("user", "the cat")])
+    said = visible(expected(place / "base", [turn("user", "the cat")]))
     shown = capsys.readouterr().out
     assert shown.count(said) == 2
     assert "type /reset" in shown
@@ -165,7 +166,7 @@ def command(*arguments: object, text: str = "") -> subprocess.CompletedProcess[s
 def test_the_command_reads_standard_input(place: Path, here: Typed) -> None:
     done = command("--model", place / "base", "--max-new-tokens", "10", text="the cat")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == expected(place / "base", [turn("user", "the cat")]) + "\n"
+    assert done.stdout == visible(expected(place / "base", [turn("user", "the cat")])) + "\n"
     done = here("chat", "--model", place / "plain", "--prompt", "x")
     assert (done.returncode, "no chat template" in done.stderr) == (2, True)
 

@@ -13,12 +13,13 @@ from lorasmith.files.atomic import StrPath
 from lorasmith.followup.responses.engines import DTYPES, generation_route, resolve_dtype
 from lorasmith.followup.speculation.loop import ModelDrafter, rounds
 from lorasmith.followup.speculation.speculate import require_same_tokenizer
+from lorasmith.models.chat_template import Message
 from lorasmith.models.device import Route, resolve_device, use_route
 from lorasmith.models.generation.continuous import Stepper
 from lorasmith.models.generation.decoding import Sampling, choose, stream
 from lorasmith.models.generation.generate import stop_tokens
 from lorasmith.models.load import LoadedModel, load_model
-from lorasmith.models.text import Message, conversation_tokens, frame, require_chat, resolve_template
+from lorasmith.models.text import conversation_tokens, frame, require_chat, resolve_template
 from lorasmith.options import ChatOptions
 
 DRAFT_TOKENS = 4

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
 from lorasmith.errors import CheckpointError, DataError, UsageError
+from lorasmith.models import chat_template
+from lorasmith.models.chat_template import Message
 from lorasmith.records.base import Finding
 from lorasmith.records.dataset import Example
 
@@ -44,15 +44,14 @@ def render_prompt(tokenizer: Any, prompt: str) -> str:
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], *, start_answer: bool) -> str:
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=start_answer, tokenize=False)
-    except (TemplateError, ValueError, TypeError) as error:
+        return chat_template.render(tokenizer, messages, start_answer=start_answer)
+    except chat_template.TemplateRefusal as error:
         raise CheckpointError(
             f"the chat template does not render: {error}",
             where=getattr(tokenizer, "name_or_path", None),
             expected="a template for one user message",
             remedy="give --template plain, or repair chat_template.jinja",
         ) from error
-    return str(text)
 
 
 @dataclass(frozen=True)
@@ -113,10 +112,12 @@ def prompt_tokens(tokenizer: Any, prompt: str, around: Frame) -> list[int]:
     if around.template == "plain":
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return ids if tuple(ids[:1]) == around.first else [*around.first, *ids]
-    encoded = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    return list(encoded["input_ids"])
+    return _text_tokens(tokenizer, render_prompt(tokenizer, prompt))
+
+
+def _text_tokens(tokenizer: Any, rendered: str) -> list[int]:
+    """Token ids of what a chat template made, which writes BOS and its like itself."""
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
 def response_tokens(tokenizer: Any, response: str, around: Frame) -> list[int]:
@@ -317,10 +318,6 @@ def _lost_responses(rows: Sequence[Encoded]) -> str:
 # Conversations as token ids: any number of turns, a system prompt where one is wanted.
 
 
-Message = dict[str, str]
-"""`{"role": "system" | "user" | "assistant", "content": …}`."""
-
-
 def conversation_tokens(tokenizer: Any, messages: list[Message], around: Frame) -> list[int]:
     """Token ids up to where the assistant begins to write.
 
@@ -336,16 +333,14 @@ def conversation_tokens(tokenizer: Any, messages: list[Message], around: Frame) 
             )
         return prompt_tokens(tokenizer, messages[0]["content"], around)
     try:
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-    except (TemplateError, ValueError, TypeError) as error:
+        rendered = chat_template.render(tokenizer, messages, start_answer=True)
+    except chat_template.TemplateRefusal as error:
         raise DataError(
             f"the chat template refuses these messages: {str(error).strip()}",
             where=getattr(tokenizer, "name_or_path", None),
             remedy="bring the roles into the order that the template wants, or leave out the system prompt",
         ) from error
-    return list(encoded["input_ids"])
+    return _text_tokens(tokenizer, rendered)
 
 
 def require_chat(tokenizer: Any, what: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorasmith.errors import DataError
 from lorasmith.files.jsonl import read_rows
-from lorasmith.models.text import Message
+from lorasmith.models.chat_template import Message
 from lorasmith.records.followup import RespondSettings
 
 _PROMPTS = ("prompt", "question", "instruction", "problem")

@@ -1,0 +1,151 @@
+"""Chat templates are programs that come with a model: they run in another process, within time and memory.
+
+Jinja's sandbox keeps them from files and from Python's insides, not from loops without an end or texts that
+fill the memory; and nothing can stop those within the process itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from typing import Any, cast
+
+from lorasmith.errors import CheckpointError, MachineError
+from lorasmith.models.template_worker import MEMORY_BYTES
+
+CPU_SECONDS = 5.0
+"""Processor time of one rendering; honest templates take milliseconds."""
+
+Message = dict[str, str]
+"""`{"role": "system" | "user" | "assistant", "content": …}`."""
+
+
+class TemplateRefusal(ValueError):
+    """The template does not render these messages; the text is its own, or jinja's."""
+
+
+def render(tokenizer: Any, messages: list[Message], *, start_answer: bool) -> str:
+    """The text of a conversation, up to where the assistant begins to write where `start_answer` is set.
+
+    Raises `TemplateRefusal` for what the template cannot lay out, and `CheckpointError` for a template that
+    takes longer than it may.
+    """
+    if not _uses_jinja(tokenizer):
+        try:
+            return str(
+                tokenizer.apply_chat_template(messages, add_generation_prompt=start_answer, tokenize=False)
+            )
+        except (ValueError, TypeError) as error:
+            raise TemplateRefusal(str(error)) from error
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise TemplateRefusal(str(error)) from error
+    request = {
+        "messages": messages,
+        "start_answer": start_answer,
+        "special_tokens": {
+            name: [str(one) for one in token] if isinstance(token, list | tuple) else str(token)
+            for name, token in tokenizer.special_tokens_map.items()
+        },
+    }
+    answer = _renderer().ask(template, request)
+    if answer is None:
+        raise CheckpointError(
+            "the chat template does not come to an end",
+            where=getattr(tokenizer, "name_or_path", None),
+            expected=f"a text within {CPU_SECONDS:g} s of processor time and {MEMORY_BYTES >> 20} MiB",
+            remedy="read its chat_template.jinja before you trust this model, or give --template plain",
+        )
+    if "text" not in answer:
+        raise TemplateRefusal(answer.get("error", ""))
+    return answer["text"]
+
+
+def _uses_jinja(tokenizer: Any) -> bool:
+    """Whether it renders as transformers does; tokenizers of mistral-common need no template."""
+    from transformers import PreTrainedTokenizerBase
+
+    own = getattr(type(tokenizer), "apply_chat_template", None)
+    return own is PreTrainedTokenizerBase.apply_chat_template
+
+
+class _Renderer:
+    """The other process; it is started once, and again after it was ended by a limit."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._template = ""
+
+    def ask(self, template: str, request: dict[str, Any]) -> dict[str, str] | None:
+        """The answer, or None where the process ended over it."""
+        with self._lock:
+            process = self._process or self._start()
+            if template != self._template:  # sent once, not with each row
+                request = {**request, "template": template}
+            assert process.stdin is not None
+            assert process.stdout is not None
+            line = ""
+            with suppress(BrokenPipeError):
+                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.flush()
+                line = process.stdout.readline()
+            if not line:
+                self.stop()
+                return None
+            self._template = template
+            return cast(dict[str, str], json.loads(line))
+
+    def _start(self) -> subprocess.Popen[str]:
+        # -P: a folder that the command is given in must not lend its modules to the process.
+        command = [sys.executable, "-P", "-m", "lorasmith.models.template_worker", str(CPU_SECONDS)]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+        )
+        self._template = ""
+        # An empty template shows that it works: what ends it later is the template.
+        started = {"template": "", "messages": [], "start_answer": False, "special_tokens": {}}
+        with suppress(BrokenPipeError):
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            self._process.stdin.write(json.dumps(started) + "\n")
+            self._process.stdin.flush()
+            if self._process.stdout.readline():
+                return self._process
+        self.stop()
+        raise MachineError(
+            "the process that renders chat templates does not start",
+            where=sys.executable,
+            remedy="run `python -P -m lorasmith.models.template_worker 5` to see why",
+        )
+
+    def stop(self) -> None:
+        """End the process, if there is one."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        with process:  # closes its pipes and waits
+            pass
+
+
+_renderers: dict[int, _Renderer] = {}
+"""One for each process: a fork must not share the pipes of its parent."""
+
+
+def _renderer() -> _Renderer:
+    pid = os.getpid()
+    if pid not in _renderers:
+        _renderers[pid] = renderer = _Renderer()
+        atexit.register(renderer.stop)
+    return _renderers[pid]
