@@ -9,7 +9,7 @@ import pytest
 
 from lorasmith.errors import UsageError
 from lorasmith.files.run_layout import RunRecords
-from lorasmith.gates import GUIDE_GATES, METRICS, evaluate, split_costs
+from lorasmith.gates import GUIDE_GATES, METRICS, evaluate, split_costs, with_required
 from lorasmith.records.base import Interval
 from lorasmith.records.dataset import ContaminationHit, ContaminationRecord
 from lorasmith.records.proof import ComparisonRecord, GenerationComparison, PairedEffect
@@ -193,11 +193,63 @@ def test_advice_is_about_what_was_measured() -> None:
     def said(metric: str) -> str:
         return evaluate([Gate(name="g", metric=metric, threshold=-5.0)], GOOD).gates[0].gate.advice
 
-    assert "regularisation" in said("adapter.loss")
     assert "versions" in said("merge.kl_mean")
     assert "--precision" in said("merge.swallowed_fraction")
     assert "--drop" in said("contamination.rows")
     assert "cheaper" in said("cost.dollars")
+
+
+MERGES = {
+    "nearest": ("give --train", "dithered"),
+    "dithered": ("give --train", ""),
+    "calibrated": ("calibrated already", ""),
+}
+
+
+@pytest.mark.parametrize("rounding", MERGES)
+def test_advice_on_a_merge_names_only_what_was_not_done_yet(rounding: str) -> None:
+    def said(**changes: object) -> str:
+        run = replace(GOOD, merge=merge().model_copy(update={"rounding": rounding, **changes}))
+        run = replace(run, contamination=ContaminationRecord(verdict="not checked"))
+        return evaluate([Gate(name="g", metric="merge.loss_delta", threshold=-5.0)], run).gates[0].gate.advice
+
+    wanted, other = MERGES[rounding]
+    assert wanted in said() and "--precision float16 or float32" in said()
+    assert ("--rounding dithered" in said()) == bool(other)
+    if rounding == "calibrated":
+        assert "--train" not in said()
+    assert "--precision float32" in said(precision="float16")
+    assert "--" not in said(precision="float32")
+
+
+def test_a_run_with_training_rows_is_not_told_to_give_them() -> None:
+    # `GOOD` has a checked test set: its training rows were given.
+    run = replace(GOOD, merge=merge().model_copy(update={"rounding": "nearest"}))
+    (result,) = evaluate([Gate(name="g", metric="merge.kl_mean", threshold=-5.0)], run).gates
+    assert "--rounding calibrated" in result.gate.advice and "give --train" not in result.gate.advice
+
+
+@pytest.mark.parametrize(
+    ("verdict", "word"), [("helps", "the adapter helps"), ("no clear effect", "level"), ("hurts", "overfit")]
+)
+def test_advice_on_an_adapter_looks_at_its_base(verdict: str, word: str) -> None:
+    assert GOOD.comparison
+    effect = EFFECT.model_copy(update={"verdict": verdict})
+    run = replace(GOOD, comparison=GOOD.comparison.model_copy(update={"adapter_effect": effect}))
+    (result,) = evaluate([Gate(name="g", metric="adapter.loss", threshold=-5.0)], run).gates
+    assert word in result.gate.advice
+    assert ("overfit" in result.gate.advice) == (verdict == "hurts")
+
+
+def test_contamination_is_a_listed_gate_where_the_test_set_was_checked() -> None:
+    own = [Gate(name="loss", metric="adapter.loss", threshold=1.0)]
+    assert [gate.name for gate in with_required(own, checked=False)] == ["loss", "weights"]
+    listed = with_required(own, checked=True)
+    assert [gate.name for gate in listed] == ["loss", "weights", "independent test set"]
+    assert with_required(listed, checked=True) == listed
+    contaminated = replace(GOOD, contamination=ContaminationRecord(verdict="contaminated", rows_test=4))
+    failed = [result.gate.name for result in evaluate(listed, contaminated).gates if result.verdict != "pass"]
+    assert failed == ["independent test set"]
 
 
 @pytest.mark.parametrize(

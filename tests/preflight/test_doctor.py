@@ -86,7 +86,7 @@ def test_a_test_set_for_days_gets_a_smaller_size(
     record = examine(RunOptions.make(inputs))
     (check,) = [check for check in record.checks if check.name == "time"]
     assert check.state == "warning"
-    assert "--test-size" in check.remedy
+    assert "--size" in check.remedy
 
 
 def test_a_merge_that_is_fitted_to_rows_takes_longer(inputs: dict[str, Any], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 import lorasmith
 from lorasmith.cli import workflow
 from lorasmith.files.jsonl import write_rows
+from lorasmith.records.release import GateRecord
 from lorasmith.runs.results import RunResult
 from tests.tiny import save_adapter, save_base, tiny_rows
 
@@ -134,7 +135,12 @@ def test_passing_gates_exit_with_0_different_weights_with_1_and_a_second_time_ke
     assert code() == 0
     assert "Validate base" not in capsys.readouterr().err  # no bar: nothing was scored again
     different = found[-1].weights.model_copy(update={"grade": "different"})
-    monkeypatch.setattr(lorasmith, "run", lambda *_, **__: replace(found[-1], weights=different))
+    failed = [
+        result.model_copy(update={"verdict": "fail"}) if result.gate.name == "weights" else result
+        for result in found[-1].gates.gates
+    ]
+    wrong = replace(found[-1], weights=different, gates=GateRecord.of(failed))
+    monkeypatch.setattr(lorasmith, "run", lambda *_, **__: wrong)
     assert code() == 1
     assert "DIFFERENT" in capsys.readouterr().out
     for kept in ("merged_path/model.safetensors", "package_dir/merged_model.tar.gz"):

@@ -24,7 +24,7 @@ from lorasmith.records.followup import (
 )
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.proof import BehaviourProof, ComparisonRecord, WeightProof
-from lorasmith.records.release import GateRecord, PackageManifest, RunRecord, TimingRecord
+from lorasmith.records.release import Gate, GateRecord, GateResult, PackageManifest, RunRecord, TimingRecord
 from lorasmith.records.scoring import TaskResult, ValidationResult
 
 R = TypeVar("R", bound=Record)
@@ -141,14 +141,34 @@ class FollowupRecords:
     def __bool__(self) -> bool:
         return any((self.responses, self.draft, self.speculation, self.compressed))
 
-    @property
-    def answer_is_no(self) -> bool:
-        """Whether rows failed, a text differs from greedy decoding, or a compressed model missed a gate."""
-        return bool(
-            (self.responses and self.responses.failed)
-            or (self.speculation and any(setting.different for setting in self.speculation.settings))
-            or any(record.passed is False for record in self.compressed)
-        )
+    def verdicts(self) -> list[GateResult]:
+        """What these steps say yes or no to, as gates; the compressed models have gates of their own."""
+        results = []
+        if self.responses is not None:
+            gate = Gate(
+                name="every row is answered",
+                metric="responses.failed",
+                comparison="==",
+                threshold=0,
+                advice="see responses.failed.jsonl, and give the same command again",
+            )
+            results.append(_counted(gate, self.responses.failed))
+        if self.speculation is not None:
+            gate = Gate(
+                name="speculation changes no text",
+                metric="speculation.different",
+                comparison="==",
+                threshold=0,
+                advice="do not serve this model with drafts before it is known why",
+            )
+            results.append(_counted(gate, sum(way.different for way in self.speculation.settings)))
+        for record in self.compressed:
+            for result in record.gates if record.passed is not None else []:
+                name = f"{record.kind}, {record.method}: {result.gate.name}"
+                results.append(
+                    result.model_copy(update={"gate": result.gate.model_copy(update={"name": name})})
+                )
+        return results
 
     def findings(self) -> dict[str, list[Finding]]:
         """Name of a step → what there is to know of it."""
@@ -159,6 +179,11 @@ class FollowupRecords:
             **{f"{record.kind}, {record.method}": record for record in self.compressed},
         }
         return {name: record.findings for name, record in named.items() if record is not None}
+
+
+def _counted(gate: Gate, count: int) -> GateResult:
+    """The verdict of a gate that wants a count of nothing."""
+    return GateResult(gate=gate, measured=count, verdict="fail" if count else "pass")
 
 
 @dataclass(frozen=True)
@@ -186,9 +211,10 @@ class RunRecords:
 
     @property
     def judged(self) -> GateRecord | None:
-        """All gates, those on cost last; None where nothing was judged."""
-        records = [record for record in (self.gates, self.cost_gates) if record is not None]
-        return GateRecord.of(result for record in records for result in record.gates) if records else None
+        """All gates: of the release, of the steps after it, on cost; None where nothing was judged."""
+        release, costs = (record.gates if record else [] for record in (self.gates, self.cost_gates))
+        results = [*release, *self.followup.verdicts(), *costs]
+        return GateRecord.of(results) if results else None
 
     def findings(self) -> list[tuple[list[str], Finding]]:
         """All findings with the names of the records they stand in, each once, errors first."""

@@ -195,7 +195,7 @@ def _examine_run(config: RunOptions, checks: _Checks, record: DoctorRecord) -> D
             "time",
             "warning",
             f"about {seconds / 3600:.0f} hours for {work.rows:,} examples",
-            f"use a smaller test set (testset split --test-size {rows}, or fewer --samples-per-benchmark)",
+            f"use a smaller test set (testset split --size {rows}, or fewer --samples-per-benchmark)",
         )
     price = config.price_per_hour
     return record.model_copy(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.errors import UsageError, os_errors
-from lorasmith.gates import GUIDE_GATES
+from lorasmith.gates import GUIDE_GATES, with_required
 from lorasmith.hub.cache import hub_name
 from lorasmith.options import Flag, GateOptions, RunOptions
 from lorasmith.options.base import in_order, with_paths
@@ -22,6 +22,11 @@ def resolved_gates(options: GateOptions) -> list[Gate]:
     defaults = GUIDE_GATES if options.gate_defaults == "guide" else ()
     replaced = [own.pop(gate.name, gate) for gate in defaults]
     return [*replaced, *own.values()]
+
+
+def run_gates(options: RunOptions) -> list[Gate]:
+    """All gates of a run: those that are asked for, and those that no run is without."""
+    return with_required(resolved_gates(options), checked=bool(options.train))
 
 
 def load_config(file: Path | None, flags: Mapping[str, Any]) -> RunOptions:
@@ -65,7 +70,7 @@ def to_toml(options: RunOptions) -> str:
     import tomli_w
 
     body = options.model_dump(mode="json", exclude_none=True)
-    body["gates"] = [gate.model_dump(mode="json", exclude_none=True) for gate in resolved_gates(options)]
+    body["gates"] = [gate.model_dump(mode="json", exclude_none=True) for gate in run_gates(options)]
     body["gate_defaults"] = "none"
     ordered = {name: body[name] for name in in_order(RunOptions) if name in body}
     return tomli_w.dumps(ordered, multiline_strings=False)

@@ -25,7 +25,7 @@ from lorasmith.progress import Unwatched, Watcher
 from lorasmith.records.base import Record
 from lorasmith.records.release import RunRecord
 from lorasmith.reporting.page import write_report
-from lorasmith.runs.config import resolved_gates
+from lorasmith.runs.config import run_gates
 from lorasmith.runs.followup import check_followup, followup_steps, forget_unasked, with_local_draft
 from lorasmith.runs.results import RunResult, describe_run, load_result, run_inputs
 from lorasmith.runs.stages import RunFolder, open_run
@@ -56,7 +56,7 @@ def run(
     asked = RunOptions.given(options, given)
     watch = watcher or Unwatched()
     check_places(asked)
-    check_gates(resolved_gates(asked))
+    check_gates(run_gates(asked))
     base = local_model(asked.base, [asked.adapter], progress=watch.progress)
     asked = with_local_draft(asked.model_copy(update={"base": base}), watch.progress)
     check_followup(asked)

@@ -13,14 +13,15 @@ from lorasmith.errors import ExitCode, InputError
 from lorasmith.files import run_layout as layout
 from lorasmith.files.digests import digest_path
 from lorasmith.files.run_layout import FollowupRecords, load_records
-from lorasmith.gates import evaluate
+from lorasmith.gates import evaluate, split_costs, with_required
+from lorasmith.gates.evaluate import budget_gate
 from lorasmith.options import ClusterOptions, LimitOptions, MemoryOptions, RunOptions
 from lorasmith.records.dataset import ContaminationRecord, DatasetStatistics
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.proof import BehaviourProof, ComparisonRecord, WeightProof
 from lorasmith.records.release import Gate, GateRecord, PackageManifest, RunRecord
 from lorasmith.records.scoring import ValidationResult
-from lorasmith.runs.config import load_gates, resolved_gates
+from lorasmith.runs.config import load_gates, run_gates
 
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy", "pyarrow", "isal")
 """Their versions may decide the bytes of a run."""
@@ -49,21 +50,15 @@ class RunResult:
 
     @property
     def judged(self) -> GateRecord:
-        """All gates, those on cost last."""
-        records = [record for record in (self.gates, self.cost_gates) if record is not None]
-        return GateRecord.of(result for record in records for result in record.gates)
+        """All gates: of the release, of the steps after it, on cost."""
+        costs = self.cost_gates.gates if self.cost_gates else []
+        followup = self.followup.verdicts() if self.followup else []
+        return GateRecord.of([*self.gates.gates, *followup, *costs])
 
     @property
     def exit_code(self) -> ExitCode:
-        """1 when a gate did not pass, the weights are not the merge, the test set is contaminated, or a
-        follow-up step says no."""
-        no = (
-            not self.judged.passed
-            or self.weights.grade == "different"
-            or self.contamination.verdict == "contaminated"
-            or (self.followup is not None and self.followup.answer_is_no)
-        )
-        return ExitCode.ANSWER_IS_NO if no else ExitCode.OK
+        """1 when a gate did not pass: whatever a run says no to is a gate."""
+        return ExitCode.OK if self.judged.passed else ExitCode.ANSWER_IS_NO
 
 
 def load_result(run: Path) -> RunResult:
@@ -114,7 +109,7 @@ def describe_run(config: RunOptions, *, rehash: bool = False) -> RunRecord:
         },
     )
     return RunRecord(
-        config={**options, "gates": [gate.model_dump(mode="json") for gate in resolved_gates(config)]},
+        config={**options, "gates": [gate.model_dump(mode="json") for gate in run_gates(config)]},
         versions={"lorasmith": lorasmith.__version__, **{name: version(name) for name in _LIBRARIES}},
         inputs={name: digest_path(path, rehash=rehash) for name, path in run_inputs(config).items()},
     )
@@ -124,18 +119,23 @@ def describe_run(config: RunOptions, *, rehash: bool = False) -> RunRecord:
 
 
 def judge_run(run: Path, *, config: Path | None = None, price_per_hour: float | None = None) -> GateRecord:
-    """The gates of `config` (those of the run without one) on the records that lie in `run`.
+    """All gates of a run, judged again on the records in `run`; with `config` the gates of that file.
 
     `price_per_hour` in dollars replaces the one that the run recorded. Raises `InputError` for a folder
     without `run.json`, and `UsageError` for a gate that does not exist.
     """
     asked = layout.RUN.read(run)
-    gates = load_gates(config) if config else _recorded(asked, run)
-    records = load_records(run, {*layout.MEASURED, *layout.TASKS.values(), layout.TIMING})
+    records = load_records(run, {*layout.PACKED, layout.TIMING})
     if price_per_hour is not None and records.timing is not None:
         timing = records.timing.model_copy(update={"price_per_hour": price_per_hour})
         records = replace(records, timing=timing)
-    return evaluate(gates, records)
+    if config is not None:
+        return evaluate(load_gates(config), records)
+    gates = with_required(_recorded(asked, run), checked="train 1" in asked.inputs)
+    if records.timing is not None and records.timing.budget is not None:
+        gates.append(budget_gate(records.timing.budget))
+    findings, costs = (evaluate(part, records).gates for part in split_costs(gates))
+    return GateRecord.of([*findings, *records.followup.verdicts(), *costs])
 
 
 def _recorded(record: RunRecord, run: Path) -> list[Gate]:

@@ -14,14 +14,14 @@ from lorasmith.files.digests import CARD
 from lorasmith.files.jsonl import read_examples, write_examples
 from lorasmith.files.run_layout import ROLES, load_records
 from lorasmith.gates import evaluate, split_costs
+from lorasmith.gates.evaluate import budget_gate
 from lorasmith.hub.cache import origin_of
 from lorasmith.options import BatchOptions, MergeOptions
 from lorasmith.progress import Watcher
 from lorasmith.records.dataset import ContaminationRecord
 from lorasmith.records.proof import ComparisonRecord
-from lorasmith.records.release import Gate
 from lorasmith.records.scoring import TaskEffect
-from lorasmith.runs.config import resolved_gates
+from lorasmith.runs.config import run_gates
 from lorasmith.runs.followup import packed_records
 from lorasmith.runs.stages import Stage
 from lorasmith.runs.step import RunContext, Step, numbered
@@ -266,7 +266,7 @@ def _task_effects(run: RunContext) -> dict[str, list[TaskEffect]]:
 
 def gates_step(run: RunContext) -> Step:
     """Every gate but those on costs, which are no function of the inputs."""
-    gates, _ = split_costs(resolved_gates(run.config))
+    gates, _ = split_costs(run_gates(run.config))
     answered = layout.TASKS.values() if run.config.tasks else ()
     files = (*layout.MEASURED, *answered)
     stage = Stage(
@@ -283,10 +283,9 @@ def gates_step(run: RunContext) -> Step:
 
 def judge_costs(run: RunContext, watch: Watcher) -> None:
     """`cost_gates.json`: judged after every command, outside of what is equal between two runs."""
-    _, gates = split_costs(resolved_gates(run.config))
-    if run.config.budget is not None:  # kept out of the gates of run.json, which money must not change
-        limit = run.config.budget
-        gates.append(Gate(name="--budget", metric="cost.dollars", comparison="<=", threshold=limit))
+    _, gates = split_costs(run_gates(run.config))
+    if run.config.budget is not None:
+        gates.append(budget_gate(run.config.budget))
     path = layout.COST_GATES.at(run.folder)
     if not gates:
         path.unlink(missing_ok=True)
