@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from lorasmith.cli.remote.jobs import relay
 from lorasmith.errors import LorasmithError
 from lorasmith.records.remote import RemoteJob, Transfer
 from lorasmith.remote.session import Session
 from lorasmith.remote.ssh import OnBytes, Patience
+from lorasmith.visible import is_visible
 
 CONTENT = b"a result"
 GOOD = hashlib.sha256(CONTENT).hexdigest()
@@ -251,11 +253,16 @@ def test_an_answer_that_is_none_is_one_message(tmp_path: Path, do: str, change: 
         session.attach()
 
 
-def test_a_log_is_shown_line_by_line_and_obeyed_by_no_terminal(tmp_path: Path) -> None:
+def test_a_log_is_shown_line_by_line_and_obeyed_by_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Pieces end within a character and within a line, and hold what a terminal would obey."""
     text = "Größe 1\nzwei \x1b]0;title\x07\x1b[2Jdrei\r\n模型\u202e\x9b31m\nend".encode()
     pieces = [{"log": text[i : i + 3].decode("latin-1"), "offset": i + 3} for i in range(0, len(text), 3)]
-    session, said = session_with(tmp_path, Liar(log=pieces))
+    session, _ = session_with(tmp_path, Liar(log=pieces))
+    session.say = relay
     session.attach()
-    lines = "\n".join(said).split("\n")
-    assert lines == ["Größe 1", "zwei ]0;title[2Jdrei", "模型31m", "end"]
+    shown = capsys.readouterr().out
+    assert is_visible(shown)
+    lines = [line for line in shown.split("\n") if line]
+    assert lines == ["Größe 1", r"zwei \u001b]0;title\u0007\u001b[2Jdrei", r"模型\u202e\u009b31m", "end"]

@@ -20,7 +20,7 @@ UNFINISHED = "unfinished attempts"
 AROUND = "renting, installing, copying"
 TRAFFIC = "traffic"
 RENTALS = "rentals.json"
-"""In a run folder: the machines that were rented for it."""
+"""File of a run folder that lists the machines that were rented for it."""
 
 
 def costs(
@@ -50,11 +50,11 @@ def costs(
     total = sum(known) if len(known) == len(phases) else None
     if budget is not None and total is None:
         raise UsageError("a budget needs the price of every run", expected="--price-per-hour, in US dollars")
-    rentals = list({rental.label: rental for found in rented for rental in found}.values())
+    rentals = list({rental.label: rental for of_run in rented for rental in of_run}.values())
     if planned is None:
         planned = _all([rental.planned for rental in rentals])
     if budget is None:
-        budget = _all([_budget(timing, found) for timing, found in zip(timings, rented, strict=True)])
+        budget = _all([_budget(timing, of_run) for timing, of_run in zip(timings, rented, strict=True)])
     joules = [phase.joules for phase in phases if phase.joules is not None]
     return CostRecord(
         phases=phases,
@@ -106,8 +106,10 @@ def _rentals(run: Path, price: float | None) -> list[Rental]:
     path = run / RENTALS
     if not path.is_file():
         return []
-    found = read_record(path, RentalRecord).rentals
-    return found if price is None else [one.model_copy(update={"price_per_hour": price}) for one in found]
+    recorded = read_record(path, RentalRecord).rentals
+    if price is None:
+        return recorded
+    return [rental.model_copy(update={"price_per_hour": price}) for rental in recorded]
 
 
 def _phases(
@@ -115,14 +117,14 @@ def _phases(
 ) -> list[PhaseCost]:
     name = run.resolve().name
     rate = timing.price_per_hour if price is None else price
-    found = [_stage(name, stage, rate) for stage in timing.stages]
+    phases = [_stage(name, stage, rate) for stage in timing.stages]
     if timing.unfinished_seconds:
-        found.append(_time(name, UNFINISHED, timing.unfinished_seconds, rate))
+        phases.append(_time(name, UNFINISHED, timing.unfinished_seconds, rate))
     if not rentals:
-        return found
+        return phases
     whole = [rental_cost(rental) for rental in rentals]
-    paid = sum(phase.dollars or 0.0 for phase in found)
-    rest = sum(rental.hours for rental in whole) * 3600 - sum(phase.wall_seconds for phase in found)
+    paid = sum(phase.dollars or 0.0 for phase in phases)
+    rest = sum(rental.hours for rental in whole) * 3600 - sum(phase.wall_seconds for phase in phases)
     around = sum(rental.compute + rental.disk for rental in whole) - paid
     # Below zero where some of the stages did not run on these machines: that time is not theirs.
     around_cost = PhaseCost(
@@ -131,7 +133,7 @@ def _phases(
     traffic = PhaseCost(
         run=name, phase=TRAFFIC, wall_seconds=0.0, dollars=sum(rental.traffic for rental in whole)
     )
-    return [*found, around_cost, traffic]
+    return [*phases, around_cost, traffic]
 
 
 def _stage(run: str, stage: StageTiming, rate: float | None) -> PhaseCost:

@@ -70,16 +70,16 @@ def constraints() -> str:
 
     Local labels (`+cpu`) are left out: the other machine takes the build that fits its GPU.
     """
-    found = {
+    versions = {
         (dist.metadata["Name"] or "").lower(): dist.version.split("+")[0]
         for dist in distributions()
         if dist.metadata["Name"]
     }
-    found.pop("lorasmith", None)
+    versions.pop("lorasmith", None)
     # What belongs to an environment rather than to the work in it.
     for name in ("pip", "setuptools", "wheel"):
-        found.pop(name, None)
-    return "".join(f"{name}=={version}\n" for name, version in sorted(found.items()))
+        versions.pop(name, None)
+    return "".join(f"{name}=={version}\n" for name, version in sorted(versions.items()))
 
 
 _TOOL = "in/tool"
@@ -103,11 +103,11 @@ class Parcel:
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files."""
         return sum(file.bytes for file in self.files)
 
     def bytes_of(self, names: Collection[str]) -> int:
-        """Of these files."""
+        """Bytes of these files."""
         wanted = set(names)
         return sum(file.bytes for file in self.files if file.path in wanted)
 

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import stat
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -94,21 +93,16 @@ def read_names(answer: dict[str, Any], key: str, parcel: Parcel, where: str) -> 
     return named
 
 
-def printable(text: str) -> str:
-    """The text without what a terminal would obey instead of show."""
-    return "".join(one for one in text if one in "\n\t" or unicodedata.category(one) not in ("Cc", "Cf"))
-
-
-def _unusable(found: str, where: str) -> RemoteError:
+def _unusable(problem: str, where: str) -> RemoteError:
     return RemoteError(
-        f"the other machine's answer cannot be used: {found}",
+        f"the other machine's answer cannot be used: {problem}",
         where=where,
         remedy="check that this is the machine you mean; a rented one: take another offer",
     )
 
 
 class _Log:
-    """A job's log as it comes, in pieces that end anywhere, said line by line."""
+    """A job's log as it comes, in pieces that end within a line or a character, said line by line."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
@@ -120,12 +114,12 @@ class _Log:
         content = str(piece).encode("latin-1", "replace")
         *lines, self._rest = (self._rest + self._decoder.decode(content)).split("\n")
         if lines:
-            self._say(printable("\n".join(lines)))
+            self._say("\n".join(lines))
 
     def end(self) -> None:
         """Say what came without the end of its line."""
         if self._rest:
-            self._say(printable(self._rest))
+            self._say(self._rest)
         self._rest = ""
 
 
@@ -305,6 +299,7 @@ class Session:
     patience: Patience = field(default_factory=Patience)
     progress: Progress = silent
     say: Callable[[str], None] = lambda line: None
+    """Shows a line to a person; it may be the other machine's own, which a terminal must not obey."""
     follow_seconds: float = 600.0
     """How long one connection follows the log before a new one is opened."""
     poll_seconds: float = 0.5
@@ -356,11 +351,10 @@ class Session:
         """Upload, start, follow, fetch and verify; goes on with what an earlier call left."""
         machine = self.check(needs_gpu=needs_gpu)
         gpus = ", ".join(machine.gpus) or "no GPU: this will run on the CPU"
-        about = (
+        self.say(
             f"{self.transport.where}: {gpus}; {machine.cores} cores, {human_bytes(machine.memory)} memory,"
             f" {human_bytes(machine.disk_free)} free, Python {machine.python}"
         )
-        self.say(printable(about))
         with only_one(self.job.id, self.say), pack_parcel(self.job) as parcel:
             plan = plan_job(self.job, parcel, self.folder)
             if self._begin(plan, parcel, machine):
@@ -491,8 +485,7 @@ class Session:
         return self._status(self.ask("stop"))
 
     def _status(self, answer: dict[str, Any]) -> RemoteStatus:
-        status = read_answer(answer, RemoteStatus, self.transport.where)
-        return status.model_copy(update={"reason": printable(status.reason)})
+        return read_answer(answer, RemoteStatus, self.transport.where)
 
 
 def value_of(name: str) -> str:

@@ -184,7 +184,7 @@ class Transport(Protocol):
     """One other machine. Every call raises `ConnectionLostError` when the connection breaks."""
 
     where: str
-    """For messages: `user@host:port`."""
+    """`user@host:port`, for messages."""
 
     def request(self, request: dict[str, Any]) -> dict[str, Any]:
         """One request to `remote/agent/requests.py` and its answer."""
@@ -204,7 +204,7 @@ class Patience:
     """How often a broken connection is tried again, with pauses that double."""
 
     attempts: int = 8
-    """In a row without any progress."""
+    """Attempts in a row without any progress."""
     first: float = 1.0
     longest: float = 30.0
     """Seconds."""
@@ -329,7 +329,7 @@ class Host:
 
     @property
     def login(self) -> str:
-        """For ssh's command line."""
+        """User and host for ssh's command line."""
         return f"{self.user}@{self.name}" if self.user else self.name
 
 
@@ -476,7 +476,7 @@ class SshTransport:
         raise RemoteError(f"rsync ended with code {code}: {_first(message)}", where=self.where)
 
     def _failure(self, code: int, message: str) -> Exception:
-        """What a broken ssh call means."""
+        """The error that a broken ssh call stands for."""
         if any(sign in message for sign in _WRONG_KEY):
             return RemoteError(
                 "the machine's host key is not the known one",

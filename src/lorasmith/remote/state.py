@@ -60,31 +60,28 @@ def save_job(job: RemoteJob) -> None:
     write_record(state_folder() / "jobs" / f"{job.id}.json", job)
 
 
-def jobs() -> list[RemoteJob]:
-    """All jobs, the newest first."""
+def find_job(name: str | None) -> RemoteJob:
+    """The job whose id begins with `name`; the newest for None. Raises `UsageError` unless it is one.
+
+    No other job's file is read: a damaged one is in nobody else's way.
+    """
     files = (state_folder() / "jobs").glob("*.json")
     newest = sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    return [read_record(path, RemoteJob) for path in newest]
-
-
-def find_job(name: str | None) -> RemoteJob:
-    """The job whose id begins with `name`; the newest for None. Raises `UsageError` unless it is one."""
-    known = jobs()
-    if not known:
+    if not newest:
         raise InputError(
             "no job is known here",
             where=state_folder() / "jobs",
             remedy="start one with: lorasmith remote run --host user@machine -- COMMAND",
         )
     if name is None:
-        return known[0]
-    begun = [job for job in known if job.id.startswith(name)]
+        return read_record(newest[0], RemoteJob)
+    begun = [path for path in newest if path.stem.startswith(name)]
     if len(begun) != 1:
-        ids = ", ".join(job.id for job in known[:5])
+        ids = ", ".join(path.stem for path in newest[:5])
         raise UsageError(
             f"{name!r} is the beginning of {len(begun)} jobs", expected=f"one of {ids}", where=state_folder()
         )
-    return begun[0]
+    return read_record(begun[0], RemoteJob)
 
 
 # Rentals: one file each, named by its label. Money depends on them, so that each is read for itself.

@@ -31,7 +31,7 @@ class RemoteCommand:
     outputs: list[Transfer] = field(default_factory=list)
     needs_gpu: bool = False
     extras: list[str] = field(default_factory=list)
-    """Of lorasmith's optional dependencies, those that the command needs."""
+    """Those of lorasmith's optional dependencies that the command needs."""
     values: dict[str, Any] = field(default_factory=dict)
     """The options as they were typed, with paths of this machine."""
     takes_price: bool = False
@@ -73,13 +73,13 @@ def read_command(tokens: Sequence[str]) -> RemoteCommand:
 
     name, command, rest = _find(tokens)
     function = expanded(command)
-    found = RemoteCommand(name=name)
+    remote = RemoteCommand(name=name)
     values = _parse(name, rest)
     arguments(command, values)  # a wrong value is told here
     if name == "run" and values.get("config"):
-        values = _with_config(values, found)
-    found.values = values
-    found.takes_price = "price_per_hour" in values and values["price_per_hour"] is None
+        values = _with_config(values, remote)
+    remote.values = values
+    remote.takes_price = "price_per_hour" in values and values["price_per_hour"] is None
     options: list[str] = []
     for key, parameter in inspect.signature(function).parameters.items():
         value = values.get(key)
@@ -89,18 +89,18 @@ def read_command(tokens: Sequence[str]) -> RemoteCommand:
         if (name, key) in _CHANGES_ITS_INPUT:
             raise UsageError(f"--{key} changes a file here, which a command elsewhere cannot")
         hint = get_type_hints(function, include_extras=True)[key]
-        texts = _texts(found, key, value)
+        texts = _texts(remote, key, value)
         if _is_argument(hint):
-            found.arguments += texts
+            remote.arguments += texts
         elif isinstance(value, bool):
             options.append(_flag(hint, key, value))
         else:
             options += [token for text in texts for token in (_flag(hint, key, True), text)]
-    found.arguments = [*name.split(), *options, *found.arguments]
-    found.needs_gpu = str(values.get("device") or "").startswith("cuda")
-    found.extras = _extras(name, values)
-    _require_output(found, function)
-    return found
+    remote.arguments = [*name.split(), *options, *remote.arguments]
+    remote.needs_gpu = str(values.get("device") or "").startswith("cuda")
+    remote.extras = _extras(name, values)
+    _require_output(remote, function)
+    return remote
 
 
 def _extras(name: str, values: dict[str, Any]) -> list[str]:
@@ -145,7 +145,7 @@ def _parse(name: str, rest: list[str]) -> dict[str, Any]:
     return dict(command.make_context(f"lorasmith {name}", list(rest)).params)
 
 
-def _with_config(values: dict[str, Any], found: RemoteCommand) -> dict[str, Any]:
+def _with_config(values: dict[str, Any], remote: RemoteCommand) -> dict[str, Any]:
     """The paths of a config file as flags, and a copy of the file without them: they are this machine's.
 
     Those that no flag can give become places there, seen from where the file will lie: in/NUMBER/run.toml.
@@ -173,7 +173,7 @@ def _with_config(values: dict[str, Any], found: RemoteCommand) -> dict[str, Any]
     def there(text: str, flag: Flag) -> str:
         if flag.hub and not (file.parent / text).exists() and hub_name(text):
             return text  # fetched there, as it would be here
-        return f"../../{found.place(here(text, flag), output=False)}"
+        return f"../../{remote.place(here(text, flag), output=False)}"
 
     names = path_fields(RunOptions)
     paths = with_paths(RunOptions, {name: body.pop(name) for name in names if name in body}, here)
@@ -189,9 +189,9 @@ def _with_config(values: dict[str, Any], found: RemoteCommand) -> dict[str, Any]
     return merged
 
 
-def _texts(found: RemoteCommand, key: str, value: Any) -> list[str]:
+def _texts(remote: RemoteCommand, key: str, value: Any) -> list[str]:
     many = value if isinstance(value, list | tuple) else [value]
-    return [found.place(one, output=key in OUTPUTS) if isinstance(one, Path) else str(one) for one in many]
+    return [remote.place(one, output=key in OUTPUTS) if isinstance(one, Path) else str(one) for one in many]
 
 
 def _is_argument(hint: Any) -> bool:
@@ -211,10 +211,10 @@ def _flag(hint: Any, key: str, value: bool) -> str:
     return positive if value or not negative else negative
 
 
-def _require_output(found: RemoteCommand, function: Callable[..., Any]) -> None:
+def _require_output(remote: RemoteCommand, function: Callable[..., Any]) -> None:
     can_write = OUTPUTS & set(inspect.signature(function).parameters)
-    if can_write and not found.outputs:
+    if can_write and not remote.outputs:
         flag = "--" + sorted(can_write)[0].replace("_", "-")
         raise UsageError(
-            f"`{found.name}` would leave nothing to fetch", expected=f"{flag}, where the results go here"
+            f"`{remote.name}` would leave nothing to fetch", expected=f"{flag}, where the results go here"
         )

@@ -175,7 +175,7 @@ def run(
 
     Lost connections are opened again. Given again after an interruption, the same command goes on where it
     was. A model given as hub:organisation/name[@revision] is fetched from the hub there. With --vast a
-    machine is rented, and destroyed in every ending. The exit code is that of the command.
+    machine is rented, and destroyed however the command ends. The exit code is that of the command.
 
     Example: `lorasmith remote run --host root@1.2.3.4:40022 -- run --base base --adapter adapter
     --test-set test.jsonl --output run`

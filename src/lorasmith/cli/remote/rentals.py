@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _NO_CAP = 1e9
 DEFAULT_HOURS = 0.5
-"""Of work, where neither the command nor the person tells: the guide's figure for a 7B model on an H100."""
+"""Hours of work where neither command nor person tells: the guide's figure for a 7B model on an H100."""
 _GPU_SHARE = 0.5
 """Part of a GPU's stated rate that products reach: a guess, since GPUs were not measured."""
 _DISK_BYTES = 500e6

@@ -103,8 +103,7 @@ def manifest(request: dict[str, Any]) -> dict[str, Any]:
     files: list[tuple[str, int, str]] = []
     for name in request["outputs"]:
         place = job / name
-        found = sorted(place.rglob("*")) if place.is_dir() else [place]
-        for path in found:
+        for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
             inner = path.relative_to(place).parts
             if path.is_file() and not any(part.startswith(".") for part in inner):
                 relative = path.relative_to(job).as_posix()

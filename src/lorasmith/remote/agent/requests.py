@@ -59,10 +59,10 @@ def gpus() -> list[str]:
     """Name and memory of each NVIDIA GPU; empty where there is none."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return [line.strip() for line in found.stdout.splitlines() if line.strip()]
+    return [line.strip() for line in listed.stdout.splitlines() if line.strip()]
 
 
 def lock(job: Path) -> int | None:
@@ -147,7 +147,7 @@ def follow(request: dict[str, Any]) -> dict[str, Any]:
     until = time.monotonic() + request["seconds"]
     quiet = time.monotonic()
     while True:
-        found = status(request)
+        now = status(request)
         piece = b""
         if log.exists():
             with log.open("rb") as handle:
@@ -158,8 +158,8 @@ def follow(request: dict[str, Any]) -> dict[str, Any]:
             tell({"log": piece.decode("latin-1"), "offset": offset})
             quiet = time.monotonic()
             continue
-        if found["phase"] in ("absent", "ended", "lost") or time.monotonic() > until:
-            return {"offset": offset, **found}
+        if now["phase"] in ("absent", "ended", "lost") or time.monotonic() > until:
+            return {"offset": offset, **now}
         if time.monotonic() - quiet > 5:
             tell({"offset": offset})  # fails, and so ends this process, when the connection is gone
             quiet = time.monotonic()

@@ -1,4 +1,4 @@
-"""Renting without losing money: written down before it is asked for, never asked twice, always given back.
+"""Renting without losing money: written down before it is asked for, never asked twice, always destroyed.
 
 What may go wrong, and what then holds: an answer that never comes is looked up by the label before anything
 else happens; every ending destroys what carries the label; "gone" needs the provider's word for that one
@@ -455,7 +455,7 @@ class Renter:
 
     @contextmanager
     def rented(self, offer: Offer, *, keep: bool = False, **asked: Any) -> Iterator[Rental]:
-        """A rental (see `rent`) for the length of the block, given back however the block ends.
+        """A rental (see `rent`) for the length of the block; the machine is destroyed however the block ends.
 
         `keep`: not where the block comes to its end.
         """
