@@ -76,7 +76,7 @@ def test_files_of_other_examples_or_tokens_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="different tokens of example '0'"):
         paired_effects(a, write(tmp_path / "c.parquet", same, first_token=8))
     (tmp_path / "d.parquet").write_text("no table")
-    with pytest.raises(DataError, match="not a Parquet file"):
+    with pytest.raises(DataError, match="not a table of a validation"):
         paired_effects(a, tmp_path / "d.parquet")
     with pytest.raises(InputError):
         paired_effects(a, tmp_path / "absent.parquet")

@@ -13,11 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorasmith.errors import CheckpointError, DataError, InputError, os_errors
+from lorasmith.errors import CheckpointError, DataError, InputError
 from lorasmith.files import run_layout as layout
 from lorasmith.files.atomic import read_record
 from lorasmith.files.digests import CARD, folder_files, hash_file
 from lorasmith.files.jsonl import dump_row, read_examples
+from lorasmith.files.parquet import read_table
 from lorasmith.packaging.archive import Member
 from lorasmith.records.base import FileDigest
 from lorasmith.records.dataset import Example
@@ -141,8 +142,7 @@ def _without_words(path: Path, hidden: set[str]) -> bytes:
 
 def _without_text(path: Path, hidden: set[str]) -> bytes:
     """The per-example table in which hidden rows keep their names and scores, and nothing made of tokens."""
-    with os_errors(path, "read"):
-        table = pq.read_table(path)
+    table = read_table(path)
     if "id" not in table.column_names:
         raise InputError("the per-example table has no column `id`", where=path, remedy="validate again")
     visible = pa.array([row not in hidden for row in table["id"].to_pylist()])

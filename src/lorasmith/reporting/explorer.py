@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from lorasmith.errors import InputError, os_errors
+from lorasmith.errors import InputError
 from lorasmith.files.jsonl import read_rows
+from lorasmith.files.parquet import not_a_table, read_table
 from lorasmith.files.run_layout import ROLES, RunRecords
 from lorasmith.records.proof import ExampleComparison
 from lorasmith.records.release import is_redacted
@@ -185,17 +185,22 @@ def _cut(text: str, most: int | None) -> str:
 
 
 def _read_table(path: Path) -> dict[str, _Scored]:
-    with os_errors(path, "read"):
-        table = pq.read_table(path, columns=list(_COLUMNS))
-    return {
-        row["id"]: _Scored(
-            row["tokens"],
-            row["loss"],
-            row["token_ids"],
-            None if row["logprobs"] is None else [-value for value in row["logprobs"]],
-        )
-        for row in table.to_pylist()
-    }
+    """Example id → what a model's table says of it; raises `DataError` for a damaged table."""
+    rows = read_table(path, _COLUMNS).to_pylist()
+    try:
+        return {row["id"]: _scored(row) for row in rows}
+    except (TypeError, ValueError) as error:
+        raise not_a_table(path, error, _COLUMNS) from error
+
+
+def _scored(row: dict[str, Any]) -> _Scored:
+    tokens, loss, ids, logprobs = (row[name] for name in _COLUMNS[1:])
+    numbers = [loss, *(logprobs or [])]
+    if not isinstance(tokens, int) or not all(isinstance(n, float) and math.isfinite(n) for n in numbers):
+        raise ValueError(f"row {row['id']!r} has other values than counts and losses")
+    if (ids is None) != (logprobs is None) or len(ids or []) != len(logprobs or []):
+        raise ValueError(f"row {row['id']!r} has {len(ids or [])} tokens and {len(logprobs or [])} losses")
+    return _Scored(tokens, loss, ids, None if logprobs is None else [-value for value in logprobs])
 
 
 def _index(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from lorasmith.errors import DataError, os_errors
+from lorasmith.errors import DataError
+from lorasmith.files.parquet import read_table
 from lorasmith.models.statistics import (
     Array,
     group_fields,
@@ -40,7 +38,7 @@ def paired_effects(
     examples, a sign-flip p-value, and the verdict: `helps`, `no clear effect` or `hurts`. Raises
     `DataError` unless both files hold the same examples with the same scored tokens.
     """
-    a, b = read_columns(a_parquet, _COLUMNS), read_columns(b_parquet, _COLUMNS)
+    a, b = read_table(a_parquet, _COLUMNS).to_pylist(), read_table(b_parquet, _COLUMNS).to_pylist()
     if [row["id"] for row in a] != [row["id"] for row in b]:
         raise DataError(
             "the two validations hold different examples",
@@ -91,21 +89,6 @@ def paired_effect(loss_a: Array, loss_b: Array, tokens: Array, seed: int) -> Pai
     )
 
 
-def read_columns(path: Path, columns: list[str]) -> list[dict[str, Any]]:
-    """Rows of a Parquet file of a validation; raises `DataError` for another file."""
-    with os_errors(path, "read"):
-        try:
-            table = pq.read_table(path, columns=columns)
-        except pa.ArrowInvalid as error:
-            raise DataError(
-                f"not a Parquet file of a validation: {error}",
-                where=path,
-                remedy="run the validation again",
-            ) from error
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
-
-
 def paired_tasks(a_parquet: Path, b_parquet: Path, *, seed: int = 0) -> list[TaskEffect]:
     """Model B against model A on the benchmarks' own metrics, from files that `evaluate_tasks` wrote.
 
@@ -147,7 +130,7 @@ def _verdict(interval: Interval | None, p_value: float, *, better: str) -> str:
 
 def _read_scores(path: Path) -> dict[tuple[str, str], dict[str, float]]:
     found: dict[tuple[str, str], dict[str, float]] = {}
-    for row in read_columns(path, ["id", "benchmark", "metrics", "scores"]):
+    for row in read_table(path, ["id", "benchmark", "metrics", "scores"]).to_pylist():
         for metric, score in zip(row["metrics"], row["scores"], strict=True):
             found.setdefault((row["benchmark"], metric), {})[row["id"]] = score
     return found
@@ -195,7 +178,7 @@ def paired_quality(
 def _main_scores(path: Path, metrics: Sequence[str]) -> dict[str, tuple[str, float] | None]:
     """Id → main metric and its value; None without a verdict."""
     found: dict[str, tuple[str, float] | None] = {}
-    for row in read_columns(path, ["id", "metrics", "scores"]):
+    for row in read_table(path, ["id", "metrics", "scores"]).to_pylist():
         scores = dict(zip(row["metrics"], row["scores"], strict=True))
         main = next((name for name in metrics if name in scores), None)
         found[row["id"]] = None if main is None else (main, scores[main])
