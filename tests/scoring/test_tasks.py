@@ -234,7 +234,23 @@ def test_code_that_ran_without_a_promise_kept_is_a_finding(place: Path, tmp_path
         "metadata": {"source": "HumanEval", "tests": "def check(c):\n    c()\n", "entry_point": "f"},
     }
     (tmp_path / "test.jsonl").write_text(json.dumps(task) + "\n" + json.dumps(mmlu(1)) + "\n")
-    with patch("lorasmith.scoring.tasks.unkept", lambda: ("files", "disk")):
+    with patch("lorasmith.scoring.tasks.unkept", lambda: ["files", "disk"]):
         result = evaluate_tasks(place / "base", tmp_path / "test.jsonl", tmp_path / "out")
     [finding] = [one for one in result.findings if one.code == "code-ran-unprotected"]
     assert "files, disk" in finding.message and finding.severity == "warning"
+
+
+def test_a_flag_for_code_without_questions_is_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "validate",
+        "--model",
+        place / "base",
+        "--test-set",
+        place / "test.jsonl",
+        "--output",
+        tmp_path,
+    ]
+    assert main.run([*map(str, command), "--run-code-anyway"]) == 2
+    assert "--tasks" in capsys.readouterr().err

@@ -56,7 +56,7 @@ class HumanEval(Benchmark):
             raise Unscored(refusal)
         extra = example.metadata.extra()
         tests = f"{extra['tests']}\ncheck({extra['entry_point']})\n"
-        outcome = run.run_here(f"{program(example.prompt, answer, extra['entry_point'])}\n{tests}")
+        outcome = run.run_answer(f"{program(example.prompt, answer, extra['entry_point'])}\n{tests}")
         return {"pass@1": float(outcome.finished)}
 
 

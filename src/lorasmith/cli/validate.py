@@ -10,7 +10,7 @@ import typer
 from lorasmith.cli.options import AsJson, TestSet
 
 if TYPE_CHECKING:
-    from lorasmith.options import ClusterOptions, ValidateOptions
+    from lorasmith.options import ClusterOptions, CodeOptions, ValidateOptions
 
 
 def validate(
@@ -31,6 +31,7 @@ def validate(
     ] = False,
     *,
     options: ValidateOptions,
+    code: CodeOptions,
     cluster: ClusterOptions,
     as_json: AsJson = False,
 ) -> None:
@@ -41,9 +42,12 @@ def validate(
     import lorasmith
     from lorasmith.cli.console import bar, console, show_record, show_records
     from lorasmith.cli.views import records
+    from lorasmith.errors import UsageError
     from lorasmith.executors.choose import make_executor
     from lorasmith.options import AnswerOptions
 
+    if code.run_code_anyway and not tasks:
+        raise UsageError("--run-code-anyway without --tasks: no code would be run", expected="both or none")
     if tasks:
         from lorasmith.scoring.tasks import evaluate_tasks, foresee_questions
         from lorasmith.scoring.validate import forget_journal
@@ -65,7 +69,7 @@ def validate(
             show_record(result)
         return
     asking = AnswerOptions.taken_from(options).values()
-    answered = evaluate_tasks(model, test_set, output, **what, **asking)
+    answered = evaluate_tasks(model, test_set, output, **what, **asking, **code.values())
     forget_journal(output, result.model.role)
     if as_json:
         show_records(validation=result, tasks=answered)

@@ -49,6 +49,7 @@ from lorasmith.options.run import (
 from lorasmith.options.scoring import (
     AnswerOptions,
     BatchOptions,
+    CodeOptions,
     CompareOptions,
     GenerateOptions,
     LossOptions,
@@ -72,6 +73,7 @@ __all__ = [
     "CardOptions",
     "ChatOptions",
     "ClusterOptions",
+    "CodeOptions",
     "CompareOptions",
     "CompressOptions",
     "CompressTable",

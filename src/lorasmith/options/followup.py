@@ -11,7 +11,7 @@ from lorasmith.errors import UsageError
 from lorasmith.options.base import Flag, Options
 from lorasmith.options.inputs import PriceOptions
 from lorasmith.options.machine import DeviceOptions, SeedOptions, SpreadOptions
-from lorasmith.options.scoring import TemplateOptions
+from lorasmith.options.scoring import CodeOptions, TemplateOptions
 from lorasmith.options.training import OptimiserOptions, Positive
 from lorasmith.options.values import Count, Dtype, Fraction, Model, OneOrSeveral, WithCommas
 
@@ -196,7 +196,7 @@ class QualityOptions(Options):
     """Gate: largest size, such as 540MB or 4GB; refused at once where no format reaches it."""
 
 
-class CompressOptions(FormatOptions, QualityOptions, DeviceOptions, SeedOptions):
+class CompressOptions(FormatOptions, QualityOptions, CodeOptions, DeviceOptions, SeedOptions):
     """What a caller of `compress` may choose."""
 
     PANEL: ClassVar[str] = "Compression"

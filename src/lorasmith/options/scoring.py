@@ -117,7 +117,16 @@ def require_float32(options: Given) -> Given:
     return options
 
 
-class TaskOptions(Options):
+class CodeOptions(Options):
+    """Where code that a model wrote is run."""
+
+    PANEL: ClassVar[str] = "Scoring"
+
+    run_code_anyway: bool = False
+    """Run code that a model wrote (HumanEval) even where the sandbox lacks protection; a finding says so."""
+
+
+class TaskOptions(CodeOptions):
     """Whether questions are put."""
 
     PANEL: ClassVar[str] = "Scoring"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def compress(
         options=chosen,
         work=work,
         compare=compare_pair,
-        ask=ask_pair if chosen.tasks else None,
+        ask=partial(ask_pair, run_code_anyway=chosen.run_code_anyway) if chosen.tasks else None,
         progress=progress,
     )
 
@@ -99,6 +100,7 @@ def ask_pair(
     work: Path,
     device: str,
     limit: int | None,
+    run_code_anyway: bool = False,
     progress: Progress,
 ) -> TaskQuality | None:
     """The benchmarks' questions to an original and to what was made of it.
@@ -109,12 +111,19 @@ def ask_pair(
     examples = read_examples(test_set)[:limit]
     if not any(answerable(example) for example in examples):
         return None
-    answers = work / f"tasks-{lorasmith.__version__}"
+    answers = work / f"tasks-{lorasmith.__version__}{'-code' if run_code_anyway else ''}"
     tables = []
     for role, folder in (("original", model), ("compressed", compressed)):
         if not _answered(answers, role, folder, test_set, device, limit):
             evaluate_tasks(
-                folder, test_set, answers, role=role, device=device, limit=limit, progress=progress
+                folder,
+                test_set,
+                answers,
+                role=role,
+                device=device,
+                limit=limit,
+                run_code_anyway=run_code_anyway,
+                progress=progress,
             )
         tables.append(answers / f"{role}_tasks.parquet")
     return paired_quality(tables[0], tables[1], examples, MAIN_METRICS)

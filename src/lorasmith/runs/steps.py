@@ -90,6 +90,8 @@ def task_steps(run: RunContext, role: str) -> list[Step]:
 
     model, adapter = _model(run, role)
     options = BatchOptions.taken_from(run.config).values()
+    if run.config.run_code_anyway:  # else a stage of an earlier version is the same stage
+        options["run_code_anyway"] = True
     record = layout.TASKS[role]
     stage = Stage(
         name=f"tasks-{role}",

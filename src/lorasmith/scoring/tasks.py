@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from lorasmith.benchmarks.base import Benchmark, Unscored
 from lorasmith.benchmarks.choices import LETTERS, judge_likelihoods
 from lorasmith.benchmarks.registry import BENCHMARKS
-from lorasmith.benchmarks.sandbox.run import ANYWAY, unkept
+from lorasmith.benchmarks.sandbox.run import anyway, unkept
 from lorasmith.errors import DataError
 from lorasmith.executors.base import ChunkLog, Executor, Local
 from lorasmith.files.atomic import StrPath, write_bytes, write_record
@@ -158,6 +158,7 @@ def evaluate_tasks(
     shuffle_seed: int | None = None,
     strict: bool = False,
     seed: int = 0,
+    run_code_anyway: bool = False,
     executor: Executor | None = None,
     progress: Progress = silent,
 ) -> TaskResult:
@@ -165,6 +166,7 @@ def evaluate_tasks(
 
     Examples with choices (GPQA, MMLU) are answered by the likeliest letter, the others (DROP, MATH,
     HumanEval) by greedy generation; rows of no known benchmark are left out and counted in a finding.
+    Code runs in a sandbox; where that lacks something, only with `run_code_anyway`, which a finding tells.
     Writes `{role}_tasks.json` and `{role}_tasks.parquet`; resumable like `validate`, whose options these
     are. Raises `DataError` when no row belongs to a benchmark.
     """
@@ -177,6 +179,7 @@ def evaluate_tasks(
     where, log = executor or Local(), ChunkLog()
     with ExitStack() as stack:
         stack.enter_context(where)
+        stack.enter_context(anyway(run_code_anyway))
         journals = [
             stack.enter_context(open_journal(output / f".{role}_{kind}.journal", inputs, options))
             for kind in ("choices", "answers")
@@ -260,7 +263,8 @@ def _findings(work: Workload, known: int) -> list[Finding]:
                 severity="warning",
                 code="code-ran-unprotected",
                 message=message,
-                expected=f"every promise of the sandbox kept, or {ANYWAY} unset and such answers unscored",
+                expected="every promise of the sandbox kept",
+                remedy="leave --run-code-anyway out: such answers are unscored then",
             )
         )
     left_out = len(work.examples) - known

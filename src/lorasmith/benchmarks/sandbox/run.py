@@ -5,7 +5,7 @@ temporary folder of bounded size), an unprivileged user, no capabilities, limits
 clean environment, and a filter of system calls that lets through what computing needs. Where namespaces are
 not permitted, as in many containers, Landlock (Linux 5.13) takes the place of the file tree: nothing can be
 written then. `jail.PROMISES` says what a program is kept from; where one of these cannot be kept, nothing
-runs and the reason is given, unless `ANYWAY` is set. Other systems than Linux have no sandbox.
+runs and the reason is given, unless it is asked for. Other systems than Linux have no sandbox.
 
 What it is not: a program that is written to fool its own tests can do so, since it runs in one process
 with them. It can pass itself; it cannot reach out.
@@ -22,7 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -61,11 +63,6 @@ class Outcome:
     """How the program was locked up, and why the kernel refused what it refused."""
 
 
-ANYWAY = "LORASMITH_RUN_CODE_ANYWAY"
-"""With 1 in this environment variable, generated code runs even where promises cannot be kept. A variable and
-no option of a command: it says something about the machine, such as one that is thrown away afterwards."""
-
-
 def run(
     program: str, limits: SandboxLimits | None = None, *, mode: str = "best", anyway: bool = False
 ) -> Outcome:
@@ -85,28 +82,42 @@ def run(
     return _outcome(_Report.read(said), output, token, timed_out, limits, anyway)
 
 
-def run_here(program: str) -> Outcome:
-    """Run Python source text in the best way, and as the environment says of machines that lack something."""
-    return run(program, anyway=os.environ.get(ANYWAY) == "1")
+_ANYWAY = ContextVar("run code anyway", default=False)
+
+
+@contextmanager
+def anyway(asked: bool) -> Iterator[None]:
+    """Whether code runs in this block where promises cannot be kept: `--run-code-anyway`."""
+    before = _ANYWAY.set(asked)
+    try:
+        yield
+    finally:
+        _ANYWAY.reset(before)
 
 
 @cache
-def unkept() -> tuple[str, ...]:
-    """Promises that this machine does not keep while generated code runs nevertheless."""
-    if os.environ.get(ANYWAY) != "1":
-        return ()
-    outcome = run_here("pass")
-    return tuple(outcome.lacking) if outcome.finished else ()
+def _trial() -> Outcome:
+    return run("pass")
 
 
-@cache
 def refusal() -> str:
     """Why generated code is not run on this machine; empty where it is. One trial, then remembered."""
-    outcome = run_here("pass")
+    outcome = _trial()
     if outcome.finished:
         return ""
-    can_help = outcome.lacking and outcome.lacking != ["sandbox"] and sys.platform.startswith("linux")
-    return f"{outcome.reason}; {ANYWAY}=1 runs it nevertheless" if can_help else outcome.reason
+    if outcome.lacking == ["sandbox"] or not sys.platform.startswith("linux"):
+        return outcome.reason  # nothing is there that could run it
+    return "" if _ANYWAY.get() else f"{outcome.reason}; --run-code-anyway runs it nevertheless"
+
+
+def unkept() -> list[str]:
+    """Promises that this machine does not keep while generated code runs nevertheless."""
+    return _trial().lacking if not refusal() else []
+
+
+def run_answer(program: str) -> Outcome:
+    """Run a program that a model wrote, as is asked for where promises cannot be kept."""
+    return run(program, anyway=_ANYWAY.get())
 
 
 def _supervise(order: dict[str, Any], limits: SandboxLimits) -> tuple[bytes, bytes, bool]:

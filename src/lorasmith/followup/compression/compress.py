@@ -93,6 +93,8 @@ class Measuring:
     device: str
     work: Path
     progress: Progress
+    code_anyway: bool = False
+    """Whether code that a model wrote ran without every protection: more answers have a verdict then."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -103,6 +105,7 @@ class Measuring:
             "limit": self.limit,
             "tasks": self.ask is not None,
             "device": resolve_device(self.device).type,
+            **({"run_code_anyway": True} if self.code_anyway else {}),
         }
 
 
@@ -248,7 +251,15 @@ def compress(
             return done
         place = Path(work) if work is not None else output.parent / f".{output.name}.measuring"
         measuring = Measuring(
-            Path(how.test_set), compare, ask, how.limit, ready.limits, how.device, place, progress
+            Path(how.test_set),
+            compare,
+            ask,
+            how.limit,
+            ready.limits,
+            how.device,
+            place,
+            progress,
+            how.run_code_anyway,
         )
         record = measure(model, output, done, measuring)
         if work is None:
