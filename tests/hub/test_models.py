@@ -347,3 +347,16 @@ def test_a_base_that_the_hub_has_not_is_wrong_usage_and_a_hub_that_is_away_is_no
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     offline = here(*asked)
     assert offline.returncode == 3 and "cannot be reached" in offline.stderr
+
+
+MODEL_CODE = {"modeling_x.py": b"import os", "configuration_x.py": b"", "setup.py": b""}
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_code_is_fetched_only_where_a_config_names_it(cache: Path, hub: ModelHub, named: bool) -> None:
+    hub.files |= MODEL_CODE
+    if named:
+        config = json.loads(hub.files["config.json"])
+        hub.files["config.json"] = json.dumps({**config, "auto_map": {"AutoModel": "modeling_x.X"}}).encode()
+    folder = local_model(NAME)
+    assert {file.name for file in folder.glob("*.py")} == (set(MODEL_CODE) if named else set())

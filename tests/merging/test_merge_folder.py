@@ -17,7 +17,7 @@ from lorasmith.files.digests import digest_folder
 from lorasmith.files.output_folder import only_one
 from lorasmith.merging.merge import merge
 from tests.merging.planted import tensors_of
-from tests.tiny import save_adapter
+from tests.tiny import save_adapter, save_base
 
 
 def test_the_folder_stands_alone(tmp_path: Path, base: Path, adapter: Path) -> None:
@@ -134,3 +134,20 @@ def test_two_merges_into_one_output_at_once(tmp_path: Path, base: Path, adapter:
     with only_one(tmp_path / "out", "merge"), pytest.raises(BusyError, match="another merge"):
         merge(base, adapter, tmp_path / "out")
     merge(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("where", [None, "config.json", "tokenizer_config.json"])
+def test_code_of_the_base_goes_along_only_where_a_config_names_it(tmp_path: Path, where: str | None) -> None:
+    base = save_base(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", base)
+    (base / "modeling_x.py").write_text("raise SystemExit('this must never run')")
+    if where is not None:
+        config = json.loads((base / where).read_text())
+        (base / where).write_text(json.dumps({**config, "auto_map": {"AutoTokenizer": "modeling_x.X"}}))
+    record = merge(base, adapter, tmp_path / "merged")
+    (finding,) = (one for one in record.findings if "code" in one.code)
+    assert "modeling_x.py" in finding.message
+    assert (finding.severity, finding.code) == (
+        ("note", "code-left-out") if where is None else ("warning", "model-code")
+    )
+    assert (tmp_path / "merged" / "modeling_x.py").exists() == (where is not None)

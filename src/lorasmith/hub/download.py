@@ -14,7 +14,7 @@ from lorasmith.errors import CheckpointError, MachineError, os_errors
 from lorasmith.files.atomic import write_bytes
 from lorasmith.files.digests import remember_sha256
 from lorasmith.hub.cache import HubModel, cache_of, shards_of
-from lorasmith.hub.model_files import OTHER_FILES, TOKENIZER_FILES, fits
+from lorasmith.hub.model_files import CODE_FILES, OTHER_FILES, TOKENIZER_FILES, fits, names_code
 from lorasmith.machine.resources import require_disk
 from lorasmith.progress import Advance, Progress
 
@@ -58,6 +58,9 @@ def download(model: HubModel, progress: Progress, *, adapters: bool = False) -> 
     if not adapter and "config.json" not in listed:
         raise _unusable(model, "no config.json", "a model; this may be an adapter or a data set")
     _fetch(model, commit, small, snapshot, progress, "files")
+    if names_code(snapshot):
+        code = [listed[name] for name in listed if fits(name, CODE_FILES)]
+        _fetch(model, commit, code, snapshot, progress, "code")
     weights = _weights(model, listed, snapshot, ADAPTER_WEIGHTS if adapter else SINGLE)
     _fetch(model, commit, weights, snapshot, progress, "weights")
     if model.revision != commit:

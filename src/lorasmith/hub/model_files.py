@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from pathlib import Path
+
+from lorasmith.parsing import parse_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -32,9 +35,26 @@ OTHER_FILES = (
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
-    "*.py",
 )
 """What else a model needs in order to load, and the terms that go with its weights."""
+
+CODE_FILES = ("*.py",)
+"""Python files of a model, wanted only where `names_code` says so: lorasmith runs none of them."""
+
+
+def names_code(folder: Path) -> bool:
+    """Whether the configs of a model name code that comes with it (`auto_map`).
+
+    transformers runs it for whoever loads the model with `trust_remote_code`, and cannot load it otherwise.
+    """
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            config = parse_json((folder / name).read_bytes())
+        except (OSError, ValueError):
+            continue  # what is wrong with a config is said when the model is opened
+        if isinstance(config, dict) and config.get("auto_map"):
+            return True
+    return False
 
 
 def fits(name: str, patterns: Sequence[str]) -> bool:

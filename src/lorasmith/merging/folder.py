@@ -16,9 +16,9 @@ from lorasmith.errors import InputError, UsageError, os_errors
 from lorasmith.files.atomic import aside, publish_folder, read_record, write_bytes, write_record
 from lorasmith.files.digests import describe
 from lorasmith.files.output_folder import holds_another, require_outside
-from lorasmith.hub.model_files import OTHER_FILES, TOKENIZER_FILES, fits
+from lorasmith.hub.model_files import CODE_FILES, OTHER_FILES, TOKENIZER_FILES, fits, names_code
 from lorasmith.merging.plan import Plan
-from lorasmith.records.base import FileDigest, Record
+from lorasmith.records.base import FileDigest, Finding, Record
 from lorasmith.records.merging import MergedTensor
 
 _STATE = ".merge"
@@ -139,7 +139,7 @@ def companions(base: Path, adapters: Sequence[Path]) -> dict[str, Path]:
     The tokenizer is that of the first adapter that has a whole one, else the base's; a chat template
     beside an adapter counts even where its tokenizer is the base's. Everything else is the base's.
     """
-    chosen = _matching(base, OTHER_FILES)
+    chosen = _matching(base, (*OTHER_FILES, *CODE_FILES) if names_code(base) else OTHER_FILES)
     with_tokenizer = next((folder for folder in adapters if _has_tokenizer(folder)), base)
     chosen |= _matching(with_tokenizer, TOKENIZER_FILES)
     if with_tokenizer is base:
@@ -149,6 +149,30 @@ def companions(base: Path, adapters: Sequence[Path]) -> dict[str, Path]:
                 chosen = {name: file for name, file in chosen.items() if name not in _TEMPLATES} | templates
                 break
     return dict(sorted(chosen.items()))
+
+
+def code_findings(base: Path) -> list[Finding]:
+    """A warning for code of the base that goes into the merged folder, a note for code that does not."""
+    files = sorted(_matching(base, CODE_FILES))
+    if not files:
+        return []
+    listed = ", ".join(files)
+    if names_code(base):
+        return [
+            Finding(
+                severity="warning",
+                code="model-code",
+                message=f"the base comes with code, which was copied and not run: {listed}",
+                remedy="read it before you load the model with trust_remote_code, which runs it",
+            )
+        ]
+    return [
+        Finding(
+            severity="note",
+            code="code-left-out",
+            message=f"the base holds code that its configs do not name; it was not copied: {listed}",
+        )
+    ]
 
 
 def _has_tokenizer(folder: Path) -> bool:

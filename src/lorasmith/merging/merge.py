@@ -34,6 +34,7 @@ from lorasmith.merging.folder import (
     PartialFolder,
     ShardDone,
     check_place,
+    code_findings,
     identity_of,
     make_key,
     write_small_files,
@@ -324,7 +325,7 @@ def _make_record(
     updated = swallowed + sum(tensor.changed for tensor in tensors)
     fraction = swallowed / updated if updated else 0.0
     untouched = [output for output in plan.outputs if output.change is None]
-    findings = [*plan.findings, *mode.findings]
+    findings = [*plan.findings, *mode.findings, *code_findings(request.base.folder)]
     if not updated:
         # B is zero until training begins: this adapter was never trained, or saved too early.
         findings.append(
