@@ -15,6 +15,7 @@ from lorasmith.packaging.card import write_card
 from lorasmith.packaging.pack import pack
 from lorasmith.packaging.unpack import unpack
 from lorasmith.packaging.verify import verify
+from lorasmith.records.base import Finding
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.proof import ComparisonRecord, WeightProof
 from lorasmith.records.scoring import TaskMetric, TaskResult, ValidationResult
@@ -30,7 +31,7 @@ def run(tmp_path: Path) -> Path:
 @pytest.fixture
 def models(tmp_path: Path) -> dict[str, Path]:
     """Base and adapter as far as a card looks at them."""
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base, adapter = tmp_path / "small-1b", tmp_path / "adapter"
     base.mkdir()
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "acme/small-1b"}))
@@ -109,6 +110,39 @@ def test_a_path_is_no_name_of_a_base(
     assert "the base model with digest" in card(run).text
     write_card(run, **models, base_model="org/base", name="mine")
     assert (card(run).data.base_model, card(run).data.model_name) == ("org/base", "mine")
+
+
+@pytest.mark.parametrize(
+    ("folder", "config_name", "claimed"),
+    [
+        ("base", None, None),
+        ("other-2b", None, None),
+        ("small-1b-it", None, None),
+        ("SMALL-1B", None, "acme/small-1b"),
+        ("base", "acme/small-1b", "acme/small-1b"),
+        ("base", "acme/small-1b-it", None),
+    ],
+)
+def test_the_card_claims_no_base_that_nothing_but_the_adapter_names(
+    run: Path, models: dict[str, Path], folder: str, config_name: str | None, claimed: str | None
+) -> None:
+    base = models["base"].rename(models["base"].with_name(folder))
+    if config_name:
+        (base / "config.json").write_text(json.dumps({"_name_or_path": config_name}))
+    write_card(run, base=base, adapter=models["adapter"])
+    assert card(run).data.base_model == claimed
+    assert ("acme/small-1b" in card(run).text) == (claimed is not None)
+
+
+def test_the_card_of_another_base_than_the_adapters_says_so(run: Path, models: dict[str, Path]) -> None:
+    path = run / "merged" / "lorasmith_merge.json"
+    told = "the adapter was trained on 'b', not on 'a'"
+    warning = Finding(severity="warning", code="base-name", message=told)
+    merge = read_record(path, MergeRecord)
+    write_record(path, merge.model_copy(update={"findings": [warning]}))
+    write_card(run, **models)
+    limits = card(run).text.partition("## Limits")[2]
+    assert "The adapter was trained on 'b', not on 'a'." in limits
 
 
 def test_a_base_in_the_hubs_cache_is_known_by_its_place(run: Path, models: dict[str, Path]) -> None:

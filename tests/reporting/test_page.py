@@ -247,3 +247,19 @@ def test_anchors_lead_somewhere_and_ids_are_unique(run: Path) -> None:
     assert targets <= set(ids)
     script = page.scripts[-1][1]
     assert set(re.findall(r'\$\("([a-z-]+)"\)', script)) <= set(ids)
+
+
+def test_another_base_than_the_adapters_is_told_on_the_first_screen(tmp_path: Path) -> None:
+    run = sample_run(tmp_path / "run", count=5)
+    path = run / "merged" / "lorasmith_merge.json"
+    merge = read_record(path, MergeRecord)
+    told = "the adapter was trained on <b>'other'</b>"
+    findings = [
+        Finding(severity="warning", code="base-name", message=told),
+        Finding(severity="note", code="base-twin", message="of a quantized copy"),
+    ]
+    write_record(path, merge.model_copy(update={"findings": findings}))
+    write_report(run, tmp_path / "page.html")
+    hero = (tmp_path / "page.html").read_text().partition('<section id="gates">')[0]
+    assert "The adapter was trained on &lt;b&gt;" in hero
+    assert "of a quantized copy" not in hero

@@ -107,7 +107,7 @@ class CardOptions(Options):
     """Name of the merged model in its card."""
     base_model_id: Annotated[
         Annotated[str, Field(pattern=r"^[\w-][\w.-]*/[\w-][\w.-]*$")] | None,
-        Flag(metavar="ORG/NAME", default="as the adapter names it"),
+        Flag(metavar="ORG/NAME", default="as the hub's cache or base and adapter name it"),
     ] = None
     """Name of the base on the hub, for the card."""
 

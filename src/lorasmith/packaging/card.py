@@ -63,17 +63,32 @@ def base_licence(base: Path) -> Licence:
 
 
 def base_name(base: Path, adapter: Path, given: str | None = None) -> str | None:
-    """`org/name` of the base: as given, as the adapter's config names it, or by the cache it lies in."""
+    """`org/name` of the base that was used: as given, or by the cache it lies in.
+
+    What the adapter's config names is the base it was trained on. It is taken only where the base's folder or
+    config bears the same name: a card that claims another base than the one in the weights misleads.
+    """
     if given:
         return given
-    try:
-        named = parse_json((adapter / "adapter_config.json").read_bytes()).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        named = None
-    if isinstance(named, str) and _NAME.fullmatch(named) and not Path(named).exists():
-        return named
     origin = origin_of(base)
-    return origin.repository if origin else None
+    if origin:
+        return origin.repository
+    named = _named(adapter / "adapter_config.json", "base_model_name_or_path")
+    own = (base.resolve().name, _named(base / "config.json", "_name_or_path"))
+    if named and _NAME.fullmatch(named) and not Path(named).exists():
+        short = named.rpartition("/")[2].casefold()
+        if any(short == name.rpartition("/")[2].casefold() for name in own if name):
+            return named
+    return None
+
+
+def _named(file: Path, key: str) -> str | None:
+    """A text in a JSON file of a model; None where there is none."""
+    try:
+        value = parse_json(file.read_bytes()).get(key)
+    except (OSError, ValueError, AttributeError):
+        return None
+    return value if isinstance(value, str) else None
 
 
 def evaluations(merged: ValidationResult, tasks: TaskResult | None) -> list[EvalResult]:
@@ -349,6 +364,8 @@ def _limits(records: RunRecords) -> str:
         limits.append(f"{count(merged.truncated, 'row')} of the test set were cut at the longest length.")
     if records.behaviour and records.behaviour.grade == "drifted":
         limits.append(f"The merged model is not the adapter: {'; '.join(records.behaviour.reasons)}.")
+    for warning in records.merge.base_warnings if records.merge else []:
+        limits.append(f"{plain(warning.message[:1].upper() + warning.message[1:])}.")
     for result in records.gates.gates if records.gates else []:
         if result.verdict != "pass":
             limits.append(f"Gate {plain(result.gate.name)}: {result.verdict}.")
@@ -397,10 +414,10 @@ def write_card(
 ) -> None:
     """Write `merged/README.md` of a run, through huggingface_hub's card classes.
 
-    `base_model` (`org/name`) is what the card links to; without it the adapter's config or the hub's cache
-    tell. `name` is the model's in the index of figures. The licence is the base's. The card is a function of
-    the records and of base and adapter: no times, no paths. Raises `InputError` for a record that is missing
-    or damaged.
+    `base_model` (`org/name`) is what the card links to; without it the hub's cache tells, or the adapter's
+    config where the base bears the same name. `name` is the model's in the index of figures. The licence is
+    the base's. The card is a function of the records and of base and adapter: no times, no paths. Raises
+    `InputError` for a record that is missing or damaged.
     """
     records = load_records(run, {*MEASURED, *TASKS.values(), GATES})
     merge = MERGE.required(records.merge, run)

@@ -89,6 +89,11 @@ class MergeRecord(Record):
     direct_io: bool = Field(default=True, exclude=True)
     """Whether all shards went past the page cache; of this machine, hence not in the file."""
 
+    @property
+    def base_warnings(self) -> list[Finding]:
+        """Warnings that the base is not the one the adapter names; report and terminal show them first."""
+        return [one for one in self.findings if one.severity == "warning" and one.code.startswith("base-")]
+
 
 # Record of a comparison of roundings.
 

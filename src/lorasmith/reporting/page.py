@@ -64,6 +64,7 @@ def render(records: RunRecords) -> str:
         "state": state,
         "claims": claims(records),
         "facts": facts(records),
+        "base_warnings": records.merge.base_warnings if records.merge else [],
         "sections": _sections(records),
         "models": model_tables(records),
         "tasks": task_table(records),

@@ -103,6 +103,7 @@ def _show_verdict(result: RunResult, screen: Console) -> None:
     screen.print(f"Adapter:   {helped} on this test set ({_contamination(result)})")
     screen.print(f"Weights:   {_weights_claim(result)}")
     screen.print(f"Behaviour: {result.behaviour.grade}")
+    records.show_findings(result.merge.base_warnings, screen)
     failed = [gate for gate in result.judged.gates if gate.verdict != "pass"]
     verdict = count_of(result.judged)
     if not failed:
