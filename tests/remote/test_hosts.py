@@ -40,6 +40,14 @@ def test_another_host_key_is_refused_everywhere(other: Machine, tmp_path: Path) 
         transport.send(tmp_path, ["another.pub"], "~/x", lambda count: None)
 
 
+def test_a_request_that_fails_there_is_an_answer_and_no_broken_connection(other: Machine) -> None:
+    """Else it would be tried again and again, and be told as a fault of the line."""
+    transport = connect(other)
+    for request in ({"do": "no such request"}, {"do": "status"}):
+        answer = transport.request(request)
+        assert answer["ok"] is False and "KeyError" in answer["error"]
+
+
 def test_nobody_is_there(tmp_path: Path) -> None:
     transport = SshTransport(parse_host(f"root@127.0.0.1:{free_port()}"), silence=2)
     with pytest.raises(ConnectionLostError, match="no ssh server answers"):

@@ -160,5 +160,6 @@ def test_models_are_fetched_from_the_hub_there_once(
         session, said = session_for(connect(other), job)
         assert session.run().code == 3
         assert any("arrived damaged" in line for line in said), said
-    with pytest.raises(UsageError, match="no model of the hub"):
-        hub_model("hub:Qwen3-8B", "x")
+    for wrong in ("hub:Qwen3-8B", "hub:a/b/c", "hub:../x", "hub:a/b@../../c", "hub:a/b@"):
+        with pytest.raises(UsageError, match="no model of the hub"):
+            hub_model(wrong, "x")

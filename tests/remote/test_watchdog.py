@@ -131,14 +131,20 @@ def test_fingerprints_are_those_of_ssh_keygen(tmp_path: Path) -> None:
     watchdog.tell([line], tmp_path / "no" / "log")  # a machine without such a log is watched all the same
 
 
-def test_the_watchdog_as_it_is_sent_destroys_its_machine_with_its_own_key(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("hours", "price", "reason"), [(0.0, 1.5, "cap is reached"), (4.0, 9.0, "costs $9.000 an hour")]
+)
+def test_the_watchdog_as_it_is_sent_destroys_its_machine_with_its_own_key(
+    tmp_path: Path, hours: float, price: float, reason: str
+) -> None:
     """The packed program, run by a shell as on the machine, against the same server over HTTP."""
     with serve() as use:
         vast = FakeVast(SimulatedClock(), offers=[an_offer(1)])
         use(vast)
         one = vast.buy(1, {"label": "lorasmith-x", "onstart": a_start()})
         there = tmp_path / "there"
-        command = a_start(vast.url, hours=0.0, grace=1800, folder=str(there))
+        one.price = price
+        command = a_start(vast.url, hours=hours, grace=1800, folder=str(there))
         command = command.replace("/root/", f"{tmp_path}/").replace("python3", sys.executable)
         assert command.rstrip().endswith("&")
         environment = {"PATH": os.environ["PATH"], "CONTAINER_ID": str(one.id), "CONTAINER_API_KEY": KEY}
@@ -149,7 +155,7 @@ def test_the_watchdog_as_it_is_sent_destroys_its_machine_with_its_own_key(tmp_pa
             time.sleep(0.05)
         os.kill(int((there / "watchdog.pid").read_text()), 15)
     assert one.gone_at is not None
-    assert "cap is reached" in (tmp_path / "lorasmith-watchdog.log").read_text()
+    assert reason in (tmp_path / "lorasmith-watchdog.log").read_text()
     assert len((there / "traffic").read_text().split()) == 2
 
 

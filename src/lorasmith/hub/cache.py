@@ -36,10 +36,13 @@ class Origin:
 def hub_name(named: StrPath) -> HubModel | None:
     """What a name means on the hub; None for an existing path and for what cannot be a name there."""
     text = fspath(named)
+    return None if Path(text).exists() else spelled_model(text)
+
+
+def spelled_model(text: str) -> HubModel | None:
+    """The model that `org/name[@revision]` spells, whatever is here; None for what cannot be a name there."""
     match = _NAME.fullmatch(text)
-    if match is None or Path(text).exists():
-        return None
-    return HubModel(match["repository"], match["revision"] or "main")
+    return HubModel(match["repository"], match["revision"] or "main") if match else None
 
 
 def cache_of(repository: str) -> Path:

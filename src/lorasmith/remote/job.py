@@ -18,6 +18,7 @@ from typing import Any
 import lorasmith
 from lorasmith.errors import InputError, UsageError, os_errors
 from lorasmith.files.digests import describe, folder_files, hash_file
+from lorasmith.hub.cache import spelled_model
 from lorasmith.records.base import FileDigest
 from lorasmith.records.remote import HubInput, RemoteJob, Transfer
 from lorasmith.remote.state import own_name
@@ -140,10 +141,12 @@ def make_job(
 
 def hub_model(text: str, remote: str) -> HubInput:
     """Read `hub:organisation/name[@revision]`."""
-    repository, _, revision = text.removeprefix("hub:").partition("@")
-    if repository.count("/") != 1 or not all(repository.split("/")):
+    spelled = text.removeprefix("hub:")
+    if (model := spelled_model(spelled)) is None:
         raise UsageError(f"{text!r} names no model of the hub", expected="hub:organisation/name[@revision]")
-    return HubInput(repository=repository, revision=revision or None, remote=remote)
+    return HubInput(
+        repository=model.repository, revision=model.revision if "@" in spelled else None, remote=remote
+    )
 
 
 @contextmanager

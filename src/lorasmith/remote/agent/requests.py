@@ -203,10 +203,10 @@ REQUESTS = {function.__name__: function for function in _ALL}
 def answer(request: dict[str, Any]) -> None:
     """Do what one request asks, and tell the result or why not."""
     try:
-        if request["do"] not in REQUESTS:
-            raise OSError(f"there is no request {request['do']!r}")
         tell({"ok": True, **REQUESTS[request["do"]](request)})
     except BrokenPipeError:
         os._exit(1)
     except OSError as error:
         tell({"ok": False, "errno": error.errno, "error": str(error)})
+    except Exception as error:  # a broken connection is tried again, and this would be taken for one
+        tell({"ok": False, "error": f"{type(error).__name__}: {error}"})
