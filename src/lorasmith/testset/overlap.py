@@ -95,13 +95,15 @@ class GramIndex:
             nothing = np.empty(0, np.int64)
             return Hits(nothing, nothing, nothing)
         places = np.searchsorted(self.distinct, total)
-        places[places == len(self.distinct)] = 0
-        complete = self.distinct[places] == total
-        pairs = np.unique(np.stack([rows[starts[complete]].astype(np.uint64), total[complete]]), axis=1)
+        places[places == len(self.distinct)] = 0  # larger than all: any place will do, it is not equal
+        known = self.distinct[places] == total
+        pairs = np.unique(np.stack([rows[starts[known]].astype(np.uint64), total[known]]), axis=1)
         return self._expand(pairs[0].astype(np.int64), pairs[1])
 
     def _expand(self, rows: NDArray[np.int64], hashes: U64) -> Hits:
-        """Maps (row, distinct hash) to (row, text, how many): one n-gram may stand in several texts."""
+        """(row, distinct hash) becomes (row, text, how many): one n-gram may stand in several texts."""
+        # In the sorted hashes equal ones stand side by side, one for each text that has them: from `low` to
+        # `high`. `index` lists all these places, for one hash after the other, without a loop.
         low = np.searchsorted(self.hashes, hashes, "left")
         high = np.searchsorted(self.hashes, hashes, "right")
         repeat = high - low
@@ -169,9 +171,10 @@ def repeats(texts: Sequence[Shingles], scopes: Sequence[str], threshold: float) 
     """Whether an earlier text of the same scope that is kept has a similarity of at least `threshold`."""
     common = Counter(shingle for text in texts for shingle in text)
     starts: dict[tuple[str, tuple[str, ...]], list[int]] = {}
-    repeated_rows: list[bool] = []
+    verdicts: list[bool] = []
     for index, (text, scope) in enumerate(zip(texts, scopes, strict=True)):
         ordered = sorted(text, key=lambda shingle: (common[shingle], shingle))
+        # Rarest first: the shingles that must be shared are then those that few other texts have.
         prefix = ordered[: len(ordered) - math.ceil(threshold * len(ordered)) + 1]
         candidates = {other for shingle in prefix for other in starts.get((scope, shingle), ())}
         repeated = any(
@@ -179,14 +182,11 @@ def repeats(texts: Sequence[Shingles], scopes: Sequence[str], threshold: float) 
             and jaccard(texts[other], text) >= threshold
             for other in candidates
         )
-        repeated_rows.append(repeated)
+        verdicts.append(repeated)
         if not repeated:
             for shingle in prefix:
                 starts.setdefault((scope, shingle), []).append(index)
-    return repeated_rows
-
-
-# Compare a stream of training rows with a few test rows, block by block.
+    return verdicts
 
 
 _BLOCK_WORDS = 1 << 18
@@ -288,7 +288,7 @@ class Matcher:
             for text in {text for form in row.forms for text in self.exact.get(form, ())}:
                 self._hit("exact", text, 1.0, row.name, path)
             flat.extend(map(lookup, row.words, repeat(0)))
-            flat.append(0)
+            flat.append(0)  # no n-gram reaches from one row into the next
             lengths.append(len(row.words) + 1)
         numbers = np.array(flat, np.uint64)
         rows = np.repeat(np.arange(len(block), dtype=np.int32), lengths)

@@ -57,6 +57,7 @@ def forward(model: Any, rows: Sequence[DraftRow], device: torch.device) -> Outpu
     before = torch.zeros((len(rows), length), dtype=torch.bool)
     for index, row in enumerate(rows):
         ids[index, : len(row.ids)] = torch.tensor(row.ids)
+        # The logits at a place speak of the token after it: from the prompt's last to the last but one.
         before[index, row.n_prompt - 1 : len(row.ids) - 1] = True
     ends = torch.tensor([row.n_prompt - 1 for row in rows], device=device)
     places = before.to(device)
@@ -64,6 +65,7 @@ def forward(model: Any, rows: Sequence[DraftRow], device: torch.device) -> Outpu
 
     def select(head: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden = arguments[0]
+        # Logits of every place would be the largest tensor of the step: vocabulary × all tokens.
         taken.append(hidden[torch.arange(len(rows), device=device), ends])
         return (hidden[places].unsqueeze(0), *arguments[1:])
 
@@ -82,13 +84,14 @@ def topk_kl(logits: torch.Tensor, top_ids: torch.Tensor, top_logprobs: torch.Ten
     vocabulary stored it is that KL. `top_ids`, `top_logprobs` [N, K]; an id of −1 is no token.
     """
     own = logits.log_softmax(-1)
-    known = top_ids >= 0
+    known = top_ids >= 0  # a filled-up place has log-probability 0, which would count as certainty
     q = own.gather(-1, top_ids.clamp(min=0))
     p = top_logprobs.exp() * known
     terms = torch.where(known, p * (top_logprobs - q), torch.zeros_like(q)).sum(-1)
     rest_p = (1 - p.sum(-1)).clamp(min=0.0)
     rest_q = (1 - (q.exp() * known).sum(-1)).clamp(min=_LEAST_REST)
     rest = rest_p * (rest_p.clamp(min=_LEAST_REST).log() - rest_q.log())
+    # A rest of 0 in the target contributes 0 · log 0 = 0, whatever the draft puts there.
     return terms + torch.where(rest_p > _LEAST_REST, rest, torch.zeros_like(rest))
 
 

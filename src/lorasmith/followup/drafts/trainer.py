@@ -23,9 +23,6 @@ from lorasmith.options import DraftOptions
 from lorasmith.progress import Progress
 from lorasmith.records.followup import DraftStep
 
-# What decides a draft, apart from its base, the target and the responses.
-
-
 _PART_TOKENS = 2048
 """Padded tokens of one forward and backward pass: the memory of training grows with it."""
 
@@ -46,6 +43,7 @@ class Course:
 def make_batches(count: int, options: DraftOptions) -> list[list[int]]:
     """Seeded batches of places in the training rows; the last epoch may be a fraction."""
     total = math.ceil(options.epochs * count / options.batch_size)
+    # All of them from the seed, at once: a checkpoint needs the number of its step and no state of a stream.
     generator = np.random.Generator(np.random.PCG64(options.seed))
     batches: list[list[int]] = []
     while len(batches) < total:
@@ -100,7 +98,7 @@ class Trainer:
         not a number.
         """
         torch.manual_seed(self.options.seed)
-        self._load()
+        self._load()  # after the seed, which a checkpoint's own random state replaces
         with progress("Draft", total=len(self.batches), unit="step") as advance:
             advance(self.course.step)
             while self.course.step < len(self.batches) and not self.course.stopped_early:
@@ -108,6 +106,7 @@ class Trainer:
                 advance(1)
                 last = self.course.step == len(self.batches)
                 if last or self.course.step % self.options.validate_every == 0:
+                    # Saved only here, so that a training that goes on decides on the same losses.
                     self._validate()
                     self._save()
         self._core().load_state_dict(self.best)
@@ -117,6 +116,7 @@ class Trainer:
         rising = max(1, round(self.options.warmup * len(self.batches)))
         if step < rising:
             return (step + 1) / rising
+        # Half a cosine down to a tenth: the end still learns, and no later rate is above an earlier one.
         done = (step - rising) / max(1, len(self.batches) - rising)
         return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 

@@ -258,6 +258,7 @@ class VllmEngine(Engine):
                 break
             for output in self.engine.step():
                 made = output.outputs[0]
+                # Each step gives all tokens so far: what is new is the difference.
                 on_tokens(len(made.token_ids) - counts.get(output.request_id, 0))
                 counts[output.request_id] = len(made.token_ids)
                 if output.finished:
@@ -285,6 +286,7 @@ class VllmEngine(Engine):
             )
         end = tokens.pop() if made.finish_reason == "stop" and tokens and tokens[-1] in limits.stop else None
         finish = made.finish_reason
+        # vLLM says "length" both at the limit that was asked for and where the context is full.
         if finish == "length" and len(tokens) < limits.max_new_tokens:
             finish = "context"
         answer = GeneratedAnswer(request.index, tokens, finish, end)

@@ -291,6 +291,8 @@ class ResponseWork:
         if hidden := not_to_publish(self.rows):
             self._tell(hidden)
         missing = [index for index, key in enumerate(self.keys) if self._missing(key)]
+        # Whole groups are cut from all rows, done or not: a restart then finds the same rows in the same group, and
+        # with them the same batches, of which the last digits of log-probabilities depend.
         ready, faults = self._ready(range(len(self.rows)) if self.whole_groups else missing)
         size = GROUP_ROWS if self.whole_groups else max(1, len(ready))
         groups = [ready[start : start + size] for start in range(0, len(ready), size)]
@@ -315,7 +317,7 @@ class ResponseWork:
             self.settings.temperature, self.settings.top_p, self.settings.top_k, self.settings.seed
         )
         limits = GenerationLimits(self.settings.max_new_tokens, self.stop, self.settings.top_logprobs)
-        if self.engine.cuts:
+        if self.engine.cuts:  # it makes groups by itself, for workers of which nothing is known here
             groups = [[index for group in groups for index in group]]
         for group in groups:
             requests = (self._request(index) for index in group)
@@ -343,6 +345,7 @@ class ResponseWork:
                 faults.append((index, error.found))
             else:
                 ready.append(index)
+        # The longest first: at the end short rows fill the slots, and a lack of memory shows at once.
         ready.sort(key=lambda index: (index not in self.pilot, -len(self.prompts[index]), index))
         return ready, faults
 

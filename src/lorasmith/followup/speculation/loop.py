@@ -64,6 +64,7 @@ class LookupDrafter(Drafter):
 
 
 def _look_up(text: list[int], count: int) -> list[int]:
+    # A longer match is the better guess, and of equal ones the latest.
     for size in range(min(LOOKUP_NGRAM, len(text) - 1), 0, -1):
         end = text[-size:]
         for start in range(len(text) - size - 1, -1, -1):
@@ -138,6 +139,7 @@ def decode_speculatively(
     for new, logits, drafts, agreed, seconds in rounds(target, drafter, prompt, count, limit, stop):
         speculated.rounds += 1
         speculated.drafted += len(drafts)
+        # The first pass holds the prompt, and a short draft costs less: neither tells what a check costs.
         if len(drafts) == count and speculated.rounds > 1:
             speculated.verify_seconds.append(seconds)
         for place in range(min(len(new), len(drafts))):
@@ -165,12 +167,15 @@ def rounds(
     made = 0
     while made < limit:
         drafts = drafter.propose(text, count)
+        # A draft with a larger, padded vocabulary may propose what the target has no embedding for.
         beyond = next((n for n, token in enumerate(drafts) if token >= target.vocabulary), len(drafts))
         drafts = drafts[:beyond]
         began = time.perf_counter()
         logits = stepper.logits([*text, *drafts], len(drafts) + 1)
         best = logits.argmax(-1).tolist()
         seconds = time.perf_counter() - began
+        # Where the draft is wrong, the same pass has the target's own token for that place already; what
+        # stands behind it rests on a wrong token and is thrown away. So each round gives one token at least.
         agreed = next((n for n, token in enumerate(drafts) if token != best[n]), len(drafts))
         new = best[: min(agreed + 1, limit - made)]
         ended = next((n + 1 for n, token in enumerate(new) if token in stop), None)
