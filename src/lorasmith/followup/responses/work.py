@@ -291,8 +291,8 @@ class ResponseWork:
         if hidden := not_to_publish(self.rows):
             self._tell(hidden)
         missing = [index for index, key in enumerate(self.keys) if self._missing(key)]
-        # Whole groups are cut from all rows, done or not: a restart then finds the same rows in the same group, and
-        # with them the same batches, of which the last digits of log-probabilities depend.
+        # Whole groups are cut from all rows, done or not: a restart then has the same rows in the same group,
+        # and so the same batches, on which the last digits of log-probabilities depend.
         ready, faults = self._ready(range(len(self.rows)) if self.whole_groups else missing)
         size = GROUP_ROWS if self.whole_groups else max(1, len(ready))
         groups = [ready[start : start + size] for start in range(0, len(ready), size)]
