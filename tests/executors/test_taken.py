@@ -31,13 +31,12 @@ def work(executor: Cluster, *, kill: bool = False, **settings: Any) -> None:
 def test_processor_time_and_memory_of_the_workers_are_the_stages(cluster: Any) -> None:
     alone = measure("x", lambda: None)
     assert alone.worker_peak_rss_bytes is None
-    found = measure("x", lambda: work(Cluster(threads=1), burns=0.1, ballast=300_000_000))
-    assert found.cpu_seconds >= 12 * 0.1
-    assert found.worker_peak_rss_bytes is not None and found.worker_peak_rss_bytes > 300_000_000
-    assert found.peak_rss_bytes is not None and found.peak_rss_bytes < 3_000_000_000
-    # Workers stay within a block: what they took for one stage is not counted for the next.
     with Cluster(threads=1) as executor:
-        measure("x", lambda: work(executor, burns=0.1, ballast=300_000_000))
+        taken = measure("x", lambda: work(executor, burns=0.1, ballast=300_000_000))
+        assert taken.cpu_seconds >= 12 * 0.1
+        assert taken.worker_peak_rss_bytes is not None and taken.worker_peak_rss_bytes > 300_000_000
+        assert taken.peak_rss_bytes is not None and taken.peak_rss_bytes < 3_000_000_000
+        # Workers stay within a block: what they took for one stage is not counted for the next.
         later = measure("x", lambda: work(executor, ballast=1))
     assert later.worker_peak_rss_bytes is not None and later.worker_peak_rss_bytes < 300_000_000
     assert later.cpu_seconds < 12 * 0.1
@@ -59,9 +58,9 @@ def test_energy_of_every_node_is_counted_once(cluster: Any, tmp_path: Path) -> N
 
 def test_energy_is_not_measured_where_a_worker_took_its_count_along(cluster: Any, tmp_path: Path) -> None:
     executor = Cluster(threads=1, workers=1)
-    found = measure("x", lambda: work(executor, power=str(tmp_path), kill=True))
+    taken = measure("x", lambda: work(executor, power=str(tmp_path), kill=True))
     assert executor.losses == 1
-    assert found.cpu_joules is None
+    assert taken.cpu_joules is None
 
 
 def test_this_machines_own_devices_are_not_counted_again(
