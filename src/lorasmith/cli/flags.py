@@ -179,7 +179,19 @@ def hints_of(command: Callable[..., Any]) -> Mapping[str, Any]:
 
 
 class PanelCommand(typer.core.TyperCommand):
-    """A command whose help is grouped, the group that is used most first."""
+    """A command whose help is grouped, the group that is used most first, and whose flags are given once."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The arguments into `ctx`; raises `UsageError` for a flag of one value that is there twice.
+
+        click would take the last one in silence, and forget the others.
+        """
+        if not ctx.resilient_parsing:
+            _, _, order = self.make_parser(ctx).parse_args(list(args))
+            for place, parameter in enumerate(order):
+                if parameter in order[:place] and _takes_one(parameter):
+                    raise _twice(self.name, parameter)
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Arguments, then the options under the names of their groups."""
@@ -196,6 +208,28 @@ class PanelCommand(typer.core.TyperCommand):
             if heading in groups:
                 with formatter.section(heading):
                     formatter.write_dl(groups[heading])
+
+
+def _takes_one(parameter: Any) -> bool:
+    option = parameter.param_type_name == "option" and not parameter.is_eager
+    return option and not parameter.multiple and not parameter.count
+
+
+def _twice(command: str | None, parameter: Any) -> Exception:
+    from lorasmith.errors import UsageError
+
+    names = [*parameter.opts, *parameter.secondary_opts]
+    remedy = None
+    if "--adapter" in names:
+        remedy = (
+            "give one; `lorasmith merge` joins several, each with its --weight, and the result is one model"
+        )
+    return UsageError(
+        f"{' or '.join(names)} is given more than once",
+        where=f"lorasmith {command}",
+        expected="it once",
+        remedy=remedy,
+    )
 
 
 class CommandGroup(typer.core.TyperGroup):
