@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorasmith.benchmarks.base import Unscored
 from lorasmith.benchmarks.drop import Drop
 from lorasmith.cli import main
-from lorasmith.errors import CheckpointError, DataError
+from lorasmith.errors import CheckpointError, DataError, MachineError
 from lorasmith.files.atomic import read_record
 from lorasmith.records.scoring import TaskMetric, TaskResult
 from lorasmith.scoring import answers
@@ -114,6 +114,37 @@ def test_an_unscored_answer_is_not_a_wrong_one(
         if m.method == "generation"
     ]
     assert (none.value, none.scored, none.interval) == (None, 0, None)
+
+
+def test_an_answer_that_its_judge_fails_over_leaves_the_others_their_scores(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is nested too deep for a parser, or leaves folders too deep to be removed."""
+
+    def judge(self: Drop, example: Any, answer: str) -> dict[str, float]:
+        if example.id == "DROP/3":
+            json.loads("[" * 100_000)
+        return {"f1": 1.0}
+
+    monkeypatch.setattr(Drop, "judge", judge)
+    result = evaluate_tasks(place / "base", place / "test.jsonl", tmp_path)
+    f1 = metric(result, "DROP", "f1")
+    assert (f1.scored, f1.unscored, f1.reasons) == (4, 1, {"the judge failed: RecursionError": 1})
+    [warning] = [one for one in result.findings if one.severity == "warning"]
+    assert warning.code == "judge-failed" and "'DROP/3'" in warning.message
+    rows = pq.read_table(tmp_path / "base_tasks.parquet").to_pylist()
+    assert [row["id"] for row in rows if row["unscored"]] == ["DROP/3"]
+
+
+def test_what_the_machine_cannot_do_is_no_fault_of_an_answer(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(self: Drop, example: Any, answer: str) -> dict[str, float]:
+        raise MachineError("no space is left")
+
+    monkeypatch.setattr(Drop, "judge", judge)
+    with pytest.raises(MachineError, match="no space"):
+        evaluate_tasks(place / "base", place / "test.jsonl", tmp_path)
 
 
 @pytest.mark.parametrize("stop", [2, 7])

@@ -19,7 +19,7 @@ from lorasmith.benchmarks.base import Benchmark, Unscored
 from lorasmith.benchmarks.choices import LETTERS, judge_likelihoods
 from lorasmith.benchmarks.registry import BENCHMARKS
 from lorasmith.benchmarks.sandbox.run import anyway, unkept
-from lorasmith.errors import DataError
+from lorasmith.errors import DataError, LorasmithError
 from lorasmith.executors.base import ChunkLog, Executor, Local
 from lorasmith.files.atomic import StrPath, write_bytes, write_record
 from lorasmith.files.jsonl import read_examples
@@ -74,6 +74,9 @@ class Judged:
     unscored: str = ""
 
 
+_JUDGE_FAILED = "the judge failed"
+
+
 def judge_choice(example: Example, likelihoods: Sequence[float]) -> Judged:
     """The likeliest letter against the right one."""
     best = LETTERS[int(np.argmax(likelihoods))]
@@ -90,6 +93,12 @@ def judge_text(scorer: Scorer, row: int, written: Generated) -> Judged:
         scores = BY_NAME[example.metadata.source].score(example, answer)
     except Unscored as error:
         return Judged(example, "generation", answer, finished, {}, str(error))
+    except LorasmithError:
+        raise  # what the machine cannot do stops the command, whatever the answer is
+    except Exception as error:
+        # A model may write what no judge was made for; the answers of the other rows count all the same.
+        reason = f"{_JUDGE_FAILED}: {type(error).__name__}"
+        return Judged(example, "generation", answer, finished, {}, reason)
     return Judged(example, "generation", answer, finished, scores)
 
 
@@ -212,7 +221,12 @@ def evaluate_tasks(
                 path=f"{role}_tasks.parquet", bytes=len(table), sha256=hashlib.sha256(table).hexdigest()
             ),
             partial=work.partial,
-            findings=_findings(work, len(known)),
+            findings=[
+                *work.findings,
+                *_unprotected(work),
+                *_left_out(work, len(known)),
+                *_judge_failures(judged, role),
+            ],
         )
         log.write(output / f"{role}_tasks.chunks.jsonl", wanted=where.remote)
         write_bytes(output / f"{role}_tasks.parquet", table)
@@ -254,25 +268,38 @@ def require_questions(examples: Sequence[Example], test_set: Path) -> list[int]:
     return known
 
 
-def _findings(work: Workload, known: int) -> list[Finding]:
+def _unprotected(work: Workload) -> list[Finding]:
     benchmarks = {example.metadata.source for example in work.examples}
-    if any(name in BY_NAME and BY_NAME[name].runs_code for name in benchmarks) and (broken := unkept()):
-        message = f"generated code ran although this machine cannot keep the promise of {', '.join(broken)}"
-        work.findings.append(
-            Finding(
-                severity="warning",
-                code="code-ran-unprotected",
-                message=message,
-                expected="every promise of the sandbox kept",
-                remedy="leave --run-code-anyway out: such answers are unscored then",
-            )
-        )
+    runs_code = any(name in BY_NAME and BY_NAME[name].runs_code for name in benchmarks)
+    if not runs_code or not (broken := unkept()):
+        return []
+    finding = Finding(
+        severity="warning",
+        code="code-ran-unprotected",
+        message=f"generated code ran although this machine cannot keep the promise of {', '.join(broken)}",
+        expected="every promise of the sandbox kept",
+        remedy="leave --run-code-anyway out: such answers are unscored then",
+    )
+    return [finding]
+
+
+def _left_out(work: Workload, known: int) -> list[Finding]:
     left_out = len(work.examples) - known
     if not left_out:
-        return work.findings
+        return []
+    message = f"{left_out} of {len(work.examples)} rows belong to no benchmark that can be answered"
+    return [Finding(severity="note", code="no-task", message=message)]
+
+
+def _judge_failures(judged: Sequence[Judged], role: str) -> list[Finding]:
+    failed = [one for one in judged if one.unscored.startswith(_JUDGE_FAILED)]
+    if not failed:
+        return []
     finding = Finding(
-        severity="note",
-        code="no-task",
-        message=f"{left_out} of {len(work.examples)} rows belong to no benchmark that can be answered",
+        severity="warning",
+        code="judge-failed",
+        message=f"the judge failed over {len(failed)} of {len(judged)} answers, which are unscored; the "
+        f"first is that to {failed[0].example.id!r} ({failed[0].unscored})",
+        remedy=f"report it with the answer, which stands in {role}_tasks.parquet",
     )
-    return [*work.findings, finding]
+    return [finding]
