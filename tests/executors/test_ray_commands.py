@@ -21,8 +21,8 @@ from lorasmith.followup.responses.cluster import group_size
 from lorasmith.followup.responses.respond import respond
 from lorasmith.models.generation.decoding import Sampling
 from lorasmith.models.scorer import Scorer
-from lorasmith.models.session import ScoringOptions
-from lorasmith.options import RespondOptions
+from lorasmith.models.session import resolve_place
+from lorasmith.options import RespondOptions, ScoringOptions
 from lorasmith.progress import Advance, Progress, Unwatched
 from lorasmith.records.scoring import ChunkRecord
 from lorasmith.scoring.tasks import evaluate_tasks
@@ -102,7 +102,7 @@ def test_a_validation_has_the_bytes_of_one_here(workers: Cluster, place: Path, t
 def test_a_worker_that_sees_other_files_says_so(place: Path, tmp_path: Path) -> None:
     base, test_set = place / "base", place / "test.jsonl"
     options = ScoringOptions(arithmetic="mkl")
-    scorer = Scorer.load(base, test_set, options, options.place()[1])
+    scorer = Scorer.load(base, test_set, options, resolve_place(options)[1])
     replica = scorer.replica
     assert replica.open().work.rows == scorer.work.rows
     assert replica.options.device == scorer.loaded.device.type  # not auto: a worker must not take another

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lorasmith.errors import BusyError, InputError
-from lorasmith.models.session import ScoringOptions
+from lorasmith.models import scorer
 from lorasmith.progress import Progress
 from lorasmith.proving.behaviour.compare import compare
 from lorasmith.scoring.validate import validate
@@ -54,14 +54,14 @@ def during(wanted: str, action: Callable[[], Any]) -> Progress:
 def test_what_changes_between_digest_and_reading_is_named(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    load = ScoringOptions.load
+    load = scorer.load_for
 
-    def slow(self: ScoringOptions, *args: Any, **options: Any) -> Any:
+    def slow(*args: Any, **options: Any) -> Any:
         file = place / name
         file.write_text(file.read_text() + "\n")
-        return load(self, *args, **options)
+        return load(*args, **options)
 
-    monkeypatch.setattr(ScoringOptions, "load", slow)
+    monkeypatch.setattr(scorer, "load_for", slow)
     with pytest.raises(InputError, match="changed while it was read") as caught:
         validate(place / "base", place / "test.jsonl", tmp_path / "out", adapter=place / "adapter")
     assert caught.value.where == str(place / name.split("/")[0])

@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasmith.cli.options import Adapter, AsJson, Base, Merged, TestSet
+from lorasmith.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from lorasmith.options import ClusterOptions, CompareOptions
+    from lorasmith.options import ClusterOptions, CompareInput, CompareOptions
 
 
 def compare(
-    base: Base,
-    adapter: Adapter,
-    merged: Merged,
-    test_set: TestSet,
+    inputs: CompareInput,
     output: Annotated[Path | None, typer.Option(help="File for the record.", metavar="FILE")] = None,
     *,
     options: CompareOptions,
@@ -37,7 +34,14 @@ def compare(
 
     executor = make_executor(cluster)
     proof = lorasmith.compare(
-        base, adapter, merged, test_set, output, executor=executor, progress=bar, **options.values()
+        inputs.base,
+        inputs.adapter,
+        inputs.merged,
+        inputs.test_set,
+        output,
+        options=options,
+        executor=executor,
+        progress=bar,
     )
     if as_json:
         show_record(proof)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasmith.cli.options import AsJson, Base, Merged
+from lorasmith.cli.options import AsJson
+
+if TYPE_CHECKING:
+    from lorasmith.options import AdaptersInput, BaseInput, MergedInput
 
 
 def prove(
-    base: Base,
-    adapter: Annotated[
-        list[Path], typer.Option("--adapter", help="Folder of the adapter; give all of them.", metavar="DIR")
-    ],
-    merged: Merged,
-    weight: Annotated[
-        list[float] | None, typer.Option("--weight", help="Weight of each adapter, in their order (1).")
-    ] = None,
+    base: BaseInput,
+    adapters: AdaptersInput,
+    merged: MergedInput,
     output: Annotated[Path | None, typer.Option(help="File for the record.", metavar="FILE")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -32,7 +30,14 @@ def prove(
     from lorasmith.cli.console import bar, console, show_record
     from lorasmith.cli.views import proofs
 
-    proof = lorasmith.prove(base, adapter, merged, weights=weight, output=output, progress=bar)
+    proof = lorasmith.prove(
+        base.base,
+        adapters.adapter,
+        merged.merged,
+        weights=adapters.weight or None,
+        output=output,
+        progress=bar,
+    )
     if as_json:
         show_record(proof)
     else:

@@ -7,29 +7,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.options import AsJson, TestSet
+from lorasmith.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from lorasmith.options import ClusterOptions, CodeOptions, ValidateOptions
+    from lorasmith.options import (
+        ClusterOptions,
+        CodeOptions,
+        ModelInput,
+        RowsInput,
+        TaskOptions,
+        ValidateOptions,
+    )
 
 
 def validate(
-    model: Annotated[
-        Path,
-        typer.Option(help="Folder of base or merged, or org/name[@revision] on the hub.", metavar="MODEL"),
-    ],
-    test_set: TestSet,
+    inputs: ModelInput,
+    rows: RowsInput,
     output: Annotated[Path, typer.Option(help="Folder for ROLE.json and ROLE.parquet.", metavar="DIR")],
-    adapter: Annotated[
-        Path | None, typer.Option(help="Folder of an adapter to score on top of the model.", metavar="DIR")
-    ] = None,
     role: Annotated[
         str | None, typer.Option(help="Name of the result: base, adapter or merged. [adapter or base]")
     ] = None,
-    tasks: Annotated[
-        bool, typer.Option("--tasks", help="Also answer the benchmarks' questions and score the answers.")
-    ] = False,
     *,
+    questions: TaskOptions,
     options: ValidateOptions,
     code: CodeOptions,
     cluster: ClusterOptions,
@@ -46,30 +45,28 @@ def validate(
     from lorasmith.executors.choose import make_executor
     from lorasmith.options import AnswerOptions
 
-    if code.run_code_anyway and not tasks:
+    if code.run_code_anyway and not questions.tasks:
         raise UsageError("--run-code-anyway without --tasks: no code would be run", expected="both or none")
-    if tasks:
+    if questions.tasks:
         from lorasmith.scoring.tasks import evaluate_tasks, foresee_questions
         from lorasmith.scoring.validate import forget_journal
 
-        foresee_questions(test_set, limit=options.limit, shuffle_seed=options.shuffle_seed)
-    what: dict[str, Any] = {
-        "adapter": adapter,
-        "role": role,
-        "executor": make_executor(cluster),
-        "progress": bar,
-    }
+        foresee_questions(rows.test_set, options)
+    files = (inputs.model, rows.test_set, output)
+    how: dict[str, Any] = {"adapter": inputs.adapter, "role": role, "executor": make_executor(cluster)}
     # Interrupted while it asks, the same command has nothing of the validation to compute again.
-    result = lorasmith.validate(model, test_set, output, keep_journal=tasks, **what, **options.values())
+    result = lorasmith.validate(*files, options=options, keep_journal=questions.tasks, progress=bar, **how)
     if not as_json:
         records.show_validation(result, console())
         console().print(f"Results: {output / (result.model.role + '.json')}", markup=False, soft_wrap=True)
-    if not tasks:
+    if not questions.tasks:
         if as_json:
             show_record(result)
         return
-    asking = AnswerOptions.taken_from(options).values()
-    answered = evaluate_tasks(model, test_set, output, **what, **asking, **code.values())
+    asking = AnswerOptions.taken_from(options)
+    answered = evaluate_tasks(
+        *files, options=asking, progress=bar, run_code_anyway=code.run_code_anyway, **how
+    )
     forget_journal(output, result.model.role)
     if as_json:
         show_records(validation=result, tasks=answered)

@@ -28,7 +28,6 @@ from lorasmith.files.output_folder import only_one
 from lorasmith.hub.cache import origin_of
 from lorasmith.hub.models import local_model
 from lorasmith.machine.resources import require_disk
-from lorasmith.merging.calibrated.rows import TOKENS
 from lorasmith.merging.cluster import MergeJob, open_merging
 from lorasmith.merging.folder import (
     PartialFolder,
@@ -39,10 +38,12 @@ from lorasmith.merging.folder import (
     make_key,
     write_small_files,
 )
-from lorasmith.merging.modes import ROUNDINGS, Mode, choose_mode
-from lorasmith.merging.plan import PRECISIONS, Plan, plan_merge
+from lorasmith.merging.modes import Mode, choose_mode
+from lorasmith.merging.plan import Plan, plan_merge
 from lorasmith.merging.shards import ShardMerger, merge_shards, shard_header
 from lorasmith.merging.tensors import check_copies
+from lorasmith.options import MergeOptions
+from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.merging import MergeRecord
@@ -55,35 +56,27 @@ NO_OP_FRACTION = 0.5
 """The share of swallowed updates from which on a merge is called close to a no-op."""
 
 
+@documented(MergeOptions)
 def merge(
     base: StrPath,
     adapter: StrPath | Sequence[StrPath],
     output: StrPath,
     *,
     weights: Sequence[float] | None = None,
-    precision: str = "base",
-    rounding: str = "nearest",
-    seed: int = 0,
-    calibration: StrPath | Sequence[StrPath] | None = None,
-    calibration_tokens: int = TOKENS,
-    test_set: StrPath | None = None,
-    template: str = "auto",
-    device: str = "auto",
+    options: MergeOptions | None = None,
     executor: Executor | None = None,
     progress: Progress = silent,
+    **given: Any,
 ) -> MergeRecord:
     """Write to `output` a standalone model: each changed element is W + Σ w·s·B·A, rounded once.
 
-    `weights` gives w per adapter (1 each by default), `precision` the type of the merged floats (`base` keeps
-    each tensor's own). The folder appears as a whole; a merge that was killed goes on where it stood when
-    the same call is made again, and ends with the same bytes.
+    `weights` gives w per adapter, 1 each by default. The folder appears as a whole; a merge that was killed
+    goes on where it stood when the same call is made again, and ends with the same bytes.
 
-    `rounding` is `nearest` (each element correctly rounded, no `seed` needed), `dithered` (unbiased: up or
-    down with the probability that makes the mean right, from a fixed stream of `seed`; see
-    numbers/dither.py) or `calibrated` (fitted to what the layers get from `calibration_tokens` of the rows of
-    `calibration`, drawn by `seed`; see calibrated/fit.py). Rows of `test_set` are refused there; `template`
-    and `device` are as in `validate`. `auto` is calibrated where rows are given, without those of the test
-    set, and else nearest. What is copied, cast or replaced as a whole is always rounded to nearest.
+    Rounding to `nearest` needs no `seed`. `dithered` goes up or down with the probability that makes the mean
+    right, from a fixed stream (numbers/dither.py). `calibrated` is fitted to what the layers get from the
+    rows of `calibration` (calibrated/fit.py), where rows of `test_set` are refused; `auto` leaves them out.
+    What is copied, cast or replaced as a whole is always rounded to nearest.
 
     `executor` on a cluster merges several shards at a time, on storage that all its machines see, with the
     same bytes; a calibrated merge is refused there (`UsageError`).
@@ -93,20 +86,10 @@ def merge(
     space will not do, and `BusyError` while another merge writes to the same output.
     """
     executor = executor or Local()
-    request = _open_request(base, adapter, output, weights, precision, rounding, progress)
-    plan = plan_merge(request.base, request.adapters, request.weights, precision)
-    mode = choose_mode(
-        rounding,
-        plan,
-        request.base.folder,
-        request.folders,
-        calibration=calibration,
-        calibration_tokens=calibration_tokens,
-        test_set=test_set,
-        template=template,
-        seed=seed,
-        device=device,
-    )
+    options = MergeOptions.given(options, given)
+    request = _open_request(base, adapter, output, weights, options.precision, progress)
+    plan = plan_merge(request.base, request.adapters, request.weights, options.precision)
+    mode = choose_mode(options, plan, request.base.folder, request.folders)
     if executor.remote:
         mode.refuse_calibrated()
     with only_one(request.output, "merge"):
@@ -157,26 +140,19 @@ def _open_request(
     output: StrPath,
     weights: Sequence[float] | None,
     precision: str,
-    rounding: str,
     progress: Progress,
 ) -> _Request:
     folders = [Path(adapter)] if isinstance(adapter, str | PathLike) else [Path(item) for item in adapter]
-    checked = _check_arguments(folders, weights, precision, rounding)
+    checked = _check_arguments(folders, weights)
     base_folder, place = local_model(base, folders, progress=progress), Path(output)
     check_place(place, [base_folder, *folders])
     checkpoint = open_checkpoint(base_folder)
     return _Request(checkpoint, tuple(open_adapter(folder) for folder in folders), checked, precision, place)
 
 
-def _check_arguments(
-    folders: Sequence[Path], weights: Sequence[float] | None, precision: str, rounding: str
-) -> list[float]:
+def _check_arguments(folders: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
     if not folders:
         raise UsageError("no adapter is given", expected="one or more adapter folders")
-    if precision not in PRECISIONS:
-        raise UsageError(f"the precision is {precision!r}", expected="one of " + ", ".join(PRECISIONS))
-    if rounding not in ROUNDINGS:
-        raise UsageError(f"the rounding is {rounding!r}", expected="one of " + ", ".join(ROUNDINGS))
     factors = [1.0] * len(folders) if weights is None else [float(weight) for weight in weights]
     if len(factors) != len(folders):
         raise UsageError(

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from lorasmith.checkpoint.adapter import Adapter
 from lorasmith.checkpoint.model import Checkpoint
 from lorasmith.errors import UsageError
-from lorasmith.files.atomic import StrPath
 from lorasmith.merging.calibrated.feedback import Feedback
 from lorasmith.merging.calibrated.fit import run_calibration
 from lorasmith.merging.calibrated.rows import AdaptedWeights, Calibration, load_calibration
@@ -20,10 +18,10 @@ from lorasmith.merging.plan import Plan
 from lorasmith.merging.writers import CalibratedTensors
 from lorasmith.models.device import resolve_device
 from lorasmith.models.layerwise import UnsupportedLayers
+from lorasmith.options import MergeOptions
 from lorasmith.progress import Progress
 from lorasmith.records.base import Finding
 
-ROUNDINGS = ("nearest", "dithered", "calibrated", "auto")
 FITTED_TYPES = ("BF16", "F16")
 """The types that are worth a fit: to float32 next to nothing is lost."""
 
@@ -91,54 +89,30 @@ class Mode:
             )
 
 
-def choose_mode(
-    asked: str,
-    plan: Plan,
-    base: Path,
-    adapters: Sequence[Path],
-    *,
-    calibration: StrPath | Sequence[StrPath] | None,
-    calibration_tokens: int,
-    test_set: StrPath | None,
-    template: str,
-    seed: int,
-    device: str,
-) -> Mode:
+def choose_mode(options: MergeOptions, plan: Plan, base: Path, adapters: Sequence[Path]) -> Mode:
     """Read the rows where they are needed.
 
     `auto` is calibrated where rows are given and 16-bit tensors change, else nearest; it leaves rows of the
-    test set out, which `calibrated` refuses. Raises `UsageError` for calibrated rounding without rows or with
-    a budget of no tokens.
+    test set out, which `calibrated` refuses. Raises `UsageError` for calibrated rounding without rows.
     """
+    asked, files = options.rounding, options.calibration
     fitted = any(one.change and one.change.updates and one.dtype in FITTED_TYPES for one in plan.outputs)
-    files = _as_list(calibration)
     if asked not in ("calibrated", "auto") or (asked == "auto" and not (files and fitted)):
-        return Mode(asked, "nearest" if asked == "auto" else asked, seed, device)
+        return Mode(asked, "nearest" if asked == "auto" else asked, options.seed, options.device)
     if not files:
         raise UsageError(
             "calibrated rounding needs rows to calibrate on",
             expected="--calibration FILE",
             remedy="give the training file, or --rounding dithered, which needs no data",
         )
-    if calibration_tokens < 1:
-        raise UsageError(
-            f"--calibration-tokens {calibration_tokens} leaves nothing to calibrate on", expected="1 or more"
-        )
-    held_out = None if test_set is None else Path(test_set)
     rows = load_calibration(
         files,
         base,
         adapters,
-        budget=calibration_tokens,
-        test_set=held_out,
+        budget=options.calibration_tokens,
+        test_set=options.test_set,
         leave_out=asked == "auto",
-        template=template,
-        seed=seed,
+        template=options.template,
+        seed=options.seed,
     )
-    return Mode(asked, "calibrated", seed, device, rows)
-
-
-def _as_list(files: StrPath | Sequence[StrPath] | None) -> list[Path]:
-    if files is None:
-        return []
-    return [Path(files)] if isinstance(files, str | PathLike) else [Path(file) for file in files]
+    return Mode(asked, "calibrated", options.seed, options.device, rows)

@@ -24,7 +24,6 @@ from lorasmith.errors import (
     CheckpointError,
     InputError,
     MemoryLimitError,
-    UsageError,
     os_errors,
 )
 from lorasmith.models.device import is_out_of_memory
@@ -218,12 +217,6 @@ class LoadedModel:
     """Longest sequence the model was made for, in tokens, where its config says so."""
     device: torch.device
     """Where it takes its tokens; of a spread model, that of its embedding."""
-
-
-def check_device_map(asked: str | None) -> None:
-    """Raises `UsageError` for anything but `auto` or none."""
-    if asked not in (None, "auto"):
-        raise UsageError(f"there is no device map {asked!r}", expected="auto, or none")
 
 
 def load_model(

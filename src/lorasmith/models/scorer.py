@@ -20,7 +20,8 @@ from lorasmith.files.journal import Journal, Rows
 from lorasmith.models.device import Route, choose_route, release_memory, resolve_device
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.scoring import RowWork
-from lorasmith.models.session import ScoringOptions, Workload, prepare_workload
+from lorasmith.models.session import Workload, load_for, prepare_workload, resolve_place
+from lorasmith.options import ScoringOptions
 from lorasmith.progress import Progress, silent
 
 T = TypeVar("T")
@@ -56,7 +57,7 @@ class Replica:
 
         Raises `CheckpointError` or `DataError` where the files are not the command's, and as validation does.
         """
-        device, _ = self.options.place()
+        device, _ = resolve_place(self.options)
         route = choose_route(self.route, device)
         require_same_files(self.files, self.model, self.adapter)
         loaded = self._load(route)
@@ -85,7 +86,8 @@ class Replica:
             # The last one goes before the next one comes: two need not fit into memory.
             _last_model.clear()
             release_memory()
-            loaded = options.load(
+            loaded = load_for(
+                options,
                 Path(self.model),
                 adapter=None if self.adapter is None else Path(self.adapter),
                 dtype=route.dtype,
@@ -131,14 +133,14 @@ class Scorer:
         progress: Progress = silent,
     ) -> Scorer:
         """Load a model and encode the rows for it, unless `work` has them encoded already."""
-        loaded = options.load(model, adapter=adapter, dtype=route.dtype, tokenizer_from=tokenizer_from)
+        loaded = load_for(options, model, adapter=adapter, dtype=route.dtype, tokenizer_from=tokenizer_from)
         work = work or prepare_workload(test_set, loaded, options, route)
         replica = Replica(
             model=str(model.absolute()),
             adapter=None if adapter is None else str(adapter.absolute()),
             tokenizer_from=None if tokenizer_from is None else str(tokenizer_from.absolute()),
             test_set=str(test_set.absolute()),
-            options=replace(options, device=resolve_device(options.device).type),
+            options=options.model_copy(update={"device": resolve_device(options.device).type}),
             route=route.name,
             files=files_digest([model] if adapter is None else [model, adapter]),
             tokens=work.digest,

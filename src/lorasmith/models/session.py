@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from lorasmith.files.jsonl import read_examples
 from lorasmith.models.batches import BATCH_TOKENS, BATCH_TOKENS_GPU, Batch
 from lorasmith.models.device import Route, choose_route, resolve_device
 from lorasmith.models.layout import LAYOUTS, choose_layout, lay_out, layout_findings, plan_rows
-from lorasmith.models.load import LoadedModel, check_device_map, load_model
+from lorasmith.models.load import LoadedModel, load_model
 from lorasmith.models.scoring import check_ids
 from lorasmith.models.text import Encoded, EncodedSet, encode_examples, encoding_findings
+from lorasmith.options import BatchOptions, SampleOptions, ScoringOptions
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.dataset import Example
 from lorasmith.records.scoring import ModelIdentity, ScoringSettings
@@ -80,53 +81,29 @@ _NO_LIMIT = 1 << 30
 """Length limit, in tokens, of a model whose config names none."""
 
 
-@dataclass(frozen=True)
-class ScoringOptions:
-    """What a caller may choose; the meaning of each stands at `scoring.validate.validate`."""
+def resolve_place(options: BatchOptions) -> tuple[torch.device, Route]:
+    """Device and arithmetic, resolved; raises `UsageError` for what there is not."""
+    device = resolve_device(options.device)
+    return device, choose_route(options.arithmetic, device)
 
-    template: str = "auto"
-    loss_on: str = "response"
-    end_of_turn: bool = True
-    device: str = "auto"
-    device_map: str | None = None
-    arithmetic: str = "auto"
-    batch_tokens: int | None = None
-    batch_size: int | None = None
-    max_length: int | None = None
-    limit: int | None = None
-    shuffle_seed: int | None = None
-    strict: bool = False
-    seed: int = 0
 
-    @classmethod
-    def chosen(cls, arguments: Mapping[str, Any]) -> ScoringOptions:
-        """The options among the arguments of a function that takes them by these names (its `locals()`)."""
-        names = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in arguments.items() if name in names})
-
-    def place(self) -> tuple[torch.device, Route]:
-        """Device and arithmetic, resolved; raises `UsageError` for what there is not."""
-        check_device_map(self.device_map)
-        device = resolve_device(self.device)
-        return device, choose_route(self.arithmetic, device)
-
-    def load(
-        self,
-        folder: Path,
-        *,
-        adapter: Path | None = None,
-        dtype: torch.dtype = torch.float32,
-        tokenizer_from: Path | None = None,
-    ) -> LoadedModel:
-        """`load_model` on the device, or spread by the device map, that was chosen."""
-        return load_model(
-            folder,
-            adapter=adapter,
-            device=self.place()[0],
-            dtype=dtype,
-            tokenizer_from=tokenizer_from,
-            device_map=self.device_map,
-        )
+def load_for(
+    options: BatchOptions,
+    folder: Path,
+    *,
+    adapter: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    tokenizer_from: Path | None = None,
+) -> LoadedModel:
+    """`load_model` on the device, or spread by the device map, that was chosen."""
+    return load_model(
+        folder,
+        adapter=adapter,
+        device=resolve_place(options)[0],
+        dtype=dtype,
+        tokenizer_from=tokenizer_from,
+        device_map=options.device_map,
+    )
 
 
 @dataclass(frozen=True)
@@ -179,16 +156,6 @@ class Workload:
 
 def prepare_workload(test_set: Path, loaded: LoadedModel, options: ScoringOptions, route: Route) -> Workload:
     """Read and encode a test set for a model; raises `DataError` for rows that cannot be scored."""
-    for name in ("batch_tokens", "batch_size", "limit"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} {value} leaves nothing to score", expected=f"{flag} 1 or more")
-    if options.shuffle_seed is not None and options.limit is None:
-        raise UsageError(
-            "--shuffle-seed chooses among the rows, and without --limit all are taken",
-            expected="both, or neither",
-        )
     everything = read_examples(test_set)
     examples = take_rows(everything, options)
     context = loaded.context or _NO_LIMIT
@@ -229,7 +196,7 @@ def prepare_workload(test_set: Path, loaded: LoadedModel, options: ScoringOption
     return Workload(examples, encoded, settings, len(examples) < len(everything), findings)
 
 
-def take_rows(examples: list[Example], options: ScoringOptions) -> list[Example]:
+def take_rows(examples: list[Example], options: SampleOptions) -> list[Example]:
     """Those that `limit` leaves: the first, or a choice by `shuffle_seed`; in the order of the file."""
     if options.limit is None or options.limit >= len(examples):
         return examples
@@ -260,12 +227,12 @@ def open_journal(
     """
     if path is None:
         return nullcontext()
-    device, route = options.place()
+    device, route = resolve_place(options)
     versions = [__version__, *(version(name) for name in ("torch", "transformers", "peft"))]
     key = {
         "folders": inputs.digests,
         "test_set": inputs.file.sha256,
-        "options": {**asdict(options), "device": device.type, **also},
+        "options": {**options.model_dump(mode="json"), "device": device.type, **also},
         "layouts": LAYOUTS,
         "versions": versions,
     }
@@ -275,5 +242,5 @@ def open_journal(
 
 def route_of(options: ScoringOptions, journal: Journal | None) -> Route:
     """The route of interrupted work, else the one that the options choose."""
-    device, route = options.place()
+    device, route = resolve_place(options)
     return choose_route(str(journal.notes["route"]), device) if journal else route

@@ -272,7 +272,7 @@ def encode_examples(
                 f"the row has {len(row.ids) + row.truncated:,} tokens",
                 where=f"example {example.id!r}",
                 expected=f"at most {max_length:,} tokens",
-                remedy="remove the row, or leave out --strict to cut its prompt at the beginning",
+                remedy="remove the row, or give --no-strict to cut its prompt at the beginning",
             )
         rows.append(row)
     return EncodedSet(rows, around.template, max_length)
@@ -294,7 +294,7 @@ def encoding_findings(encoded: EncodedSet, names: Sequence[str], context: int | 
                 message=f"{encoded.truncated} of {len(names)} rows were cut to {encoded.max_length:,} "
                 f"tokens, the first of them {first!r}; {_lost_responses(encoded.rows)}",
                 remedy=("raise --max-length" if longer else "shorten them, the model was made for no more")
-                + ", or give --strict to refuse such rows",
+                + ", or leave out --no-strict to refuse such rows",
             )
         )
     if encoded.straddling:

@@ -64,3 +64,7 @@ class PriceOptions(Options):
 
     price_per_hour: Annotated[Dollars | None, Flag(default="no cost is shown")] = None
     """Price of the machine in dollars an hour."""
+
+
+class CompareInput(BaseInput, AdapterInput, MergedInput, RowsInput):
+    """An adapter and its merge, on the same rows."""

@@ -68,6 +68,15 @@ class SampleOptions(Options):
     shuffle_seed: Annotated[int | None, Flag(default="the first rows")] = None
     """Seed by which --limit draws rows at random."""
 
+    @model_validator(mode="after")
+    def _draws_among_some(self) -> Self:
+        if self.shuffle_seed is not None and self.limit is None:
+            raise UsageError(
+                "--shuffle-seed chooses among the rows, and without --limit all are taken",
+                expected="both, or neither",
+            )
+        return self
+
 
 class AnswerOptions(BatchOptions, SampleOptions):
     """How the benchmarks' questions are put to a model."""

@@ -18,7 +18,7 @@ from lorasmith.followup.compression.settings import every_way, only_way
 from lorasmith.followup.compression.table import recommend
 from lorasmith.gates.metrics import MAIN_METRICS
 from lorasmith.models.device import resolve_device
-from lorasmith.options import CompressOptions
+from lorasmith.options import AnswerOptions, CompressOptions
 from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
 from lorasmith.proving.behaviour.compare import compare_pair
@@ -120,8 +120,7 @@ def ask_pair(
                 test_set,
                 answers,
                 role=role,
-                device=device,
-                limit=limit,
+                options=AnswerOptions(device=device, limit=limit, strict=False),
                 run_code_anyway=run_code_anyway,
                 progress=progress,
             )

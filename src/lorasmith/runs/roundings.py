@@ -12,9 +12,10 @@ from safetensors import safe_open
 
 from lorasmith.errors import CheckpointError, UsageError, os_errors
 from lorasmith.files.atomic import StrPath, write_record
-from lorasmith.merging.calibrated.rows import TOKENS
 from lorasmith.merging.merge import merge
 from lorasmith.models.layerwise import UnsupportedLayers
+from lorasmith.options import CompareOptions, MergeOptions
+from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
 from lorasmith.proving.behaviour.compare import compare
 from lorasmith.records.base import FileDigest, Finding
@@ -42,19 +43,17 @@ _ACTIVATIONS = Finding(
 )
 
 
+@documented(MergeOptions)
 def compare_roundings(
     base: StrPath,
     adapter: StrPath,
     test_set: StrPath,
     output: StrPath,
     *,
-    calibration: StrPath | Sequence[StrPath] | None = None,
-    calibration_tokens: int = TOKENS,
-    seed: int = 0,
-    template: str = "auto",
-    device: str = "auto",
+    options: MergeOptions | None = None,
     limit: int | None = None,
     progress: Progress = silent,
+    **given: Any,
 ) -> RoundingsRecord:
     """Merge in every mode, compare each result with the adapter on `test_set`, and recommend one.
 
@@ -63,6 +62,7 @@ def compare_roundings(
     `compare` raise; a float16 that the model does not fit into, and a model that cannot be run layer by
     layer, are findings.
     """
+    asked = MergeOptions.given(options, given).model_copy(update={"test_set": Path(test_set)})
     place = Path(output)
     with os_errors(place, "write"):
         place.mkdir(parents=True, exist_ok=True)
@@ -73,17 +73,14 @@ def compare_roundings(
     proof: BehaviourProof | None = None
     # Calibrated rounding is the one that refuses rows: what is wrong with them is told at once.
     for name, precision, rounding in sorted(_PLAIN, key=lambda mode: mode[2] != "calibrated"):
-        if rounding == "calibrated" and calibration is None:
+        if rounding == "calibrated" and not asked.calibration:
             continue
-        options: dict[str, Any] = {"seed": seed, "template": template, "device": device}
-        if rounding == "calibrated":
-            options |= {"calibration": calibration, "calibration_tokens": calibration_tokens}
-            options |= {"test_set": test_set}
+        mode: dict[str, Any] = {"precision": precision, "rounding": rounding}
+        if rounding != "calibrated":
+            mode |= {"calibration": (), "test_set": None}
         merged = place / "merged"
         try:
-            record = merge(
-                base, adapter, merged, precision=precision, rounding=rounding, progress=progress, **options
-            )
+            record = merge(base, adapter, merged, options=asked.model_copy(update=mode), progress=progress)
         except UnsupportedLayers as error:
             findings.append(_not_calibrated(error.found, error.remedy or ""))
             continue
@@ -97,10 +94,14 @@ def compare_roundings(
             adapter,
             merged,
             test_set,
-            template=template,
-            device=device,
-            limit=limit,
-            states=place / "states",
+            options=CompareOptions(
+                template=asked.template,
+                device=asked.device,
+                limit=limit,
+                states=place / "states",
+                strict=False,
+                seed=asked.seed,
+            ),
             progress=progress,
         )
         fits = float16_range(merged) if precision == "float16" else None
@@ -109,7 +110,7 @@ def compare_roundings(
             shutil.rmtree(merged)
     assert proof is not None
     shutil.rmtree(place / "states", ignore_errors=True)
-    if calibration is None:
+    if not asked.calibration:
         remedy = "give the training file: --calibration"
         findings.append(_not_calibrated("no rows were given", remedy))
     order = [name for name, *_ in _PLAIN]

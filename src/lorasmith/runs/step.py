@@ -62,9 +62,9 @@ class RunContext:
         return {"base": self.config.base, "adapter": self.config.adapter}
 
     @property
-    def scoring(self) -> dict[str, Any]:
+    def scoring(self) -> LossOptions:
         """Options that validation and comparison share."""
-        return LossOptions.taken_from(self.config).values()
+        return LossOptions.taken_from(self.config)
 
 
 def numbered(name: str, paths: tuple[Path, ...]) -> dict[str, Path]:

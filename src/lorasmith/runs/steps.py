@@ -16,7 +16,7 @@ from lorasmith.files.run_layout import ROLES, load_records
 from lorasmith.gates import evaluate, split_costs
 from lorasmith.gates.evaluate import budget_gate
 from lorasmith.hub.cache import origin_of
-from lorasmith.options import BatchOptions, MergeOptions
+from lorasmith.options import AnswerOptions, BatchOptions, CompareOptions, MergeOptions, ValidateOptions
 from lorasmith.progress import Watcher
 from lorasmith.records.dataset import ContaminationRecord
 from lorasmith.records.proof import ComparisonRecord
@@ -60,12 +60,13 @@ def validate_step(run: RunContext, role: str) -> Step:
     from lorasmith.scoring.validate import validate
 
     model, adapter = _model(run, role)
-    scoring, executor = run.scoring, run.executor
-    record = layout.VALIDATIONS[role]
+    record, executor = layout.VALIDATIONS[role], run.executor
+    states = None if role == "base" else run.folder / layout.STATES
+    options = ValidateOptions.taken_from(run.scoring, states=states)
     stage = Stage(
         name=f"validate-{role}",
         inputs={"model": model, "test_set": run.test_set, **({"adapter": adapter} if adapter else {})},
-        parameters=scoring,
+        parameters=run.scoring.values(),
         outputs=[record.path, layout.scores(role)],
         action=lambda: validate(
             model,
@@ -73,10 +74,9 @@ def validate_step(run: RunContext, role: str) -> Step:
             record.at(run.folder).parent,
             adapter=adapter,
             role=role,
-            states=None if role == "base" else run.folder / layout.STATES,
+            options=options,
             executor=executor,
             progress=run.progress,
-            **scoring,
         ),
     )
     return Step(f"Validate {_TITLES[role]}", stage, (record,))
@@ -89,14 +89,14 @@ def task_steps(run: RunContext, role: str) -> list[Step]:
     from lorasmith.scoring.tasks import evaluate_tasks
 
     model, adapter = _model(run, role)
-    options = BatchOptions.taken_from(run.config).values()
-    if run.config.run_code_anyway:  # else a stage of an earlier version is the same stage
-        options["run_code_anyway"] = True
+    options = AnswerOptions.taken_from(run.scoring)
+    # Named only where it is given: else a stage of an earlier version is the same stage.
+    anyway = {"run_code_anyway": True} if run.config.run_code_anyway else {}
     record = layout.TASKS[role]
     stage = Stage(
         name=f"tasks-{role}",
         inputs={"model": model, "test_set": run.test_set, **({"adapter": adapter} if adapter else {})},
-        parameters=options,
+        parameters=BatchOptions.taken_from(options).values() | anyway,
         outputs=[record.path, layout.answers(role)],
         action=lambda: evaluate_tasks(
             model,
@@ -104,9 +104,10 @@ def task_steps(run: RunContext, role: str) -> list[Step]:
             record.at(run.folder).parent,
             adapter=adapter,
             role=role,
+            options=options,
+            run_code_anyway=run.config.run_code_anyway,
             executor=run.executor,
             progress=run.progress,
-            **options,
         ),
     )
     return [Step(f"Ask {_TITLES[role]}", stage, (record,))]
@@ -188,12 +189,13 @@ def compare_step(run: RunContext) -> Step:
     """Adapter and merged model, token by token."""
     from lorasmith.proving.behaviour.compare import compare
 
-    config, scoring, record = run.config, run.scoring, layout.BEHAVIOUR
+    config, record = run.config, layout.BEHAVIOUR
+    options = CompareOptions.taken_from(config, states=run.folder / layout.STATES)
     stage = Stage(
         name="compare",
         inputs={**run.models, "merged": run.merged, "test_set": run.test_set},
         parameters={
-            **scoring,
+            **run.scoring.values(),
             "thresholds": config.behaviour_thresholds,
             **({"generate": config.generate} if config.generate else {}),
         },
@@ -204,12 +206,10 @@ def compare_step(run: RunContext) -> Step:
             run.merged,
             run.test_set,
             record.at(run.folder),
+            options=options,
             thresholds=config.behaviour_thresholds or None,
-            generate=config.generate,
-            states=run.folder / layout.STATES,
             executor=run.executor,
             progress=run.progress,
-            **scoring,
         ),
     )
     return Step("Compare adapter and merged model", stage, (record,))

@@ -7,7 +7,7 @@ import io
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from lorasmith.models.generation.generate import Generated
 from lorasmith.models.scorer import Scorer
 from lorasmith.models.session import (
     Inputs,
-    ScoringOptions,
     Workload,
     identify,
     open_journal,
@@ -36,6 +35,8 @@ from lorasmith.models.session import (
     take_rows,
 )
 from lorasmith.models.statistics import mean_interval
+from lorasmith.options import AnswerOptions, SampleOptions, ScoringOptions
+from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.dataset import Example
@@ -149,6 +150,7 @@ def judged_table(judged: Sequence[Judged]) -> bytes:
     return sink.getvalue()
 
 
+@documented(AnswerOptions)
 def evaluate_tasks(
     model: StrPath,
     test_set: StrPath,
@@ -156,30 +158,22 @@ def evaluate_tasks(
     *,
     adapter: StrPath | None = None,
     role: str | None = None,
-    template: str = "auto",
-    device: str = "auto",
-    device_map: str | None = None,
-    arithmetic: str = "auto",
-    batch_tokens: int | None = None,
-    batch_size: int | None = None,
-    max_length: int | None = None,
-    limit: int | None = None,
-    shuffle_seed: int | None = None,
-    strict: bool = False,
-    seed: int = 0,
+    options: AnswerOptions | None = None,
     run_code_anyway: bool = False,
     executor: Executor | None = None,
     progress: Progress = silent,
+    **given: Any,
 ) -> TaskResult:
     """Answer the test set's benchmark examples and score the answers as each benchmark does.
 
     Examples with choices (GPQA, MMLU) are answered by the likeliest letter, the others (DROP, MATH,
     HumanEval) by greedy generation; rows of no known benchmark are left out and counted in a finding.
     Code runs in a sandbox; where that lacks something, only with `run_code_anyway`, which a finding tells.
-    Writes `{role}_tasks.json` and `{role}_tasks.parquet`; resumable like `validate`, whose options these
-    are. Raises `DataError` when no row belongs to a benchmark.
+    Writes `{role}_tasks.json` and `{role}_tasks.parquet`; resumable like `validate`.
+    Raises `DataError` when no row belongs to a benchmark.
     """
-    options = replace(ScoringOptions.chosen(locals()), end_of_turn=False)
+    asked = AnswerOptions.given(options, given)
+    scoring = ScoringOptions.taken_from(asked, end_of_turn=False)
     test_set, output = Path(test_set), Path(output)
     adapter = None if adapter is None else Path(adapter)
     model = local_model(model, [] if adapter is None else [adapter], progress=progress)
@@ -190,12 +184,12 @@ def evaluate_tasks(
         stack.enter_context(where)
         stack.enter_context(anyway(run_code_anyway))
         journals = [
-            stack.enter_context(open_journal(output / f".{role}_{kind}.journal", inputs, options))
+            stack.enter_context(open_journal(output / f".{role}_{kind}.journal", inputs, scoring))
             for kind in ("choices", "answers")
         ]
-        route = route_of(options, journals[0])
+        route = route_of(scoring, journals[0])
         scorer = Scorer.load(
-            model, test_set, options, route, adapter=adapter, executor=where, log=log, progress=progress
+            model, test_set, scoring, route, adapter=adapter, executor=where, log=log, progress=progress
         )
         work = scorer.work
         inputs.require_unchanged()
@@ -216,7 +210,7 @@ def evaluate_tasks(
             model=identity,
             test_set=inputs.file,
             settings=work.settings,
-            metrics=task_metrics(judged, seed),
+            metrics=task_metrics(judged, scoring.seed),
             per_example=FileDigest(
                 path=f"{role}_tasks.parquet", bytes=len(table), sha256=hashlib.sha256(table).hexdigest()
             ),
@@ -247,11 +241,8 @@ def _has_choices(example: Example) -> bool:
     return "choices" in example.metadata.extra() and example.metadata.source not in RULES
 
 
-def foresee_questions(
-    test_set: StrPath, *, limit: int | None = None, shuffle_seed: int | None = None
-) -> None:
+def foresee_questions(test_set: StrPath, options: SampleOptions) -> None:
     """Raise `DataError` where `evaluate_tasks` would find no row to ask; needs no model."""
-    options = ScoringOptions(limit=limit, shuffle_seed=shuffle_seed)
     require_questions(take_rows(read_examples(Path(test_set)), options), Path(test_set))
 
 

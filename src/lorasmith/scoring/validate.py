@@ -21,9 +21,11 @@ from lorasmith.hub.models import local_model
 from lorasmith.models.hidden_states import open_scoring, open_states
 from lorasmith.models.scorer import Scorer
 from lorasmith.models.scoring import Floats, row_loss
-from lorasmith.models.session import Inputs, ScoringOptions, identify, open_journal, route_of
+from lorasmith.models.session import Inputs, identify, open_journal, route_of
 from lorasmith.models.statistics import Array, group_fields, group_rows, mean_interval, perplexity
 from lorasmith.models.text import Encoded
+from lorasmith.options import ScoringOptions, ValidateOptions
+from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest
 from lorasmith.records.dataset import Example
@@ -132,6 +134,7 @@ def example_table(
 ROLES = ("base", "adapter", "merged")
 
 
+@documented(ValidateOptions)
 def validate(
     model: StrPath,
     test_set: StrPath,
@@ -139,45 +142,25 @@ def validate(
     *,
     adapter: StrPath | None = None,
     role: str | None = None,
-    template: str = "auto",
-    loss_on: str = "response",
-    end_of_turn: bool = True,
-    device: str = "auto",
-    device_map: str | None = None,
-    arithmetic: str = "auto",
-    batch_tokens: int | None = None,
-    batch_size: int | None = None,
-    max_length: int | None = None,
-    limit: int | None = None,
-    shuffle_seed: int | None = None,
-    strict: bool = False,
-    seed: int = 0,
-    states: StrPath | None = None,
+    options: ValidateOptions | None = None,
     keep_journal: bool = False,
     executor: Executor | None = None,
     progress: Progress = silent,
+    **given: Any,
 ) -> ValidationResult:
     """Score the model in `model`, with `adapter` on it unless None, on every response of `test_set`.
 
     Writes `{role}.json` and `{role}.parquet` into `output`; `role` is `base`, `adapter` or `merged`, by
     default the one of the first two that `adapter` says.
 
-    - `template`: `chat`, `plain`, or `auto` for chat where the tokenizer has a template.
-    - `loss_on`: `response`, or `all` for the loss over prompt and response.
-    - `end_of_turn`: whether the token that ends the response is scored as well.
-    - `device`: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`; `device_map`: `auto` spreads a model that is too large
-      for one GPU over all of them, memory and disk. `arithmetic`: `auto` (float32 by the faster route),
-      `mkl`, `onednn` or `bfloat16`.
-    - `batch_tokens`, `batch_size`: tokens and rows of a batch at most; a batch that does not fit in
-      memory is halved anyway. `max_length`: tokens of a row, by default what the model was made for; longer
-      rows are cut and counted, under `strict` refused.
-    - `limit`: score only so many rows, the first or with `shuffle_seed` a random choice, and mark the result
-      as partial. `seed`: of the bootstrap.
-    - `states`: a folder in which the hidden states at the scored positions are kept, 4·H bytes each, for a
-      comparison of the same models on the same test set, which then need not run them again.
-    - `executor`: where batches are scored; this process by default. One of `executors.ray` gives the same
-      bytes where hardware, versions and threads are the same. `{role}.chunks.jsonl` then tells of each batch
-      what computed it, and a finding says where that differs.
+    Rows of more than `max_length` tokens, by default what the model was made for, are refused; with
+    `strict=False` they are cut and counted. A batch that does not fit in memory is halved. With `states` the
+    hidden states at the scored positions are kept, 4·H bytes each, for a comparison of the same models on
+    the same test set, which then need not run them again.
+
+    `executor` is where batches are scored; this process by default. One of `executors.ray` gives the same
+    bytes where hardware, versions and threads are the same. `{role}.chunks.jsonl` then tells of each batch
+    what computed it, and a finding says where that differs.
 
     Finished batches are kept in a journal beside the output: killed at any point, the same call goes on after
     the last of them and gives the same bytes. `keep_journal` leaves it there in the end, for a caller who has
@@ -188,7 +171,8 @@ def validate(
     cannot be used, `UsageError` for options that do not fit, `MemoryLimitError` when one row does not fit,
     `BusyError` while another process writes the same result.
     """
-    options = ScoringOptions.chosen(locals())
+    asked = ValidateOptions.given(options, given)
+    scoring, states = ScoringOptions.taken_from(asked), asked.states
     adapter = None if adapter is None else Path(adapter)
     model = local_model(model, [] if adapter is None else [adapter], progress=progress)
     test_set, output = Path(test_set), Path(output)
@@ -202,17 +186,17 @@ def validate(
         stack.enter_context(where)
         own = None
         if states is None:
-            own = stack.enter_context(open_journal(_journal(output, role), inputs, options))
-        route = route_of(options, own)
+            own = stack.enter_context(open_journal(_journal(output, role), inputs, scoring))
+        route = route_of(scoring, own)
         scorer = Scorer.load(
-            model, test_set, options, route, adapter=adapter, executor=where, log=log, progress=progress
+            model, test_set, scoring, route, adapter=adapter, executor=where, log=log, progress=progress
         )
         work = scorer.work
         inputs.require_unchanged()
         identity = identify(role, model, adapter, scorer.loaded)
         journal = own
         if states is not None:
-            journal = stack.enter_context(open_states(Path(states) / f"{role}.journal", folders, scorer))
+            journal = stack.enter_context(open_states(states / f"{role}.journal", folders, scorer))
         # Longest batches come first, so rows arrive in another order than the test set's.
         by_row = replace(scorer, journal=journal).run(
             open_scoring, work.batches(), f"Validate {role}", unit="tok", keep=states is not None

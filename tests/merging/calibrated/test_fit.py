@@ -284,7 +284,7 @@ def test_a_budget_of_tokens_takes_some_of_the_rows(inputs: tuple[Path, Path, Pat
     some = calibrated(inputs, tmp_path / "some", calibration_tokens=every.tokens // 2).calibration
     assert 0 < some.rows < every.rows
     assert 0 < some.tokens <= every.tokens // 2
-    with pytest.raises(UsageError, match="--calibration-tokens 0"):
+    with pytest.raises(UsageError, match="--calibration-tokens is 0"):
         calibrated(inputs, tmp_path / "none", calibration_tokens=0)
 
 

@@ -25,8 +25,6 @@ from lorasmith.models.text import encode_examples
 from lorasmith.records.base import FileDigest
 from lorasmith.records.merging import CalibrationUse
 
-TOKENS = 32_768
-"""Default budget over all rows: their hidden states stay in memory, 0.5 GB at 4,096 numbers each."""
 LONGEST = 2_048
 """Longer rows lose the beginning of their prompt."""
 
@@ -45,7 +43,7 @@ def load_calibration(
     base: Path,
     adapters: Sequence[Path],
     *,
-    budget: int = TOKENS,
+    budget: int,
     test_set: Path | None,
     leave_out: bool,
     template: str,

@@ -14,7 +14,7 @@ import torch
 
 from lorasmith.checkpoint.header import read_object
 from lorasmith.checkpoint.model import text_config
-from lorasmith.errors import CheckpointError, UsageError
+from lorasmith.errors import CheckpointError
 from lorasmith.executors.base import ChunkLog, Executor, Local
 from lorasmith.files.atomic import StrPath, write_record
 from lorasmith.hub.models import local_model
@@ -24,13 +24,15 @@ from lorasmith.models.load import has_tokenizer, load_tokenizer, require_file
 from lorasmith.models.scorer import Scorer
 from lorasmith.models.session import (
     Inputs,
-    ScoringOptions,
     Workload,
     identify,
+    load_for,
     open_journal,
     route_of,
 )
 from lorasmith.models.text import encode_examples, resolve_template
+from lorasmith.options import CompareOptions, ScoringOptions
+from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
 from lorasmith.proving.behaviour.measure import (
     Floor,
@@ -254,7 +256,7 @@ def _serving(asked: Comparison, work: Workload, side: Side, findings: list[Findi
     dtype = next((types[name] for name in named if name in types), None)
     if dtype is None:
         return None
-    loaded = asked.options.load(asked.base, adapter=asked.adapter, dtype=dtype)
+    loaded = load_for(asked.options, asked.base, adapter=asked.adapter, dtype=dtype)
     floor = serving_floor(loaded, work, side, asked.route, asked.progress)
     del loaded
     release_memory()
@@ -273,6 +275,7 @@ def _serving(asked: Comparison, work: Workload, side: Side, findings: list[Findi
     return None
 
 
+@documented(CompareOptions)
 def compare(
     base: StrPath,
     adapter: StrPath,
@@ -280,31 +283,18 @@ def compare(
     test_set: StrPath,
     output: StrPath | None = None,
     *,
-    template: str = "auto",
-    loss_on: str = "response",
-    end_of_turn: bool = True,
-    device: str = "auto",
-    device_map: str | None = None,
-    arithmetic: str = "auto",
-    batch_tokens: int | None = None,
-    batch_size: int | None = None,
-    max_length: int | None = None,
-    limit: int | None = None,
-    shuffle_seed: int | None = None,
-    strict: bool = False,
-    seed: int = 0,
+    options: CompareOptions | None = None,
     thresholds: Mapping[str, float] | None = None,
-    generate: int | None = None,
-    states: StrPath | None = None,
     executor: Executor | None = None,
     progress: Progress = silent,
+    **given: Any,
 ) -> BehaviourProof:
     """Compare the adapter on its base (PEFT's forward, model A) with the merged model (B), token by token.
 
     The models are held in memory one after the other, in float32; their hidden states at the scored
     positions, 4·H bytes for each, lie on disk meanwhile. `states` is the folder where `validate` has kept
     some, which are then not computed again; what is missing is added. `output` is the file for the record, if
-    any; `thresholds` replaces some of `behaviour_grade.THRESHOLDS`; the rest are options of validation.
+    any; `thresholds` replaces some of `THRESHOLDS`.
 
     The floor is the adapter against itself, every matrix product adding its terms in another order, which
     needs no second route of the processor. Where a model is stored in 16 bits, the adapter computed in that
@@ -317,13 +307,8 @@ def compare(
 
     Raises `CheckpointError` for models of different vocabulary.
     """
-    options = ScoringOptions.chosen(locals())
-    if arithmetic == "bfloat16":
-        raise UsageError(
-            "bfloat16 arithmetic cannot tell the two models apart", expected="auto, mkl or onednn"
-        )
-    if generate is not None and generate < 1:
-        raise UsageError(f"{generate} tokens leave nothing to compare", expected="1 or more")
+    chosen = CompareOptions.given(options, given)
+    scoring, seed = ScoringOptions.taken_from(chosen), chosen.seed
     adapter, merged = Path(adapter), Path(merged)
     base = local_model(base, [adapter], progress=progress)
     output = None if output is None else Path(output)
@@ -333,12 +318,14 @@ def compare(
     where, log = executor or Local(), ChunkLog()
     with (
         where,
-        open_journal(path, inputs, options) as journal,
-        open_text_journals(output, inputs, options, generate) as text_journals,
-        _states_folder(None if states is None else Path(states), output) as folder,
+        open_journal(path, inputs, scoring) as journal,
+        open_text_journals(output, inputs, scoring, chosen.generate) as text_journals,
+        _states_folder(chosen.states, output) as folder,
     ):
-        route = route_of(options, journal)
-        asked = Comparison(inputs, options, generate, progress, route, folder, text_journals, where, log)
+        route = route_of(scoring, journal)
+        asked = Comparison(
+            inputs, scoring, chosen.generate, progress, route, folder, text_journals, where, log
+        )
         with ExitStack() as stack:
             a = run_adapter(asked, stack)
             b = run_merged(asked, a.work, stack)
@@ -409,7 +396,7 @@ def compare_pair(
     computed is kept in the folder `work`: a killed comparison goes on from it, and another one of the same
     original does not compute that again. Raises `CheckpointError` for models of different vocabulary.
     """
-    options = ScoringOptions(device=device, limit=limit)
+    options = ScoringOptions(device=device, limit=limit, strict=False)
     of_a, of_both = Inputs.of([a], test_set), Inputs.of([a, b], test_set)
     with ExitStack() as stack:
         # B's results are kept with the digest of A as well: both go by A's route of the arithmetic.

@@ -18,8 +18,9 @@ from lorasmith.models.generation.generate import (
 )
 from lorasmith.models.scorer import Scorer
 from lorasmith.models.scoring import RowWork
-from lorasmith.models.session import Inputs, ScoringOptions, open_journal
+from lorasmith.models.session import Inputs, open_journal
 from lorasmith.models.statistics import group_fields, group_rows
+from lorasmith.options import ScoringOptions
 from lorasmith.records.dataset import Example
 from lorasmith.records.proof import Divergence, GenerationComparison, GenerationGroup
 
