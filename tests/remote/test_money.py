@@ -120,7 +120,7 @@ def test_a_price_that_rises_or_is_none_while_it_runs_ends_the_rental_from_either
     work(renter, vast, rental, 3)
     (one,) = vast.running()
     if end != "watchdog alone":  # as where the machine's own key may not read its price
-        monkeypatch.setattr("lorasmith.remote.rental.watchdog.Watch.see_answer", lambda *given: None)
+        monkeypatch.setattr("lorasmith.remote.rental.watchdog.Watchdog.see_answer", lambda *given: None)
     one.price = price
     if end != "watchdog alone":
         line = Line(one, vast.clock)

@@ -13,7 +13,7 @@ import pytest
 
 from lorasmith.errors import LorasmithError
 from lorasmith.remote.rental.caps import Caps
-from lorasmith.remote.rental.rent import Outcome, Renter
+from lorasmith.remote.rental.rent import EndedRental, Renter
 from lorasmith.remote.rental.vast import Vast
 from lorasmith.remote.state import open_rentals, read_rentals, rentals, state_folder
 from tests.remote.vast_server import KEY, FakeInstance, FakeVast, SimulatedClock, a_start, an_offer, serve
@@ -81,7 +81,7 @@ def show_odd(vast: FakeVast, odd: dict[str, Any]) -> None:
     vast._list = listed  # type: ignore[method-assign]
 
 
-def exit_code(outcomes: list[Outcome]) -> int:
+def exit_code(outcomes: list[EndedRental]) -> int:
     """As `remote reap` ends."""
     return int(any(outcome.state != "gone" for outcome in outcomes))
 

@@ -12,7 +12,7 @@ import pytest
 
 from lorasmith.errors import LorasmithError, ProviderError, UsageError
 from lorasmith.remote.rental.caps import Caps, breach
-from lorasmith.remote.rental.rent import Renter, meter_of
+from lorasmith.remote.rental.rent import Renter, spending_of
 from lorasmith.remote.rental.vast import Vast
 from lorasmith.remote.state import open_rentals, rentals
 from tests.remote.vast_server import (
@@ -81,7 +81,7 @@ def test_a_rental_from_offer_to_confirmed_end(vast: FakeVast) -> None:
     assert "destroyed, and confirmed" in said[-1]
     instance = next(iter(vast.instances.values()))
     assert instance.watch.caps == CAPS  # the watchdog knows them
-    assert instance.watch.meter.offered == 1.2
+    assert instance.watch.spending.offered == 1.2
     assert instance.label == rental.label
 
 
@@ -260,11 +260,11 @@ def test_traffic_counts_towards_the_cap_at_both_ends(vast: FakeVast) -> None:
     """At $1.20 an hour three dollars last 2.5 hours; with two dollars of traffic 50 minutes."""
     renter = renter_for(vast)
     rental = renter.rent(renter.provider.offers("", 50)[0], disk=50)
-    assert not breach(CAPS, meter_of(rental), rental.asked_at + 2.4 * 3600)
+    assert not breach(CAPS, spending_of(rental), rental.asked_at + 2.4 * 3600)
     sent = renter.note(rental.label, sent_bytes=10**12)  # 1 TB at $0.002 a GB
-    assert not breach(CAPS, meter_of(sent), rental.asked_at + 0.8 * 3600)
-    assert "$2.00 of it for traffic" in breach(CAPS, meter_of(sent), rental.asked_at + 0.9 * 3600)
-    assert "cap is reached" in breach(CAPS, meter_of(rental), rental.asked_at + 4 * 3600)
+    assert not breach(CAPS, spending_of(sent), rental.asked_at + 0.8 * 3600)
+    assert "$2.00 of it for traffic" in breach(CAPS, spending_of(sent), rental.asked_at + 0.9 * 3600)
+    assert "cap is reached" in breach(CAPS, spending_of(rental), rental.asked_at + 4 * 3600)
     (one,) = vast.running()
     one.traffic, one.busy = 2.0, True
     vast.clock.advance(0.8 * 3600)

@@ -45,10 +45,10 @@ def test_when_the_watchdog_destroys(now: float, beat: float, busy: bool, expecte
     assert said == "" if expected is None else expected in said
 
 
-def a_watch(*, hours: float, cost: float, price: float = 1.5) -> watchdog.Watch:
+def a_watch(*, hours: float, cost: float, price: float = 1.5) -> watchdog.Watchdog:
     """A watchdog since the first second, told by the command line that the client writes."""
     caps = Caps(price=2.0, cost=cost, hours=hours)
-    return watchdog.Watch(0.0, tuple(watchdog.arguments(caps, price, 0.001, 0.002).split()))
+    return watchdog.Watchdog(0.0, tuple(watchdog.arguments(caps, price, 0.001, 0.002).split()))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_beat_tells_what_the_machine_costs_and_brings_back_what_the_watchdog_c
     assert requests.beat(request) == {"watchdog": True, "received": 70, "sent": 30}
     watch = a_watch(hours=4.0, cost=3.0)
     watch.see_beat((tmp_path / "heartbeat").read_text())
-    assert (watch.meter.price, watch.meter.ahead) == (1.51, 0.25)
+    assert (watch.spending.price, watch.spending.ahead) == (1.51, 0.25)
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()
     (tmp_path / "watchdog.pid").write_text(str(done.pid))
@@ -115,7 +115,7 @@ def test_a_clock_or_a_cap_that_is_no_number_ends_the_machine() -> None:
     assert a_watch(hours=float("nan"), cost=3.0).reason(60.0, 0.0, True)
     assert a_watch(hours=4.0, cost=float("nan")).reason(60.0, 0.0, True)
     watch = a_watch(hours=4.0, cost=3.0)
-    watch.meter.began = float("nan")
+    watch.spending.began = float("nan")
     assert watch.reason(60.0, 0.0, True)
 
 

@@ -58,7 +58,7 @@ class FakeInstance:
     price: Any
     """What the provider shows; `billed` goes on at the last that was a number."""
     created: float
-    watch: watchdog.Watch
+    watch: watchdog.Watchdog
     """Its watchdog, which knows what it was told and what it asks for: nobody else helps it."""
     listed_from: float
     starts_at: float | None
@@ -139,7 +139,7 @@ class FakeVast:
 
     def _watch(self, one: FakeInstance, now: float) -> None:
         """What the watchdog does every 15 seconds, over the same bad line."""
-        one.watch.meter.traffic = one.traffic
+        one.watch.spending.traffic = one.traffic
         one.watch.see_beat(one.told)
         status, body = self.answer("GET", f"/api/v0/instances/{one.id}/", {})
         if status == 200:
@@ -163,7 +163,7 @@ class FakeVast:
             label="" if self.loses_labels else body["label"],
             price=price,
             created=now,
-            watch=watchdog.Watch(now, tuple(asked[2].split())),
+            watch=watchdog.Watchdog(now, tuple(asked[2].split())),
             rate=price,
             counted_until=now,
             listed_from=now + self.listing_delay,

@@ -36,21 +36,21 @@ def usable_price(price: object) -> bool:
 
 
 @dataclass
-class Meter:
+class Spending:
     """What a rental has cost, by the worst of everything that was heard of its price."""
 
     began: float
-    """Seconds since 1970."""
+    """Beginning of the rental, in seconds since 1970."""
     offered: float
     """US dollars an hour that were agreed to."""
     price: float
-    """The highest of offer, instance and bill, in US dollars an hour."""
+    """Highest price of offer, instance and bill, in US dollars an hour."""
     traffic: float = 0.0
-    """US dollars."""
+    """US dollars for traffic so far."""
     ahead: float = 0.0
     """US dollars by which the provider's bill once exceeded what is counted here."""
     wrong: str = ""
-    """What was heard instead of a price."""
+    """Complaint about what was heard instead of a price; empty while there is one."""
 
     def see_price(self, price: object) -> None:
         """Take in a price that the provider states; whatever is none ends the rental."""
@@ -76,13 +76,15 @@ class Meter:
         return self.hours(now) * self.price + self.traffic + self.ahead
 
 
-def breach(caps: Caps, meter: Meter, now: float) -> str:
+def breach(caps: Caps, spending: Spending, now: float) -> str:
     """Why the machine has to go now, as one sentence; nothing to say while all caps hold."""
-    if meter.wrong:
-        return meter.wrong
-    if not meter.price <= min(meter.offered * RISE, caps.price):
-        return f"the machine costs ${meter.price:.3f} an hour, more than the ${meter.offered:.3f} offered"
-    if not (meter.hours(now) < caps.hours and meter.dollars(now) < caps.cost):
-        spent = f"${meter.dollars(now):.2f} in {meter.hours(now):.2f} hours at ${meter.price:.3f}"
-        return f"the cap is reached: {spent}, ${meter.traffic:.2f} of it for traffic"
+    if spending.wrong:
+        return spending.wrong
+    if not spending.price <= min(spending.offered * RISE, caps.price):
+        return (
+            f"the machine costs ${spending.price:.3f} an hour, more than the ${spending.offered:.3f} offered"
+        )
+    if not (spending.hours(now) < caps.hours and spending.dollars(now) < caps.cost):
+        spent = f"${spending.dollars(now):.2f} in {spending.hours(now):.2f} hours at ${spending.price:.3f}"
+        return f"the cap is reached: {spent}, ${spending.traffic:.2f} of it for traffic"
     return ""

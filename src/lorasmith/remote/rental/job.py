@@ -17,7 +17,7 @@ from lorasmith.remote.job import input_bytes
 from lorasmith.remote.rental.caps import breach
 from lorasmith.remote.rental.first_contact import open_transport, own_key
 from lorasmith.remote.rental.provider import Offer
-from lorasmith.remote.rental.rent import Renter, meter_of, over_cap
+from lorasmith.remote.rental.rent import Renter, over_cap, spending_of
 from lorasmith.remote.session import Session
 from lorasmith.remote.ssh import SshTransport, Transport
 from lorasmith.remote.state import rentals
@@ -107,7 +107,7 @@ class Watch:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self.rental = renter.keep(renter.latest(rental.label) or rental)
-        self._meter = meter_of(self.rental)
+        self._spending = spending_of(self.rental)
         self._bill_due = 0.0
 
     def __enter__(self) -> Watch:
@@ -128,7 +128,7 @@ class Watch:
     def require(self) -> None:
         """Raise `ProviderError` once the machine has to be given back."""
         caps = self._renter.caps
-        if reason := breach(caps, self._meter, self._renter.clock.now()):
+        if reason := breach(caps, self._spending, self._renter.clock.now()):
             raise over_cap(caps, reason, self.rental.label)
 
     def look(self) -> None:
@@ -137,7 +137,7 @@ class Watch:
             with suppress(MachineError):
                 read()
         self.rental = self._renter.note(
-            self.rental.label, price_per_hour=self._meter.price, billed_ahead=self._meter.ahead
+            self.rental.label, price_per_hour=self._spending.price, billed_ahead=self._spending.ahead
         )
 
     def _see_price(self) -> None:
@@ -145,7 +145,7 @@ class Watch:
             return
         machine = self._renter.provider.instance(self.rental.instance)
         if machine is not None:
-            self._meter.see_price(machine.price_per_hour)
+            self._spending.see_price(machine.price_per_hour)
 
     def _see_bill(self) -> None:
         now = self._renter.clock.now()
@@ -154,13 +154,13 @@ class Watch:
         self._bill_due = now + _BILL_SECONDS
         charge = self._renter.provider.charges(self.rental.asked_at, now).get(self.rental.instance)
         if charge is not None:
-            self._meter.see_bill(charge.dollars, now)
+            self._spending.see_bill(charge.dollars, now)
             if charge.price_per_hour is not None:
-                self._meter.see_price(charge.price_per_hour)
+                self._spending.see_price(charge.price_per_hour)
 
     def _beat(self) -> None:
-        price = None if self._meter.wrong else self._meter.price  # none ends it there as well
-        told = {"price": price, "ahead": self._meter.ahead}
+        price = None if self._spending.wrong else self._spending.price  # none ends it there as well
+        told = {"price": price, "ahead": self._spending.ahead}
         answer = self._transport.request({"do": "beat", "folder": "~/.lorasmith", "told": told})
         counts = [answer.get(name) for name in ("received", "sent")]
         received, sent = (count if isinstance(count, int) and count > 0 else 0 for count in counts)
@@ -170,4 +170,4 @@ class Watch:
             received_bytes=max(self.rental.received_bytes, received),
             sent_bytes=max(self.rental.sent_bytes, sent),
         )
-        self._meter.traffic = traffic_dollars(self.rental)
+        self._spending.traffic = traffic_dollars(self.rental)

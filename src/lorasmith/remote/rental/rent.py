@@ -29,7 +29,7 @@ from lorasmith.files.costs import traffic_dollars
 from lorasmith.records.remote import Rental
 from lorasmith.remote.rental import caps as guard
 from lorasmith.remote.rental import watchdog
-from lorasmith.remote.rental.caps import Caps, Meter, breach, usable_price
+from lorasmith.remote.rental.caps import Caps, Spending, breach, usable_price
 from lorasmith.remote.rental.provider import (
     Clock,
     Instance,
@@ -173,7 +173,7 @@ def over_cap(caps: Caps, reason: str, where: str) -> ProviderError:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EndedRental:
     """What has become of one rental that was to be ended."""
 
     label: str
@@ -371,7 +371,7 @@ class Renter:
         if (number := rental.instance) is None:
             raise ProviderError("this rental has no instance", where=rental.label)
         until = self.clock.now() + self.start_seconds
-        meter = meter_of(rental)
+        spending = spending_of(rental)
         status = "unknown"
         while self.clock.now() < until:
             try:
@@ -386,11 +386,11 @@ class Renter:
                         self.provider.label(number, rental.label)
                 # Before it runs, a machine may not have its price yet; one that it has must be right.
                 if shown and (ready or shown.price_per_hour is not None):
-                    meter.see_price(shown.price_per_hour)
-                if reason := breach(self.caps, meter, self.clock.now()):
+                    spending.see_price(shown.price_per_hour)
+                if reason := breach(self.caps, spending, self.clock.now()):
                     raise over_cap(self.caps, reason, f"instance {number}")
                 if shown and ready:
-                    self.note(rental.label, price_per_hour=meter.price)
+                    self.note(rental.label, price_per_hour=spending.price)
                     return shown
                 if status in _DEAD:
                     break
@@ -420,7 +420,7 @@ class Renter:
             return rental
         return self._held[rental.label]
 
-    def _end(self, endings: list[_Ending]) -> list[Outcome]:
+    def _end(self, endings: list[_Ending]) -> list[EndedRental]:
         """Step through all of them in turn until each is over, or there is no more time to try."""
         until = self.clock.now() + self.destroy_seconds
         pause = _SOON
@@ -434,7 +434,7 @@ class Renter:
             self.clock.sleep(pause)
             pause = min(pause * 1.5, 60.0)
         return [
-            Outcome(
+            EndedRental(
                 one.rental.label,
                 tuple(sorted(one.known | one.suspected)),
                 one.state or "may run",
@@ -478,7 +478,7 @@ class Renter:
                     if ended.state == "gone":
                         self.say(f"instance {ended.instance} is destroyed, and confirmed to be gone")
 
-    def reap(self, *, everything: bool = False) -> list[Outcome]:
+    def reap(self, *, everything: bool = False) -> list[EndedRental]:
         """Give back every rental of this computer that is not known to be gone.
 
         `everything`: also instances with lorasmith's labels that this computer has no record of; otherwise
@@ -486,7 +486,7 @@ class Renter:
         the others from their end.
         """
         endings: list[_Ending] = []
-        outcomes: list[Outcome] = []
+        outcomes: list[EndedRental] = []
         try:
             whole, unreadable = read_rentals()
         except LorasmithError as error:
@@ -502,7 +502,7 @@ class Renter:
             strays = {one.label: one for one in self.provider.instances() if one.label.startswith(PREFIX)}
         except ProviderError as error:
             # Without the list nobody knows what else runs: that is no "nothing is rented".
-            outcomes.append(Outcome("what else may be rented", (), "may run", error.found))
+            outcomes.append(EndedRental("what else may be rented", (), "may run", error.found))
             strays = {}
         for label, one in strays.items():
             if label in ended:
@@ -512,7 +512,7 @@ class Renter:
                 known = self._rental(label, state="rented", instance=one.id, price_per_hour=price or 0.0)
                 endings.append(_ending(known))
             else:
-                outcomes.append(Outcome(label, () if one.id is None else (one.id,), "left alone"))
+                outcomes.append(EndedRental(label, () if one.id is None else (one.id,), "left alone"))
         return [*self._end(endings), *outcomes]
 
     def _salvaged(self, file: UnreadableRental, label: str) -> _Ending:
@@ -532,9 +532,9 @@ def _ending(rental: Rental) -> _Ending:
     return _Ending(rental, known=set() if rental.instance is None else {rental.instance})
 
 
-def meter_of(rental: Rental) -> Meter:
+def spending_of(rental: Rental) -> Spending:
     """What is known of a rental's cost, for the guard of the caps."""
-    return Meter(
+    return Spending(
         began=rental.asked_at,
         offered=rental.offered_price or rental.price_per_hour,
         price=rental.price_per_hour,

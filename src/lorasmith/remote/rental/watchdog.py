@@ -17,37 +17,37 @@ import time
 import urllib.request
 from pathlib import Path
 
-from lorasmith.remote.rental.caps import Caps, Meter, breach  # sent along, in front of this
+from lorasmith.remote.rental.caps import Caps, Spending, breach  # sent along, in front of this
 
 SIGN = "lorasmith-host-key"
 LOOK_SECONDS = 15.0
 
 
-class Watch:
+class Watchdog:
     """What the watchdog knows, and what it makes of it; reading and destroying are done outside."""
 
     def __init__(self, began: float, numbers: tuple[str, ...]) -> None:
         """`numbers`: as `arguments` writes them."""
         hours, grace, cost, highest, price, self.down, self.up = map(float, numbers)
         self.caps = Caps(highest, cost, hours, grace)
-        self.meter = Meter(began, price, price)
+        self.spending = Spending(began, price, price)
 
     def reason(self, now: float, beat: float, busy: bool) -> str:
         """Why the machine should be destroyed now; nothing to keep it. All times in seconds."""
-        if not busy and now - max(self.meter.began, beat) > self.caps.grace:
+        if not busy and now - max(self.spending.began, beat) > self.caps.grace:
             return "nobody has been here for a while"
-        return breach(self.caps, self.meter, now)
+        return breach(self.caps, self.spending, now)
 
     def see_traffic(self, received: int, sent: int) -> None:
         """Bytes since the machine began."""
-        self.meter.traffic = (received * self.down + sent * self.up) / 1e9
+        self.spending.traffic = (received * self.down + sent * self.up) / 1e9
 
     def see_beat(self, text: str) -> None:
         """What the renting computer has read: it sees bills, which the machine's own key does not show."""
         told = json.loads(text or "{}")
         if "price" in told:
-            self.meter.see_price(told["price"])
-            self.meter.ahead = max(self.meter.ahead, float(told["ahead"]))
+            self.spending.see_price(told["price"])
+            self.spending.ahead = max(self.spending.ahead, float(told["ahead"]))
 
     def see_answer(self, answer: bytes, path: str) -> None:
         """The provider's word on this machine; an answer without the machine says nothing of its price."""
@@ -56,7 +56,7 @@ class Watch:
         for name in above:
             one = one[name]
         if isinstance(one, dict):
-            self.meter.see_price(one.get(last))
+            self.spending.see_price(one.get(last))
 
 
 def arguments(caps: Caps, price: float, down: float, up: float) -> str:
@@ -114,7 +114,7 @@ def ask(method: str, url: str, key: str) -> bytes:
 
 
 def main(url: str, key: str, price: str, place: str, *numbers: str) -> None:
-    """Watch until the machine is gone, and this program with it."""
+    """Watchdog until the machine is gone, and this program with it."""
     folder = Path(place).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     start, count = folder / "began", folder / "traffic"
@@ -124,7 +124,7 @@ def main(url: str, key: str, price: str, place: str, *numbers: str) -> None:
         began = time.time()
         start.write_text(str(began))
     (folder / "watchdog.pid").write_text(str(os.getpid()))
-    watch = Watch(began, numbers)
+    watch = Watchdog(began, numbers)
     before, first, told = (0, 0), None, 0
     with contextlib.suppress(OSError, ValueError):  # the counters of an earlier start are gone
         received, sent = map(int, count.read_text().split())
