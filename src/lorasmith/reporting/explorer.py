@@ -198,7 +198,8 @@ def _scored(row: dict[str, Any]) -> _Scored:
     numbers = [loss, *(logprobs or [])]
     if not isinstance(tokens, int) or not all(isinstance(n, float) and math.isfinite(n) for n in numbers):
         raise ValueError(f"row {row['id']!r} has other values than counts and losses")
-    if (ids is None) != (logprobs is None) or len(ids or []) != len(logprobs or []):
+    # A package leaves out the token ids of rows whose source forbids their text, and keeps the losses.
+    if ids and len(ids) != len(logprobs or []):
         raise ValueError(f"row {row['id']!r} has {len(ids or [])} tokens and {len(logprobs or [])} losses")
     return _Scored(tokens, loss, ids, None if logprobs is None else [-value for value in logprobs])
 
