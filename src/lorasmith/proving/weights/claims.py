@@ -1,17 +1,14 @@
-"""What lies beside the tensors of a merge: its own record, config and tokenizer, held against the inputs."""
+"""What a merge says of itself in its own record, held against what was read for the proof."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from lorasmith.errors import InputError
 from lorasmith.files.atomic import read_record
-from lorasmith.parsing import parse_json
-from lorasmith.proving.weights.model_folder import read_json
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.merging import MergeRecord
 
@@ -19,34 +16,6 @@ RECORD = "lorasmith_merge.json"
 
 CHECKABLE = ("nearest", "dithered", "calibrated")
 """Roundings whose result this proof can judge."""
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-
-_GENERATION = "generation_config.json"
-
-_FREE_KEYS = frozenset(
-    {
-        "dtype",
-        "torch_dtype",
-        "quantization_config",
-        "tie_word_embeddings",
-        "vocab_size",
-        "transformers_version",
-        "_name_or_path",
-    }
-)
-"""Keys of a config that a merge may change: precision, vocabulary, and who wrote the file."""
 
 
 @dataclass(frozen=True)
@@ -110,25 +79,12 @@ def read_claims(merged: Path) -> Claims:
     return Claims(record)
 
 
-def check_files(
-    claims: Claims, identity: Identity, base: Path, adapters: Sequence[Path], merged: Path
-) -> list[Finding]:
-    """All findings on record, config and tokenizer; those of severity `error` make a merge `different`."""
-    found = [claims.problem] if claims.problem else []
+def check_claims(claims: Claims, identity: Identity) -> Iterator[Finding]:
+    """All findings on the record; those of severity `error` make a merge `different`."""
+    if claims.problem:
+        yield claims.problem
     if claims.record:
-        found += _check_record(claims.record, identity)
-    found += _check_config(base, merged)
-    found += _check_generation(base, merged)
-    found += _check_tokenizer(base, adapters, merged)
-    return found
-
-
-def merged_config(merged: Path) -> dict[str, Any]:
-    """The merge's config, empty where there is none to read (which `check_files` reports)."""
-    try:
-        return read_json(merged / "config.json")
-    except InputError:
-        return {}
+        yield from _check_record(claims.record, identity)
 
 
 def _check_record(record: MergeRecord, identity: Identity) -> Iterator[Finding]:
@@ -161,89 +117,9 @@ def _check_record(record: MergeRecord, identity: Identity) -> Iterator[Finding]:
         )
 
 
-def _check_config(base: Path, merged: Path) -> Iterator[Finding]:
-    if not (merged / "config.json").is_file():
-        yield _error("missing-config", "the merged folder has no config.json", "config.json")
-        return
-    try:
-        found = read_json(merged / "config.json")
-    except InputError as error:
-        yield _error("damaged-config", error.found, "config.json")
-        return
-    if found.get("quantization_config"):
-        yield _error(
-            "quantization-left",
-            "the config still has a quantization_config",
-            "config.json",
-            "none: the weights are not",
-        )
-    wanted = read_json(base / "config.json")
-    for key, ours, theirs in _differing(wanted, found, ""):
-        if ours is not None and theirs is not None:
-            yield _error("config-differs", f"{key} is {theirs!r}", "config.json", f"{ours!r}, as in the base")
-        else:
-            yield _note("config-differs", f"{key} is {theirs!r} (base: {ours!r})", "config.json")
-
-
-def _differing(wanted: Any, found: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(wanted, Mapping) and isinstance(found, Mapping):
-        for key in sorted(wanted.keys() | found.keys()):
-            if key not in _FREE_KEYS:
-                yield from _differing(wanted.get(key), found.get(key), f"{path}.{key}" if path else key)
-    elif wanted != found:
-        yield path, wanted, found
-
-
-def _check_generation(base: Path, merged: Path) -> Iterator[Finding]:
-    """Without it a model is sampled otherwise, and may not know its end token."""
-    ours, theirs = base / _GENERATION, merged / _GENERATION
-    if not ours.is_file():
-        return
-    if not theirs.is_file():
-        yield _warning("missing-generation-config", f"{_GENERATION!r} is missing", _GENERATION, str(ours))
-    elif not _same_generation(ours, theirs):
-        yield _warning("generation-config-differs", f"{_GENERATION!r} is not the base's", _GENERATION)
-
-
-def _same_generation(one: Path, other: Path) -> bool:
-    try:
-        contents = [read_json(file) for file in (one, other)]
-    except InputError:
-        return False
-    found = [{key: value for key, value in body.items() if key not in _FREE_KEYS} for body in contents]
-    return found[0] == found[1]
-
-
-def _check_tokenizer(base: Path, adapters: Sequence[Path], merged: Path) -> Iterator[Finding]:
-    for name in TOKENIZER_FILES:
-        sources = [folder / name for folder in (*adapters, base) if (folder / name).is_file()]
-        ours = merged / name
-        if not ours.is_file():
-            if sources:
-                yield _warning("missing-tokenizer", f"{name!r} is missing", name, str(sources[0]))
-        elif sources and not any(_same_content(source, ours) for source in sources):
-            yield _warning("tokenizer-differs", f"{name!r} is neither the base's nor the adapter's", name)
-
-
-def _same_content(a: Path, b: Path) -> bool:
-    one, other = a.read_bytes(), b.read_bytes()
-    if one == other:
-        return True
-    if a.suffix != ".json":
-        return False
-    try:
-        return bool(parse_json(one) == parse_json(other))
-    except ValueError:
-        return False
-
-
 def _error(code: str, message: str, where: str, expected: str | None = None) -> Finding:
     return Finding(severity="error", code=code, message=message, where=where, expected=expected)
 
 
 def _warning(code: str, message: str, where: str, expected: str | None = None) -> Finding:
     return Finding(severity="warning", code=code, message=message, where=where, expected=expected)
-
-
-def _note(code: str, message: str, where: str) -> Finding:
-    return Finding(severity="note", code=code, message=message, where=where)

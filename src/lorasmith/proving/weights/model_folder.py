@@ -286,6 +286,13 @@ class TensorFolder:
     problems: list[Finding] = field(default_factory=list)
     """What a person must know; nothing here is raised, so that a damaged merge can be graded."""
 
+    @property
+    def first_type(self) -> str:
+        """The type of the first floating-point tensor, which a loader takes where the config has none."""
+        types = (DTYPES[stored.dtype] for stored in self.tensors.values())
+        first = next((kind for kind in types if kind.is_floating_point), torch.float32)
+        return str(first).removeprefix("torch.")
+
     def problem(self, code: str, message: str, where: str | Path, expected: str | None = None) -> None:
         """Note an error."""
         self.problems.append(
@@ -339,23 +346,7 @@ def open_model(path: Path, *, released: bool = False) -> TensorFolder:
             expected="model.safetensors, or model.safetensors.index.json and its shards",
             remedy="convert a pickle checkpoint with transformers' save_pretrained first",
         )
-    if released:
-        _note_strays(folder)
     return folder
-
-
-def _note_strays(folder: TensorFolder) -> None:
-    """Weights beside the checkpoint that no loader takes by default, and that nothing here checks."""
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        for file in sorted(set(folder.path.glob(pattern)) - {known.path for known in folder.files}):
-            folder.problems.append(
-                Finding(
-                    severity="warning",
-                    code="stray-weights",
-                    message=f"{file.name!r} is not part of the checkpoint and was not checked",
-                    where=file.name,
-                )
-            )
 
 
 def open_file(path: Path) -> TensorFolder:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
 from lorasmith.proving.weights import experts
 from lorasmith.proving.weights.adapter import Adapter, find, is_embedding, is_head, is_named
+from lorasmith.proving.weights.beside import ModelConfig
 from lorasmith.proving.weights.formula import Expected, Factor, Magnitude, Term, transposed
 from lorasmith.proving.weights.model_folder import ProvenTensor, TensorFolder
 from lorasmith.proving.weights.ties import Ties
@@ -22,11 +22,11 @@ CONV1D_TYPES = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transforme
 class Plan:
     """The right merge, tensor by tensor, by its name on disk."""
 
-    def __init__(self, base: TensorFolder, config: Mapping[str, Any]) -> None:
+    def __init__(self, base: TensorFolder, config: ModelConfig) -> None:
         self.base = base
-        self.model_type = str(config.get("model_type", ""))
+        self.model_type = str(config.body.get("model_type", ""))
         self.expected = {name: Expected(name, stored.dtype, stored) for name, stored in base.tensors.items()}
-        self.ties = Ties(self.expected, config)
+        self.ties = Ties(self.expected, config.ties)
         self.used: set[tuple[str, str]] = set()
         self.base_verified = False
         """Whether an adapter holds a copy of a tensor of the base, which agreed."""
@@ -49,7 +49,7 @@ class Plan:
         )
 
 
-def plan_proof(base: TensorFolder, config: Mapping[str, Any], adapters: Sequence[Adapter]) -> Plan:
+def plan_proof(base: TensorFolder, config: ModelConfig, adapters: Sequence[Adapter]) -> Plan:
     """Raises `AdapterError` naming what has no place in the base."""
     plan = Plan(base, config)
     for adapter in adapters:

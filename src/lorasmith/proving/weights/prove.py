@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from lorasmith.errors import CheckpointError, InputError, UsageError
 from lorasmith.files import atomic, digests
@@ -18,9 +17,17 @@ from lorasmith.files.atomic import StrPath
 from lorasmith.hub.models import local_model
 from lorasmith.progress import Progress, silent
 from lorasmith.proving.weights.adapter import read_adapter
+from lorasmith.proving.weights.beside import (
+    Folders,
+    ModelConfig,
+    RightConfig,
+    check_beside,
+    read_config,
+    read_merged_config,
+)
 from lorasmith.proving.weights.check import check
-from lorasmith.proving.weights.claims import Claims, Identity, check_files, merged_config, read_claims
-from lorasmith.proving.weights.model_folder import TensorFolder, open_model, read_json
+from lorasmith.proving.weights.claims import Claims, Identity, check_claims, read_claims
+from lorasmith.proving.weights.model_folder import TensorFolder, open_model
 from lorasmith.proving.weights.plan import plan_proof
 from lorasmith.proving.weights.report import Report
 from lorasmith.records.base import FileDigest, Finding
@@ -69,11 +76,17 @@ def prove(
         merged=_describe(merged, merged_folder),
         weights=factors,
     )
-    report.findings += check_files(claims, identity, base, adapters, merged)
+    report.findings += check_claims(claims, identity)
+    weights_read = frozenset(file.path for file in merged_folder.files)
+    folders = Folders(base, adapters, merged, weights_read)
+    rows_before, rows = plan.ties.rows_before, plan.ties.rows
+    right = RightConfig(report.precision, base_folder.first_type, rows_before, rows)
+    merged_config = read_merged_config(merged)
+    report.findings += check_beside(folders, config, merged_config, right)
     report.findings += plan.findings
     if not plan.base_verified and claims.record is None:
         report.findings.append(_BASE_UNKNOWN)
-    report.findings += plan.ties.check(merged_config(merged), merged_folder.tensors)
+    report.findings += plan.ties.check(merged_config, merged_folder.tensors)
     proof = report.finish(identity, len(plan.used), sum(one.tensors for one in loaded))
     if output is not None:
         atomic.write_record(Path(output), proof)
@@ -108,10 +121,10 @@ def _factors(asked: Sequence[float] | None, claims: Claims, adapters: int) -> li
     return factors
 
 
-def _open_base(path: Path) -> tuple[TensorFolder, dict[str, Any]]:
+def _open_base(path: Path) -> tuple[TensorFolder, ModelConfig]:
     try:
         folder = open_model(path)
-        config = read_json(path / "config.json")
+        config = read_config(path)
     except InputError as error:
         raise CheckpointError(
             error.found, where=error.where, expected=error.expected, remedy=error.remedy
@@ -119,7 +132,7 @@ def _open_base(path: Path) -> tuple[TensorFolder, dict[str, Any]]:
     if folder.problems:
         first = folder.problems[0]
         raise CheckpointError(first.message, where=first.where, expected=first.expected)
-    if config.get("quantization_config"):
+    if config.body.get("quantization_config"):
         raise CheckpointError(
             "the base is quantized", where=path, remedy="give the 16-bit model that it was made from"
         )

@@ -10,31 +10,48 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from lorasmith.proving.weights.adapter import is_embedding, is_head
+from lorasmith.proving.weights.beside import ModelConfig
 from lorasmith.proving.weights.formula import Expected
 from lorasmith.proving.weights.model_folder import ProvenTensor
 from lorasmith.records.base import Finding
+
+_HEAD = "lm_head.weight"
 
 
 class Ties:
     """What a base ties, and what the merge must do about it."""
 
-    def __init__(self, expected: dict[str, Expected], config: Mapping[str, Any]) -> None:
+    def __init__(self, expected: dict[str, Expected], flag: bool | None) -> None:
         self.expected = expected
-        found = [name for name in expected if is_embedding(name.removesuffix(".weight"))]
-        self.embedding = found[0] if len(found) == 1 else None
-        self.rows = expected[self.embedding].source.shape[0] if self.embedding else None
-        stored = [name for name in expected if is_head(name.removesuffix(".weight"))]
-        said = list(flags(config))
-        self.tied = bool(self.embedding) and (all(said) if said else not stored)
-        self.head: str | None = stored[0] if stored else ("lm_head.weight" if self.tied else None)
-        self.stored_head = bool(stored)
+        self.flag = flag
+        """Whether the base's config asks the loader to tie; None where it says nothing."""
+        embeddings = [name for name in expected if is_embedding(name.removesuffix(".weight"))]
+        self.embedding = embeddings[0] if len(embeddings) == 1 else None
+        self.rows_before = self.rows
+        heads = [name for name in expected if is_head(name.removesuffix(".weight"))]
+        self.stored_head = bool(heads)
+        self.head: str | None = heads[0] if heads else None
+        self.tied = bool(self.embedding) and (not heads if flag is None else flag)
+        if self.tied and self.head:
+            # Where both are stored and differ the loader leaves them apart, whatever the config asks for.
+            self.tied = self._same_numbers()
+        elif self.tied:
+            self.head = _HEAD
         self.alike = True
         """Whether head and embedding of the right merge are the same matrix."""
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the embedding, as far as adapters have been placed."""
+        return self.expected[self.embedding].source.shape[0] if self.embedding else None
+
+    def _same_numbers(self) -> bool:
+        head, embedding = self.expected[str(self.head)].source, self.expected[str(self.embedding)].source
+        return head.shape == embedding.shape and torch.equal(head.rows(), embedding.rows())
 
     def loosen(self) -> None:
         """Give the head of a tied model a formula of its own, so that adapters can change it."""
@@ -60,6 +77,7 @@ class Ties:
     def settle(self, merged: Mapping[str, ProvenTensor]) -> None:
         """Once all adapters are placed: may the merge leave the two tied, and does it?"""
         if self.tied and self.head and self.embedding:
+            self._rename_head(merged)
             embedding = self.expected[self.embedding]
             self.alike = _alike(embedding, self.expected[self.head])
             touched = embedding.terms or embedding.rows or embedding.replaced or not self.alike
@@ -67,32 +85,28 @@ class Ties:
             if not self.stored_head and self.alike and not (touched and self.head in merged):
                 del self.expected[self.head]
 
-    def check(self, config: Mapping[str, Any], merged: Mapping[str, ProvenTensor]) -> Iterator[Finding]:
+    def _rename_head(self, merged: Mapping[str, ProvenTensor]) -> None:
+        """A base that stores its embedding under an older name may have its new head beside it.
+
+        Loaders rename both alike: `language_model.model.embed_tokens` and `language_model.lm_head`.
+        """
+        start, model, _ = str(self.embedding).rpartition("model.embed_tokens.weight")
+        if not self.stored_head and model and start and start + _HEAD in merged and self.head not in merged:
+            head = self.expected.pop(str(self.head))
+            self.head = start + _HEAD
+            self.expected[self.head] = replace(head, name=self.head)
+
+    def check(self, config: ModelConfig, merged: Mapping[str, ProvenTensor]) -> Iterator[Finding]:
         """Does the merged config tie what must be tied, and nothing else?"""
-        said = list(flags(config))
-        rows = self.expected[self.embedding].source.shape[0] if self.embedding else None
-        if rows != self.rows and config.get("vocab_size", rows) != rows:
-            yield Finding(
-                severity="error",
-                code="wrong-vocabulary",
-                message=f"vocab_size is {config['vocab_size']!r}",
-                where="config.json",
-                expected=str(rows),
-            )
+        if not (self.embedding and self.head) or not config.body:
+            return
         if self.tied and self.alike:
-            if self.head not in merged and said and not all(said):
+            if self.head not in merged and config.ties is False:
                 yield _finding("the config does not tie the head, but there is none", "true")
-        elif (self.tied and not all(not flag for flag in said)) or (self.tied and not said):
+        elif self.tied and config.ties is not False:
             yield _finding("the config ties head and embedding, which the adapter made different", "false")
-        elif not self.tied and self.head and self.embedding and any(said):
+        elif not self.tied and config.ties and not self.flag:
             yield _finding("the config ties head and embedding, which the base does not", "false")
-
-
-def flags(config: Mapping[str, Any]) -> Iterator[bool]:
-    """Each `tie_word_embeddings` of a config: its own and its text model's."""
-    for part in (config, config.get("text_config")):
-        if isinstance(part, Mapping) and isinstance(part.get("tie_word_embeddings"), bool):
-            yield bool(part["tie_word_embeddings"])
 
 
 def _alike(one: Expected, other: Expected) -> bool:
