@@ -177,6 +177,11 @@ CONFIG: dict[str, Change] = {
             {"format": "pt"},
         ),
     ),
+    "a config for another version": both(
+        edit("config.json", configuration_files=["config.4.0.0.json"]),
+        write("config.4.0.0.json", '{"model_type": "llama"}'),
+    ),
+    "a config for no version": write("config.4.0.0.json", '{"model_type": "llama"}'),
     "a field written twice": replace("config.json", "{", '{"rms_norm_eps": 5.0,'),
     "a byte order mark": lambda folder: (folder / "config.json").write_text(
         "\ufeff" + (folder / "config.json").read_text()

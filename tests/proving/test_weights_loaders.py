@@ -12,7 +12,14 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
-from lorasmith.proving.weights.loaders import HEAD_IN_TEXT_MODEL, TEXT_MODEL_ALONE, find_read
+from lorasmith.proving.weights.loaders import (
+    DERIVED_FIELDS,
+    FREE_FIELDS,
+    HEAD_IN_TEXT_MODEL,
+    READS,
+    TEXT_MODEL_ALONE,
+    find_read,
+)
 
 
 def test_every_file_that_a_tokenizer_class_names_is_on_the_list() -> None:
@@ -54,3 +61,10 @@ def test_the_types_whose_text_model_loads_alone_are_those_of_transformers() -> N
         if text is not None and getattr(transformers, name).config_class is text:
             alone.add(kind)
     assert alone == TEXT_MODEL_ALONE
+
+
+def test_the_documentation_has_the_whole_list() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "proof.md").read_text("utf-8")
+    patterns = [pattern for read in READS for pattern in read.patterns]
+    missing = [name for name in (*patterns, *FREE_FIELDS, *DERIVED_FIELDS) if f"`{name}`" not in text]
+    assert missing == []

@@ -56,6 +56,9 @@ def test_a_merge_is_right_whoever_wrote_base_and_merge(name: str, tmp_path: Path
     assert name in ARCHITECTURES
     base = save_base(tmp_path / "base", name, dtype=torch.float32)
     as_transformers_4_wrote_it(base)
+    if name in ("llama", "mistral", "llava"):
+        generation = {"do_sample": True, "temperature": 0.6, "eos_token_id": [2, 4], "pad_token_id": 0}
+        (base / "generation_config.json").write_text(json.dumps(generation))
     targets = r".*(?<!vision_model)\.layers\.\d+\..*(q_proj|qkv_proj)|.*c_attn"
     adapter = save_adapter(tmp_path / "adapter", base, target_modules=targets)
     saved = save_from_peft(base, adapter, tmp_path / "saved")
@@ -88,6 +91,25 @@ def test_tokenizer_and_template_may_be_the_adapters(tmp_path: Path) -> None:
     shutil.copy(base / "tokenizer.json", tmp_path / "whole")
     proof = prove(base, adapter, tmp_path / "whole")
     assert proof.grade == "different" and "tokenizer-differs" in told(proof)
+
+
+def test_code_that_comes_with_the_base_goes_along(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", base)
+    (base / "custom_generate").mkdir()
+    for name in ("custom_generate/generate.py", "custom_generate/requirements.txt", "modeling_mine.py"):
+        (base / name).write_text("# nothing")
+    edit(base / "config.json", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"})
+    merge(base, adapter, tmp_path / "merged")
+    proof = prove(base, adapter, tmp_path / "merged")
+    assert (proof.grade, told(proof)) == ("exact", set()), proof.findings
+    (tmp_path / "merged" / "lorasmith_merge.json").unlink()
+    for name in ("custom_generate/generate.py", "modeling_mine.py"):
+        for change in (lambda file: file.write_text("# other"), Path.unlink):
+            folder = shutil.copytree(tmp_path / "merged", tmp_path / "changed", dirs_exist_ok=True)
+            change(folder / name)
+            proof = prove(base, adapter, folder)
+            assert proof.grade == "different" and told(proof) == {"code-differs"}
 
 
 def test_generation_defaults_may_be_written_out(tmp_path: Path) -> None:

@@ -38,15 +38,18 @@ OTHER_FILES = (
 )
 """What else a model needs in order to load, and the terms that go with its weights."""
 
-CODE_FILES = ("*.py",)
+CODE_FILES = ("*.py", "custom_generate/generate.py", "custom_generate/requirements.txt")
 """Python files of a model, wanted only where `names_code` says so: lorasmith runs none of them."""
 
 
 def names_code(folder: Path) -> bool:
-    """Whether the configs of a model name code that comes with it (`auto_map`).
+    """Whether the configs of a model name code that comes with it (`auto_map`), or it has a `generate()`.
 
-    transformers runs it for whoever loads the model with `trust_remote_code`, and cannot load it otherwise.
+    transformers runs either for whoever loads the model with `trust_remote_code`; a model whose class its
+    configs name cannot be loaded otherwise.
     """
+    if (folder / "custom_generate" / "generate.py").is_file():
+        return True
     for name in ("config.json", "tokenizer_config.json"):
         try:
             config = parse_json((folder / name).read_bytes())

@@ -183,11 +183,8 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
     with os_errors(folder, "read"):
-        files = [
-            file
-            for file in [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
-            if file.is_file()
-        ]
+        nested = (*folder.glob("additional_chat_templates/*"), *folder.glob("custom_generate/*"))
+        files = [file for file in (*folder.iterdir(), *nested) if file.is_file()]
     names = {file.relative_to(folder).as_posix(): file for file in files}
     return {name: file for name, file in names.items() if fits(name, patterns)}
 

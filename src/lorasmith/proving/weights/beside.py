@@ -139,6 +139,7 @@ def check_beside(
         yield _error("missing-config" if missing else "damaged-config", merged.problem, "config.json")
         return
     yield from _check_config(base, merged, right)
+    yield from _check_versions(folders, merged)
     yield from _check_code(folders, base, merged)
     yield from _check_generation(folders)
     yield from _check_tokenizer(folders, base, merged)
@@ -218,7 +219,8 @@ def _check_config(base: ModelConfig, merged: ModelConfig, right: RightConfig) ->
         yield _error("quantization-left", text, "config.json", "none")
     for path in _differing(ours, theirs):
         text, wanted = f"{path} is {_show(theirs, path)}", f"{_show(ours, path)}, as in the base"
-        if not path.startswith("quantization_config.") and _name(path) not in FREE_FIELDS | DERIVED_FIELDS:
+        derived = path.startswith("quantization_config.") or _name(path) in FREE_FIELDS | DERIVED_FIELDS
+        if not derived:
             yield _error("config-differs", text, "config.json", wanted)
         elif path.endswith(".tie_word_embeddings") and theirs.get(path) != merged.ties:
             yield (_error if text_alone else _warning)("config-differs", text, "config.json", wanted)
@@ -228,6 +230,14 @@ def _check_config(base: ModelConfig, merged: ModelConfig, right: RightConfig) ->
 
 def _name(path: str) -> str:
     return path.rpartition(".")[2]
+
+
+def _check_versions(folders: Folders, merged: ModelConfig) -> Iterator[Finding]:
+    """Configs for some versions of transformers: configuration_files puts them in place of config.json."""
+    for name, file in folders.of(folders.merged, "config").items():
+        if name != "config.json" and not _same_json(file, folders.all(folders.base).get(name)):
+            tell = _error if "configuration_files" in merged.body else _warning
+            yield tell("config-differs", f"{name!r} is not the base's", name)
 
 
 def _show(state: State, path: str) -> str:

@@ -1,5 +1,7 @@
 """What a standard loader reads of a model folder, file by file: the list that the proof goes by.
 
+docs/proof.md has it as a table.
+
 Written down from transformers 5.23: `from_pretrained` of models, tokenizers, processors and generation
 configs, also with `trust_remote_code`. What this list does not name is read by no loader.
 """
@@ -44,12 +46,7 @@ READS: tuple[Read, ...] = (
     Read(
         "adapter weights",
         "any model, beside adapter_config.json",
-        (
-            "adapter_model.safetensors",
-            "adapter_model.bin",
-            "adapter_model*.safetensors",
-            "adapter_model.safetensors.index.json",
-        ),
+        ("adapter_model*.safetensors", "adapter_model*.bin", "adapter_model*.index.json"),
     ),
     Read(
         "weights",
