@@ -158,7 +158,7 @@ class Exchange:
     def fetch(self, item: Transfer, listed: list[FileDigest]) -> str:
         """Fetch one output, compare every SHA-256, and only then put it in its place; what was done.
 
-        `listed`: as `read_manifest` gives it; no other names may come here.
+        `listed`: as `read_manifest` gives it. Raises `DamageError` for names that lead out of the folder.
         """
         files = [file for file in listed if _belongs(file.path, item.remote)]
         if not files:
@@ -166,6 +166,8 @@ class Exchange:
         total = sum(file.bytes for file in files)
         place, local = staging(item), Path(item.local)
         inner = [file.model_copy(update={"path": _inner(file.path, item.remote)}) for file in files]
+        # Judged once more where they are joined to a folder of this machine, whoever made the list.
+        safe_members((file.path for file in inner), where=self.transport.where)
         single = [file.path for file in files] == [item.remote]
         done = f"{len(files)} files, {human_bytes(total)}: every SHA-256 is the other machine's → {local}"
         if not differing(local.parent if single else local, inner):

@@ -181,7 +181,11 @@ def parse_query(text: str) -> dict[str, Any]:
     place = 0
     while text[place:].strip():
         match = _TERM.match(text, place)
-        if not match or match[1] in _NOT_ASKED or not text.isprintable():
+        if match and match[1] in _NOT_ASKED:
+            raise UsageError(
+                f"{match[1]} is set by lorasmith itself", remedy="leave it out of the conditions"
+            )
+        if not match or not text.isprintable():
             raise UsageError(
                 f"{text[place:].strip()!a} is no condition on an offer",
                 expected="such as: gpu_name=RTX_4090 num_gpus=1 reliability>0.98 dph_total<0.6",
