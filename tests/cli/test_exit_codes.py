@@ -16,6 +16,8 @@ from lorasmith.cli.console import console
 from lorasmith.errors import ExitCode
 from lorasmith.files.digests import seal_run
 from tests.samples import sample_run
+from tests.tiny import save_adapter, save_base
+from tests.typed import Typed
 
 LORASMITH = [sys.executable, "-m", "lorasmith.cli.main"]
 
@@ -53,7 +55,8 @@ def test_a_bug_is_no_answer_and_says_where_to_report_it(capsys: pytest.CaptureFi
         (FileNotFoundError(2, "No such file or directory", "x"), 70),
         (BrokenPipeError(32, "Broken pipe"), 70),
         (RecursionError(), 70),
-        (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed"), 70),
+        (UnicodeEncodeError("utf-8", "a\udcffb", 1, 2, "surrogates not allowed"), 2),
+        (UnicodeEncodeError("latin-1", "a✓b", 1, 2, "ordinal not in range(256)"), 70),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
 )
@@ -168,3 +171,13 @@ def test_odd_names_are_one_message(
 def test_rich_does_not_end_the_process_with_an_answer() -> None:
     with pytest.raises(BrokenPipeError):
         console().on_broken_pipe()
+
+
+def test_a_file_whose_name_is_not_utf8_is_no_reason_to_stop(tmp_path: Path, here: Typed) -> None:
+    base = save_base(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", base)
+    for folder in (base, adapter):
+        Path(os.fsdecode(os.fsencode(folder) + b"/notes\xff\x1b[31m.txt")).write_text("x")
+    common = ("--base", base, "--adapter", adapter)
+    assert here("merge", *common, "--output", tmp_path / "merged").returncode == 0
+    assert here("prove", *common, "--merged", tmp_path / "merged").returncode == 0

@@ -20,7 +20,7 @@ import typer
 import lorasmith
 from lorasmith.cli import COMMANDS, GROUPS
 from lorasmith.cli.flags import CommandGroup, add_command
-from lorasmith.errors import ExitCode, LorasmithError, os_errors
+from lorasmith.errors import ExitCode, LorasmithError, UsageError, os_errors
 from lorasmith.visible import visible
 
 _ISSUES = "https://github.com/lorasmith/lorasmith/issues"
@@ -97,7 +97,23 @@ def _prepare_streams() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run the command line with `arguments`; returns the exit code."""
-    return guarded(lambda: _typed(arguments))
+
+    def work() -> int:
+        for argument in arguments:
+            # Before any work: records are UTF-8 and hold paths, and so do the libraries that open models.
+            if any("\ud800" <= letter <= "\udfff" for letter in argument):
+                raise _not_utf8(argument)
+        return _typed(arguments)
+
+    return guarded(work)
+
+
+def _not_utf8(name: str) -> UsageError:
+    return UsageError(
+        "this name is not UTF-8, so that no record can hold it",
+        where=name,
+        remedy="rename the file or folder, or give a link to it that has another name",
+    )
 
 
 def _typed(arguments: list[str]) -> int:
@@ -153,6 +169,12 @@ def guarded(work: Callable[[], int]) -> int:
             failed = error
             return guarded(lambda: _say_what_failed(failed))
         return _report_bug()
+    except UnicodeEncodeError as error:
+        if not "\ud800" <= error.object[error.start] <= "\udfff":
+            return _report_bug()
+        # Half a surrogate pair: what Python makes of a file's name that is not UTF-8.
+        _complain(_not_utf8(error.object[max(0, error.start - 60) : error.end + 60]).message())
+        return ExitCode.BAD_INPUT
     except Exception:
         return _report_bug()
 

@@ -106,7 +106,9 @@ def describe(files: Iterable[Path], relative_to: Path, *, rehash: bool = False) 
 def combine(digests: Iterable[FileDigest]) -> str:
     """One SHA-256 for a list of files: over the lines `sha256  path`, sorted by path."""
     lines = sorted((digest.path, digest.sha256) for digest in digests)
-    return hashlib.sha256("".join(f"{sha}  {path}\n" for path, sha in lines).encode()).hexdigest()
+    listed = "".join(f"{sha}  {path}\n" for path, sha in lines)
+    # Names that are not UTF-8 count by their bytes, as they lie on the disk.
+    return hashlib.sha256(listed.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def digest_folder(folder: Path, *, rehash: bool = False) -> str:
