@@ -14,6 +14,7 @@ from typing import Any
 from lorasmith.benchmarks.base import Benchmark, Item, RowError, SourceRow
 from lorasmith.errors import DataError, os_errors
 from lorasmith.files import jsonl
+from lorasmith.files.inputs import open_input
 from lorasmith.files.jsonl import MAX_LINE_BYTES, load_json, open_text, read_lines, read_rows
 from lorasmith.parsing import parse_json
 from lorasmith.records.base import Finding
@@ -188,7 +189,7 @@ def _parquet(path: Path, name: str) -> Iterator[SourceRow]:
 
 
 def _is_parquet(path: Path) -> bool:
-    with os_errors(path, "read"), path.open("rb") as handle:
+    with os_errors(path, "read"), open_input(path) as handle:
         return handle.read(4) == b"PAR1"
 
 

@@ -17,6 +17,8 @@ from typing import Any
 from lorasmith.benchmarks.registry import choose
 from lorasmith.errors import DataError, MachineError, UsageError, os_errors
 from lorasmith.files.atomic import write_record
+from lorasmith.files.inputs import open_input
+from lorasmith.files.output_folder import require_own_record
 from lorasmith.hub.download import plain_names, reporting
 from lorasmith.machine.resources import require_disk
 from lorasmith.progress import Advance, Progress, silent
@@ -79,6 +81,7 @@ SOURCES: dict[str, Source] = {
 
 
 _BLOCK = 1 << 20
+_RECORD = "fetched.json"
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ def fetch(
 
     Raises `DiskError` when there is too little space, `MachineError` when the hub cannot be reached at all.
     """
+    require_own_record(output / _RECORD)
     files: list[FetchedFile] = []
     findings: list[Finding] = []
     for benchmark in choose(only):
@@ -128,7 +132,7 @@ def fetch(
                 )
             )
     record = FetchRecord(files=files, findings=findings)
-    write_record(output / "fetched.json", record)
+    write_record(output / _RECORD, record)
     return record
 
 
@@ -214,7 +218,7 @@ def _wrong(path: Path, remote: _Remote, source: Source) -> str | None:
 
 
 def _hash(path: Path, digest: Any) -> str:
-    with os_errors(path, "read"), path.open("rb") as handle:
+    with os_errors(path, "read"), open_input(path) as handle:
         while block := handle.read(_BLOCK):
             digest.update(block)
     return str(digest.hexdigest())

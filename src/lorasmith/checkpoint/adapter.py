@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from lorasmith.checkpoint.header import FLOATS, TensorFile, TensorInfo, read_header, read_object
 from lorasmith.checkpoint.patterns import Patterns
 from lorasmith.errors import AdapterError, CheckpointError, os_errors
+from lorasmith.files.inputs import require_own_links
 
 # `adapter_config.json`: which fields change the maths, which are harmless, and what is refused.
 
@@ -260,6 +261,7 @@ def open_adapter(folder: Path) -> Adapter:
     with os_errors(folder, "open the adapter"):
         if not folder.is_dir():
             raise AdapterError("there is no such adapter folder", where=folder, expected="a folder")
+    require_own_links(folder)
     if not (folder / CONFIG).exists():
         raise AdapterError(
             f"the folder holds no {CONFIG}",

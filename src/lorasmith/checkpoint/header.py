@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.errors import CheckpointError, InputError, os_errors
+from lorasmith.files.inputs import open_input
 from lorasmith.parsing import parse_json
 
 MAX_HEADER_BYTES = 32 << 20
@@ -96,7 +97,7 @@ def read_header(path: Path) -> TensorFile:
     unknown fields, unknown types, shapes that do not fit their bytes, ranges that overlap, leave holes or
     leave the file, and bytes behind the last tensor.
     """
-    with os_errors(path, "read"), path.open("rb") as handle:
+    with os_errors(path, "read"), open_input(path) as handle:
         size = os.fstat(handle.fileno()).st_size
         head = handle.read(len(_LFS_POINTER))
         if head == _LFS_POINTER:
@@ -228,7 +229,7 @@ MAX_JSON_BYTES = 64 << 20
 
 def read_object(path: Path, kind: type[InputError]) -> dict[str, Any]:
     """A JSON object; raises `kind` for a file that is too long, not JSON or not an object."""
-    with os_errors(path, "read"), path.open("rb") as handle:
+    with os_errors(path, "read"), open_input(path) as handle:
         text = handle.read(MAX_JSON_BYTES + 1)
     if len(text) > MAX_JSON_BYTES:
         raise kind(f"the file is longer than {MAX_JSON_BYTES >> 20} MiB", where=path, expected="a JSON file")

@@ -10,6 +10,7 @@ from typing import Any
 
 from lorasmith.checkpoint.header import TensorFile, TensorInfo, read_header, read_object
 from lorasmith.errors import CheckpointError, os_errors
+from lorasmith.files.inputs import require_own_links
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -93,6 +94,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     with os_errors(folder, "open the model"):
         if not folder.is_dir():
             raise CheckpointError("there is no such model folder", where=folder, expected="a folder")
+    require_own_links(folder)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise CheckpointError(
             "this is an adapter folder, not a model", where=folder, remedy="give the base model here"

@@ -11,7 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from lorasmith.errors import os_errors
+from lorasmith.errors import UsageError, os_errors
+from lorasmith.files.inputs import read_input, special_kind
 from lorasmith.records.base import Record
 
 R = TypeVar("R", bound=Record)
@@ -39,6 +40,7 @@ def aside(path: Path) -> Path:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears at `path` when the block ends without an error, synced to disk."""
     with os_errors(path, "write"):
+        _require_no_device(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
@@ -52,6 +54,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
                 temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def _require_no_device(path: Path) -> None:
+    """Raise `UsageError` for a device, a pipe or a socket: the rename would take it away from the system."""
+    kind = special_kind(path.stat().st_mode) if path.exists() else None
+    if kind is not None:
+        raise UsageError(f"the output is {kind}", where=path, expected="a file, or nothing yet")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -68,7 +77,7 @@ def write_record(path: Path, record: Record) -> None:
 def read_record(path: Path, kind: type[R]) -> R:
     """Read and check a record; raises `InputError` naming the file and what is wrong with it."""
     with os_errors(path, "read"):
-        content = path.read_bytes()
+        content = read_input(path)
     return kind.from_json(content, path)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lorasmith.errors import DamageError, InputError, LorasmithError, os_errors
 from lorasmith.files.atomic import write_bytes
+from lorasmith.files.inputs import open_input, read_input, require_own_links
 from lorasmith.records.base import FileDigest
 
 _SETTLED_SECONDS = 2.0
@@ -29,7 +30,7 @@ def cache_folder() -> Path:
 
 def hash_file(path: Path) -> str:
     """SHA-256 of the file's bytes, read now."""
-    with os_errors(path, "read"), path.open("rb") as handle:
+    with os_errors(path, "read"), open_input(path) as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
@@ -77,10 +78,14 @@ CARD = "README.md"
 
 
 def folder_files(folder: Path) -> list[Path]:
-    """All regular files below `folder`, by name, but its `CARD`, our own leftovers and hidden files."""
+    """All regular files below `folder`, by name, but its `CARD`, our own leftovers and hidden files.
+
+    Raises `InputError` for links that lead out of it, and for pipes, sockets and devices.
+    """
     with os_errors(folder, "read"):
         if not folder.is_dir():
             raise InputError("there is no such folder", where=folder, expected="a folder")
+        require_own_links(folder)
         files = [
             file
             for file in folder.rglob("*")
@@ -189,7 +194,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     """Name → SHA-256; raises `DamageError` for anything but the form that `write_sums` gives."""
     path = folder / SUMS
     with os_errors(path, "read"):
-        content = path.read_bytes()
+        content = read_input(path)
     sums: dict[str, str] = {}
     try:
         lines = content.decode().split("\n")

@@ -6,7 +6,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from lorasmith.errors import DataError, os_errors
 from lorasmith.files.atomic import atomic_file
+from lorasmith.files.inputs import open_input
 from lorasmith.parsing import parse_json
 from lorasmith.records.dataset import Example
 
@@ -35,7 +36,7 @@ class WrongContent:
 
 def is_gzip(path: Path) -> bool:
     """Whether the file is gzip by its content: people rename."""
-    with os_errors(path, "read"), path.open("rb") as handle:
+    with os_errors(path, "read"), open_input(path) as handle:
         return handle.read(2) == b"\x1f\x8b"
 
 
@@ -51,7 +52,7 @@ def head(path: Path) -> bytes:
     packed = is_gzip(path)
     with os_errors(path, "read"):
         try:
-            with gzip.open(path, "rb") if packed else path.open("rb") as handle:
+            with open_input(path) as file, gzip.open(file) if packed else nullcontext(file) as handle:
                 return handle.read(_HEAD_BYTES)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise damaged_gzip(path, error) from error
@@ -125,7 +126,7 @@ def open_text(path: Path) -> Iterator[BinaryIO]:
     packed = is_gzip(path)
     with os_errors(path, "read"):
         try:
-            with gzip.open(path, "rb") if packed else path.open("rb") as handle:
+            with open_input(path) as file, gzip.open(file) if packed else nullcontext(file) as handle:
                 yield cast(BinaryIO, handle)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise damaged_gzip(path, error) from error

@@ -1,14 +1,19 @@
-"""May a command write its folder here? Asked before the work: a finished folder replaces what is there."""
+"""May a command write its folder or file here? Asked before the work, which replaces what is there.
+
+Only what lorasmith itself has left at a place is replaced: never another folder, a file of somebody else, a
+link, or a device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from lorasmith.errors import BusyError, UsageError, os_errors
+from lorasmith.files.inputs import special_kind
 
 
 def require_own_place(output: Path, record: str, inputs: Sequence[Path]) -> None:
@@ -39,12 +44,52 @@ def require_outside(output: Path, inputs: Sequence[Path]) -> None:
             )
 
 
-def holds_another(output: Path, mark: str) -> bool:
-    """Whether there is a folder with content but without the file `mark`; `UsageError` for a file."""
+def holds_another(output: Path, *marks: str) -> bool:
+    """Whether there is a folder with content and none of the `marks` that lorasmith leaves in its own.
+
+    Raises `UsageError` for a file, a link and anything else that is no folder.
+    """
     with os_errors(output, "look into"):
+        if output.is_symlink():
+            # The finished folder would take the link's own place, not that of what it leads to.
+            raise UsageError("the output is a link", where=output, remedy="give the place that it leads to")
         if output.exists() and not output.is_dir():
-            raise UsageError("the output is a file", where=output, expected="a folder, or nothing yet")
-        return output.is_dir() and any(output.iterdir()) and not (output / mark).is_file()
+            kind = special_kind(output.stat().st_mode) or "a file"
+            raise UsageError(f"the output is {kind}", where=output, expected="a folder, or nothing yet")
+        return (
+            output.is_dir() and any(output.iterdir()) and not any((output / mark).exists() for mark in marks)
+        )
+
+
+def require_own_file(output: Path, kind: str, is_own: Callable[[Path], bool]) -> None:
+    """Raise `UsageError` where something is at `output` that is no file of lorasmith's of this kind."""
+    with os_errors(output, "write"):
+        if not output.exists():
+            return
+        special = "a folder" if output.is_dir() else special_kind(output.stat().st_mode)
+        if special is not None:
+            raise UsageError(f"the output is {special}", where=output, expected="a file, or nothing yet")
+        if output.stat().st_size and not is_own(output):
+            raise UsageError(
+                f"the output exists and is no {kind} that lorasmith has written",
+                where=output,
+                expected="a new file, or one that may be replaced",
+                remedy="choose another file, or remove this one",
+            )
+
+
+def require_own_record(output: Path) -> None:
+    """Raise `UsageError` where something is at `output` that is no record of lorasmith's."""
+    require_own_file(output, "record", lambda path: starts_with(path, _RECORD))
+
+
+_RECORD = b'{\n  "format": "lorasmith/'
+
+
+def starts_with(path: Path, content: bytes) -> bool:
+    """Whether a file begins with these bytes."""
+    with path.open("rb") as handle:
+        return handle.read(len(content)) == content
 
 
 # One process at a time for each output.

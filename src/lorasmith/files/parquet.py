@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorasmith.errors import DataError, os_errors
+from lorasmith.errors import DataError
+from lorasmith.files.inputs import read_input
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -20,8 +21,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with os_errors(path, "read"):
-        content = path.read_bytes()
+    content = read_input(path)
     try:
         # From memory: what pyarrow raises for damaged pages is then no failure of the disk.
         table = pq.read_table(pa.BufferReader(content), columns=None if columns is None else list(columns))

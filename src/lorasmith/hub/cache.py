@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from os import fspath
 from pathlib import Path
 
-from lorasmith.errors import os_errors
+from lorasmith.errors import InputError, os_errors
 from lorasmith.files.atomic import StrPath
+from lorasmith.files.inputs import read_input
 from lorasmith.parsing import parse_json
 
 _NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w-][\w.-]*(/[\w-][\w.-]*)*))?")
@@ -81,8 +82,8 @@ def shards_of(index: Path) -> list[str]:
     Names that point outside the folder are left out; opening the folder refuses them.
     """
     try:
-        named = set(parse_json(index.read_bytes())["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        named = set(parse_json(read_input(index))["weight_map"].values())
+    except (OSError, InputError, ValueError, KeyError, TypeError, AttributeError):
         return []
     return sorted(
         name for name in named if isinstance(name, str) and name.endswith(".safetensors") and "/" not in name

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from os import fspath
 from pathlib import Path
 
-from lorasmith.errors import UsageError, os_errors
+from lorasmith.errors import LorasmithError, UsageError, os_errors
 from lorasmith.files.atomic import StrPath
+from lorasmith.files.inputs import read_input, require_own_links
 from lorasmith.hub.cache import HubModel, find_cached, hub_name
 from lorasmith.parsing import parse_json
 from lorasmith.progress import Progress, silent
@@ -20,11 +21,15 @@ def local_model(named: StrPath, adapters: Sequence[StrPath] = (), *, progress: P
     that the cache holds is used as it is, without asking the hub. `HF_HOME`, `HF_HUB_CACHE`, `HF_ENDPOINT`,
     `HF_HUB_OFFLINE` and `HF_TOKEN` mean what they mean to huggingface_hub.
 
-    Raises `CheckpointError` where the hub does not have the model or does not give it to this person, and
+    Raises `InputError` for folders with links that lead out of them, with pipes, sockets or devices,
+    `CheckpointError` where the hub does not have the model or does not give it to this person, and
     `MachineError` where the hub cannot be reached or the disk is too small.
     """
+    for adapter in adapters:
+        require_own_links(Path(adapter))
     model = hub_name(named)
     if model is None:
+        require_own_links(Path(named))
         return Path(named)
     if "@" not in fspath(named):
         model = HubModel(model.repository, _revision_of(model.repository, adapters) or model.revision)
@@ -43,7 +48,7 @@ def base_of(adapter: Path, flag: str = "--base") -> str:
     """
     config = adapter / "adapter_config.json"
     with os_errors(config, "read"):
-        content = config.read_bytes()
+        content = read_input(config)
     named, revision = _base_and_revision(content)
     if named and ((Path(named) / "config.json").is_file() or not revision):
         spelled = named
@@ -62,8 +67,8 @@ def _revision_of(repository: str, adapters: Sequence[StrPath]) -> str | None:
     """The revision of the base in the first adapter that was trained on this repository and gives one."""
     for adapter in adapters:
         try:
-            content = (Path(adapter) / "adapter_config.json").read_bytes()
-        except OSError:
+            content = read_input(Path(adapter) / "adapter_config.json")
+        except (OSError, LorasmithError):
             continue  # what is wrong with the adapter is said when it is opened
         named, revision = _base_and_revision(content)
         if named == repository and revision and hub_name(f"{repository}@{revision}"):

@@ -15,12 +15,15 @@ from lorasmith.checkpoint.model import INDEX, Checkpoint
 from lorasmith.errors import InputError, UsageError, os_errors
 from lorasmith.files.atomic import aside, publish_folder, read_record, write_bytes, write_record
 from lorasmith.files.digests import describe
-from lorasmith.files.output_folder import holds_another, require_outside
+from lorasmith.files.inputs import read_input
+from lorasmith.files.output_folder import holds_another, require_own_place
 from lorasmith.hub.model_files import CODE_FILES, OTHER_FILES, TOKENIZER_FILES, fits, names_code
 from lorasmith.merging.plan import Plan
 from lorasmith.records.base import FileDigest, Finding, Record
 from lorasmith.records.merging import MergedTensor
 
+RECORD = "lorasmith_merge.json"
+"""The merged folder's file that says what the merge was made from."""
 _STATE = ".merge"
 """Folder within the partial folder: the key, and one journal entry per finished shard."""
 
@@ -37,13 +40,13 @@ class ShardDone(Record):
 
 def check_place(output: Path, inputs: Sequence[Path]) -> None:
     """`UsageError` where the output is an input, lies in one, holds one, or would replace something else."""
-    require_outside(output, inputs)
-    if holds_another(output, "config.json"):
+    require_own_place(output, RECORD, inputs)
+    partial = aside(output)
+    if holds_another(partial, _STATE):
         raise UsageError(
-            "the output folder exists and does not hold a model",
-            where=output,
-            expected="a new place, or a model that may be replaced",
-            remedy="choose another output folder, or remove this one",
+            "the folder that the merge would be made in holds something else",
+            where=partial,
+            remedy="move it away, or choose another output folder",
         )
 
 
@@ -240,7 +243,7 @@ def write_small_files(
         contents[INDEX] = index
     for name, file in companions(base.folder, adapters).items():
         with os_errors(file, "read"):
-            contents[name] = file.read_bytes()
+            contents[name] = read_input(file)
     for name, content in contents.items():
         partial.write(name, content)
     return describe([partial.path / name for name in sorted(contents)], partial.path, rehash=True)

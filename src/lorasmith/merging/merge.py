@@ -30,6 +30,7 @@ from lorasmith.hub.models import local_model
 from lorasmith.machine.resources import require_disk
 from lorasmith.merging.cluster import MergeJob, open_merging
 from lorasmith.merging.folder import (
+    RECORD,
     PartialFolder,
     ShardDone,
     check_place,
@@ -48,8 +49,6 @@ from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.merging import MergeRecord
 
-RECORD = "lorasmith_merge.json"
-"""The merged folder's file that says what the merge was made from."""
 REVISION = 2
 """Raised whenever the merged bytes of the same inputs change, so that no older partial folder is taken up."""
 NO_OP_FRACTION = 0.5

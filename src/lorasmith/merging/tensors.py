@@ -13,6 +13,7 @@ from lorasmith.checkpoint.adapter import Adapter
 from lorasmith.checkpoint.header import ITEM_BITS, TensorInfo
 from lorasmith.checkpoint.model import Checkpoint
 from lorasmith.errors import AdapterError, os_errors
+from lorasmith.files.inputs import open_input
 from lorasmith.merging.numbers.rounding import TARGETS, cast
 
 TORCH_TYPES: dict[str, torch.dtype] = {
@@ -42,7 +43,7 @@ class TensorOnDisk:
     def read(self, first: int, count: int) -> torch.Tensor:
         """The elements from `first` on, flat."""
         size = ITEM_BITS[self.info.dtype] // 8
-        with os_errors(self.path, "read"), self.path.open("rb") as handle:
+        with os_errors(self.path, "read"), open_input(self.path) as handle:
             handle.seek(self.info.start + first * size)
             raw = bytearray(handle.read(count * size))
         return torch.frombuffer(raw, dtype=TORCH_TYPES[self.info.dtype])
@@ -102,7 +103,7 @@ def _refuse_extremes(values: torch.Tensor, name: str, path: Path) -> None:
 
 def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
     """A whole tensor as it is stored."""
-    with os_errors(path, "read"), path.open("rb") as handle:
+    with os_errors(path, "read"), open_input(path) as handle:
         handle.seek(info.start)
         raw = bytearray(handle.read(info.nbytes))
     if not raw:

@@ -26,6 +26,7 @@ from lorasmith.errors import (
     MemoryLimitError,
     os_errors,
 )
+from lorasmith.files.inputs import read_input, require_own_links
 from lorasmith.models.device import is_out_of_memory
 from lorasmith.parsing import parse_json
 
@@ -70,9 +71,10 @@ def absent(kind: type[InputError], what: str, file: Path) -> InputError:
 
 def _shards(index: Path) -> list[Path]:
     try:
-        named = parse_json(index.read_bytes())["weight_map"].values()
+        named = parse_json(read_input(index))["weight_map"].values()
     except (
         OSError,
+        InputError,
         ValueError,
         KeyError,
         TypeError,
@@ -101,6 +103,7 @@ def attach(model: Any, adapter: Path, folder: Path, device: str | None) -> Any:
     """The model in `folder` with the adapter on it, a `PeftModel`; `AdapterError` if it does not fit."""
     from peft import PeftModel
 
+    require_own_links(adapter)
     config = adapter / "adapter_config.json"
     require_quick(read_object(config, AdapterError), [name for name, _ in model.named_modules()], config)
     try:
@@ -237,6 +240,8 @@ def load_model(
     that does not load in full, and for a tokenizer of another vocabulary.
     """
     device = device or torch.device("cpu")
+    # Before a library opens anything: they follow every link, and wait at a pipe.
+    require_own_links(folder)
     if gguf_file(folder) is None:
         require_file(folder, "config.json", CheckpointError)
     if adapter is not None:
@@ -274,6 +279,7 @@ def load_tokenizer(folder: Path, *, adapter: Path | None = None) -> Any:
     from transformers import AutoTokenizer
 
     place = adapter if adapter is not None and has_tokenizer(adapter) else folder
+    require_own_links(place)
     if not has_tokenizer(place):
         raise CheckpointError(
             "the folder has no tokenizer",

@@ -14,6 +14,7 @@ from lorasmith.errors import CheckpointError, DamageError, InputError, UsageErro
 from lorasmith.files.atomic import aside, publish_folder, write_bytes
 from lorasmith.files.digests import write_sums
 from lorasmith.files.names import safe_members
+from lorasmith.files.output_folder import holds_another
 from lorasmith.machine.resources import require_disk
 from lorasmith.packaging.archive import Advance, ArchiveWriter, BackgroundHash, Member, write_tar
 from lorasmith.packaging.compress import Compression, find_compression
@@ -112,15 +113,13 @@ def _check_output(run: Path, output: Path) -> None:
     inside, outer = output.resolve(), run.resolve()
     if inside == outer or inside in outer.parents or (outer / "merged") in (inside, *inside.parents):
         raise UsageError("the package cannot replace the run it is made of", where=output)
-    if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():
+    if holds_another(output, MANIFEST):
         raise UsageError(
             "this folder exists and is no package",
             where=output,
             expected="a new folder, or an older package",
             remedy="choose another output",
         )
-    if output.exists() and not output.is_dir():
-        raise UsageError("there is a file of this name", where=output, expected="a folder")
 
 
 def _check_names(run: Path, stem: str, members: list[Member]) -> None:

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from lorasmith.errors import DataError
 from lorasmith.files.atomic import write_bytes
 from lorasmith.files.costs import costs
+from lorasmith.files.output_folder import require_own_file
 from lorasmith.files.run_layout import ALL, UNTIMED, RunRecords, load_records
 from lorasmith.machine.resources import human_bytes
 from lorasmith.records.release import is_redacted
@@ -28,6 +29,10 @@ from lorasmith.reporting.sections import (
     task_table,
 )
 
+_TITLE = b"lorasmith report</title>"
+"""What stands in the head of every page."""
+_HEAD_BYTES = 8192
+
 
 def write_report(run: Path, output: Path, *, timings: bool = True) -> None:
     """Write the page of the run in `run` to `output`; `timings` adds the section that differs between runs.
@@ -35,7 +40,13 @@ def write_report(run: Path, output: Path, *, timings: bool = True) -> None:
     A section whose record is absent says that it was not measured. Rows whose text must not be published show
     their id and scores. Raises `DataError` for a folder without records, `InputError` for a damaged record.
     """
+    require_own_page(output)
     write_bytes(output, render(report_records(run, timings=timings)).encode())
+
+
+def require_own_page(output: Path) -> None:
+    """Raise `UsageError` where something is at `output` that is no page of lorasmith's."""
+    require_own_file(output, "report", lambda path: _TITLE in path.read_bytes()[:_HEAD_BYTES])
 
 
 def report_records(run: Path, *, timings: bool) -> RunRecords:

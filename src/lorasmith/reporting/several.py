@@ -14,7 +14,7 @@ from lorasmith.files.run_layout import RunRecords
 from lorasmith.records.scoring import GroupMetrics
 from lorasmith.reporting.figures import Axis, linear_axis, log_axis, number, plural
 from lorasmith.reporting.groups import ALL, is_idle, sort_groups
-from lorasmith.reporting.page import report_records
+from lorasmith.reporting.page import report_records, require_own_page
 from lorasmith.reporting.sections import Claim, claims, provenance, render_page
 
 COLOURS = 8
@@ -69,6 +69,7 @@ def write_comparison(runs: Sequence[Path], output: Path, *, timings: bool = True
     """
     if len(runs) < 2:
         raise UsageError("there is nothing to compare", expected="two or more runs")
+    require_own_page(output)
     named = _name(runs, timings)
     warnings = _warnings(named)
     view: dict[str, Any] = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.errors import UsageError, os_errors
+from lorasmith.files.inputs import read_input
 from lorasmith.gates import GUIDE_GATES, with_required
 from lorasmith.hub.cache import hub_name
 from lorasmith.options import Flag, GateOptions, RunOptions
@@ -51,7 +52,7 @@ def load_gates(file: Path) -> list[Gate]:
 
 def _read_toml(file: Path) -> dict[str, Any]:
     with os_errors(file, "read the config"):
-        content = file.read_bytes()
+        content = read_input(file)
     try:
         values = parse_toml(content)
     except ValueError as error:

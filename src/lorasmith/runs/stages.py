@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import lorasmith
-from lorasmith.errors import BudgetError, InputError, os_errors
+from lorasmith.errors import BudgetError, InputError, UsageError, os_errors
 from lorasmith.files.atomic import read_record, write_record
 from lorasmith.files.digests import combine, describe, digest_path, folder_files
-from lorasmith.files.output_folder import locked
+from lorasmith.files.output_folder import holds_another, locked
 from lorasmith.machine.meter import counted, this_machine
 from lorasmith.machine.resources import (
     OutOfTime,
@@ -35,6 +35,10 @@ from lorasmith.records.release import StageRecord, StageTiming, TimingRecord
 
 _LEFTOVER = re.compile(r"^\..+\.\d+\.partial$")
 """A file that `atomic_file` was writing when its process was killed."""
+
+
+_MARKS = (".lock", "run.json", "stages", "SHA256SUMS")
+"""What a folder of lorasmith's holds from its first moment, or when it came back from another machine."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +251,13 @@ def open_run(path: Path, *, rehash: bool = False, price_per_hour: float | None =
 
     Raises `BusyError` when another process works on it, `InputError` when it is a file.
     """
+    if path.is_dir() and not path.is_symlink() and holds_another(path, *_MARKS):
+        raise UsageError(
+            "the folder holds something that no run has left there",
+            where=path,
+            expected="a new folder, or one of an earlier run",
+            remedy="choose another --output",
+        )
     with os_errors(path, "open the run folder"):
         path.mkdir(parents=True, exist_ok=True)
     held = locked(

@@ -23,6 +23,7 @@ from lorasmith.errors import DataError, LorasmithError
 from lorasmith.executors.base import ChunkLog, Executor, Local
 from lorasmith.files.atomic import StrPath, write_bytes, write_record
 from lorasmith.files.jsonl import read_examples
+from lorasmith.files.output_folder import require_own_record
 from lorasmith.hub.models import local_model
 from lorasmith.models.generation.generate import Generated
 from lorasmith.models.scorer import Scorer
@@ -178,6 +179,7 @@ def evaluate_tasks(
     adapter = None if adapter is None else Path(adapter)
     model = local_model(model, [] if adapter is None else [adapter], progress=progress)
     role = role or ("base" if adapter is None else "adapter")
+    require_own_record(output / f"{role}_tasks.json")
     inputs = Inputs.of([model] if adapter is None else [model, adapter], test_set)
     where, log = executor or Local(), ChunkLog()
     with ExitStack() as stack:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from lorasmith.errors import UsageError, os_errors
 from lorasmith.executors.base import ChunkLog, Executor, Local
 from lorasmith.files.atomic import StrPath, write_bytes, write_record
+from lorasmith.files.output_folder import require_own_record
 from lorasmith.hub.models import local_model
 from lorasmith.models.hidden_states import open_scoring, open_states
 from lorasmith.models.scorer import Scorer
@@ -179,6 +180,7 @@ def validate(
     role = role or ("base" if adapter is None else "adapter")
     if role not in ROLES:
         raise UsageError(f"there is no role {role!r}", expected=" | ".join(ROLES))
+    require_own_record(output / f"{role}.json")
     folders = [model] if adapter is None else [model, adapter]
     inputs = Inputs.of(folders, test_set)
     where, log = executor or Local(), ChunkLog()

@@ -11,12 +11,13 @@ from lorasmith.benchmarks.registry import BENCHMARKS, by_name, choose
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.atomic import write_record
 from lorasmith.files.jsonl import write_examples
+from lorasmith.files.output_folder import require_own_record
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import Finding
 from lorasmith.records.dataset import DatasetFindings, DatasetStatistics, Example, Metadata, RejectedRow
 from lorasmith.testset import difficulty as policies
 from lorasmith.testset.overlap import normalise, repeats, shingles, tokens
-from lorasmith.testset.rows import count, digest
+from lorasmith.testset.rows import count, digest, require_own_rows
 from lorasmith.testset.sampling import allocate, require_size, sort_key
 
 # Drop repeated questions of a benchmark before sampling, and find questions that two benchmarks share.
@@ -141,6 +142,10 @@ def build(
             remedy="build with another policy, validate the base model on the result, then build again with "
             "its losses",
         )
+    statistics_file, findings_file = (output.parent / name for name in ("statistics.json", "findings.json"))
+    require_own_rows(output)
+    for record in (statistics_file, findings_file):
+        require_own_record(record)
     wanted = choose(only)
     sizes = _sizes(samples_per_benchmark, wanted)
     with progress("Read benchmarks", total=len(wanted), unit="set") as advance:
@@ -154,11 +159,11 @@ def build(
         examples += [_example(benchmark, candidate, difficulty) for candidate in chosen]
     if losses is not None:
         examples = policies.by_loss(examples, losses)
-    _write_findings(output, contents)
+    _write_findings(findings_file, contents)
     _stop_on_errors(contents, output, strict, examples)
     write_examples(output, examples)
     statistics = count(examples, digest(output), seed=seed, asked=sizes, findings=contents.findings)
-    write_record(output.parent / "statistics.json", statistics)
+    write_record(statistics_file, statistics)
     return statistics
 
 
@@ -253,10 +258,10 @@ def _example(benchmark: Benchmark, candidate: Candidate, policy: str) -> Example
     )
 
 
-def _write_findings(output: Path, contents: FolderContents) -> None:
+def _write_findings(file: Path, contents: FolderContents) -> None:
     rejected = sorted(contents.rejected, key=lambda row: (row.benchmark, row.file, row.row))
     record = DatasetFindings(findings=contents.findings, rejected=rejected)
-    write_record(output.parent / "findings.json", record)
+    write_record(file, record)
 
 
 def _stop_on_errors(

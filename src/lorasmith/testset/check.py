@@ -8,6 +8,7 @@ from pathlib import Path
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.atomic import write_record
 from lorasmith.files.jsonl import read_examples, write_examples
+from lorasmith.files.output_folder import require_own_record
 from lorasmith.progress import Progress, silent
 from lorasmith.records.dataset import ContaminationRecord, Example
 from lorasmith.testset.overlap import Matcher, Settings
@@ -34,6 +35,8 @@ def check(
     """
     if not train:
         raise UsageError("no training file was given", expected="at least one --train FILE")
+    if output is not None:
+        require_own_record(output)
     settings = settings or Settings()
     examples = read_examples(test_set)
     matcher = Matcher(examples, settings)

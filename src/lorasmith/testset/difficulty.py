@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lorasmith.benchmarks.base import Benchmark, Item
 from lorasmith.errors import DataError, UsageError, os_errors
+from lorasmith.files.inputs import open_input
 from lorasmith.records.dataset import Example
 
 POLICIES = ("guide", "native", "measured")
@@ -60,7 +61,7 @@ def read_losses(path: Path) -> dict[str, float]:
     import pyarrow.parquet as pq
 
     try:
-        with os_errors(path, "read the losses"), path.open("rb") as handle:
+        with os_errors(path, "read the losses"), open_input(path) as handle:
             table = pq.read_table(handle, columns=["id", "loss"])
             return dict(zip(table["id"].to_pylist(), table["loss"].to_pylist(), strict=True))
     except (pa.ArrowException, KeyError) as error:

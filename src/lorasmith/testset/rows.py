@@ -13,7 +13,9 @@ from pydantic import ValidationError
 from lorasmith.benchmarks.base import canonical
 from lorasmith.errors import DataError
 from lorasmith.files.digests import hash_file
-from lorasmith.files.jsonl import read_examples
+from lorasmith.files.inputs import open_input
+from lorasmith.files.jsonl import MAX_LINE_BYTES, dump_row, read_examples
+from lorasmith.files.output_folder import require_own_file
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.dataset import DatasetStatistics, Example, Metadata
 
@@ -133,3 +135,18 @@ def _counts(examples: Iterable[Example], fields: tuple[str, ...]) -> dict[str, i
 
 def _group(example: Example, field: str) -> str:
     return str(getattr(example.metadata, field, None) or "unknown")
+
+
+def require_own_rows(output: Path) -> None:
+    """Raise `UsageError` where something is at `output` that is no test set as lorasmith writes it."""
+    require_own_file(output, "test set", _begins_canonical)
+
+
+def _begins_canonical(path: Path) -> bool:
+    """Whether the first row has the very bytes that lorasmith would write for it."""
+    with open_input(path) as handle:
+        line = handle.readline(MAX_LINE_BYTES)
+    try:
+        return line == dump_row(Example.model_validate_json(line).model_dump(mode="json"))
+    except ValidationError:
+        return False

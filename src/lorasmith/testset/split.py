@@ -12,11 +12,12 @@ from lorasmith.errors import DataError, UsageError, os_errors
 from lorasmith.files import jsonl
 from lorasmith.files.atomic import atomic_file, read_record, write_record
 from lorasmith.files.jsonl import parse_row, read_lines, write_examples
+from lorasmith.files.output_folder import require_own_record
 from lorasmith.machine.resources import require_disk
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.dataset import SplitRecord
-from lorasmith.testset.rows import digest, to_example
+from lorasmith.testset.rows import digest, require_own_rows, to_example
 from lorasmith.testset.sampling import Choice, Reservoir, allocate, require_size, scan
 
 INDEPENDENCE = (
@@ -52,6 +53,8 @@ def split(
         if output.exists() and output.samefile(train):
             raise UsageError("the output is the training file itself", where=output, expected="another path")
         before = train.stat()
+    require_own_rows(output)
+    require_own_record(_record_path(output))
     file = digest(train)
     done = _finished(output, file, size, fields, seed)
     if done is not None:

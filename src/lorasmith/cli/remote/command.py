@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 from lorasmith.errors import UsageError, os_errors
+from lorasmith.files.inputs import read_input
 from lorasmith.parsing import parse_toml
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def _with_config(values: dict[str, Any], remote: RemoteCommand) -> dict[str, Any
 
     file = Path(values["config"])
     with os_errors(file, "read the config"):
-        content = file.read_bytes()
+        content = read_input(file)
     try:
         body = parse_toml(content)
     except ValueError as error:

@@ -20,6 +20,7 @@ from lorasmith.files.atomic import atomic_file, read_record
 from lorasmith.files.digests import describe
 from lorasmith.files.journal import Entry, JournalFile
 from lorasmith.files.jsonl import read_rows
+from lorasmith.files.output_folder import require_own_file, require_own_record
 from lorasmith.models.scoring import Arrays, pack_arrays, unpack_arrays
 from lorasmith.records.base import FileDigest
 from lorasmith.records.followup import RespondRecord, RespondSettings
@@ -146,6 +147,12 @@ class Places:
 
     output: Path
 
+    def require_own(self) -> None:
+        """Raise `UsageError` where something that this command has not written is in the way."""
+        begun = self.record.exists() or self.journal.exists()
+        require_own_file(self.output, "set of responses", lambda path: begun)
+        require_own_record(self.record)
+
     def _beside(self, ending: str) -> Path:
         return self.output.with_name(self.output.name.removesuffix(".jsonl") + ending)
 
@@ -184,13 +191,7 @@ def earlier_rows(places: Places, settings: RespondSettings) -> dict[str, dict[st
         return {}
     begun = places.journal.exists()
     if not places.record.exists():
-        if begun:
-            return {}  # killed while it was published: the journal still has every row
-        raise UsageError(
-            "the output exists and is not one of this command's",
-            where=places.output,
-            remedy="give another --output, or move the file away",
-        )
+        return {}  # killed while it was published: the journal still has every row
     record = read_record(places.record, RespondRecord)
     if record.settings != settings:
         raise mixed_settings(places.output, record.settings.model_dump(), settings.model_dump())

@@ -56,6 +56,7 @@ def respond(
     """
     model, data = Path(model), Path(data)
     places, options = Places(Path(output)), RespondOptions.given(options, given)
+    places.require_own()
     rows = read_prompts(data, options.limit)
     adapter = None if adapter is None else Path(adapter)
     engine = loaded or choose_engine(model, adapter, options, executor)

@@ -11,6 +11,7 @@ from typing import Any
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.atomic import StrPath, write_record
 from lorasmith.files.digests import describe, digest_folder
+from lorasmith.files.output_folder import require_own_record
 from lorasmith.followup.responses.engines import DTYPES, generation_route, resolve_dtype
 from lorasmith.followup.responses.rows import read_prompts
 from lorasmith.followup.speculation.loop import (
@@ -250,6 +251,8 @@ def speculate(
     target, prompts = Path(target), Path(prompts)
     draft = None if draft is None else Path(draft)
     options = SpeculateOptions.given(options, given)
+    if output is not None:
+        require_own_record(Path(output))
     device = resolve_device(options.device)
     dtype = resolve_dtype(target, options.dtype, device.type)
     loaded = load_model(target, device=device, dtype=DTYPES[dtype])

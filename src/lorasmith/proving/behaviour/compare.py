@@ -17,6 +17,7 @@ from lorasmith.checkpoint.model import text_config
 from lorasmith.errors import CheckpointError
 from lorasmith.executors.base import ChunkLog, Executor, Local
 from lorasmith.files.atomic import StrPath, write_record
+from lorasmith.files.output_folder import require_own_record
 from lorasmith.hub.models import local_model
 from lorasmith.models.device import Route, release_memory
 from lorasmith.models.hidden_states import open_states
@@ -312,6 +313,8 @@ def compare(
     adapter, merged = Path(adapter), Path(merged)
     base = local_model(base, [adapter], progress=progress)
     output = None if output is None else Path(output)
+    if output is not None:
+        require_own_record(output)
     limits = resolve_thresholds(thresholds)
     inputs = Inputs.of([base, adapter, merged], Path(test_set))
     path = None if output is None else output.with_name(f".{output.name}.journal")

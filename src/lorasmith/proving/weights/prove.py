@@ -14,6 +14,7 @@ from pathlib import Path
 from lorasmith.errors import CheckpointError, InputError, UsageError
 from lorasmith.files import atomic, digests
 from lorasmith.files.atomic import StrPath
+from lorasmith.files.output_folder import require_own_record
 from lorasmith.hub.models import local_model
 from lorasmith.progress import Progress, silent
 from lorasmith.proving.weights.adapter import read_adapter
@@ -56,6 +57,8 @@ def prove(
     Raises `AdapterError` or `CheckpointError` where base or adapter cannot be used, `InputError` where the
     merge claims a rounding that cannot be checked. What is wrong with the merge itself is graded, not raised.
     """
+    if output is not None:
+        require_own_record(Path(output))
     adapters = [Path(adapter)] if isinstance(adapter, str | PathLike) else [Path(one) for one in adapter]
     base, merged = local_model(base, adapters, progress=progress), Path(merged)
     merged_folder = open_model(merged, released=True)
