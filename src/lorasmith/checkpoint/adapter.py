@@ -63,6 +63,9 @@ class PeftConfig:
     rank_pattern: Patterns[int]
     alpha_pattern: Patterns[float]
     use_dora: bool
+    lora_bias: bool
+    bias: str
+    """Which biases were trained: none, all or lora_only."""
     modules_to_save: tuple[str, ...]
     target_modules: tuple[str, ...] | str | None
     target_parameters: tuple[str, ...]
@@ -101,7 +104,6 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> PeftConfig:
     bias = raw.get("bias", "none")
     if bias not in ("none", "all", "lora_only"):
         raise _wrong(where, "bias", bias, "none, all or lora_only")
-    _flag(raw, "lora_bias", where)  # checked, and not kept: the names of the tensors tell
     return PeftConfig(
         r=_rank(raw.get("r", 8), "r", where),
         lora_alpha=_number(raw.get("lora_alpha", 8), "lora_alpha", where),
@@ -109,6 +111,8 @@ def parse_config(raw: Mapping[str, Any], where: Path) -> PeftConfig:
         rank_pattern=_patterns(raw, "rank_pattern", where, _rank),
         alpha_pattern=_patterns(raw, "alpha_pattern", where, _number),
         use_dora=_flag(raw, "use_dora", where),
+        lora_bias=_flag(raw, "lora_bias", where),
+        bias=bias,
         modules_to_save=_names(raw.get("modules_to_save"), "modules_to_save", where),
         target_modules=_targets(raw.get("target_modules"), where),
         target_parameters=_names(raw.get("target_parameters"), "target_parameters", where),

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lorasmith.checkpoint.base_match import MERGE_RECORD
 from lorasmith.checkpoint.header import dump_object
 from lorasmith.checkpoint.model import INDEX, Checkpoint
 from lorasmith.errors import InputError, UsageError, os_errors
@@ -22,8 +23,6 @@ from lorasmith.merging.plan import Plan
 from lorasmith.records.base import FileDigest, Finding, Record
 from lorasmith.records.merging import MergedTensor
 
-RECORD = "lorasmith_merge.json"
-"""The merged folder's file that says what the merge was made from."""
 _STATE = ".merge"
 """Folder within the partial folder: the key, and one journal entry per finished shard."""
 
@@ -40,7 +39,7 @@ class ShardDone(Record):
 
 def check_place(output: Path, inputs: Sequence[Path]) -> None:
     """`UsageError` where the output is an input, lies in one, holds one, or would replace something else."""
-    require_own_place(output, RECORD, inputs)
+    require_own_place(output, MERGE_RECORD, inputs)
     partial = aside(output)
     if holds_another(partial, _STATE):
         raise UsageError(

@@ -11,6 +11,7 @@ from typing import Any
 
 from lorasmith import __version__
 from lorasmith.checkpoint.adapter import Adapter, open_adapter
+from lorasmith.checkpoint.base_match import MERGE_RECORD, require_not_merged
 from lorasmith.checkpoint.model import Checkpoint, open_checkpoint
 from lorasmith.errors import CheckpointError, UsageError
 from lorasmith.executors.base import Executor, Local, WorkSpec
@@ -30,7 +31,6 @@ from lorasmith.hub.models import local_model
 from lorasmith.machine.resources import require_disk
 from lorasmith.merging.cluster import MergeJob, open_merging
 from lorasmith.merging.folder import (
-    RECORD,
     PartialFolder,
     ShardDone,
     check_place,
@@ -93,6 +93,7 @@ def merge(
         mode.refuse_calibrated()
     with only_one(request.output, "merge"):
         inputs = _Inputs.of(request)
+        require_not_merged(request.base.folder, request.folders, inputs.adapter_sha256)
         key = _key(request, inputs, mode)
         partial = PartialFolder(request.output, key)
         # A copy of a base's weight in the adapter tells a wrong base before anything is written.
@@ -268,8 +269,8 @@ def _publish(
         base_sha256=_base_digest(base.folder, inputs.base_files, base_shards),
         adapter_sha256=inputs.adapter_sha256,
     )
-    write_record(partial.path / RECORD, record)
-    partial.publish([file.path for file in record.files] + [RECORD])
+    write_record(partial.path / MERGE_RECORD, record)
+    partial.publish([file.path for file in record.files] + [MERGE_RECORD])
     return record
 
 

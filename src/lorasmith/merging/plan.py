@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,13 +10,14 @@ from itertools import pairwise
 from pathlib import Path
 
 from lorasmith.adapters.base import BaseView, Change, Copy, RowUpdate, Site, SiteChanges, SiteError, Term
+from lorasmith.adapters.bias import TRAINED
 from lorasmith.adapters.registry import VARIANTS, split_name
 from lorasmith.checkpoint.adapter import PREFIX, Adapter
+from lorasmith.checkpoint.base_match import compare_base, given_base
 from lorasmith.checkpoint.header import FLOATS, TensorInfo, nbytes_of
 from lorasmith.checkpoint.model import Checkpoint
 from lorasmith.checkpoint.names import resolve
 from lorasmith.errors import AdapterError, CheckpointError
-from lorasmith.hub.cache import origin_of
 from lorasmith.records.base import Finding
 
 PRECISIONS: dict[str, str | None] = {"base": None, "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -89,7 +89,9 @@ def plan_merge(
             for change in at_site.changes:
                 collected[change.target].append(change)
         findings += left_out(sites, view, adapter)
-        findings += other_base(base, adapter)
+        findings += biases_left_out(sites, view, adapter)
+        known = given_base(base.folder, base.config.get("_name_or_path"))
+        findings += compare_base(adapter.config.base_model, adapter.config.revision, known)
     changes = {target: combine(parts, adapters) for target, parts in collected.items()}
     untied = separate_head(changes, view)
     shards = _lay_out(base, adapters, changes, PRECISIONS[precision])
@@ -98,9 +100,6 @@ def plan_merge(
 
 
 # Where an adapter's tensors belong: its modules, found in the base, and what does not fit together there.
-
-
-_COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
 
 def find_sites(adapter: Adapter, number: int, weight: float) -> list[Site]:
@@ -136,6 +135,7 @@ def changes_at(sites: Sequence[Site], base: BaseView, adapter: Adapter) -> list[
 
 
 def _changes_at(site: Site, base: BaseView) -> list[SiteChanges]:
+    _promises(site)
     module = _module_in_base(site, base)
     used: list[str] = []
     changes = []
@@ -211,28 +211,45 @@ def left_out(sites: Sequence[Site], base: BaseView, adapter: Adapter) -> list[Fi
     ]
 
 
-def other_base(base: Checkpoint, adapter: Adapter) -> list[Finding]:
-    """Whether adapter and base name different models; a base without a name cannot tell."""
-    origin = origin_of(base.folder)
-    named, revision = adapter.config.base_model, adapter.config.revision or ""
-    given = origin.repository if origin else base.config.get("_name_or_path")
-    if named and isinstance(given, str) and given and Path(named).name != Path(given).name:
-        found = f"the adapter was trained on {Path(named).name!r}, the base is {Path(given).name!r}"
-        return [_other_base("base-name", found)]
-    # What a branch or tag stood for when the adapter was trained cannot be told from its name.
-    if origin and _COMMIT.fullmatch(revision) and not origin.commit.startswith(revision):
-        found = f"the adapter was trained on the commit {revision} of its base, this is {origin.commit}"
-        return [_other_base("base-revision", found)]
-    return []
+def _promises(site: Site) -> None:
+    """Raise `SiteError` where the factors of a module lack what the config says was trained with them."""
+    factored = "lora_B.weight" in site.tensors or "lora_embedding_B" in site.tensors
+    magnitude = bool({"lora_magnitude_vector", "lora_magnitude_vector.weight"} & set(site.tensors))
+    if factored and site.config.use_dora and not magnitude:
+        raise SiteError(
+            "the config says use_dora, the adapter has no lora_magnitude_vector",
+            "a magnitude beside both factors",
+            "the adapter is incomplete: save or fetch it again",
+        )
+    bias = "lora_B.bias" in site.tensors
+    if "lora_B.weight" in site.tensors and site.config.lora_bias != bias:
+        raise SiteError(
+            f"the config says lora_bias: {str(site.config.lora_bias).lower()}, the adapter has "
+            f"{'a' if bias else 'no'} lora_B.bias",
+            "config and tensors of one adapter",
+            "the adapter is incomplete or was put together: save or fetch it again",
+        )
 
 
-def _other_base(code: str, found: str) -> Finding:
-    return Finding(
-        severity="warning",
-        code=code,
-        message=found,
-        expected="the base that the adapter was trained on",
-    )
+def biases_left_out(sites: Sequence[Site], base: BaseView, adapter: Adapter) -> list[Finding]:
+    """A warning where the config says that biases were trained, and the adapter has none for its modules.
+
+    PEFT has versions that train them under `bias: lora_only` and do not save them.
+    """
+    if adapter.config.bias == "none" or any(set(TRAINED) & set(site.tensors) for site in sites):
+        return []
+    modules = {name for site in sites for name in resolve(site.path, base.modules)}
+    if not any(f"{module}.bias" in base.checkpoint.tensors for module in modules):
+        return []
+    return [
+        Finding(
+            severity="warning",
+            code="biases-left-out",
+            message=f"the config says bias: {adapter.config.bias}, the adapter holds no trained bias",
+            expected="the biases that were trained with the factors",
+            remedy="save the adapter again; until then the base's own biases stay, as in PEFT",
+        )
+    ]
 
 
 def _kind(module: str) -> str:
