@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 import lorasmith
 from lorasmith.checkpoint import patterns as ours
-from lorasmith.checkpoint.patterns import Patterns
+from lorasmith.checkpoint.patterns import Patterns, require_quick
 from lorasmith.errors import AdapterError
+from lorasmith.files.jsonl import write_rows
 from lorasmith.proving.weights import adapter as proof
-from tests.tiny import save_adapter, save_base
+from tests.tiny import save_adapter, save_base, tiny_rows
 
 HERE = Path("adapter_config.json")
 EVIL = [
@@ -93,6 +94,47 @@ def test_the_time_is_for_all_modules_together(monkeypatch: pytest.MonkeyPatch) -
         for number in range(10_000):
             found.of(f"{number}." + "q" * 20, 8)
     assert time.monotonic() - began < 60  # without a limit it would take years
+
+
+IN_PEFT: list[tuple[str, Any]] = [
+    ("rank_pattern", {"(": 4, EVIL[5]: 4}),
+    ("alpha_pattern", {EVIL[5]: 4}),
+    ("target_modules", EVIL[5]),
+    ("target_modules", ["q_proj", EVIL[5]]),
+    ("exclude_modules", EVIL[5]),
+    ("modules_to_save", [EVIL[5], "("]),
+    ("layers_pattern", EVIL[5]),
+    ("layers_pattern", ["blocks", EVIL[5]]),
+]
+"""Each field whose texts PEFT takes as expressions, as a text or in a list."""
+
+
+@pytest.mark.parametrize(("field", "value"), IN_PEFT)
+def test_what_peft_would_match_for_ages_is_refused_before_it_is_asked(
+    monkeypatch: pytest.MonkeyPatch, field: str, value: Any
+) -> None:
+    monkeypatch.setattr(ours, "SECONDS", 0.3)
+    began = time.monotonic()
+    with pytest.raises(AdapterError, match=f"matching the adapter's {field} takes too long"):
+        require_quick({field: value}, ["lm_head", "model.layers.0." + "q" * 60], HERE)
+    assert time.monotonic() - began < 60  # without a limit it would take years
+
+
+def test_every_command_that_lets_peft_match_asks_first(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ours, "SECONDS", 0.3)
+    slow = r"(x?){40}(_|p|r|o|j|q|\.|s|e|l|f|a|t|n|m|d|y|k|i|u|w|g|v|\d|\w|.)*(\w|.|\w|.)*!"
+    adapter = with_patterns(inputs, tmp_path, modules_to_save=[slow])
+    write_rows(tmp_path / "test.jsonl", tiny_rows(2))
+    with pytest.raises(AdapterError, match="modules_to_save takes too long"):
+        lorasmith.validate(inputs / "base", tmp_path / "test.jsonl", tmp_path / "out", adapter=adapter)
+
+
+@pytest.mark.parametrize("value", [["q_proj", "v_proj"], r".*\.layers\.\d+\..*_proj", "all-linear"])
+def test_honest_targets_are_quick(value: Any) -> None:
+    names = [f"model.layers.{number}.self_attn.q_proj" for number in range(200)]
+    require_quick({"target_modules": value, "layers_pattern": "layers", "exclude_modules": None}, names, HERE)
 
 
 def test_the_other_process_ends_with_the_patterns() -> None:

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from lorasmith.errors import AdapterError, CheckpointError, DiskError, LorasmithError, UsageError
 from lorasmith.merging.merge import merge
+from lorasmith.records.merging import MergeRecord
 from tests.merging.planted import PREFIX, plant, tensors_of
+from tests.tiny import save_adapter, save_base
 
 
 def test_a_full_disk_is_found_before_anything_is_written(
@@ -144,3 +146,42 @@ def test_an_adapter_that_does_not_fit_is_refused(
 def test_impossible_arguments(tmp_path: Path, base: Path, adapter: Path, arguments: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         merge(base, adapter, tmp_path / "out", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("trained", "config", "without", "message"),
+    [
+        ({"lora_bias": True}, {}, "lora_B.bias", "lora_bias: true, the adapter has no"),
+        ({"lora_bias": True}, {"lora_bias": False}, "", "lora_bias: false, the adapter has a"),
+        ({"use_dora": True}, {}, "lora_magnitude_vector", "says use_dora, the adapter has no"),
+        ({"use_dora": True}, {"use_dora": False}, "", "use_dora: false"),
+    ],
+)
+def test_factors_that_lack_what_the_config_promises_are_refused(
+    tmp_path: Path, trained: dict[str, Any], config: dict[str, Any], without: str, message: str
+) -> None:
+    base = save_base(tmp_path / "base", "qwen2")
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules=["q_proj"], **trained)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    if without:
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        # One layer of several: the others must not hide it.
+        del tensors[next(name for name in tensors if without in name)]
+        save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match=message):
+        merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_trained_biases_that_the_adapter_does_not_hold_are_told(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "qwen2")
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    assert "biases-left-out" not in codes(merge(base, adapter, tmp_path / "out"))
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "bias": "lora_only"}))
+    assert "biases-left-out" in codes(merge(base, adapter, tmp_path / "out"))
+
+
+def codes(record: MergeRecord) -> set[str]:
+    return {finding.code for finding in record.findings}

@@ -114,18 +114,30 @@ def require_quick(raw: Mapping[str, object], names: Sequence[str], where: Path) 
 
     For whoever lets PEFT load an adapter: it matches in its own process and has no limit.
     """
-    for field in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"):
+    for field, (for_text, for_items) in _IN_PEFT.items():
         value = raw.get(field)
         if isinstance(value, str):
-            texts, wholes = [value], [rf"(?:{value})\Z"]
+            texts, form = [value], for_text
         else:
-            texts = list(value) if isinstance(value, dict) else []
-            wholes = [_whole(text) for text in texts]
-        if all(_PLAIN.fullmatch(text) for text in texts) or not all(map(_compiles, wholes)):
-            continue  # what does not compile, PEFT refuses
-        other = _OtherProcess(wholes)
+            items = value if isinstance(value, dict | list) and for_items is not None else []
+            texts, form = [text for text in items if isinstance(text, str)], for_items
+        if form is None or all(_PLAIN.fullmatch(text) for text in texts):
+            continue
+        # What does not compile, PEFT refuses; but it may meet the others first.
+        other = _OtherProcess([whole for text in texts if _compiles(whole := form.format(text))])
         if any(other.ask(name) is None for name in names):
             raise _too_long(field, texts, where)
+
+
+_IN_PEFT: dict[str, tuple[str | None, str | None]] = {
+    "rank_pattern": (None, r"(.*\.)?({})$"),
+    "alpha_pattern": (None, r"(.*\.)?({})$"),
+    "target_modules": (r"(?:{})\Z", r"(^|.*\.){}($|\..*)"),
+    "exclude_modules": (r"(?:{})\Z", None),
+    "modules_to_save": (None, r"(^|.*\.){}($|\..*)"),
+    "layers_pattern": (r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", r"(?:^|.*?\.){}\.(?P<idx>\d+)\."),
+}
+"""Field → what PEFT 0.21 matches module paths against, from a text in it, and from each of its items."""
 
 
 def _compiles(whole: str) -> bool:

@@ -135,7 +135,7 @@ _MAIN_TOKENIZER_FILES = (
 _TEMPLATES = ("chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja")
 
 
-def companions(base: Path, adapters: Sequence[Path]) -> dict[str, Path]:
+def small_files(base: Path, adapters: Sequence[Path]) -> dict[str, Path]:
     """Name in the merged folder → file to copy.
 
     The tokenizer is that of the first adapter that has a whole one, else the base's; a chat template
@@ -240,7 +240,7 @@ def write_small_files(
     index = merged_index(base, plan)
     if index is not None:
         contents[INDEX] = index
-    for name, file in companions(base.folder, adapters).items():
+    for name, file in small_files(base.folder, adapters).items():
         with os_errors(file, "read"):
             contents[name] = read_input(file)
     for name, content in contents.items():
