@@ -13,6 +13,7 @@ import lorasmith
 from lorasmith.benchmarks.fetch import fetch
 from lorasmith.errors import LorasmithError, UsageError
 from lorasmith.files.atomic import write_bytes
+from lorasmith.files.journal import JournalFile
 from lorasmith.files.jsonl import write_examples
 from lorasmith.files.output_folder import require_own_place, require_own_record
 from lorasmith.followup.compression.compress import compress
@@ -179,3 +180,21 @@ def test_what_lorasmith_has_written_is_replaced(given: Path, tmp_path: Path) -> 
     for _ in range(2):
         split(given / "test.jsonl", tmp_path / "held_out.jsonl", size=2)
         opened(tmp_path / "run")
+
+
+def test_a_journal_is_not_written_through_a_link_or_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "link").symlink_to("precious")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe"):
+        with pytest.raises(UsageError, match="the place of the journal is taken"):
+            JournalFile(tmp_path / name, {"format": "f"}, busy="", remedy="")
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_file_is_not_written_through_a_link_of_the_name_that_it_is_made_under(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / f".out.{os.getpid()}.partial").symlink_to("precious")
+    write_bytes(tmp_path / "out", b"content")
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert (tmp_path / "out").read_bytes() == b"content"

@@ -44,7 +44,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            with temporary.open("wb") as handle:
+            # What a killed process of this number left; never through a link or a pipe of this name.
+            temporary.unlink(missing_ok=True)
+            with temporary.open("xb") as handle:
                 yield handle
                 handle.flush()
                 os.fsync(handle.fileno())

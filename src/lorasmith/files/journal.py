@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Self
 
 from filelock import lock_descriptor
 
-from lorasmith.errors import BusyError, os_errors
+from lorasmith.errors import BusyError, UsageError, os_errors
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,14 @@ class JournalFile:
         self.head: dict[str, Any] = dict(head)
         with os_errors(path, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_symlink() or (path.exists() and not path.is_file()):
+                # A pipe would be waited at for ever; through a link another file would be emptied.
+                raise UsageError(
+                    "the place of the journal is taken",
+                    where=path,
+                    expected="a file",
+                    remedy="remove what is there",
+                )
             # No buffer of Python's for what is appended: after a failed write it would try again on closing.
             self._fd: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             try:

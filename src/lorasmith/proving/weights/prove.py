@@ -14,6 +14,7 @@ from pathlib import Path
 from lorasmith.errors import CheckpointError, InputError, UsageError
 from lorasmith.files import atomic, digests
 from lorasmith.files.atomic import StrPath
+from lorasmith.files.inputs import require_own_links
 from lorasmith.files.output_folder import require_own_record
 from lorasmith.hub.models import local_model
 from lorasmith.progress import Progress, silent
@@ -61,6 +62,7 @@ def prove(
         require_own_record(Path(output))
     adapters = [Path(adapter)] if isinstance(adapter, str | PathLike) else [Path(one) for one in adapter]
     base, merged = local_model(base, adapters, progress=progress), Path(merged)
+    require_own_links(merged)
     merged_folder = open_model(merged, released=True)
     claims = read_claims(merged)
     factors = _factors(weights, claims, len(adapters))
