@@ -104,10 +104,11 @@ def test_a_partial_folder_of_another_merge_is_not_taken_up(tmp_path: Path, base:
 
 
 def test_symlinked_cache_folders_work(tmp_path: Path, base: Path, adapter: Path) -> None:
-    links = tmp_path / "snapshot"
-    links.mkdir()
-    for file in base.iterdir():
-        (links / file.name).symlink_to(file)
+    blobs = Path(shutil.copytree(base, tmp_path / "models--org--name" / "blobs"))
+    links = blobs.parent / "snapshots" / ("a" * 40)
+    links.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (links / file.name).symlink_to(f"../../blobs/{file.name}")
     merge(links, adapter, tmp_path / "out")
     assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
 
@@ -125,7 +126,7 @@ def test_an_output_within_an_input_is_refused(tmp_path: Path, base: Path, adapte
 def test_a_folder_that_is_no_model_is_not_replaced(tmp_path: Path, base: Path, adapter: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UsageError, match="does not hold a model"):
+    with pytest.raises(UsageError, match="did not write"):
         merge(base, adapter, tmp_path / "out")
     assert (tmp_path / "out" / "thesis.txt").exists()
 

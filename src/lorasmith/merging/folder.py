@@ -41,7 +41,8 @@ def check_place(output: Path, inputs: Sequence[Path]) -> None:
     """`UsageError` where the output is an input, lies in one, holds one, or would replace something else."""
     require_own_place(output, MERGE_RECORD, inputs)
     partial = aside(output)
-    if holds_another(partial, _STATE):
+    # Its own state, or the record alone where the merge was killed just before the rename.
+    if holds_another(partial, _STATE, MERGE_RECORD):
         raise UsageError(
             "the folder that the merge would be made in holds something else",
             where=partial,

@@ -12,7 +12,7 @@ from lorasmith.errors import DataError
 from lorasmith.files.atomic import write_bytes
 from lorasmith.files.costs import costs
 from lorasmith.files.output_folder import require_own_file
-from lorasmith.files.run_layout import ALL, UNTIMED, RunRecords, load_records
+from lorasmith.files.run_layout import ALL, REPORT, UNTIMED, RunRecords, load_records
 from lorasmith.machine.resources import human_bytes
 from lorasmith.records.release import is_redacted
 from lorasmith.reporting.explorer import Explorer, build_explorer
@@ -40,7 +40,8 @@ def write_report(run: Path, output: Path, *, timings: bool = True) -> None:
     A section whose record is absent says that it was not measured. Rows whose text must not be published show
     their id and scores. Raises `DataError` for a folder without records, `InputError` for a damaged record.
     """
-    require_own_page(output)
+    if output.resolve() != (run / REPORT).resolve():  # that place is the run's own
+        require_own_page(output)
     write_bytes(output, render(report_records(run, timings=timings)).encode())
 
 
