@@ -22,7 +22,7 @@ from lorasmith.progress import silent
 from lorasmith.records.base import Finding
 from lorasmith.records.followup import RespondRecord, RespondTiming
 from lorasmith.runs.config import load_config, to_toml
-from lorasmith.runs.results import RunResult
+from lorasmith.runs.results import RunResult, judge_run
 from lorasmith.runs.stages import read_timings
 from tests.campaigns.kills import contents
 from tests.tiny import save_adapter, save_base, tiny_rows
@@ -106,6 +106,10 @@ def test_each_step_has_its_record_and_its_cost(finished: RunResult) -> None:
     speed = read_record(finished.folder / "followup" / "responses.timing.json", RespondTiming)
     assert speed.rows == 14 and speed.rows_per_second > 0
     assert finished.exit_code == ExitCode.OK
+    names = [result.gate.name for result in finished.judged.gates]
+    after = ["every row is answered", "speculation changes no text"]
+    assert names[:4] == ["weights", "independent test set", *after]
+    assert judge_run(finished.folder) == finished.judged
 
 
 def test_the_package_holds_the_records_and_no_weights(finished: RunResult) -> None:
@@ -186,6 +190,9 @@ def test_rows_that_failed_are_tried_once_more_and_are_an_answer_of_no(
     result = lorasmith.run(**inputs, followup={"respond": respond}, output=run)
     assert result.followup is not None and result.followup.responses is not None
     assert (result.followup.responses.rows, result.followup.responses.failed) == (3, 1)
+    failed = [one.gate.name for one in judge_run(result.folder).gates if one.verdict != "pass"]
+    assert failed == ["every row is answered"]
+    assert "every row is answered" in (result.folder / "report.html").read_text()
     assert (run / "followup" / "responses" / "responses.failed.jsonl").is_file()
     assert result.exit_code == ExitCode.ANSWER_IS_NO
 

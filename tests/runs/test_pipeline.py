@@ -18,7 +18,7 @@ from lorasmith.files.jsonl import read_examples, write_rows
 from lorasmith.packaging.verify import verify
 from lorasmith.progress import silent
 from lorasmith.records.release import Gate
-from lorasmith.runs.results import RunResult
+from lorasmith.runs.results import RunResult, judge_run
 from tests.campaigns.kills import contents
 from tests.tiny import save_adapter, save_base, tiny_rows
 
@@ -102,6 +102,12 @@ def test_the_verdict_of_a_run(finished: RunResult) -> None:
         "perplexity",
     }
     assert finished.exit_code == ExitCode.ANSWER_IS_NO
+    # What is judged again, and what the page shows, is what the run said.
+    assert judge_run(finished.folder) == finished.judged
+    assert finished.judged.gates[-1].gate.name == "independent test set"
+    failed = sum(gate.verdict != "pass" for gate in finished.judged.gates)
+    page = (finished.folder / "report.html").read_text()
+    assert f"{failed} of {len(finished.judged.gates)} gates did not pass" in page
 
 
 def test_the_numbers_of_the_stages_agree(finished: RunResult) -> None:

@@ -40,17 +40,17 @@ def run(
     if print_config:
         say(to_toml(resolved).rstrip("\n"))
         return
-    import lorasmith
     from lorasmith.cli.console import console
     from lorasmith.cli.gates import check_format, print_gates
     from lorasmith.cli.views import records
     from lorasmith.cli.views.run import TerminalWatcher, show_summary
+    from lorasmith.runs.pipeline import run as run_all
     from lorasmith.runs.stages import read_timings
 
     shown = "json" if as_json else output_format
     check_format(shown)
     watcher = TerminalWatcher(console(stderr=shown != "text"))
-    result = lorasmith.run(resolved, watcher=watcher, rehash=rehash)
+    result = run_all(resolved, watcher=watcher, rehash=rehash)
     if shown != "text":
         print_gates(result.judged, shown)
     else:
