@@ -18,6 +18,7 @@ from lorasmith.files.jsonl import write_rows
 from lorasmith.merging import merge as merging
 from lorasmith.packaging.verify import verify
 from lorasmith.progress import Unwatched
+from lorasmith.records.base import Finding
 from tests.samples import sample_run, sha
 from tests.tiny import save_adapter, save_base, tiny_rows
 
@@ -138,3 +139,30 @@ def test_verify_compares_what_the_records_were_made_from(
     findings = [finding for finding in verify(run) if finding.code == "other-input"]
     assert findings and all(f"about another {what} than" in finding.message for finding in findings)
     shutil.rmtree(run)
+
+
+class Stop(Exception):
+    """Ends a run before its first step."""
+
+
+def test_another_base_than_the_adapters_is_a_warning_before_the_first_step(inputs: dict[str, Any]) -> None:
+    for folder, name, key, value in (
+        ("adapter", "adapter_config.json", "base_model_name_or_path", "acme/Small-1B"),
+        ("base", "config.json", "_name_or_path", "acme/Small-1B-Instruct"),
+    ):
+        file = inputs[folder] / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    told: list[object] = []
+
+    class Told(Unwatched):
+        def show(self, stage: str, record: object) -> None:
+            told.append(record)
+
+        def step(self, number: int, total: int, title: str) -> None:
+            raise Stop
+
+    with pytest.raises(Stop):
+        lorasmith.run(**inputs, watcher=Told())
+    (warning,) = told
+    assert isinstance(warning, Finding) and warning.severity == "warning"
+    assert "Small-1B-Instruct" in warning.message

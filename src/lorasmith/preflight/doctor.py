@@ -33,6 +33,7 @@ from lorasmith.preflight.sizes import (
     model_size,
     work_size,
 )
+from lorasmith.records.base import Finding
 from lorasmith.records.dataset import Example
 from lorasmith.records.doctor import Check, DoctorRecord
 from lorasmith.records.release import GateRecord
@@ -344,11 +345,12 @@ def _look_back(run: Path, checks: _Checks) -> None:
 # What a run refuses to start with: hours would be spent before it fails.
 
 
-def require_machine(config: RunOptions) -> None:
+def require_machine(config: RunOptions) -> list[Finding]:
     """Raise `MemoryLimitError` or `DiskError` where the run could not end; look at headers only.
 
-    Also raises what is wrong with base and adapter (`CheckpointError`, `AdapterError`). A stage that is done
-    needs nothing any more. `config.base` is a folder.
+    Also raises what is wrong with base and adapter (`CheckpointError`, `AdapterError`), and returns warnings
+    about the two, such as a base that the adapter does not name. A stage that is done needs nothing any more.
+    `config.base` is a folder.
     """
     base, adapter = open_checkpoint(Path(config.base)), open_adapter(config.adapter)
     plan = plan_merge(base, [adapter], [1.0], config.precision)
@@ -367,3 +369,4 @@ def require_machine(config: RunOptions) -> None:
     left = merged * len({"merge", "package"} - done) + followup_disk(config, base, merged, done)
     if left:
         require_disk(config.output, left, "merge and pack the model")
+    return [finding for finding in plan.findings if finding.severity == "warning"]

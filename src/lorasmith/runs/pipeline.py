@@ -60,7 +60,8 @@ def run(
     base = local_model(asked.base, [asked.adapter], progress=watch.progress)
     asked = with_local_draft(asked.model_copy(update={"base": base}), watch.progress)
     check_followup(asked)
-    require_machine(asked)
+    for warning in require_machine(asked):
+        watch.show("inputs", warning)  # now, and not after the hours until the merge
     if asked.budget is not None and not asked.price_per_hour:
         raise UsageError("--budget needs the price of the machine", expected="--price-per-hour, in dollars")
     with open_run(asked.output, rehash=rehash, price_per_hour=asked.price_per_hour) as folder:

@@ -71,7 +71,7 @@ def check(
 
 
 def _reason(affected: set[str], examples: Sequence[Example]) -> str:
-    return f"{len(affected)} of {len(examples)} test rows stand in the training data"
+    return f"{len(affected)} of {len(examples)} test rows are also in the training data"
 
 
 def _drop(test_set: Path, examples: Sequence[Example], affected: set[str]) -> None:
