@@ -77,7 +77,7 @@ def test_settings_are_not_mixed_in_one_output(answering: Path, tmp_path: Path, b
 
 def test_a_foreign_or_changed_output_is_left_alone(answering: Path, tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text("mine\n")
-    with pytest.raises(UsageError, match="not one of this command's"):
+    with pytest.raises(UsageError, match="no set of responses that lorasmith has written"):
         scripted(answering, tmp_path, Scripted())
     assert (tmp_path / "r.jsonl").read_text() == "mine\n"
     (tmp_path / "r.jsonl").unlink()

@@ -121,6 +121,8 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run"):
+        pass
     folder = tmp_path / "run" / "validation"
     (folder / ".merged.partial").mkdir(parents=True)
     leftover, kept = folder / ".base.json.123.partial", folder / ".merged.partial" / "shard"
