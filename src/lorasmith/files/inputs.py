@@ -49,7 +49,8 @@ def open_input(path: Path) -> BufferedReader:
     """A file opened for reading; `InputError` at once for what `require_regular` refuses."""
     require_regular(path)
     # It may be exchanged for a pipe in between: opened without waiting, and looked at again.
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os_errors(path, "read"):
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _require_no_special(os.fstat(handle).st_mode, path)
         return os.fdopen(handle, "rb")

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+from lorasmith.errors import InputError
+from lorasmith.files.inputs import read_input
 from lorasmith.parsing import parse_json
 
 TOKENIZER_FILES = (
@@ -52,8 +54,8 @@ def names_code(folder: Path) -> bool:
         return True
     for name in ("config.json", "tokenizer_config.json"):
         try:
-            config = parse_json((folder / name).read_bytes())
-        except (OSError, ValueError):
+            config = parse_json(read_input(folder / name))
+        except (InputError, OSError, ValueError):
             continue  # what is wrong with a config is said when the model is opened
         if isinstance(config, dict) and config.get("auto_map"):
             return True
