@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,28 @@ def test_answers_score_as_the_reference(benchmark: Benchmark, entry: dict[str, A
     row = rows_of(tmp_path, layout(benchmark.name, entry["layout"]), benchmark)[entry["row"]]
     made = example(benchmark, benchmark.read(row, seed=42))
     assert benchmark.score(made, entry["answer"]) == pytest.approx(entry["scores"])
+
+
+WRONG: list[Any] = [None, 5, [], {}, [5], [[5]], [[]], [None] * 4, {"a": ["b"]}]
+
+
+@pytest.mark.parametrize(("benchmark", "shape"), LAYOUTS)
+def test_a_row_whose_metadata_was_made_by_hand_stops_nothing(
+    benchmark: Benchmark, shape: dict[str, Any], tmp_path: Path
+) -> None:
+    """Whatever a field that the benchmark added holds, or where it is missing: a verdict or `Unscored`."""
+    item = benchmark.read(rows_of(tmp_path, shape, benchmark)[0], seed=42)
+    whole = example(benchmark, item)
+    assert benchmark.fault(whole) == ""
+    metadata = whole.metadata.model_dump()
+    for name in item.extra:
+        damaged = [{**metadata, name: wrong} for wrong in WRONG]
+        damaged.append({key: value for key, value in metadata.items() if key != name})
+        for fields in damaged:
+            row = whole.model_copy(update={"metadata": Metadata.model_validate(fields)})
+            with suppress(Unscored):
+                assert set(benchmark.score(row, "7").values()) <= {0.0, 1.0}
+                assert benchmark.fault(row) == "" and name not in benchmark.needs
 
 
 @pytest.mark.parametrize(("benchmark", "shape"), LAYOUTS)

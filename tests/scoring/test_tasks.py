@@ -23,7 +23,7 @@ from lorasmith.records.scoring import TaskMetric, TaskResult
 from lorasmith.scoring import answers
 from lorasmith.scoring.answers import cut, room_for
 from lorasmith.scoring.paired import paired_tasks
-from lorasmith.scoring.tasks import evaluate_tasks
+from lorasmith.scoring.tasks import evaluate_tasks, foresee_questions
 from tests.tiny import save_adapter, save_base, tiny_rows
 
 
@@ -285,3 +285,15 @@ def test_a_flag_for_code_without_questions_is_refused(
     ]
     assert main.run([*map(str, command), "--run-code-anyway"]) == 2
     assert "--tasks" in capsys.readouterr().err
+
+
+def test_a_row_that_cannot_be_judged_is_refused_before_anything_is_answered(
+    place: Path, tmp_path: Path
+) -> None:
+    row = drop(1)
+    del row["metadata"]["golds"]
+    (tmp_path / "test.jsonl").write_text(json.dumps(drop(0)) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=r"'DROP/1' cannot be judged as one of DROP: metadata.golds"):
+        foresee_questions(tmp_path / "test.jsonl")
+    with pytest.raises(DataError, match=r"metadata\.golds is missing"):
+        evaluate_tasks(place / "base", tmp_path / "test.jsonl", tmp_path / "out")

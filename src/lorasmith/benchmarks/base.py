@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
+from pydantic import TypeAdapter, ValidationError
+
 from lorasmith.records.dataset import Example
 
 Scores = dict[str, float]
@@ -74,6 +76,10 @@ class Benchmark(ABC):
     graded: ClassVar[bool] = False
     """True where every published row has a difficulty: a file without any is damaged."""
 
+    needs: ClassVar[Mapping[str, Any]] = {}
+    """What a verdict reads of a row's metadata: field → its type, as pydantic takes it."""
+    may_lack: ClassVar[str] = ""
+    """The field of these that a public layout lacks; `judge` says then why there is no verdict."""
     runs_code: ClassVar[bool] = False
     """True where a verdict comes from running what a model wrote, in the sandbox."""
 
@@ -93,10 +99,24 @@ class Benchmark(ABC):
     def judge(self, example: Example, answer: str) -> Scores:
         """Score an answer that is not blank. Raises `Unscored` where no verdict is possible."""
 
+    def fault(self, example: Example) -> str:
+        """What is wrong with the metadata that a verdict needs, such as in a row made by hand; else empty."""
+        extra = example.metadata.extra()
+        for name, kind in self.needs.items():
+            if name not in extra:
+                return "" if name == self.may_lack else f"metadata.{name} is missing"
+            try:
+                TypeAdapter(kind).validate_python(extra[name], strict=True)
+            except ValidationError as error:
+                return f"metadata.{name}: {error.errors()[0]['msg']}"
+        return ""
+
     def score(self, example: Example, answer: str) -> Scores:
         """Score what a model wrote; raises `Unscored` for a blank answer and where no verdict is possible."""
         if not answer.strip():
             raise Unscored("the answer is empty")
+        if fault := self.fault(example):
+            raise Unscored(f"the row cannot be judged: {fault}")
         return self.judge(example, answer)
 
     def unpack(self, document: Any) -> Iterable[dict[str, Any]] | None:

@@ -5,11 +5,20 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from lorasmith.benchmarks.base import RowError, Scores, Unscored, canonical
 from lorasmith.records.dataset import Example
 
 LETTERS = "ABCD"
+
+CHOICE_NEEDS = {
+    "choices": Annotated[list[str], Field(min_length=len(LETTERS), max_length=len(LETTERS))],
+    "answer": Literal["A", "B", "C", "D"],
+}
+"""What a verdict on a letter reads of a row."""
 
 # A lower-case "a" is an article: "the answer is a force" names no letter.
 _STATED = re.compile(r"""\b(?i:answer)[\s:*]*(?:(?i:is)\b)?[\s:*("'\[]*([A-Db-d])\b(?!['’])""")

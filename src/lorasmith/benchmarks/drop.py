@@ -19,9 +19,10 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
+from annotated_types import MinLen
 
 from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, SourceRow, text
 from lorasmith.records.dataset import Example
@@ -161,6 +162,10 @@ Golds = list[list[str]]
 """Alternative answers, each a list of spans."""
 
 
+_Any = TypeVar("_Any")
+_Several = Annotated[list[_Any], MinLen(1)]
+
+
 class Drop(Benchmark):
     """9,536 development questions as published; the test answers are not public."""
 
@@ -168,6 +173,9 @@ class Drop(Benchmark):
     domain = "reading comprehension"
     source = "https://huggingface.co/datasets/ucinlp/drop"
     licence = "CC BY-SA 4.0"
+    needs: ClassVar[Mapping[str, Any]] = {
+        "golds": Annotated[list[Annotated[list[str], MinLen(1)]], MinLen(1)]
+    }
 
     def recognises(self, row: SourceRow) -> bool:
         fields = row.value.keys()

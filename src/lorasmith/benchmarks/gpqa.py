@@ -12,7 +12,14 @@ from __future__ import annotations
 
 from lorasmith.benchmarks import discover
 from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, SourceRow, text
-from lorasmith.benchmarks.choices import LETTERS, judge_letter, prompt_of, require_choices, seeded_order
+from lorasmith.benchmarks.choices import (
+    CHOICE_NEEDS,
+    LETTERS,
+    judge_letter,
+    prompt_of,
+    require_choices,
+    seeded_order,
+)
 from lorasmith.records.dataset import Example
 
 _WRONG = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
@@ -26,6 +33,8 @@ class Gpqa(Benchmark):
     domain = "science Q&A"
     source = "https://huggingface.co/datasets/Idavidrein/gpqa"
     licence = "CC BY 4.0, gated"
+    needs = CHOICE_NEEDS
+    may_lack = "choices"
     private = True
 
     def recognises(self, row: SourceRow) -> bool:

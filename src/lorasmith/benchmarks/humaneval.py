@@ -13,6 +13,8 @@ program is invalid, so nothing here strips.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, SourceRow, Unscored, text
 from lorasmith.benchmarks.sandbox import run
@@ -29,6 +31,7 @@ class HumanEval(Benchmark):
     domain = "code generation"
     source = "https://github.com/openai/human-eval"
     licence = "MIT"
+    needs: ClassVar[Mapping[str, Any]] = {"tests": str, "entry_point": str}
     runs_code = True
 
     def recognises(self, row: SourceRow) -> bool:

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, SourceRow, Unscored, text
 from lorasmith.records.dataset import Example
@@ -151,6 +151,7 @@ class Maths(Benchmark):
     source = "https://github.com/hendrycks/math"
     licence = "MIT, taken down by the rights holder of the problems"
     graded = True
+    needs: ClassVar[Mapping[str, Any]] = {"final_answer": str}
 
     def recognises(self, row: SourceRow) -> bool:
         fields = row.value.keys()

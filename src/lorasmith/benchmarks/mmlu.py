@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, SourceRow, text
-from lorasmith.benchmarks.choices import LETTERS, judge_letter, prompt_of, require_choices
+from lorasmith.benchmarks.choices import CHOICE_NEEDS, LETTERS, judge_letter, prompt_of, require_choices
 from lorasmith.records.dataset import Example
 
 _BARE = tuple("012345")
@@ -64,6 +64,7 @@ class Mmlu(Benchmark):
     domain = "multitask understanding"
     source = "https://huggingface.co/datasets/cais/mmlu"
     licence = "MIT"
+    needs = CHOICE_NEEDS
 
     def recognises(self, row: SourceRow) -> bool:
         fields = _lower(row.value)

@@ -249,7 +249,7 @@ def foresee_questions(test_set: StrPath, options: SampleOptions) -> None:
 
 
 def require_questions(examples: Sequence[Example], test_set: Path) -> list[int]:
-    """Rows of a benchmark that can be answered; raises `DataError` where there are none."""
+    """Rows of a benchmark that can be answered; `DataError` for none, and for one that cannot be judged."""
     known = [row for row, example in enumerate(examples) if answerable(example)]
     if not known:
         raise DataError(
@@ -258,6 +258,15 @@ def require_questions(examples: Sequence[Example], test_set: Path) -> list[int]:
             expected=f"metadata.source among {', '.join(BY_NAME)}",
             remedy="build the test set with `lorasmith testset build`, or validate without tasks",
         )
+    for row in known:  # before hours of answers, not at the first verdict
+        benchmark = BY_NAME[examples[row].metadata.source]
+        if fault := benchmark.fault(examples[row]):
+            raise DataError(
+                f"the row {examples[row].id!r} cannot be judged as one of {benchmark.name}: {fault}",
+                where=test_set,
+                expected=f"in its metadata: {', '.join(benchmark.needs)}",
+                remedy="build the test set with `lorasmith testset build`, or give the row another source",
+            )
     return known
 
 
