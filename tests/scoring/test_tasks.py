@@ -19,6 +19,7 @@ from lorasmith.benchmarks.drop import Drop
 from lorasmith.cli import main
 from lorasmith.errors import CheckpointError, DataError, MachineError
 from lorasmith.files.atomic import read_record
+from lorasmith.options import AnswerOptions
 from lorasmith.records.scoring import TaskMetric, TaskResult
 from lorasmith.scoring import answers
 from lorasmith.scoring.answers import cut, room_for
@@ -294,6 +295,6 @@ def test_a_row_that_cannot_be_judged_is_refused_before_anything_is_answered(
     del row["metadata"]["golds"]
     (tmp_path / "test.jsonl").write_text(json.dumps(drop(0)) + "\n" + json.dumps(row) + "\n")
     with pytest.raises(DataError, match=r"'DROP/1' cannot be judged as one of DROP: metadata.golds"):
-        foresee_questions(tmp_path / "test.jsonl")
+        foresee_questions(tmp_path / "test.jsonl", AnswerOptions())
     with pytest.raises(DataError, match=r"metadata\.golds is missing"):
         evaluate_tasks(place / "base", tmp_path / "test.jsonl", tmp_path / "out")
