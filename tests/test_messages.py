@@ -20,7 +20,8 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9]*(?:-[a-z0-9]+)*(?![\w-])")
 FOREIGN = {
     "remote/ssh.py": {
         "--secluded-args", "--recursive", "--copy-links", "--times", "--partial", "--append-verify", "--info",
-        "--no-inc-recursive", "--from0", "--files-from", "--timeout",
+        "--no-inc-recursive", "--from0", "--files-from", "--timeout", "--no-links", "--no-devices",
+        "--no-specials", "--chmod",
     },
     "remote/agent/requests.py": {"--query-gpu"},
     "remote/agent/supervise.py": {"--disable-pip-version-check"},

@@ -88,6 +88,6 @@ def test_mistakes_are_one_message_and_exit_2(
     assert run(monkeypatch, *flags) == 2
     assert "--base_model" in capsys.readouterr().err
     assert run(monkeypatch, *flags, "--base_model", place / "base", "--precision", "int4") == 2
-    assert "the precision is 'int4'" in capsys.readouterr().err
+    assert "--precision is 'int4'" in capsys.readouterr().err
     assert run(monkeypatch, "--lora_path", place / "no", "--output_path", place / "merged") == 2
     assert "does not exist" in capsys.readouterr().err
