@@ -248,11 +248,17 @@ def _check_writing(base: ModelConfig, merged: ModelConfig) -> Iterator[Finding]:
     """Fields that are written otherwise than in the base and load alike, or that the loader sets aside."""
     ours, theirs = flatten(base.body), flatten(merged.body)
     apart = [path for path in _differing(ours, theirs) if _name(path) not in FREE_FIELDS]
+    loaded = merged.loaded or {}
     for path in apart:
-        if path in theirs and not _is_heard(path, theirs[path], merged.loaded or {}):
+        if path in theirs and not _is_heard(path, theirs[path], loaded):
             text = f"{path} is {theirs[path]!r}, which transformers sets aside"
             yield _warning("field-not-read", text, "config.json")
     apart = [path for path in apart if _name(path) not in DERIVED_FIELDS]
+    absent = [path for path in apart if path in loaded and path not in theirs]
+    if absent:
+        # Another version, or another program, may have another default.
+        text = f"{', '.join(absent)}: absent, and the default of transformers is the base's value"
+        yield _warning("field-missing", text, "config.json")
     if apart:
         shown = ", ".join(apart[:5]) + (f" and {len(apart) - 5} more" if len(apart) > 5 else "")
         text = f"written otherwise than in the base: {shown}"
