@@ -43,10 +43,10 @@ class ChunkWork(Protocol[R]):
         """Give memory back before the next attempt."""
 
     def pack(self, result: R) -> bytes:
-        """For the journal."""
+        """The result as bytes: for the journal, and for the way from a worker."""
 
     def unpack(self, rows: Rows, packed: bytes) -> R:
-        """From the journal."""
+        """The result that was packed."""
 
     def conditions(self) -> Conditions:
         """What may decide the last digits of its results in this process."""

@@ -52,7 +52,7 @@ class WorkerPool:
 
     def results(self, waiting: ChunkQueue, spec: WorkSpec, wanted: int) -> Iterator[Result]:
         """Every chunk with its packed result, as they are done; `wanted` workers at most are put to it."""
-        return _Piece(self, waiting, spec).results(wanted)
+        return _PoolRun(self, waiting, spec).results(wanted)
 
     def first(self, count: int) -> list[Any]:
         """So many workers, new ones where there are too few."""
@@ -83,8 +83,8 @@ class WorkerPool:
         )
 
 
-class _Piece:
-    """One piece of work, and what the workers have of it."""
+class _PoolRun:
+    """One piece of work on a pool: which chunks wait, which are under way, and whose worker died."""
 
     def __init__(self, pool: WorkerPool, waiting: ChunkQueue, spec: WorkSpec) -> None:
         self._pool, self._ray, self._waiting, self._spec = pool, pool._ray, waiting, spec
@@ -206,9 +206,9 @@ class Cluster:
     workers: int | None = None
     """By default as many as the cluster has room for. A larger number lets a cluster grow that can."""
     threads: int | None = None
-    """Of each worker; by default those of this process. Equal threads give equal bytes."""
+    """Threads of each worker, by default those of this process. Equal threads give equal bytes."""
     gpus: float | None = None
-    """Of each worker; by default one where the work computes on a GPU."""
+    """GPUs of each worker, by default one where the work computes on a GPU."""
     start_seconds: float = 600.0
     """How long the first worker may take to come, as where a cluster grows on demand."""
     remote: bool = True

@@ -21,11 +21,11 @@ class WorkerReply(NamedTuple):
     status: str
     packed: bytes
     cpu_seconds: float = 0.0
-    """Of this process since its last answer."""
+    """Processor time of this process since its last answer."""
     peak_rss_bytes: int | None = None
-    """Since the present work was opened; None where the system does not tell."""
+    """Largest memory since the present work was opened; None where the system does not tell."""
     devices: frozenset[str] = frozenset()
-    """Of this machine, those that tell their energy or how busy they are."""
+    """Devices of this machine that tell their energy or how busy they are."""
 
 
 class Worker:

@@ -213,7 +213,7 @@ class LoadedModel:
     tokenizer: Any
     architecture: str
     parameters: int
-    """Of the base model, tied tensors once; the adapter's are not counted."""
+    """Parameters of the base model, tied tensors counted once and the adapter's not at all."""
     vocabulary: int
     """Rows of the embedding."""
     context: int | None

@@ -41,9 +41,9 @@ class Inputs:
     """Model, and adapter or merged model where there is one."""
     test_set: Path
     digests: tuple[str, ...]
-    """Of the folders."""
+    """Digest of each folder."""
     file: FileDigest
-    """Of the test set."""
+    """Name, size and digest of the test set."""
 
     @classmethod
     def of(cls, folders: Sequence[Path], test_set: Path) -> Inputs:

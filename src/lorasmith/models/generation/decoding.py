@@ -64,7 +64,7 @@ class Request:
     """The caller's number for it."""
     tokens: Sequence[int]
     seed: int = 0
-    """Of its random numbers."""
+    """Seed of the random numbers of this request."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class GeneratedAnswer:
     end: int | None = None
     """The token that ended it, where one did."""
     logprobs: list[float] = field(default_factory=list)
-    """Of each chosen token, the end token included, under the model's own distribution; nats."""
+    """Log-probability (nats) of each chosen token and of the end token, under the model's own distribution."""
     top: list[tuple[list[int], list[float]]] = field(default_factory=list)
     """At each of those places the likeliest tokens and their log-probabilities."""
     error: str = ""
@@ -111,7 +111,7 @@ class Sampling:
     top_k: int = 0
     """0 for no limit."""
     seed: int = 0
-    """Of everything random; not used by greedy decoding."""
+    """Seed of everything random; greedy decoding does not use it."""
 
     @classmethod
     def of(cls, options: SamplingOptions, seed: int) -> Sampling:

@@ -61,7 +61,7 @@ def stop_tokens(loaded: LoadedModel, template: str) -> list[int]:
 
 
 def ending_tokens(tokenizer: Any, named: int | list[int] | None, template: str) -> list[int]:
-    """The same where no model is loaded; `named` is what its generation config calls EOS."""
+    """What ends an answer, where no model is loaded; `named` is what its generation config calls EOS."""
     tokens: set[int] = set()
     for value in (tokenizer.eos_token_id, named):
         tokens.update(value if isinstance(value, list) else [] if value is None else [value])

@@ -218,7 +218,7 @@ def run_adapter(asked: Comparison, stack: ExitStack) -> AdapterRun:
 
 
 def run_merged(asked: Comparison, work: Workload, stack: ExitStack) -> MergedRun:
-    """The same for the merged model, on the adapter's tokens."""
+    """Run the merged model on the adapter's tokens; the journal of its states stays open on `stack`."""
     scorer = Scorer.load(
         asked.merged,
         asked.test_set,
