@@ -79,7 +79,7 @@ class GeneratedAnswer:
     end: int | None = None
     """The token that ended it, where one did."""
     logprobs: list[float] = field(default_factory=list)
-    """Log-probability (nats) of each chosen token and of the end token, under the model's own distribution."""
+    """Log-probability (nats) of each chosen token and of the end token, by the model's own distribution."""
     top: list[tuple[list[int], list[float]]] = field(default_factory=list)
     """At each of those places the likeliest tokens and their log-probabilities."""
     error: str = ""
