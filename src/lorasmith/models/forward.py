@@ -102,24 +102,24 @@ def tree_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attend = _attend_in_blocks if _computes_in_blocks(query) else _attend_by_kernel
     queries, keys, values = (part[0].transpose(0, 1) for part in (query, key, value))
-    found = queries.new_empty(*queries.shape[:2], value.shape[-1])
+    attended = queries.new_empty(*queries.shape[:2], value.shape[-1])
     for piece in held.pieces:
         spans = _merged([*piece.before, (piece.start, piece.stop)])
         seen_keys, seen_values = _joined(keys, spans), _joined(values, spans)
         own = slice(piece.start, piece.stop)
-        attend(queries[own], seen_keys, seen_values, scale, found[own])
-    return found[None], None
+        attend(queries[own], seen_keys, seen_values, scale, attended[own])
+    return attended[None], None
 
 
 def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """The same stretches, those that adjoin as one."""
-    found = [spans[0]]
+    joined = [spans[0]]
     for start, stop in spans[1:]:
-        if found[-1][1] == start:
-            found[-1] = (found[-1][0], stop)
+        if joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
         else:
-            found.append((start, stop))
-    return found
+            joined.append((start, stop))
+    return joined
 
 
 def _joined(tokens: torch.Tensor, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
@@ -151,9 +151,9 @@ def _attend_in_blocks(
         asked = (queries[start:stop] * scale).view(rows, groups, shared, width).permute(1, 2, 0, 3)
         scores = torch.bmm(asked.reshape(groups, shared * rows, width), keys[..., :until])
         scores.view(groups, shared, rows, until)[..., until - rows :].add_(_later(rows, scores.dtype))
-        found = torch.bmm(torch.softmax(scores, -1), values[:, :until])
+        attended = torch.bmm(torch.softmax(scores, -1), values[:, :until])
         out[start:stop].view(rows, groups, shared, -1).copy_(
-            found.view(groups, shared, rows, -1).permute(2, 0, 1, 3)
+            attended.view(groups, shared, rows, -1).permute(2, 0, 1, 3)
         )
 
 
@@ -165,7 +165,7 @@ def _attend_by_kernel(
     mask = None
     if n < m:
         mask = torch.ones(n, m, dtype=torch.bool, device=queries.device).tril(m - n)
-    found = functional.scaled_dot_product_attention(
+    attended = functional.scaled_dot_product_attention(
         queries.transpose(0, 1)[None],
         keys.transpose(0, 1).repeat_interleave(shared, 0)[None],
         values.transpose(0, 1).repeat_interleave(shared, 0)[None],
@@ -173,7 +173,7 @@ def _attend_by_kernel(
         is_causal=mask is None,
         scale=scale,
     )
-    out.copy_(found[0].transpose(0, 1))
+    out.copy_(attended[0].transpose(0, 1))
 
 
 CHUNK = 512
@@ -309,11 +309,11 @@ def run_model(model: Any, batch: Batch) -> Any:
     if not batch.pieces:
         return model(input_ids=batch.ids, use_cache=False)
     with attend_by_pieces(model, batch.pieces) as attended:
-        found = model(input_ids=batch.ids, position_ids=batch.places, use_cache=False)
+        output = model(input_ids=batch.ids, position_ids=batch.places, use_cache=False)
     layers = model.config.get_text_config().num_hidden_layers
     if attended.calls != layers:
         raise UnsupportedAttention(f"{layers - attended.calls} of its {layers} layers do not attend as usual")
-    return found
+    return output
 
 
 def _known_transform(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -336,14 +336,14 @@ def _known_transform(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def first_non_finite(model: Any, batch: Batch) -> str | None:
     """Name of the first module whose output is not finite on `batch`; None when all of them are."""
-    found: list[str] = []
+    broken: list[str] = []
 
     def look(name: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else output
             floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-            if floating and not found and not torch.isfinite(value).all():
-                found.append(name or type(module).__name__)
+            if floating and not broken and not torch.isfinite(value).all():
+                broken.append(name or type(module).__name__)
 
         return hook
 
@@ -353,4 +353,4 @@ def first_non_finite(model: Any, batch: Batch) -> str | None:
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else None
+    return broken[0] if broken else None

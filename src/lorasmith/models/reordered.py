@@ -68,8 +68,8 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     left = _along(input, -1, order)
     parts = weight.split(max(1, _COPIED // weight.shape[-1]))
     products = [torch.nn.functional.linear(left, _along(part, -1, order)) for part in parts]
-    found = products[0] if len(products) == 1 else torch.cat(products, -1)
-    return found if bias is None else found + bias
+    product = products[0] if len(products) == 1 else torch.cat(products, -1)
+    return product if bias is None else product + bias
 
 
 def _reordered(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

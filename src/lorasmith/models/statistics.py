@@ -46,10 +46,10 @@ def group_rows(metadata: Sequence[Mapping[str, str]]) -> dict[str, dict[str, lis
     keys = [(name,) for name in _DIMENSIONS] + crossings
     grouped: dict[str, dict[str, list[int]]] = {}
     for key in keys:
-        found: dict[str, list[int]] = {}
+        members: dict[str, list[int]] = {}
         for index, row in enumerate(metadata):
-            found.setdefault(" / ".join(row[name] for name in key), []).append(index)
-        grouped[" × ".join(key)] = dict(sorted(found.items()))
+            members.setdefault(" / ".join(row[name] for name in key), []).append(index)
+        grouped[" × ".join(key)] = dict(sorted(members.items()))
     return grouped
 
 

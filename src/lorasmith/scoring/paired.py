@@ -62,9 +62,9 @@ def paired_effects(
     groups = {
         dimension: {
             name: paired_effect(loss_a[rows], loss_b[rows], tokens[rows], seed)
-            for name, rows in found.items()
+            for name, rows in members.items()
         }
-        for dimension, found in group_rows(a).items()
+        for dimension, members in group_rows(a).items()
     }
     return overall, groups
 
@@ -129,11 +129,11 @@ def _verdict(interval: Interval | None, p_value: float, *, better: str) -> str:
 
 
 def _read_scores(path: Path) -> dict[tuple[str, str], dict[str, float]]:
-    found: dict[tuple[str, str], dict[str, float]] = {}
+    scores_by_metric: dict[tuple[str, str], dict[str, float]] = {}
     for row in read_table(path, ["id", "benchmark", "metrics", "scores"]).to_pylist():
         for metric, score in zip(row["metrics"], row["scores"], strict=True):
-            found.setdefault((row["benchmark"], metric), {})[row["id"]] = score
-    return found
+            scores_by_metric.setdefault((row["benchmark"], metric), {})[row["id"]] = score
+    return scores_by_metric
 
 
 # Task accuracy of two models by group, paired on the examples: each by its benchmark's main metric.
@@ -168,8 +168,8 @@ def paired_quality(
         overall=effect(range(len(both)), "all"),
         metrics=paired_tasks(a_parquet, b_parquet, seed=seed),
         groups={
-            dimension: {name: effect(rows, name) for name, rows in found.items()}
-            for dimension, found in groups.items()
+            dimension: {name: effect(rows, name) for name, rows in members.items()}
+            for dimension, members in groups.items()
         },
         unscored=len(own) - len(both),
     )
@@ -177,9 +177,9 @@ def paired_quality(
 
 def _main_scores(path: Path, metrics: Sequence[str]) -> dict[str, tuple[str, float] | None]:
     """Id → main metric and its value; None without a verdict."""
-    found: dict[str, tuple[str, float] | None] = {}
+    main_scores: dict[str, tuple[str, float] | None] = {}
     for row in read_table(path, ["id", "metrics", "scores"]).to_pylist():
         scores = dict(zip(row["metrics"], row["scores"], strict=True))
         main = next((name for name in metrics if name in scores), None)
-        found[row["id"]] = None if main is None else (main, scores[main])
-    return found
+        main_scores[row["id"]] = None if main is None else (main, scores[main])
+    return main_scores

@@ -370,10 +370,10 @@ def flips(examples: Sequence[Example], rows: Sequence[TokenPairs]) -> list[Flip]
 
 def per_example(examples: Sequence[Example], rows: Sequence[TokenPairs]) -> list[ExampleComparison]:
     """One line for each example."""
-    found = []
+    compared = []
     for example, row in zip(examples, rows, strict=True):
         difference = row.logprob_a.astype(np.float64) - row.logprob_b
-        found.append(
+        compared.append(
             ExampleComparison(
                 id=example.id,
                 tokens=len(row),
@@ -383,4 +383,4 @@ def per_example(examples: Sequence[Example], rows: Sequence[TokenPairs]) -> list
                 flips=int(np.count_nonzero(row.top_a != row.top_b)),
             )
         )
-    return found
+    return compared
