@@ -16,15 +16,13 @@ from lorasmith.cli.main import run
 def main() -> int:
     """Returns the exit code of `lorasmith testset build`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--samples-per-benchmark", type=int, default=100)
     parser.add_argument("--benchmarks-dir", default="data/benchmarks")
     parser.add_argument("--output-file", default="data/benchmarks/validation_test.jsonl")
-    parser.add_argument("--seed", type=int, default=42)
     asked, more = parser.parse_known_args()
     return run(
         [
             *("testset", "build", "--benchmarks", asked.benchmarks_dir, "--output", asked.output_file),
-            *("--samples-per-benchmark", str(asked.samples_per_benchmark), "--seed", str(asked.seed), *more),
+            *more,
         ]
     )
 

@@ -26,16 +26,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--train_file", required=True)
     parser.add_argument("--output_file", type=Path, required=True)
-    parser.add_argument("--test_size", type=int, default=200)
-    parser.add_argument("--stratify_by", default="difficulty,domain")
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--test_size", type=int)
+    parser.add_argument("--stratify_by")
+    parser.add_argument("--seed", type=int)
     parser.add_argument("--no_backup", action="store_true")
     parser.add_argument("--remove", action="store_true")
     asked = parser.parse_args()
-    arguments = [
-        *("testset", "split", "--train", asked.train_file, "--output", str(asked.output_file)),
-        *("--size", str(asked.test_size), "--stratify-by", asked.stratify_by, "--seed", str(asked.seed)),
-    ]
+    arguments = ["testset", "split", "--train", asked.train_file, "--output", str(asked.output_file)]
+    given = {"--size": asked.test_size, "--stratify-by": asked.stratify_by, "--seed": asked.seed}
+    arguments += [text for flag, value in given.items() if value is not None for text in (flag, str(value))]
     arguments += ["--no-backup"] if asked.no_backup else []
     arguments += ["--remove"] if asked.remove else []
     code = run(arguments)

@@ -23,8 +23,8 @@ def main() -> int:
     parser.add_argument("--lora_path", type=Path, required=True, help="the adapter")
     parser.add_argument("--output_path", type=Path, required=True, help="folder for the merged model")
     parser.add_argument("--base_model", help="its folder, or org/name[@revision] on the hub")
-    parser.add_argument("--precision", default="base", help="bfloat16, float16, float32 or base (as it is)")
-    parser.add_argument("--rounding", default="nearest", help="as `lorasmith merge --rounding`")
+    parser.add_argument("--precision", help="bfloat16, float16, float32 or base (as it is)")
+    parser.add_argument("--rounding", help="as `lorasmith merge --rounding`")
     parser.add_argument("--verify", action="store_true", help="prove every element of the result")
     asked = parser.parse_args()
     return guarded(lambda: merge_adapter(asked))
@@ -41,7 +41,7 @@ def merge_adapter(asked: argparse.Namespace) -> int:
     named = asked.base_model or base_of(adapter, flag="--base_model")
     base = local_model(named, [adapter], progress=bar)
     print(f"Merging LoRA adapter into base model {named} ...")
-    options = {"precision": asked.precision, "rounding": asked.rounding}
+    options = {name: vars(asked)[name] for name in ("precision", "rounding") if vars(asked)[name]}
     proofs.show_merge(lorasmith.merge(base, adapter, output, progress=bar, **options), console())
     print(f"✓ Merge complete: {output}")
     if not asked.verify:

@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--batch_size", type=int, help="rows of a batch at most")
     parser.add_argument("--base_path", type=Path)
     parser.add_argument("--merged_path", type=Path)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device")
     asked = parser.parse_args()
     return guarded(lambda: validate_models(asked))
 
@@ -49,7 +49,9 @@ def validate_models(asked: argparse.Namespace) -> int:
     adapter, output = asked.model_path, asked.output_dir
     named = asked.base_path or base_of(adapter, flag="--base_path")
     base = local_model(named, [adapter], progress=bar)
-    options: dict[str, Any] = {"device": asked.device, "batch_size": asked.batch_size, "progress": bar}
+    options: dict[str, Any] = {"batch_size": asked.batch_size, "progress": bar}
+    if asked.device:
+        options["device"] = asked.device
     if not asked.skip_merged:
         options["states"] = output / STATES
     lora = lorasmith.validate(base, asked.test_file, output, adapter=adapter, **options)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import runpy
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 import typer
 
+import lorasmith
 from lorasmith import options
-from lorasmith.cli.flags import CommandGroup, Given, add_command
+from lorasmith.cli import COMMANDS, GROUPS
+from lorasmith.cli.flags import CommandGroup, Given, add_command, taken
 from lorasmith.cli.main import run
-from lorasmith.options import ClusterOptions, Options, ScoringOptions, ValidateOptions
-from lorasmith.options.base import Flag
+from lorasmith.options import ClusterOptions, Options, RunOptions, ScoringOptions, ValidateOptions
+from lorasmith.options.base import Flag, panel_of
+from lorasmith.options.keywords import documented
 from lorasmith.options.values import Count, OneOrSeveral, OrAuto
 
 
@@ -126,3 +131,56 @@ def test_a_wrong_value_is_told_before_anything_is_loaded(capsys: pytest.CaptureF
     needed = ["--model", "m", "--test-set", "t", "--output", "o"]
     assert run(["validate", *needed, "--loss-on", "prompt"]) == 2
     assert capsys.readouterr().err == "error: --loss-on is 'prompt'\n  expected: response or all\n"
+
+
+def test_a_field_more_in_a_run_is_a_flag_a_key_a_keyword_and_a_line_of_the_reference(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    class Wider(RunOptions):
+        sharpness: Annotated[Count | None, Flag(default="none")] = None
+        """Sharpness of the knife."""
+
+    monkeypatch.setattr(options, "RunOptions", Wider)
+    monkeypatch.setattr("lorasmith.runs.config.RunOptions", Wider)
+    (tmp_path / "run.toml").write_text("sharpness = 3\n")
+    needed = ["--base", "b", "--adapter", "a", "--test-set", "t", "--output", "o", "--print-config"]
+    assert run(["run", *needed, "--config", str(tmp_path / "run.toml")]) == 0
+    assert "sharpness = 3\n" in capsys.readouterr().out
+    assert run(["run", *needed, "--config", str(tmp_path / "run.toml"), "--sharpness", "4"]) == 0
+    assert "sharpness = 4\n" in capsys.readouterr().out
+    row = "| `--sharpness` | none | Sharpness of the knife. |"
+    assert row in reference_page().split("## lorasmith run\n")[1].split("\n## ")[0]
+
+    @documented(Wider)
+    def cook(options: Wider | None = None, **given: Any) -> Wider:
+        """Cook."""
+        return Wider.given(options, given)
+
+    assert "- `sharpness`: Sharpness of the knife." in (cook.__doc__ or "")
+    assert signature(cook).parameters["sharpness"].default is None
+    assert cook(base="b", adapter="a", test_set="t", output="o", sharpness=5).sharpness == 5
+
+
+def reference_page() -> str:
+    """The command-line reference, as its script makes it now."""
+    place = Path(__file__).parents[2] / "scripts" / "reference.py"
+    return str(runpy.run_path(str(place))["reference"]())
+
+
+@pytest.mark.parametrize(
+    "name", ["merge", "validate", "compare", "train", "respond", "speculate", "compress"]
+)
+def test_python_shows_the_options_that_the_command_has(name: str) -> None:
+    shown = signature(getattr(lorasmith, name)).parameters
+    model = getattr(options, f"{name.capitalize()}Options")
+    for field, info in model.model_fields.items():
+        assert shown[field].default == info.get_default(call_default_factory=True)
+    assert "given" not in shown
+
+
+def test_every_command_names_what_it_takes_in_a_known_group() -> None:
+    for command in [command for _, command in COMMANDS] + [
+        command for _, _, commands in GROUPS for _, command in commands
+    ]:
+        for one in taken(command).values():
+            assert all(panel_of(one.model, name) in options.PANELS for name in one.names)

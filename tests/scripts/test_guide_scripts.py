@@ -95,6 +95,6 @@ def test_create_test_set_takes_the_guides_flags_and_keeps_the_training_file(tmp_
 
 def test_a_mistake_is_one_message_and_exit_2(tmp_path: Path) -> None:
     done = run(tmp_path, "convert_benchmarks_to_test.py", "--samples-per-benchmark", "0")
-    assert done.returncode == 2 and "at least 1" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "1 or more" in done.stderr and "Traceback" not in done.stderr
     done = run(tmp_path, "phase1_create_test_set.py", "--train_file", "no.jsonl", "--output_file", "t.jsonl")
     assert done.returncode == 2 and "does not exist" in done.stderr and "Traceback" not in done.stderr

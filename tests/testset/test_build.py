@@ -110,8 +110,7 @@ def test_another_seed_gives_other_rows(five: Path, tmp_path: Path) -> None:
 
 def test_sizes_per_benchmark_and_a_file_with_fewer_rows_is_said(five: Path, tmp_path: Path) -> None:
     output = tmp_path / "test.jsonl"
-    sizes = {"drop": 3, "mmlu": 100}
-    statistics = build(five, output, samples_per_benchmark=sizes, only=["drop", "mmlu"])
+    statistics = build(five, output, samples_per_benchmark=100, samples=["drop=3"], only=["drop", "mmlu"])
     assert statistics.by_source == {"DROP": 3, "MMLU": 40}
     assert statistics.asked == {"DROP": 3, "MMLU": 100}
     assert codes(output) == {"fewer-than-asked"}
@@ -153,7 +152,7 @@ def test_measured_losses_must_cover_every_row(five: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_sizes_below_one_are_refused(five: Path, tmp_path: Path, size: int) -> None:
-    with pytest.raises(UsageError, match="at least 1"):
+    with pytest.raises(UsageError, match="1 or more"):
         build(five, tmp_path / "t.jsonl", samples_per_benchmark=size)
 
 

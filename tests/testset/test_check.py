@@ -14,7 +14,7 @@ from lorasmith.files.atomic import read_record, write_record
 from lorasmith.files.jsonl import read_examples
 from lorasmith.records.dataset import ContaminationRecord, DatasetStatistics
 from lorasmith.testset.check import check
-from lorasmith.testset.overlap import Settings, jaccard, repeats, shingles
+from lorasmith.testset.overlap import jaccard, repeats, shingles
 from lorasmith.testset.rows import describe
 
 VOCABULARY = [f"word{number}" for number in range(2000)]
@@ -80,9 +80,7 @@ def test_a_run_of_13_words_is_found_and_one_of_12_is_not(clean: Any) -> None:
     assert hidden.hits[0].score == pytest.approx(1 / 48, abs=1e-6)
     shorter = run(clean, [*clean[3], ("before it all", " ".join(words[10:22]) + " and after")])
     assert shorter.verdict == "independent"
-    wider = run(
-        clean, [*clean[3], ("before", " ".join(words[10:22]) + " after")], settings=Settings(ngram=12)
-    )
+    wider = run(clean, [*clean[3], ("before", " ".join(words[10:22]) + " after")], ngram=12)
     assert kinds(wider) == {("ngram", "t7", "r300")}
 
 
@@ -127,11 +125,13 @@ def test_all_hits_are_those_of_plain_python(tmp_path: Path) -> None:
 
     test = [(few(draw.randint(5, 30)), few(draw.randint(1, 9))) for _ in range(25)]
     train = [(few(draw.randint(5, 60)), few(draw.randint(1, 20))) for _ in range(200)]
-    settings = Settings(ngram=4, shingle=2, similarity=0.15, common=1.0)
     record = check(
         write(tmp_path / "test.jsonl", test, "t"),
         [write(tmp_path / "train.jsonl", train, "r")],
-        settings=settings,
+        ngram=4,
+        shingle=2,
+        similarity=0.15,
+        common=1.0,
     )
     ngram = near = exact = 0
     for prompt, response in test:
@@ -222,9 +222,9 @@ def test_no_training_file_is_a_usage_error(clean: Any) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"ngram": 1}, {"shingle": 0}, {"similarity": 0.0}, {"similarity": 1.5}])
-def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any]) -> None:
+def test_settings_that_make_no_sense_are_refused(clean: Any, changes: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        Settings(**changes)
+        run(clean, clean[3], **changes)
 
 
 def test_prefix_filtering_misses_no_pair() -> None:

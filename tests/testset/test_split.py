@@ -180,7 +180,7 @@ def test_gzip_stays_gzip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, -5])
 def test_sizes_below_one_are_refused(train: Path, tmp_path: Path, size: int) -> None:
-    with pytest.raises(UsageError, match="at least 1"):
+    with pytest.raises(UsageError, match="1 or more"):
         split(train, tmp_path / "test.jsonl", size=size)
 
 

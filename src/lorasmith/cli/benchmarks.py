@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorasmith.cli.options import AsJson
 
+if TYPE_CHECKING:
+    from lorasmith.options import BenchmarkOptions
+
 
 def fetch(
     output: Annotated[Path, typer.Option(help="Folder for the benchmarks.", metavar="DIR")],
-    only: Annotated[
-        list[str] | None, typer.Option(help="Names of benchmarks, with commas or given again. [all five]")
-    ] = None,
+    *,
+    options: BenchmarkOptions,
     as_json: AsJson = False,
 ) -> None:
     """Download DROP, GPQA, HumanEval, MATH-500 and MMLU from the Hugging Face hub, pinned and checked.
@@ -29,8 +31,7 @@ def fetch(
     from lorasmith.errors import ExitCode
     from lorasmith.machine.resources import human_bytes
 
-    names = [name.strip() for entry in only or [] for name in entry.split(",") if name.strip()]
-    record = fetch_benchmarks(output, only=names or None, progress=bar)
+    record = fetch_benchmarks(output, only=options.only or None, progress=bar)
     if as_json:
         show_record(record)
     else:

@@ -12,6 +12,7 @@ from lorasmith.cli.console import say
 from lorasmith.cli.options import AsJson, PublicKey
 
 if TYPE_CHECKING:
+    from lorasmith.options import PackageOptions
     from lorasmith.packaging.publish import Changes
 
 
@@ -20,7 +21,6 @@ def package(
     output: Annotated[
         Path | None, typer.Option(help="Folder of the package (RUN/package).", metavar="DIR")
     ] = None,
-    compression: Annotated[str, typer.Option(help="gzip, zstd or none.")] = "gzip",
     part_size: Annotated[
         str | None, typer.Option(help="Cut archives into parts of this size, such as 2GB.", metavar="SIZE")
     ] = None,
@@ -30,6 +30,8 @@ def package(
             help="Private key (PEM) to sign with, or `sigstore`.", metavar="KEY", envvar="LORASMITH_SIGN"
         ),
     ] = None,
+    *,
+    options: PackageOptions,
     as_json: AsJson = False,
 ) -> None:
     """Pack a run again: evidence and merged model as archives, a manifest, and SHA256SUMS.
@@ -53,7 +55,7 @@ def package(
     manifest = pack(
         run,
         folder,
-        compression=compression,
+        compression=options.compression,
         part_size=parse_size(part_size) if part_size else None,
         report=partial(write_report, timings=False),
         signer=signer,

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasmith.cli.options import AsJson, Seed, TestSet
+from lorasmith.cli.options import AsJson
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lorasmith.options import BuildOptions, OverlapOptions, RowsInput, SplitOptions
     from lorasmith.records.dataset import DatasetStatistics, SplitRecord
 
 
@@ -22,22 +23,15 @@ def build(
     output: Annotated[
         Path, typer.Option(help="The test set; statistics.json and findings.json beside it.", metavar="FILE")
     ],
-    samples_per_benchmark: Annotated[int, typer.Option(help="Rows of each benchmark.")] = 100,
-    samples: Annotated[
-        list[str] | None, typer.Option(help="Rows of one benchmark, such as MATH=50; give it again for more.")
-    ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(help="Names of benchmarks, with commas or given again. [all five]")
-    ] = None,
-    difficulty: Annotated[str, typer.Option(help="guide, native or measured.")] = "guide",
     losses: Annotated[
         Path | None,
-        typer.Option(help="For measured: base.parquet of a validation of this test set.", metavar="FILE"),
+        typer.Option(
+            help="Losses for --difficulty measured: base.parquet of a validation of this test set.",
+            metavar="FILE",
+        ),
     ] = None,
-    seed: Seed = 42,
-    strict: Annotated[
-        bool, typer.Option("--strict/--no-strict", help="Stop at anything wrong with the files.")
-    ] = True,
+    *,
+    options: BuildOptions,
     as_json: AsJson = False,
 ) -> None:
     """Build a test set from DROP, GPQA, HumanEval, MATH and MMLU, recognised by content.
@@ -46,24 +40,12 @@ def build(
 
     Example: `lorasmith testset build --benchmarks data/benchmarks --output test_set.jsonl`
     """
-    from lorasmith.benchmarks.registry import choose
     from lorasmith.cli.console import bar, console, show_record
     from lorasmith.testset.build import build as build_test_set
     from lorasmith.testset.difficulty import read_losses
 
-    names = _names(only)
-    sizes = {benchmark.name: samples_per_benchmark for benchmark in choose(names)}
-    record = build_test_set(
-        benchmarks,
-        output,
-        samples_per_benchmark=sizes | _sizes(samples or []),
-        only=names,
-        difficulty=difficulty,
-        losses=read_losses(losses) if losses else None,
-        seed=seed,
-        strict=strict,
-        progress=bar,
-    )
+    found = read_losses(losses) if losses else None
+    record = build_test_set(benchmarks, output, options=options, losses=found, progress=bar)
     if as_json:
         show_record(record)
     else:
@@ -73,15 +55,8 @@ def build(
 def split(
     train: Annotated[Path, typer.Option(help="Training file (JSONL).", metavar="FILE")],
     output: Annotated[Path, typer.Option(help="The hold-out; split.json beside it.", metavar="FILE")],
-    size: Annotated[int, typer.Option(help="Rows to hold out, exactly.")] = 200,
-    stratify_by: Annotated[str, typer.Option(help="Fields, with commas.")] = "difficulty,domain",
-    seed: Seed = 42,
-    remove: Annotated[
-        bool, typer.Option("--remove", help="Take the rows out of the training file, atomically.")
-    ] = False,
-    backup: Annotated[
-        bool, typer.Option("--backup/--no-backup", help="With --remove: keep the training file as it was.")
-    ] = True,
+    *,
+    options: SplitOptions,
     as_json: AsJson = False,
 ) -> None:
     """Hold out a stratified test set from a training file, which stays as it is unless --remove is given.
@@ -91,17 +66,7 @@ def split(
     from lorasmith.cli.console import bar, console, show_record
     from lorasmith.testset.split import split as split_file
 
-    fields = [name.strip() for name in stratify_by.split(",") if name.strip()]
-    record = split_file(
-        train,
-        output,
-        size=size,
-        stratify_by=fields,
-        seed=seed,
-        remove=remove,
-        backup=backup,
-        progress=bar,
-    )
+    record = split_file(train, output, options=options, progress=bar)
     if as_json:
         show_record(record)
     else:
@@ -109,15 +74,15 @@ def split(
 
 
 def check(
-    test_set: TestSet,
+    rows: RowsInput,
     train: Annotated[
         list[Path], typer.Option("--train", help="Training file (JSONL); give all of them.", metavar="FILE")
     ],
     output: Annotated[Path | None, typer.Option(help="File for the record.", metavar="FILE")] = None,
     drop: Annotated[bool, typer.Option("--drop", help="Remove contaminated rows from the test set.")] = False,
-    ngram: Annotated[int, typer.Option(help="Words in a row that count as copied.")] = 13,
-    similarity: Annotated[float, typer.Option(help="Jaccard similarity that counts as near.")] = 0.8,
     allow: Annotated[int, typer.Option(help="Contaminated rows that are tolerated.")] = 0,
+    *,
+    options: OverlapOptions,
     as_json: AsJson = False,
 ) -> None:
     """Look for test rows in training data: exact copies, shared runs of words, near duplicates.
@@ -129,10 +94,8 @@ def check(
     from lorasmith.cli.console import bar, console, show_record
     from lorasmith.cli.views import records
     from lorasmith.testset.check import check as check_test_set
-    from lorasmith.testset.overlap import Settings
 
-    settings = Settings(ngram=ngram, similarity=similarity)
-    record = check_test_set(test_set, train, output, settings=settings, drop=drop, progress=bar)
+    record = check_test_set(rows.test_set, train, output, options=options, drop=drop, progress=bar)
     if as_json:
         show_record(record)
     else:
@@ -170,22 +133,3 @@ def show_split(record: SplitRecord, screen: Console) -> None:
     else:
         screen.print(f"{record.train.path} was left as it is (--remove takes the rows out)", markup=False)
     records.show_findings(record.findings, screen)
-
-
-def _names(only: list[str] | None) -> list[str] | None:
-    if not only:
-        return None
-    return [name.strip() for entry in only for name in entry.split(",") if name.strip()]
-
-
-def _sizes(samples: list[str]) -> dict[str, int]:
-    from lorasmith.benchmarks.registry import by_name
-    from lorasmith.errors import UsageError
-
-    sizes: dict[str, int] = {}
-    for entry in samples:
-        name, _, size = entry.partition("=")
-        if not size.strip().lstrip("-").isdigit():
-            raise UsageError(f"--samples {entry!r} gives no size", expected="NAME=ROWS, such as MATH=50")
-        sizes[by_name(name).name] = int(size)
-    return sizes

@@ -32,6 +32,7 @@ from lorasmith.options.inputs import (
 )
 from lorasmith.options.machine import ClusterOptions, DeviceOptions, SeedOptions, SpreadOptions
 from lorasmith.options.merging import MergeOptions, RoundingOptions
+from lorasmith.options.renting import CapOptions, DiskOptions, HoursOptions, MachineOptions, QueryOptions
 from lorasmith.options.run import (
     CardOptions,
     CompressTable,
@@ -60,7 +61,7 @@ from lorasmith.options.scoring import (
     TemplateOptions,
     ValidateOptions,
 )
-from lorasmith.options.testset import BuildOptions, OverlapOptions, SplitOptions
+from lorasmith.options.testset import BenchmarkOptions, BuildOptions, OverlapOptions, SplitOptions
 from lorasmith.options.training import OptimiserOptions, TrainOptions
 
 __all__ = [
@@ -70,7 +71,9 @@ __all__ = [
     "AnswerOptions",
     "BaseInput",
     "BatchOptions",
+    "BenchmarkOptions",
     "BuildOptions",
+    "CapOptions",
     "CardOptions",
     "ChatOptions",
     "ClusterOptions",
@@ -80,6 +83,7 @@ __all__ = [
     "CompressOptions",
     "CompressTable",
     "DeviceOptions",
+    "DiskOptions",
     "DraftOptions",
     "DraftTable",
     "Flag",
@@ -87,9 +91,11 @@ __all__ = [
     "FormatOptions",
     "GateOptions",
     "GenerateOptions",
+    "HoursOptions",
     "LearningOptions",
     "LimitOptions",
     "LossOptions",
+    "MachineOptions",
     "MemoryOptions",
     "MergeOptions",
     "MergedInput",
@@ -100,6 +106,7 @@ __all__ = [
     "PackageOptions",
     "PriceOptions",
     "QualityOptions",
+    "QueryOptions",
     "RespondOptions",
     "RespondTable",
     "ResponseOptions",

@@ -23,6 +23,7 @@ PANELS = (
     "Package",
     "Speed and memory",
     "Cost",
+    "Renting",
     "Cluster",
     "Display",
 )

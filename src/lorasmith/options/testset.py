@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from lorasmith.options.base import Flag, Options
 from lorasmith.options.machine import SeedOptions
-from lorasmith.options.values import Count, WithCommas
+from lorasmith.options.values import Count, Names, WithCommas
 
 
-class BuildOptions(SeedOptions):
+class BenchmarkOptions(Options):
+    """Which benchmarks are meant."""
+
+    only: Annotated[Names, Flag(metavar="NAMES", default="all five")] = ()
+    """Names of the benchmarks, with commas or given again."""
+
+
+class BuildOptions(BenchmarkOptions, SeedOptions):
     """What a caller of `build` may choose."""
 
     samples_per_benchmark: Count = 100
     """Number of rows of each benchmark."""
     samples: Annotated[tuple[str, ...], Flag(metavar="NAME=ROWS", default="as the others")] = ()
     """Number of rows of one benchmark, such as MATH=50; give it again for more."""
-    only: Annotated[tuple[str, ...], Flag(metavar="NAME", default="all five")] = ()
-    """Names of benchmarks, with commas or given again."""
     difficulty: Literal["guide", "native", "measured"] = "guide"
     """Policy by which rows are called easy, medium or hard."""
-    losses: Annotated[Path | None, Flag(metavar="FILE", default="none")] = None
-    """Losses for the measured difficulty: base.parquet of a validation of this test set."""
     strict: bool = True
     """Stop at anything wrong with the files."""
 
@@ -46,9 +48,14 @@ class SplitOptions(SeedOptions):
 
 
 class OverlapOptions(Options):
-    """What counts as the same row in test and training data."""
+    """From where on two texts count as the same."""
 
-    ngram: Count = 13
+    ngram: Annotated[int, Field(ge=2)] = 13
     """Number of words in a row that count as copied; a shorter row of 8 words at least counts as a whole."""
     similarity: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Jaccard similarity of the prompts' shingles that counts as near; 1 is equal, 0 shares nothing."""
+    shingle: Annotated[Count, Flag(hidden=True)] = 3
+    """Length of a shingle in words."""
+    common: Annotated[float, Field(gt=0, le=1), Flag(hidden=True)] = 0.5
+    """Part of the test rows (and 4 rows at least) from which on a run of words counts for nothing: it belongs
+    to the instructions."""

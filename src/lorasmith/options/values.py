@@ -25,6 +25,12 @@ def _several(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else () if value is None else (value,)
 
 
+def _names(value: Any) -> Any:
+    """Names with commas, or one by one."""
+    texts = [value] if isinstance(value, str) else value or ()
+    return [name.strip() for text in texts for name in str(text).split(",") if name.strip()]
+
+
 def _split(value: Any) -> Any:
     """`2,4,6` is a list of three."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
@@ -36,6 +42,7 @@ OrAuto = BeforeValidator(_or_auto)
 """Takes `auto` for no number."""
 OneOrSeveral = BeforeValidator(_several)
 WithCommas = BeforeValidator(_split)
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], LongType]
 Template = Literal["auto", "chat", "plain"]

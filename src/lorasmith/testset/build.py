@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lorasmith.benchmarks.base import Benchmark, SourceRow
 from lorasmith.benchmarks.discover import Candidate, FolderContents, read_folder, reject
@@ -12,6 +13,8 @@ from lorasmith.errors import DataError, UsageError
 from lorasmith.files.atomic import write_record
 from lorasmith.files.jsonl import write_examples
 from lorasmith.files.output_folder import require_own_record
+from lorasmith.options import BuildOptions
+from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import Finding
 from lorasmith.records.dataset import DatasetFindings, DatasetStatistics, Example, Metadata, RejectedRow
@@ -114,17 +117,15 @@ def across_benchmarks(candidates: Mapping[str, Sequence[Candidate]]) -> list[Fin
     ]
 
 
+@documented(BuildOptions)
 def build(
     benchmarks: Path,
     output: Path,
     *,
-    samples_per_benchmark: int | Mapping[str, int] = 100,
-    only: Sequence[str] | None = None,
-    difficulty: str = "guide",
+    options: BuildOptions | None = None,
     losses: Mapping[str, float] | None = None,
-    seed: int = 42,
-    strict: bool = True,
     progress: Progress = silent,
+    **given: Any,
 ) -> DatasetStatistics:
     """Sample each benchmark found below `benchmarks` into `output` (JSONL).
 
@@ -135,7 +136,8 @@ def build(
     Raises `UsageError` for unknown names or sizes, `DataError` when a wanted benchmark is absent or, with
     `strict`, when anything is wrong with the files.
     """
-    policies.require_policy(difficulty)
+    asked = BuildOptions.given(options, given)
+    difficulty, seed = asked.difficulty, asked.seed
     if (difficulty == "measured") != (losses is not None):
         raise UsageError(
             "the policy 'measured' and measured losses belong together",
@@ -146,8 +148,8 @@ def build(
     require_own_rows(output)
     for record in (statistics_file, findings_file):
         require_own_record(record)
-    wanted = choose(only)
-    sizes = _sizes(samples_per_benchmark, wanted)
+    wanted = choose(asked.only or None)
+    sizes = _sizes(asked, wanted)
     with progress("Read benchmarks", total=len(wanted), unit="set") as advance:
         contents = read_folder(benchmarks, BENCHMARKS, wanted, seed=seed)
         advance(len(wanted))
@@ -160,30 +162,25 @@ def build(
     if losses is not None:
         examples = policies.by_loss(examples, losses)
     _write_findings(findings_file, contents)
-    _stop_on_errors(contents, output, strict, examples)
+    _stop_on_errors(contents, output, asked.strict, examples)
     write_examples(output, examples)
     statistics = count(examples, digest(output), seed=seed, asked=sizes, findings=contents.findings)
     write_record(statistics_file, statistics)
     return statistics
 
 
-def _sizes(asked: int | Mapping[str, int], wanted: Sequence[Benchmark]) -> dict[str, int]:
-    if isinstance(asked, int):
-        sizes = {benchmark.name: asked for benchmark in wanted}
-    else:
-        named = {by_name(name).name: size for name, size in asked.items()}
-        unused = sorted(set(named) - {benchmark.name for benchmark in wanted})
-        if unused:
-            raise UsageError(f"a sample size is given for {', '.join(unused)}, which is not in use")
-        lacking = [benchmark.name for benchmark in wanted if benchmark.name not in named]
-        if lacking:
-            raise UsageError(
-                f"no sample size is given for {', '.join(lacking)}",
-                expected="a size for each benchmark in use, or one for all",
-            )
-        sizes = {benchmark.name: named[benchmark.name] for benchmark in wanted}
-    for name, size in sizes.items():
-        require_size(size, f"the sample size of {name}")
+def _sizes(asked: BuildOptions, wanted: Sequence[Benchmark]) -> dict[str, int]:
+    """Rows of each benchmark; raises `UsageError` for a size that is none, or of a benchmark not in use."""
+    sizes = {benchmark.name: asked.samples_per_benchmark for benchmark in wanted}
+    for entry in asked.samples:
+        named, _, size = entry.partition("=")
+        if not size.strip().lstrip("-").isdigit():
+            raise UsageError(f"--samples {entry!r} gives no size", expected="NAME=ROWS, such as MATH=50")
+        name = by_name(named).name
+        if name not in sizes:
+            raise UsageError(f"a sample size is given for {name}, which is not in use")
+        require_size(int(size), f"the sample size of {name}")
+        sizes[name] = int(size)
     return sizes
 
 

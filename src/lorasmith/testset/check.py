@@ -4,32 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.atomic import write_record
 from lorasmith.files.jsonl import read_examples, write_examples
 from lorasmith.files.output_folder import require_own_record
+from lorasmith.options import OverlapOptions
+from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
 from lorasmith.records.dataset import ContaminationRecord, Example
-from lorasmith.testset.overlap import Matcher, Settings
+from lorasmith.testset.overlap import Matcher
 from lorasmith.testset.rows import describe, digest
 
 
+@documented(OverlapOptions)
 def check(
     test_set: Path,
     train: Sequence[Path],
     output: Path | None = None,
     *,
-    settings: Settings | None = None,
+    options: OverlapOptions | None = None,
     drop: bool = False,
     progress: Progress = silent,
+    **given: Any,
 ) -> ContaminationRecord:
     """Compare each test row with each training row (JSONL); writes the record to `output` if given.
 
     A test row is contaminated when a training row has the same prompt or text but for case, punctuation and
-    spacing (`exact`), shares a run of `settings.ngram` words (`ngram`, as in Brown et al. 2020,
+    spacing (`exact`), shares a run of `ngram` words (`ngram`, as in Brown et al. 2020,
     arXiv:2005.14165, appendix C), or has a prompt with a Jaccard similarity of word shingles of at least
-    `settings.similarity` (`near`). `drop` removes contaminated rows from the test set, atomically.
+    `similarity` (`near`). `drop` removes contaminated rows from the test set, atomically.
 
     Raises `DataError` for unusable files, or when `drop` would leave no row.
     """
@@ -37,9 +42,9 @@ def check(
         raise UsageError("no training file was given", expected="at least one --train FILE")
     if output is not None:
         require_own_record(output)
-    settings = settings or Settings()
+    asked = OverlapOptions.given(options, given)
     examples = read_examples(test_set)
-    matcher = Matcher(examples, settings)
+    matcher = Matcher(examples, asked)
     digests = [digest(path) for path in train]
     total = sum(file.bytes for file in digests)
     rows = 0
@@ -61,7 +66,7 @@ def check(
         train=digests,
         rows_test=len(examples) - counts.get("dropped", 0),
         rows_train=rows,
-        parameters=settings.as_parameters(),
+        parameters={name: getattr(asked, name) for name in OverlapOptions.model_fields},
         counts=counts,
         hits=matcher.hits(),
     )

@@ -6,17 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lorasmith.benchmarks.base import Benchmark, Item
-from lorasmith.errors import DataError, UsageError, os_errors
+from lorasmith.errors import DataError, os_errors
 from lorasmith.files.inputs import open_input
 from lorasmith.records.dataset import Example
 
 POLICIES = ("guide", "native", "measured")
-
-
-def require_policy(name: str) -> None:
-    """Raise `UsageError` for an unknown policy."""
-    if name not in POLICIES:
-        raise UsageError(f"there is no difficulty policy {name!r}", expected=", ".join(POLICIES))
 
 
 def label(policy: str, benchmark: Benchmark, item: Item) -> tuple[str, str]:

@@ -15,16 +15,16 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lorasmith.errors import UsageError
 from lorasmith.files.jsonl import read_rows
+from lorasmith.options import OverlapOptions
 from lorasmith.records.dataset import ContaminationHit, Example
 from lorasmith.testset import rows as training_rows
 
@@ -196,30 +196,6 @@ _SHORTEST = 8
 """Shorter texts are compared as a whole only; Brown et al. use n-grams of 8 to 13 words as well."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """From where on two texts count as the same."""
-
-    ngram: int = 13
-    """Length in words; a test row with fewer words (but 8 at least) is looked for as a whole."""
-    shingle: int = 3
-    """Length in words."""
-    similarity: float = 0.8
-    """Jaccard similarity of the prompts' shingles: 1 is equal, 0 has nothing in common."""
-    common: float = 0.5
-    """Runs of `ngram` words in more than this part of the test rows (and in 4 at least) are instructions:
-    their words count for nothing."""
-
-    def __post_init__(self) -> None:
-        if self.ngram < 2 or self.shingle < 1:
-            raise UsageError("n-grams need 2 words at least, shingles 1")
-        if not 0 < self.similarity <= 1 or not 0 < self.common <= 1:
-            raise UsageError("similarity and common parts lie above 0 and not above 1")
-
-    def as_parameters(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 class _TrainRow(NamedTuple):
     name: str
     forms: tuple[str, str]
@@ -231,8 +207,8 @@ class _TrainRow(NamedTuple):
 class Matcher:
     """Holds the test rows; `read` streams training files past them."""
 
-    def __init__(self, examples: Sequence[Example], settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, examples: Sequence[Example], options: OverlapOptions) -> None:
+        self.options = options
         self.ids = [example.id for example in examples]
         self.prompts = [words(example.prompt) for example in examples]
         self.texts = [
@@ -244,13 +220,13 @@ class Matcher:
                 self.exact.setdefault(form, []).append(index)
         self.numbers = {word: number_of(word) for text in self.texts for word in text}
         self.indices = self._ngram_indices()
-        self.shingles = GramIndex([numbers_of(prompt) for prompt in self.prompts], settings.shingle)
+        self.shingles = GramIndex([numbers_of(prompt) for prompt in self.prompts], options.shingle)
         self.counts: Counter[str] = Counter(exact=0, ngram=0, near=0)
         self.best: dict[tuple[int, str], list[tuple[float, str, str]]] = {}
 
     def _ngram_indices(self) -> list[GramIndex]:
         """One index per length: the set one, and the own length of each shorter row."""
-        n = self.settings.ngram
+        n = self.options.ngram
         numbers = self._without_instructions()
         lengths = [min(n, len(text)) if len(text) >= min(n, _SHORTEST) else 0 for text in self.texts]
 
@@ -261,10 +237,10 @@ class Matcher:
 
     def _without_instructions(self) -> list[U64]:
         """The numbers of each test row's words, with gaps in place of what most test rows say alike."""
-        n = self.settings.ngram
+        n = self.options.ngram
         numbers = [numbers_of(text) for text in self.texts]
         rows = Counter(gram for own in numbers for gram in set(grams(own, n)[1].tolist()))
-        limit = max(3, self.settings.common * len(numbers))
+        limit = max(3, self.options.common * len(numbers))
         common = np.array([gram for gram, count in rows.items() if count > limit], np.uint64)
         for own in numbers:
             starts, hashes = grams(own, n)
@@ -302,13 +278,13 @@ class Matcher:
     def _near(self, path: Path, block: list[_TrainRow], numbers: U64, rows: NDArray[np.int32]) -> None:
         """Jaccard ≥ t needs at least t · (shingles of the test prompt) in common: few pairs get that far."""
         hits = self.shingles.find(numbers, rows)
-        enough = hits.shared >= self.settings.similarity * self.shingles.grams[hits.text]
+        enough = hits.shared >= self.options.similarity * self.shingles.grams[hits.text]
         for place, index in zip(hits.row[enough], hits.text[enough], strict=True):
             row = block[place]
-            own = shingles(self.prompts[index], self.settings.shingle)
-            other = shingles(row.words[: row.prompt_words], self.settings.shingle)
+            own = shingles(self.prompts[index], self.options.shingle)
+            other = shingles(row.words[: row.prompt_words], self.options.shingle)
             similarity = jaccard(own, other)
-            if similarity >= self.settings.similarity:
+            if similarity >= self.options.similarity:
                 self._hit("near", int(index), similarity, row.name, path)
 
     def _hit(self, kind: str, index: int, score: float, train_id: str, path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gzip
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from lorasmith.errors import DataError, UsageError, os_errors
 from lorasmith.files import jsonl
@@ -14,11 +15,13 @@ from lorasmith.files.atomic import atomic_file, read_record, write_record
 from lorasmith.files.jsonl import parse_row, read_lines, write_examples
 from lorasmith.files.output_folder import require_own_record
 from lorasmith.machine.resources import require_disk
+from lorasmith.options import SplitOptions
+from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.dataset import SplitRecord
 from lorasmith.testset.rows import digest, require_own_rows, to_example
-from lorasmith.testset.sampling import Choice, Reservoir, allocate, require_size, scan
+from lorasmith.testset.sampling import Choice, Reservoir, allocate, scan
 
 INDEPENDENCE = (
     "a hold-out is independent only if the training has not seen it: a model that was trained on this file "
@@ -26,16 +29,14 @@ INDEPENDENCE = (
 )
 
 
+@documented(SplitOptions)
 def split(
     train: Path,
     output: Path,
     *,
-    size: int,
-    stratify_by: Sequence[str] = ("difficulty", "domain"),
-    seed: int = 42,
-    remove: bool = False,
-    backup: bool = True,
+    options: SplitOptions | None = None,
     progress: Progress = silent,
+    **given: Any,
 ) -> SplitRecord:
     """Write exactly `size` rows of `train` (JSONL) to `output`, and `split.json` beside it.
 
@@ -47,8 +48,9 @@ def split(
 
     Raises `UsageError` for a wrong size or paths, `DataError` for unusable rows or too few of them.
     """
-    require_size(size, "the size of the hold-out")
-    fields = [name for name in stratify_by if name]
+    asked = SplitOptions.given(options, given)
+    size, seed, remove = asked.size, asked.seed, asked.remove
+    fields = [name for name in asked.stratify_by if name]
     with os_errors(train, "read"):
         if output.exists() and output.samefile(train):
             raise UsageError("the output is the training file itself", where=output, expected="another path")
@@ -77,7 +79,7 @@ def split(
         findings=_findings(reservoir, fields, shares, len(shared) - size, remove),
     )
     if remove:
-        record = _remove(train, shared, record, backup, output)
+        record = _remove(train, shared, record, asked.backup, output)
     else:
         write_record(_record_path(output), record)
     return record

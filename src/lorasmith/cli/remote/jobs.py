@@ -14,18 +14,15 @@ import typer
 from lorasmith.cli.console import say
 from lorasmith.cli.options import AsJson
 from lorasmith.cli.remote.rentals import (
-    Disk,
-    Hours,
-    Image,
-    MaxHours,
-    MaxPrice,
     choose_offer,
+    largest_cost,
     needs,
 )
 from lorasmith.errors import UsageError
 
 if TYPE_CHECKING:
     from lorasmith.cli.remote.command import RemoteCommand
+    from lorasmith.options import HoursOptions, MachineOptions
     from lorasmith.records.remote import RemoteJob, RemoteStatus, Rental
     from lorasmith.remote.rental.rent import Renter
     from lorasmith.remote.session import Session
@@ -148,17 +145,6 @@ def run(
         str | None,
         typer.Option(help='Rent a machine for it: conditions such as "gpu_name=H100_SXM num_gpus=1".'),
     ] = None,
-    max_cost: Annotated[
-        float | None, typer.Option(help="With --vast: US dollars in all at most; needed.")
-    ] = None,
-    max_price: MaxPrice = 4.0,
-    max_hours: MaxHours = 6.0,
-    offer: Annotated[
-        int | None, typer.Option(help="With --vast: number of the offer. [the cheapest]")
-    ] = None,
-    hours: Hours = None,
-    disk: Disk = None,
-    image: Image = None,
     identity: Identity = None,
     fingerprint: Fingerprint = None,
     folder: Annotated[str, typer.Option(help="lorasmith's folder there.")] = "~/.lorasmith",
@@ -170,6 +156,9 @@ def run(
         list[str] | None,
         typer.Option(help="Name of a variable to pass on, such as HF_TOKEN; its value is never written."),
     ] = None,
+    *,
+    machine: MachineOptions,
+    work: HoursOptions,
 ) -> None:
     """Run a command on another machine: upload, run detached, fetch, and verify every result.
 
@@ -221,23 +210,22 @@ def run(
         with looked_after(session):
             status = session.run(needs_gpu=sent.needs_gpu)
         ended(status)
-    if max_cost is None:
-        raise UsageError("--vast spends money", expected="--max-cost, in US dollars")
+    most = largest_cost(machine)
     # What would fail there in a quarter of an hour fails here, before money is spent.
     require_inputs(sent.inputs)
     require_free_outputs(sent.outputs)
     for name in env or []:
         value_of(name)
-    need = needs(sent, hours, disk)
-    renter = open_renter(max_price, max_cost, max_hours, say)
-    chosen = choose_offer(renter, str(vast), offer, need.disk)
+    need = needs(sent, work.hours, machine.disk)
+    renter = open_renter(machine.max_price, most, machine.max_hours, say)
+    chosen = choose_offer(renter, str(vast), machine.offer, need.disk)
     status = run_rented(
         renter,
         chosen,
         partial(make, price=chosen.price_per_hour),
         new_session,
         disk=need.disk,
-        image=image or IMAGE,
+        image=machine.image or IMAGE,
         needs_gpu=sent.needs_gpu,
         planned=need.estimate(chosen).dollars,
         outputs=[item.local for item in sent.outputs],

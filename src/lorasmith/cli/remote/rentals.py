@@ -14,6 +14,7 @@ from lorasmith.errors import LorasmithError, UsageError
 
 if TYPE_CHECKING:
     from lorasmith.cli.remote.command import RemoteCommand
+    from lorasmith.options import CapOptions, DiskOptions, HoursOptions, MachineOptions, QueryOptions
     from lorasmith.preflight.sizes import ModelSize, WorkSize
     from lorasmith.records.remote import Rental
     from lorasmith.remote.rental.job import Estimate
@@ -38,6 +39,13 @@ def looking_renter() -> Renter:
     from lorasmith.remote.rental.rent import open_renter
 
     return open_renter(_NO_CAP, _NO_CAP, _NO_CAP, say)
+
+
+def largest_cost(caps: CapOptions) -> float:
+    """What renting may cost; raises `UsageError` where nobody has said."""
+    if caps.max_cost is None:
+        raise UsageError("renting spends money", expected="--max-cost, in US dollars")
+    return caps.max_cost
 
 
 def choose_offer(renter: Renter, query: str, number: int | None, disk: float) -> Offer:
@@ -132,25 +140,14 @@ def _sizes(values: dict[str, Any]) -> tuple[ModelSize, WorkSize] | None:
     return model_size(base, adapter, base.total_bytes), work_size(rows, base.folder)
 
 
-Query = Annotated[str, typer.Option(help='Conditions on offers: "gpu_name=H100_SXM num_gpus=1".')]
-MaxPrice = Annotated[float, typer.Option(help="US dollars an hour at most.")]
-MaxCost = Annotated[float, typer.Option(help="US dollars in all at most; the machine is destroyed at it.")]
-MaxHours = Annotated[float, typer.Option(help="Hours at most; the machine is destroyed at them.")]
-Disk = Annotated[float | None, typer.Option(help="GB of disk. [what the command needs]")]
-Hours = Annotated[
-    float | None,
-    typer.Option(help="Hours of the work itself, for the estimate. [worked out from a run's sizes]"),
-]
-Image = Annotated[str | None, typer.Option(help="Docker image. [the provider's own]")]
-
-
 def offers(
     command: Annotated[
         list[str] | None, typer.Argument(help="After --: the command, so that its data is counted.")
     ] = None,
-    query: Query = "",
-    hours: Hours = None,
-    disk: Disk = None,
+    *,
+    query: QueryOptions,
+    work: HoursOptions,
+    room: DiskOptions,
     limit: Annotated[int, typer.Option(help="Offers to show.")] = 15,
 ) -> None:
     """Offers of Vast.ai, with what this run would cost on each: set-up, work, disk and traffic.
@@ -160,9 +157,9 @@ def offers(
     from lorasmith.cli.console import console, table
     from lorasmith.cli.remote.command import read_command
 
-    need = needs(read_command(command) if command else None, hours, disk)
-    known = looking_renter().provider.offers(query, need.disk)[:limit]
-    require_offers(known, query)
+    need = needs(read_command(command) if command else None, work.hours, room.disk)
+    known = looking_renter().provider.offers(query.query, need.disk)[:limit]
+    require_offers(known, query.query)
     rows = []
     for offer in known:
         cost = need.estimate(offer)
@@ -188,13 +185,8 @@ def offers(
 
 
 def up(
-    max_cost: MaxCost,
-    query: Query = "",
-    offer: Annotated[int | None, typer.Option(help="Number of the offer. [the cheapest]")] = None,
-    max_price: MaxPrice = 4.0,
-    max_hours: MaxHours = 6.0,
-    disk: Disk = None,
-    image: Image = None,
+    query: QueryOptions,
+    machine: MachineOptions,
 ) -> None:
     """Rent a machine and say how to reach it; it destroys itself at the caps, or after 30 idle minutes.
 
@@ -203,16 +195,16 @@ def up(
     from lorasmith.remote.rental.first_contact import open_transport, own_key
     from lorasmith.remote.rental.rent import IMAGE, open_renter
 
-    renter = open_renter(max_price, max_cost, max_hours, say)
-    space = disk or 60.0
-    chosen = choose_offer(renter, query, offer, space)
-    with renter.rented(chosen, keep=True, disk=space, image=image or IMAGE) as rental:
-        machine = renter.wait_until_running(rental)
-        transport = open_transport(renter, rental, machine)
-    say(f"{rental.label}: instance {machine.id} runs, ${rental.price_per_hour:.3f} an hour")
+    renter = open_renter(machine.max_price, largest_cost(machine), machine.max_hours, say)
+    space = machine.disk or 60.0
+    chosen = choose_offer(renter, query.query, machine.offer, space)
+    with renter.rented(chosen, keep=True, disk=space, image=machine.image or IMAGE) as rental:
+        instance = renter.wait_until_running(rental)
+        transport = open_transport(renter, rental, instance)
+    say(f"{rental.label}: instance {instance.id} runs, ${rental.price_per_hour:.3f} an hour")
     known = f"-o UserKnownHostsFile={transport.known_hosts}"
-    say(f"  ssh -i {own_key()} {known} -p {machine.port} root@{machine.host}")
-    say(f"  lorasmith remote run --host root@{machine.host}:{machine.port} -- COMMAND")
+    say(f"  ssh -i {own_key()} {known} -p {instance.port} root@{instance.host}")
+    say(f"  lorasmith remote run --host root@{instance.host}:{instance.port} -- COMMAND")
     say(f"  give it back with: lorasmith remote down {rental.label}")
 
 
