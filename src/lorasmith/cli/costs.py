@@ -19,15 +19,17 @@ if TYPE_CHECKING:
 def costs(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN")],
     price_per_hour: Annotated[
-        float | None, typer.Option(help="Of the machine, in US dollars. [what each run recorded]")
+        float | None, typer.Option(help="Price of the machine in dollars an hour. [what each run recorded]")
     ] = None,
     planned: Annotated[
-        float | None, typer.Option(help="US dollars that were planned. [as estimated before renting]")
+        float | None, typer.Option(help="Cost in dollars that was planned. [as estimated before renting]")
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(help="US dollars that may be spent. [what runs or rentals were given]")
+        float | None, typer.Option(help="Largest cost in dollars. [what runs or rentals were given]")
     ] = None,
-    output_format: Annotated[str, typer.Option("--format", help="text or json.")] = "text",
+    output_format: Annotated[
+        str, typer.Option("--format", help="How costs are printed: text or json.", rich_help_panel="Display")
+    ] = "text",
 ) -> None:
     """What runs cost: per phase and in all, planned against actual, within budget or not.
 

@@ -10,11 +10,11 @@ import typer
 from lorasmith.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from lorasmith.options import DraftOptions, StartOptions
+    from lorasmith.options import DraftOptions, StartOptions, TargetInput
 
 
 def train(
-    target: Annotated[Path, typer.Option(help="Folder of the model that is to be sped up.", metavar="DIR")],
+    target: TargetInput,
     responses: Annotated[
         Path, typer.Option(help="Its responses, as `lorasmith respond` writes them.", metavar="FILE")
     ],
@@ -47,7 +47,7 @@ def train(
     if from_target != (start.layers is not None):
         raise UsageError("--from-target and --layers go together", remedy="give both, or --from-model")
     record = train_draft(
-        target,
+        target.target,
         responses,
         output,
         from_model=start.from_model,

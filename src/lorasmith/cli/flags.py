@@ -112,11 +112,9 @@ def shown_default(model: type[Options], name: str) -> str:
 
 
 def flag_text(model: type[Options], name: str) -> str:
-    """`--batch-size`, or `--strict/--no-strict`; the field's name where it stands without a flag."""
-    from lorasmith.options.base import flag_name, flag_of
+    """`--batch-size`, or `--strict/--no-strict`."""
+    from lorasmith.options.base import flag_name
 
-    if flag_of(model, name).argument:
-        return name.upper()
     flag = flag_name(model, name)
     return f"{flag}/--no-{flag[2:]}" if _typed_as(model, name)[0] is bool else flag
 
@@ -135,10 +133,7 @@ def _parameter(model: type[Options], name: str, *, required: bool) -> inspect.Pa
         "show_default": False,
         "rich_help_panel": panel_of(model, name),
     }
-    if flag.argument:
-        info: Any = typer.Argument(**shown)
-    else:
-        info = typer.Option(flag_text(model, name), **shown)
+    info: Any = typer.Option(flag_text(model, name), **shown)
     annotation = Annotated[kind if needed else kind | None, info]  # type: ignore[valid-type]
     unset = inspect.Parameter.empty if needed else None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=unset, annotation=annotation)

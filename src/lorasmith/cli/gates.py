@@ -26,7 +26,7 @@ def gates(
     ] = None,
     output_format: GateFormat = "text",
     price_per_hour: Annotated[
-        float | None, typer.Option(help="Of the machine in dollars. [as the run recorded it]")
+        float | None, typer.Option(help="Price of the machine in dollars an hour. [as the run recorded it]")
     ] = None,
 ) -> None:
     """Judge a run again from its records: measured value, threshold and verdict of every gate.

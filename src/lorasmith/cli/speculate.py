@@ -10,11 +10,11 @@ import typer
 from lorasmith.cli.options import AsJson
 
 if TYPE_CHECKING:
-    from lorasmith.options import SpeculateOptions
+    from lorasmith.options import SpeculateOptions, TargetInput
 
 
 def speculate(
-    target: Annotated[Path, typer.Option(help="Folder of the model to speed up.", metavar="DIR")],
+    target: TargetInput,
     prompts: Annotated[Path, typer.Option(help="JSONL with prompts.", metavar="FILE")],
     draft: Annotated[
         Path | None,
@@ -35,7 +35,9 @@ def speculate(
     from lorasmith.errors import ExitCode
     from lorasmith.followup.speculation.speculate import speculate as measure
 
-    record, timing = measure(target, prompts, draft=draft, output=output, options=options, progress=bar)
+    record, timing = measure(
+        target.target, prompts, draft=draft, output=output, options=options, progress=bar
+    )
     if as_json:
         show_record(record)
     else:

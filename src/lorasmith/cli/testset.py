@@ -80,7 +80,7 @@ def check(
     ],
     output: Annotated[Path | None, typer.Option(help="File for the record.", metavar="FILE")] = None,
     drop: Annotated[bool, typer.Option("--drop", help="Remove contaminated rows from the test set.")] = False,
-    allow: Annotated[int, typer.Option(help="Contaminated rows that are tolerated.")] = 0,
+    allow: Annotated[int, typer.Option(help="Number of contaminated rows that are tolerated.")] = 0,
     *,
     options: OverlapOptions,
     as_json: AsJson = False,

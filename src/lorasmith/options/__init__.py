@@ -29,6 +29,7 @@ from lorasmith.options.inputs import (
     ModelInput,
     PriceOptions,
     RowsInput,
+    TargetInput,
 )
 from lorasmith.options.machine import ClusterOptions, DeviceOptions, SeedOptions, SpreadOptions
 from lorasmith.options.merging import MergeOptions, RoundingOptions
@@ -125,6 +126,7 @@ __all__ = [
     "SpreadOptions",
     "StartOptions",
     "StepsOptions",
+    "TargetInput",
     "TaskOptions",
     "TemplateOptions",
     "TrainOptions",

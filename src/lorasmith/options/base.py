@@ -41,8 +41,6 @@ class Flag:
     """The flag, where it is not the field's name."""
     text: bool = False
     """Whether the value is one text that the model reads, such as `2,4,6`, or `auto` beside a number."""
-    argument: bool = False
-    """Whether it stands without a flag."""
     hidden: bool = False
     """Whether it is for programs and config files only: neither a flag nor a line of help."""
     hub: bool = False

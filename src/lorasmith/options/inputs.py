@@ -50,6 +50,13 @@ class ModelInput(Options):
     """Folder of an adapter on top of the model, unmerged."""
 
 
+class TargetInput(Options):
+    """A model that a draft speeds up."""
+
+    target: Annotated[Path, Flag(metavar="DIR")]
+    """Folder of the model that is to be sped up."""
+
+
 class RowsInput(Options):
     """Rows that are scored."""
 

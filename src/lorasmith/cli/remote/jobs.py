@@ -133,21 +133,21 @@ Identity = Annotated[
     Path | None, typer.Option(help="Private key for ssh. [ssh's own choice]", metavar="FILE")
 ]
 Fingerprint = Annotated[
-    str | None, typer.Option(help="SHA256:… of the machine's host key, for the first contact.")
+    str | None, typer.Option(help="Fingerprint of the machine's host key, SHA256:…, for the first contact.")
 ]
 JobName = Annotated[str | None, typer.Argument(help="Id of the job, or its beginning. [the newest]")]
 
 
 def run(
     command: Annotated[list[str], typer.Argument(help="After --: any lorasmith command with local paths.")],
-    host: Annotated[str | None, typer.Option(help="user@host or user@host:port.")] = None,
+    host: Annotated[str | None, typer.Option(help="Machine to work on: user@host or user@host:port.")] = None,
     vast: Annotated[
         str | None,
         typer.Option(help='Rent a machine for it: conditions such as "gpu_name=H100_SXM num_gpus=1".'),
     ] = None,
     identity: Identity = None,
     fingerprint: Fingerprint = None,
-    folder: Annotated[str, typer.Option(help="lorasmith's folder there.")] = "~/.lorasmith",
+    folder: Annotated[str, typer.Option(help="Folder of lorasmith on the machine.")] = "~/.lorasmith",
     remote_python: Annotated[
         str | None,
         typer.Option(help="An interpreter there with lorasmith's dependencies, instead of installing them."),

@@ -148,7 +148,7 @@ def offers(
     query: QueryOptions,
     work: HoursOptions,
     room: DiskOptions,
-    limit: Annotated[int, typer.Option(help="Offers to show.")] = 15,
+    limit: Annotated[int, typer.Option(help="Number of offers to show.")] = 15,
 ) -> None:
     """Offers of Vast.ai, with what this run would cost on each: set-up, work, disk and traffic.
 
