@@ -37,7 +37,7 @@ _LEFTOVER = re.compile(r"^\..+\.\d+\.partial$")
 """A file that `atomic_file` was writing when its process was killed."""
 
 
-_MARKS = (".lock", "run.json", "stages", "SHA256SUMS")
+_MARKS = (".lock", "run.json", "timing.json", "stages", "SHA256SUMS")
 """What a folder of lorasmith's holds from its first moment, or when it came back from another machine."""
 
 
