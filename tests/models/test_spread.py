@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,15 +83,13 @@ def test_layers_on_disk_change_no_answer(place: Path) -> None:
 def test_respond_spreads_a_model(place: Path, tmp_path: Path) -> None:
     options = RespondOptions(template="plain", max_new_tokens=6)
     one = respond(place / "base", place / "test.jsonl", tmp_path / "a.jsonl", options=options)
-    spread = replace(options, device_map="auto")
+    spread = options.model_copy(update={"device_map": "auto"})
     two = respond(place / "base", place / "test.jsonl", tmp_path / "b.jsonl", options=spread)
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
     assert one.settings == two.settings
     for wrong in ({"device_map": "sideways"}, {"device_map": "auto", "engine": "vllm"}):
-        with pytest.raises(UsageError, match="device map"):
-            respond(
-                place / "base", place / "test.jsonl", tmp_path / "c.jsonl", options=replace(options, **wrong)
-            )
+        with pytest.raises(UsageError, match=r"device.map"):
+            respond(place / "base", place / "test.jsonl", tmp_path / "c.jsonl", **wrong)
 
 
 def test_an_adapter_on_a_model_that_is_not_all_there_is_one_message(place: Path) -> None:

@@ -16,7 +16,7 @@ from lorasmith.models.device import use_route
 from lorasmith.models.generation.decoding import last_positions_only, left_padded, positions
 from lorasmith.models.load import LoadedModel
 from lorasmith.models.scorer import Scorer
-from lorasmith.models.scoring import Rows, RowWork
+from lorasmith.models.scoring import Arrays, Rows, RowWork
 from lorasmith.models.text import end_token
 
 GENERATE_ROWS = 16
@@ -33,6 +33,16 @@ class Generated:
     """False when the limit cut it off."""
 
 
+def to_arrays(texts: list[Generated]) -> Arrays:
+    """One array a text for the journal: whether it ended, then its tokens."""
+    return [np.array([text.finished, *text.tokens], dtype=np.int64) for text in texts]
+
+
+def from_arrays(rows: Rows, arrays: Arrays) -> list[Generated]:
+    """The texts that `to_arrays` was given."""
+    return [Generated([int(token) for token in array[1:]], bool(array[0])) for array in arrays]
+
+
 @contextmanager
 def open_texts_work(
     scorer: Scorer, write: Callable[[Rows], list[Generated]]
@@ -43,12 +53,8 @@ def open_texts_work(
             scorer.work.rows,
             scorer.loaded.device,
             write,
-            to_arrays=lambda texts: [
-                np.array([text.finished, *text.tokens], dtype=np.int64) for text in texts
-            ],
-            from_arrays=lambda rows, arrays: [
-                Generated([int(token) for token in array[1:]], bool(array[0])) for array in arrays
-            ],
+            to_arrays=to_arrays,
+            from_arrays=from_arrays,
             per_row=lambda texts: texts,
         )
 
