@@ -233,7 +233,9 @@ def write_logprobs(
                 for number in range(file.num_row_groups):
                     kept = file.read_row_group(number)
                     fresh = [key not in journal.rows for key in kept["key"].to_pylist()]
-                    writer.write_table(kept.filter(pa.array(fresh)).cast(_schema()))
+                    # A killed command may have left the file of its own rows: an empty group would show that.
+                    if any(fresh):
+                        writer.write_table(kept.filter(pa.array(fresh)).cast(_schema()))
         for group in _groups(key for key in keys if key in journal.rows):
             writer.write_table(_table([(names[key], journal.arrays(key)) for key in group]))
     return describe([path], path.parent)[0]
