@@ -242,7 +242,7 @@ def test_groups_that_are_answered_as_a_whole_give_the_same_log_probabilities(
     monkeypatch.setattr("lorasmith.followup.responses.work.GROUP_ROWS", 8)
     monkeypatch.setattr("lorasmith.followup.responses.respond.GROUP_ROWS", 8)
     options = RespondOptions(max_new_tokens=6, batch_size=4, top_logprobs=2, whole_groups=True, device="cpu")
-    for name, executor in (("here", None), ("there", Cluster(threads=1))):
+    for name, executor in (("here", None), ("there", workers)):
         respond(
             place / "base",
             place / "test.jsonl",
