@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, ClassVar
 
-from pydantic import ConfigDict
+from pydantic import (
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    model_serializer,
+    model_validator,
+)
 
 from lorasmith.records.base import FileDigest, Finding, Part, Record
 
@@ -31,18 +38,98 @@ class Metadata(Part):
         return dict(self.model_extra or {})
 
 
+class Turn(Part):
+    """One message of a conversation, in the field names of chat templates."""
+
+    role: str
+    """`system`, `user`, `assistant`, `tool`, or another name that the model's template knows."""
+    content: str = ""
+    reasoning_content: str | None = None
+    """What the assistant thought before it answered, where the row keeps it apart."""
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    name: str | None = None
+    """Name of the speaker or of the tool."""
+    tool_call_id: str | None = None
+    train: bool | None = None
+    """Whether the row's own flag says that this turn is learnt; None where it has no flag."""
+
+    def message(self) -> dict[str, Any]:
+        """What a chat template is given: the fields that are set, without the flag."""
+        return {
+            "role": self.role,
+            "content": self.content,
+            **self.model_dump(
+                mode="json", exclude={"role", "content", "train"}, exclude_defaults=True, exclude_none=True
+            ),
+        }
+
+
 class Example(Part):
-    """One row of a test set or training file: `{id, prompt, response, metadata}`."""
+    """One row of a test set or training file.
+
+    Three kinds: a prompt and its response; a conversation, whose `prompt` and `response` are derived from its
+    messages; and raw text, which has a response and no prompt. Written as JSON, a conversation has
+    `messages` (and `tools`) in place of `prompt` and `response`; reading that form gives the same example.
+    """
 
     id: str
     prompt: str
+    """What stands before the last answer. Of a conversation: its turns as `role: text`, to be read by people
+    and compared, never to be shown to a model."""
     response: str
+    """The last answer."""
     metadata: Metadata
+    messages: tuple[Turn, ...] = ()
+    """All turns of a conversation, answers included; empty for the other kinds."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Definitions of the tools that a conversation may call."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derives_texts(cls, row: Any) -> Any:
+        if not isinstance(row, dict) or not row.get("messages"):
+            return row
+        turns = TypeAdapter(tuple[Turn, ...]).validate_python(row["messages"])
+        last = max(
+            (place for place, turn in enumerate(turns) if turn.role == "assistant"), default=len(turns)
+        )
+        answer = turns[last].content if last < len(turns) else ""
+        return {**row, "prompt": "\n\n".join(_readable(turn) for turn in turns[:last]), "response": answer}
+
+    @model_serializer(mode="wrap")
+    def _one_form_of_each_kind(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        row = dump(self)
+        if not self.messages:
+            return {name: row[name] for name in ("id", "prompt", "response", "metadata")}
+        row["messages"] = [
+            {name: value for name, value in turn.items() if value not in (None, [], ())}
+            for turn in row["messages"]
+        ]
+        names = ("id", "messages", "tools", "metadata") if self.tools else ("id", "messages", "metadata")
+        return {name: row[name] for name in names}
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The example as a conversation: of a prompt and its response two turns, of raw text none."""
+        if self.messages or not self.prompt:
+            return self.messages
+        return Turn(role="user", content=self.prompt), Turn(role="assistant", content=self.response)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is raw text, all of which is scored."""
+        return not self.prompt and not self.messages
 
     @property
     def content(self) -> tuple[str, str]:
         """Prompt and response without regard to case and white space: equal for copies of a row."""
         return " ".join(self.prompt.casefold().split()), " ".join(self.response.casefold().split())
+
+
+def _readable(turn: Turn) -> str:
+    parts = [turn.reasoning_content or "", turn.content]
+    parts += [json.dumps(call, sort_keys=True, ensure_ascii=False) for call in turn.tool_calls]
+    return f"{turn.role}: " + "\n".join(part for part in parts if part)
 
 
 class DatasetStatistics(Record):
