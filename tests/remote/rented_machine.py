@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from tests.remote.machines import Machine
 from tests.remote.vast_server import FakeVast, SimulatedClock, an_offer
 
@@ -18,9 +20,15 @@ def vast_for(other: Machine, price: float = 0.8) -> FakeVast:
     vast.faults = start_at_once
     vast.first_log = ["booting", f"lorasmith-host-key {other.fingerprint}"]
     authorized = other.home.parent / "authorized"
+    lock = threading.Lock()
 
     def let_in(key: str) -> None:
-        authorized.write_text(f"{authorized.read_text().rstrip()}\n{key}\n")
+        # Several rentals come at once: none may lose another's key, and sshd must never see half a file.
+        with lock:
+            beside = authorized.with_name("authorized.new")
+            beside.write_text(f"{authorized.read_text().rstrip()}\n{key}\n")
+            beside.chmod(0o600)
+            beside.replace(authorized)
 
     vast.on_key = let_in
     (other.home / ".lorasmith").mkdir(exist_ok=True)
