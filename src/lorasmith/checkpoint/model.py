@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lorasmith.checkpoint.header import TensorFile, TensorInfo, read_header, read_object
 from lorasmith.errors import CheckpointError, os_errors
@@ -28,6 +28,36 @@ _QUANTIZED_DTYPES = (
 _QUANTIZED_SUFFIXES = (".qweight", ".qzeros", ".absmax", ".quant_map", ".weight_scale_inv", ".SCB")
 
 
+if TYPE_CHECKING:
+    import torch
+
+
+class Decoded(Protocol):
+    """A weight that is decoded from several stored tensors as it is read."""
+
+    @property
+    def info(self) -> TensorInfo:
+        """Its entry in the checkpoint: float64, at no place of the file."""
+
+    @property
+    def dtype(self) -> str:
+        """The type that the model has it in."""
+
+    @property
+    def format(self) -> str:
+        """The name of the format that it is stored in."""
+
+    @property
+    def width(self) -> int:
+        """Columns of the matrix."""
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Whole rows as a float64 matrix."""
+
+    def read(self, first: int, count: int) -> torch.Tensor:
+        """The elements from `first` on, flat, in float64."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model folder whose headers and index have been checked; no tensor data is read yet."""
@@ -38,6 +68,8 @@ class Checkpoint:
     """The files that hold its tensors, in the order of their names."""
     index: Mapping[str, Any] | None
     """The shard index as it is on disk, or None for a single file."""
+    decoded: Mapping[str, Decoded] = field(default_factory=dict)
+    """The quantized weights among its tensors, where it was opened for their sake (`quantized/open.py`)."""
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -86,10 +118,17 @@ HEAD_NAMES = ("lm_head.weight", "embed_out.weight", "output.weight", "language_m
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read config, index and all headers of a model folder.
+    """Read config, index and all headers of a model folder; `CheckpointError` for a quantized model too."""
+    checkpoint = open_stored(folder)
+    refuse_quantized(checkpoint)
+    return checkpoint
+
+
+def open_stored(folder: Path) -> Checkpoint:
+    """Read config, index and all headers of a model folder, whatever its tensors hold.
 
     Raises `CheckpointError` for a folder without safetensors weights, an index that names missing files,
-    files outside the folder or tensors that are not there, a doubled tensor, or a quantized model.
+    files outside the folder or tensors that are not there, or a doubled tensor.
     """
     with os_errors(folder, "open the model"):
         if not folder.is_dir():
@@ -100,7 +139,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             "this is an adapter folder, not a model", where=folder, remedy="give the base model here"
         )
     config = read_object(folder / "config.json", CheckpointError)
-    _refuse_quantized(config, folder)
     # The single file first, as transformers loads it, whatever index lies beside it.
     if (folder / SINGLE).exists():
         index = None
@@ -114,7 +152,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     checkpoint = Checkpoint(folder, config, shards, index)
     if len(checkpoint.tensors) != sum(len(shard.tensors) for shard in shards):
         raise _doubled(shards, folder)
-    _refuse_quantized_tensors(checkpoint)
     return checkpoint
 
 
@@ -181,20 +218,19 @@ def _doubled(shards: tuple[TensorFile, ...], folder: Path) -> CheckpointError:
     raise AssertionError("no tensor is doubled")
 
 
-def _refuse_quantized(config: Mapping[str, Any], folder: Path) -> None:
-    for part in (config, text_config(config)):
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raise `CheckpointError` for a model whose config or tensors say that it is quantized."""
+    folder = checkpoint.folder
+    for part in (checkpoint.config, text_config(checkpoint.config)):
         quantization = part.get("quantization_config")
         if quantization:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else None
             raise _quantized(folder, f"its config says quantization_config ({method or 'unnamed method'})")
-
-
-def _refuse_quantized_tensors(checkpoint: Checkpoint) -> None:
     for name, info in checkpoint.tensors.items():
         if info.dtype in _QUANTIZED_DTYPES:
-            raise _quantized(checkpoint.folder, f"the tensor {name} has the type {info.dtype}")
+            raise _quantized(folder, f"the tensor {name} has the type {info.dtype}")
         if name.endswith(_QUANTIZED_SUFFIXES):
-            raise _quantized(checkpoint.folder, f"it holds the tensor {name}")
+            raise _quantized(folder, f"it holds the tensor {name}")
 
 
 def _quantized(folder: Path, why: str) -> CheckpointError:

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 
 from lorasmith.checkpoint.adapter import open_adapter
-from lorasmith.checkpoint.model import open_checkpoint
 from lorasmith.errors import AdapterError, CheckpointError
 from lorasmith.executors.storage import SHARED, require_same_files
 from lorasmith.files.digests import digest_folder
 from lorasmith.merging.plan import plan_merge
 from lorasmith.merging.shards import ShardMerger, ShardWork, nobody_watches
+from lorasmith.quantized.open import open_base
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def open_merging(job: MergeJob) -> Iterator[ShardWork]:
             where=", ".join(job.adapters),
             expected=SHARED,
         )
-    base = open_checkpoint(Path(job.base))
+    base = open_base(Path(job.base))
     plan = plan_merge(base, adapters, job.weights, job.precision)
     merger = ShardMerger(Path(job.folder), base, adapters, plan, job.dither_seed)
     with closing(ShardWork(merger, nobody_watches, torch.get_num_threads())) as work:

@@ -19,7 +19,7 @@ from lorasmith.files.digests import describe
 from lorasmith.files.inputs import read_input
 from lorasmith.files.output_folder import holds_another, require_own_place
 from lorasmith.hub.model_files import CODE_FILES, OTHER_FILES, TOKENIZER_FILES, fits, names_code
-from lorasmith.merging.plan import Plan
+from lorasmith.merging.plan import PRECISIONS, Plan
 from lorasmith.records.base import FileDigest, Finding, Record
 from lorasmith.records.merging import MergedTensor
 
@@ -193,13 +193,25 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
 
 
 def merged_config(
-    config: Mapping[str, Any], precision: str, *, untied: bool, vocabulary: int | None
+    config: Mapping[str, Any],
+    precision: str,
+    *,
+    untied: bool,
+    vocabulary: int | None,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
-    """The base's config with the merged model's own type, tying and vocabulary, without a quantization."""
+    """The base's config with the merged model's own type, tying and vocabulary, without a quantization.
+
+    `dtype` is set where the config names none.
+    """
     merged = copy.deepcopy(dict(config))
-    # A base in 16 bits may carry the settings of a twin that was quantized; the merged weights are not.
-    merged.pop("quantization_config", None)
+    for part in [merged, *(part for part in merged.values() if isinstance(part, dict))]:
+        # A base in 16 bits may carry the settings of a twin that was quantized; the merged weights are not.
+        part.pop("quantization_config", None)
+        part.pop("compression_config", None)
     parts = [merged] + [part for part in merged.values() if isinstance(part, dict)]
+    if dtype is not None and merged.get("dtype") is None and merged.get("torch_dtype") is None:
+        merged["dtype"] = dtype
     if precision != "base":
         for part in parts:
             for field in ("dtype", "torch_dtype"):
@@ -236,7 +248,15 @@ def write_small_files(
     base: Checkpoint, adapters: Sequence[Path], plan: Plan, precision: str, partial: PartialFolder
 ) -> list[FileDigest]:
     """Write them into the partial folder."""
-    config = merged_config(base.config, precision, untied=plan.untied, vocabulary=plan.vocabulary)
+    types = {tensor.dtype for tensor in base.decoded.values()}
+    config = merged_config(
+        base.config,
+        precision,
+        untied=plan.untied,
+        vocabulary=plan.vocabulary,
+        # A loader takes the type of the first tensor where the config is silent, which may be another.
+        dtype=next((name for name, short in PRECISIONS.items() if short in types), None),
+    )
     contents = {"config.json": dump_object(config)}
     index = merged_index(base, plan)
     if index is not None:

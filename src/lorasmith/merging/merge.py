@@ -12,7 +12,7 @@ from typing import Any
 from lorasmith import __version__
 from lorasmith.checkpoint.adapter import Adapter, open_adapter
 from lorasmith.checkpoint.base_match import MERGE_RECORD, require_not_merged
-from lorasmith.checkpoint.model import Checkpoint, open_checkpoint
+from lorasmith.checkpoint.model import Checkpoint
 from lorasmith.errors import CheckpointError, UsageError
 from lorasmith.executors.base import Executor, Local, WorkSpec
 from lorasmith.executors.storage import files_digest
@@ -46,6 +46,7 @@ from lorasmith.merging.tensors import check_copies
 from lorasmith.options import MergeOptions
 from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
+from lorasmith.quantized.open import formats, open_base
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.merging import MergeRecord
 
@@ -86,7 +87,7 @@ def merge(
     """
     executor = executor or Local()
     options = MergeOptions.given(options, given)
-    request = _open_request(base, adapter, output, weights, options.precision, progress)
+    request = _open_request(base, adapter, output, weights, options, progress)
     plan = plan_merge(request.base, request.adapters, request.weights, options.precision)
     mode = choose_mode(options, plan, request.base.folder, request.folders)
     if executor.remote:
@@ -126,6 +127,8 @@ class _Request:
     adapters: tuple[Adapter, ...]
     weights: list[float]
     precision: str
+    into: str
+    """What a quantized base is merged into; empty for another base."""
     output: Path
 
     @property
@@ -139,15 +142,39 @@ def _open_request(
     adapter: StrPath | Sequence[StrPath],
     output: StrPath,
     weights: Sequence[float] | None,
-    precision: str,
+    options: MergeOptions,
     progress: Progress,
 ) -> _Request:
     folders = [Path(adapter)] if isinstance(adapter, str | PathLike) else [Path(item) for item in adapter]
     checked = _check_arguments(folders, weights)
     base_folder, place = local_model(base, folders, progress=progress), Path(output)
     check_place(place, [base_folder, *folders])
-    checkpoint = open_checkpoint(base_folder)
-    return _Request(checkpoint, tuple(open_adapter(folder) for folder in folders), checked, precision, place)
+    checkpoint = open_base(base_folder)
+    into = _require_into(checkpoint, options)
+    opened = tuple(open_adapter(folder) for folder in folders)
+    return _Request(checkpoint, opened, checked, options.precision, into, place)
+
+
+def _require_into(base: Checkpoint, options: MergeOptions) -> str:
+    """What a quantized base is merged into, which nobody but its user can know."""
+    if not base.decoded:
+        if options.into is not None:
+            raise UsageError(
+                f"--into {options.into} is for a quantized base, and this one is not",
+                where=base.folder,
+                remedy="leave --into out; --precision chooses the type of the merged tensors",
+            )
+        return ""
+    if options.into is None:
+        raise UsageError(
+            f"the base is quantized: {formats(base)}",
+            where=base.folder,
+            expected="--into 16bit, or the 16-bit model that it was quantized from",
+            remedy="--into 16bit dequantizes it and merges exactly: what an adapter that was trained on this "
+            "base (QLoRA) was trained as, in 16 bits a weight. The 16-bit original is another model than the "
+            "one that such an adapter was trained on and validated with",
+        )
+    return options.into
 
 
 def _check_arguments(folders: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
@@ -211,6 +238,7 @@ def _key(request: _Request, inputs: _Inputs, mode: Mode) -> str:
             "adapters": inputs.adapter_sha256,
             "weights": [weight.hex() for weight in request.weights],
             "precision": request.precision,
+            "into": request.into,
             "rounding": mode.key,
         }
     )
@@ -328,6 +356,7 @@ def _make_record(
         adapter_sha256=adapter_sha256,
         adapter_weights=request.weights,
         precision=request.precision,
+        into=request.into,
         rounding=mode.rounding,
         seed=mode.dither_seed,
         calibration=None if mode.rows is None else mode.rows.use,

@@ -15,7 +15,7 @@ from lorasmith.adapters.registry import VARIANTS, split_name
 from lorasmith.checkpoint.adapter import PREFIX, Adapter
 from lorasmith.checkpoint.base_match import compare_base, given_base
 from lorasmith.checkpoint.header import FLOATS, TensorInfo, nbytes_of
-from lorasmith.checkpoint.model import Checkpoint
+from lorasmith.checkpoint.model import Checkpoint, Decoded
 from lorasmith.checkpoint.names import resolve
 from lorasmith.errors import AdapterError, CheckpointError
 from lorasmith.records.base import Finding
@@ -37,6 +37,13 @@ class Output:
     """The adapter whose file holds `source`; None: the base."""
     change: Change | None = None
     """None: copied, or cast where `dtype` is not the source's."""
+    decoded: Decoded | None = None
+    """What W is decoded from where the base stores it quantized; `source` is then its float64 entry."""
+
+    @property
+    def base_type(self) -> str:
+        """The type or the quantized format of what W is read from."""
+        return self.decoded.format if self.decoded else self.source.dtype
 
     @property
     def elements(self) -> int:
@@ -344,13 +351,13 @@ def _lay_out(
     shards = {}
     for shard in base.shards:
         outputs = [
-            _output(info, left.pop(info.name, None), adapters, wanted, shard.path)
+            _output(info, left.pop(info.name, None), base, adapters, wanted, shard.path)
             for info in shard.tensors.values()
         ]
         for target, change in list(left.items()):
             if target not in base.tensors and change.source in shard.tensors:
                 info = shard.tensors[change.source]
-                outputs.append(_output(info, left.pop(target), adapters, wanted, shard.path))
+                outputs.append(_output(info, left.pop(target), base, adapters, wanted, shard.path))
         shards[shard.path.name] = tuple(outputs)
     # Every change starts from a tensor of the base, so one of the shards has taken it.
     if left:
@@ -359,17 +366,24 @@ def _lay_out(
 
 
 def _output(
-    info: TensorInfo, change: Change | None, adapters: Sequence[Adapter], wanted: str | None, path: Path
+    info: TensorInfo,
+    change: Change | None,
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    wanted: str | None,
+    path: Path,
 ) -> Output:
-    dtype = wanted if wanted and info.dtype in FLOATS else info.dtype
+    decoded = base.decoded.get(info.name)
+    own = decoded.dtype if decoded else info.dtype
+    dtype = wanted if wanted and info.dtype in FLOATS else own
     if change is None:
-        return Output(info.name, dtype, info.shape, info)
+        return Output(info.name, dtype, info.shape, info, decoded=decoded)
     _check_target(info, dtype, path)
     if change.replacement is not None:
         number = change.replacement.adapter
         source = adapters[number].file.tensors[change.replacement.tensor]
         return Output(change.target, dtype, source.shape, source, number, change)
-    return Output(change.target, dtype, info.shape, info, None, change)
+    return Output(change.target, dtype, info.shape, info, None, change, decoded)
 
 
 def _check_target(info: TensorInfo, dtype: str, path: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from lorasmith.checkpoint.adapter import Adapter
 from lorasmith.checkpoint.header import ITEM_BITS, TensorFile, build_header
-from lorasmith.checkpoint.model import Checkpoint
+from lorasmith.checkpoint.model import Checkpoint, Decoded
 from lorasmith.errors import CheckpointError, MemoryLimitError, RemoteError, os_errors
 from lorasmith.executors.base import Executor, Unsplittable, WorkSpec
 from lorasmith.files.journal import Rows
@@ -40,7 +40,7 @@ from lorasmith.records.scoring import Conditions
 _SEEN_SECONDS = 90.0
 """How long a file of another machine may take to be seen: NFS looks anew after a minute at most."""
 _STEP_BYTES = 8 << 20
-"""How much of a replaced tensor is read at a time."""
+"""How much of a replaced or a decoded tensor is read at a time."""
 
 
 def merge_shards(
@@ -231,13 +231,13 @@ def write_shard(
 ) -> ShardDone:
     """Write a merged shard to `path`, synced.
 
-    The first outputs stand for the source's tensors in the order of their data; separated heads follow.
+    The first outputs stand for the source's tensors in the order of their data; separated heads follow. What
+    the base stores quantized is decoded from its parts, wherever they stand, and not from the stream.
     `make` gives a tensor's writer when its turn comes, so that only one holds its factors at a time;
     `adapters` are the files that replaced tensors are read from. The source is hashed while it is read where
     its SHA-256 is not known.
     """
     header, size = shard_header(outputs)
-    places = [*source.tensors.values(), *[None] * (len(outputs) - len(source.tensors))]
     with (
         FileReader(source.path, source.size, lanes, digest=known_sha256 is None) as reader,
         PendingPieces() as pending,
@@ -247,18 +247,22 @@ def write_shard(
         stream.skip(source.data_start)
         file.append(header)
         tensors: list[MergedTensor] = []
-        for output, place in zip(outputs, places, strict=True):
+        for output in outputs:
             writer = make(output)
-            if place is output.source:
+            place = output.source
+            if output.decoded is not None:
+                pieces = _decoded_pieces(output.decoded)
+            elif output.adapter is None and place.start >= stream.position:
+                # What no output is made from, such as a tensor that the adapter replaces, is passed over.
+                stream.skip(place.start - stream.position)
                 pieces = stream.pieces(place.nbytes, ITEM_BITS[place.dtype])
             else:
-                # W is not what stands here in the base's file: that is passed over, W read on its own.
-                stream.skip(place.nbytes if place is not None else 0)
                 holder = source.path if output.adapter is None else adapters[output.adapter]
-                pieces = _pieces_of(TensorOnDisk(holder, output.source))
+                pieces = _pieces_of(TensorOnDisk(holder, place))
             for first, raw in pieces:
                 _write_piece(writer, output, raw, first, file, advance, pending)
             pending.add(partial(_note, writer, tensors))
+        stream.skip(source.size - stream.position)
         if not stream.at_end():
             raise CheckpointError("the shard changed while it was read", where=source.path)
         merged = FileDigest(path=source.path.name, bytes=size, sha256=file.finish())
@@ -320,6 +324,8 @@ class TensorStream:
         self._path = reader.path
         self._rest = memoryview(b"")
         self._pending = pending
+        self.position = 0
+        """The number of bytes that have been given out or passed over."""
         self._begun = 0
         """The number of pieces begun when the chunk in hand was asked for."""
 
@@ -342,6 +348,7 @@ class TensorStream:
             self._more()
             part = min(count, len(self._rest))
             self._rest = self._rest[part:]
+            self.position += part
             count -= part
 
     def take(self, count: int) -> bytearray:
@@ -352,6 +359,7 @@ class TensorStream:
             part = min(count - len(joined), len(self._rest))
             joined += self._rest[:part]
             self._rest = self._rest[part:]
+            self.position += part
         return joined
 
     def pieces(self, nbytes: int, bits: int) -> Iterator[tuple[int, torch.Tensor]]:
@@ -367,6 +375,7 @@ class TensorStream:
             else:
                 raw = torch.frombuffer(self._rest[:part], dtype=torch.uint8)
                 self._rest = self._rest[part:]
+                self.position += part
             if raw.data_ptr() % item:
                 raw = raw.clone()
             yield done * 8 // bits, raw
@@ -375,6 +384,14 @@ class TensorStream:
     def at_end(self) -> bool:
         """Whether every byte has been given out."""
         return not len(self._rest) and self._next() is None
+
+
+def _decoded_pieces(weight: Decoded) -> Iterator[tuple[int, torch.Tensor]]:
+    step = max(1, _STEP_BYTES // (8 * weight.width))
+    rows = weight.info.elements // weight.width
+    for start in range(0, rows, step):
+        values = weight.rows(start, min(start + step, rows))
+        yield start * weight.width, values.reshape(-1).view(torch.uint8)
 
 
 def _pieces_of(stored: TensorOnDisk) -> Iterator[tuple[int, torch.Tensor]]:

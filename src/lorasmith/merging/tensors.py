@@ -11,7 +11,7 @@ from lorasmith.adapters.base import Copy, Factor
 from lorasmith.adapters.bias import UNIT
 from lorasmith.checkpoint.adapter import Adapter
 from lorasmith.checkpoint.header import ITEM_BITS, TensorInfo
-from lorasmith.checkpoint.model import Checkpoint
+from lorasmith.checkpoint.model import Checkpoint, Decoded
 from lorasmith.errors import AdapterError, os_errors
 from lorasmith.files.inputs import open_input
 from lorasmith.merging.numbers.rounding import TARGETS, cast
@@ -51,6 +51,15 @@ class TensorOnDisk:
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Whole rows of the tensor as a matrix."""
         return self.read(start * self.width, (stop - start) * self.width).view(stop - start, self.width)
+
+
+StoredTensor = TensorOnDisk | Decoded
+"""A tensor of the base, stored as numbers or quantized."""
+
+
+def stored_tensor(base: Checkpoint, name: str) -> StoredTensor:
+    """A tensor of the base to read from."""
+    return base.decoded.get(name) or TensorOnDisk(base.shard_of(name).path, base.tensors[name])
 
 
 class Factors:
@@ -139,8 +148,9 @@ def check_copies(copies: Sequence[Copy], base: Checkpoint, adapters: Sequence[Ad
     for kept_copy in copies:
         adapter = adapters[kept_copy.adapter]
         kept = TensorOnDisk(adapter.file.path, adapter.file.tensors[kept_copy.tensor])
+        other: StoredTensor
         if kept_copy.base is not None:
-            other = TensorOnDisk(base.shard_of(kept_copy.base).path, base.tensors[kept_copy.base])
+            other = stored_tensor(base, kept_copy.base)
         else:
             other = TensorOnDisk(adapter.file.path, adapter.file.tensors[str(kept_copy.twin)])
         common = min(kept.info.elements, other.info.elements)

@@ -33,7 +33,7 @@ from lorasmith.merging.numbers.dora import Scaling, decide_scaled, prepare_scali
 from lorasmith.merging.numbers.rounding import TARGETS, cast, overflow
 from lorasmith.merging.numbers.threads import Workers
 from lorasmith.merging.plan import Output
-from lorasmith.merging.tensors import TORCH_TYPES, Factors, TensorOnDisk
+from lorasmith.merging.tensors import TORCH_TYPES, Factors, StoredTensor, TensorOnDisk
 from lorasmith.records.merging import MergedTensor
 
 BLOCK_ELEMENTS = 1 << 18
@@ -79,7 +79,7 @@ def make_writer(
     change = output.change
     if change is None:
         return CopyWriter(output)
-    stored = TensorOnDisk(base.path, base.tensors[change.source])
+    stored = output.decoded or TensorOnDisk(base.path, base.tensors[change.source])
     if change.updates:
         if calibrated is not None and output.name in calibrated.files:
             plain = UpdateWriter(output, change, factors, stored, workers)
@@ -115,7 +115,7 @@ class CopyWriter:
 class ReplacementWriter:
     """A tensor, or some of its rows, that the adapter stores itself; also a separated head that keeps W."""
 
-    def __init__(self, output: Output, change: Change, factors: Factors, base: TensorOnDisk) -> None:
+    def __init__(self, output: Output, change: Change, factors: Factors, base: StoredTensor) -> None:
         self._output = output
         self._change = change
         self._base = base
@@ -188,7 +188,7 @@ class UpdateWriter:
         output: Output,
         change: Change,
         factors: Factors,
-        base: TensorOnDisk,
+        base: StoredTensor,
         workers: Workers,
         stream: ThresholdStream | None = None,
         fallback: str = "",

@@ -31,6 +31,11 @@ class MergeOptions(RoundingOptions, TemplateOptions, DeviceOptions):
 
     PANEL: ClassVar[str] = "Merging"
 
+    into: Annotated[
+        Literal["16bit"] | None, LongType, Flag(default="asked for where the base is quantized")
+    ] = None
+    """What a quantized base is merged into: 16bit (its weights dequantized, then merged exactly)."""
+
     calibration: Annotated[tuple[Path, ...], OneOrSeveral, Flag(metavar="FILE", default="none")] = ()
     """JSONL that calibrated rounding looks at: the training file."""
     test_set: Annotated[Path | None, Flag(metavar="FILE", default="none is kept apart")] = None

@@ -68,6 +68,8 @@ class MergeRecord(Record):
     adapter_weights: list[float]
     precision: str
     """`base` (each tensor's own type), `float32`, `bfloat16` or `float16`."""
+    into: str = Field(default="", exclude_if=lambda into: not into)
+    """What a quantized base was merged into: `16bit`; empty for a base that is not quantized."""
     rounding: str
     """`nearest`, `dithered` or `calibrated`."""
     seed: int | None = None

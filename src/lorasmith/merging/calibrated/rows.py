@@ -143,8 +143,7 @@ class AdaptedWeights:
         and the threads that write here could not write to its tensors.
         """
         shard = self._files[output.name]
-        file = shard.path if output.adapter is None else self._adapters[output.adapter].file.path
-        stored = read_tensor(file, output.source)
+        stored = self._stored(output)
         if output.source.dtype not in ("F64", "F32", "BF16", "F16"):
             return stored
         result = torch.empty(output.elements, dtype=torch.float32)
@@ -156,8 +155,15 @@ class AdaptedWeights:
 
     def before(self, output: Output) -> torch.Tensor:
         """The float32 values that the adapters change."""
-        stored = read_tensor(self._files[output.name].path, output.source)
-        return stored.to(torch.float32).view(output.shape)
+        return self._stored(output).to(torch.float32).view(output.shape)
+
+    def _stored(self, output: Output) -> torch.Tensor:
+        """W as it is stored; in float64 where it is decoded."""
+        if output.decoded is not None:
+            return output.decoded.read(0, output.source.elements).view(output.source.shape)
+        adapter = output.adapter
+        file = self._files[output.name].path if adapter is None else self._adapters[adapter].file.path
+        return read_tensor(file, output.source)
 
     def _stack(self, name: str) -> torch.Tensor:
         """Experts that are fused in memory and stored one by one: [E, O, I]."""

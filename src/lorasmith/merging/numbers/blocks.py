@@ -97,7 +97,7 @@ def merged_tensor(
         adapter_tensors=list(change.uses),
         scale=scales.pop() if len(scales) == 1 else None,
         shape=list(output.shape),
-        dtype_base=output.source.dtype,
+        dtype_base=output.base_type,
         dtype_merged=output.dtype,
         elements=math.prod(output.shape),
         changed=counts.changed,

@@ -79,11 +79,14 @@ def read_claims(merged: Path) -> Claims:
     return Claims(record)
 
 
-def check_claims(claims: Claims, identity: Identity) -> Iterator[Finding]:
+def check_claims(claims: Claims, identity: Identity, quantized: str) -> Iterator[Finding]:
     """All findings on the record; those of severity `error` make a merge `different`."""
     if claims.problem:
         yield claims.problem
     if claims.record:
+        if bool(claims.record.into) != bool(quantized):
+            text = f"the record says that a {'quantized' if claims.record.into else 'plain'} base was merged"
+            yield _error("record-disagrees", text, RECORD, quantized or "a base that is not quantized")
         yield from _check_record(claims.record, identity)
 
 

@@ -74,7 +74,7 @@ class Expected:
 
     name: str
     dtype: str
-    """The type the base stores it in; the merge's precision may ask for another."""
+    """The type of the base's model for it; the merge's precision may ask for another."""
     source: ProvenTensor
     terms: list[Term] = field(default_factory=list)
     magnitude: Magnitude | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import FileIO
@@ -198,14 +198,14 @@ DTYPES: Mapping[str, torch.dtype] = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.uint8,
+    "F8_E8M0": torch.uint8,
 }
-"""Names of element types in a safetensors header; others (8-bit floats and the like) are not read."""
+"""Names of element types in a safetensors header; 8-bit floats are read as their bytes, others not at all."""
 
 BYTES: Mapping[str, int] = {
     **{name: dtype.itemsize for name, dtype in DTYPES.items()},
-    "F8_E4M3": 1,
     "F8_E5M2": 1,
-    "F8_E8M0": 1,
     "U16": 2,
     "U32": 4,
     "U64": 8,
@@ -226,6 +226,10 @@ class ProvenTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
+    decode: Callable[[int, int], torch.Tensor] | None = None
+    """For a quantized weight: the values of some elements from the first on, flat in float64."""
+    model_dtype: str = ""
+    """The type that the model has such a weight in."""
 
     @property
     def file(self) -> Path:
@@ -259,9 +263,12 @@ class ProvenTensor:
             first += low * count
             if isinstance(at, slice):
                 count *= high - low
-        return self._values(first, count).reshape(-1, self.columns)
+        return self.flat(first, count).reshape(-1, self.columns)
 
-    def _values(self, first: int, count: int) -> torch.Tensor:
+    def flat(self, first: int, count: int) -> torch.Tensor:
+        """Some elements, counted through the whole tensor."""
+        if self.decode is not None:
+            return self.decode(first, count)
         width, dtype = BYTES[self.dtype], DTYPES[self.dtype]
         raw = self.source.read(self.start + first * width, count * width)
         if raw.storage_offset() % width:
@@ -285,11 +292,13 @@ class TensorFolder:
     files: list[ProvenFile] = field(default_factory=list)
     problems: list[Finding] = field(default_factory=list)
     """What a person must know; nothing here is raised, so that a damaged merge can be graded."""
+    quantized: str = ""
+    """The format of its quantized weights; empty where there are none."""
 
     @property
     def first_type(self) -> str:
         """The type of the first floating-point tensor, which a loader takes where the config has none."""
-        types = (DTYPES[stored.dtype] for stored in self.tensors.values())
+        types = (DTYPES[stored.model_dtype or stored.dtype] for stored in self.tensors.values())
         first = next((kind for kind in types if kind.is_floating_point), torch.float32)
         return str(first).removeprefix("torch.")
 

@@ -25,7 +25,10 @@ class Plan:
     def __init__(self, base: TensorFolder, config: ModelConfig) -> None:
         self.base = base
         self.model_type = str(config.body.get("model_type", ""))
-        self.expected = {name: Expected(name, stored.dtype, stored) for name, stored in base.tensors.items()}
+        self.expected = {
+            name: Expected(name, stored.model_dtype or stored.dtype, stored)
+            for name, stored in base.tensors.items()
+        }
         self.ties = Ties(self.expected, config.ties)
         self.used: set[tuple[str, str]] = set()
         self.base_verified = False

@@ -31,6 +31,7 @@ from lorasmith.proving.weights.check import check
 from lorasmith.proving.weights.claims import Claims, Identity, check_claims, read_claims
 from lorasmith.proving.weights.model_folder import TensorFolder, open_model
 from lorasmith.proving.weights.plan import plan_proof
+from lorasmith.proving.weights.quantized.decode import decode_weights
 from lorasmith.proving.weights.report import Report
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.proof import WeightProof
@@ -81,7 +82,7 @@ def prove(
         merged=_describe(merged, merged_folder),
         weights=factors,
     )
-    report.findings += check_claims(claims, identity)
+    report.findings += check_claims(claims, identity, base_folder.quantized)
     weights_read = frozenset(file.path for file in merged_folder.files)
     folders = Folders(base, adapters, merged, weights_read)
     rows_before, rows = plan.ties.rows_before, plan.ties.rows
@@ -137,8 +138,5 @@ def _open_base(path: Path) -> tuple[TensorFolder, ModelConfig]:
     if folder.problems:
         first = folder.problems[0]
         raise CheckpointError(first.message, where=first.where, expected=first.expected)
-    if config.body.get("quantization_config"):
-        raise CheckpointError(
-            "the base is quantized", where=path, remedy="give the 16-bit model that it was made from"
-        )
+    decode_weights(folder, config.body)
     return folder, config

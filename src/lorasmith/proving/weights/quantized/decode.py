@@ -1,0 +1,56 @@
+"""A base's quantized weights put in the place of the tensors that they are stored as."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from lorasmith.errors import CheckpointError
+from lorasmith.proving.weights.model_folder import ProvenTensor, TensorFolder
+from lorasmith.proving.weights.quantized.bitsandbytes import find_4bit, find_8bit
+from lorasmith.proving.weights.quantized.stored import Found
+
+Finder = Callable[[Mapping[str, ProvenTensor], Mapping[str, Any]], list[Found]]
+
+FINDERS: tuple[Finder, ...] = (find_4bit, find_8bit)
+"""One a format: what it finds among a base's tensors, given its config."""
+
+_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def decode_weights(folder: TensorFolder, config: Mapping[str, Any]) -> None:
+    """Replace them in `folder.tensors`; raises `CheckpointError` for a quantized base of no known format."""
+    found = [one for finder in FINDERS for one in finder(folder.tensors, config)]
+    if not found:
+        if config.get("quantization_config"):
+            raise CheckpointError(
+                "the base is quantized in a format that is not known here",
+                where=folder.path,
+                remedy="give the 16-bit model that it was made from",
+            )
+        return
+    dtype = _model_dtype(config)
+    in_place = {one.codes.name: one for one in found}
+    used = {name for one in found for name in one.used}
+    tensors: dict[str, ProvenTensor] = {}
+    for name, stored in folder.tensors.items():
+        if name in in_place:
+            one = in_place[name]
+            tensors[one.name] = replace(
+                stored, name=one.name, dtype="F64", shape=one.shape, decode=one.decode, model_dtype=dtype
+            )
+        elif name not in used:
+            tensors[name] = stored
+    folder.tensors = tensors
+    folder.quantized = " and ".join(sorted({one.format for one in found}))
+
+
+def _model_dtype(config: Mapping[str, Any]) -> str:
+    """The type that the model computes in, as its config says; bfloat16 where it is silent."""
+    for part in (config, config.get("text_config")):
+        for key in ("dtype", "torch_dtype"):
+            value = part.get(key) if isinstance(part, dict) else None
+            if isinstance(value, str) and value.removeprefix("torch.") in _TYPES:
+                return _TYPES[value.removeprefix("torch.")]
+    return "BF16"

@@ -1,0 +1,1 @@
+"""Formats of quantized weights: which tensors make one weight, its exact numbers, its grid, its codes."""

@@ -1,0 +1,130 @@
+"""A base as the merge sees it: quantized weights stand in it as the weights that they are in the model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lorasmith.checkpoint.header import FLOATS, TensorFile, TensorInfo
+from lorasmith.checkpoint.model import Checkpoint, open_stored, refuse_quantized, text_config
+from lorasmith.errors import CheckpointError
+from lorasmith.quantized.registry import CODECS
+from lorasmith.quantized.weight import QuantizedWeight
+
+_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class DecodedTensor:
+    """A weight decoded as it is read, with the methods of a tensor on disk."""
+
+    weight: QuantizedWeight
+    info: TensorInfo
+    """Its entry in the checkpoint: float64, at no place of the file."""
+    dtype: str
+    """The type that the model has it in."""
+
+    @property
+    def format(self) -> str:
+        """The name of the format that it is stored in."""
+        return self.weight.format
+
+    @property
+    def width(self) -> int:
+        """Columns of the matrix."""
+        return self.info.shape[-1]
+
+    @property
+    def path(self) -> Path:
+        """The file with its codes."""
+        return self.weight.parts["codes"].path
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Whole rows as a float64 matrix."""
+        return torch.from_numpy(self.weight.block(start, stop).values)
+
+    def read(self, first: int, count: int) -> torch.Tensor:
+        """The elements from `first` on, flat."""
+        begin, end = first // self.width, -(-(first + count) // self.width)
+        flat = self.rows(begin, end).reshape(-1)
+        return flat[first - begin * self.width :][:count]
+
+
+def model_dtype(checkpoint: Checkpoint) -> str:
+    """The type that a model computes in by its config, bfloat16 where that is silent."""
+    for part in (checkpoint.config, text_config(checkpoint.config)):
+        named = part.get("dtype") or part.get("torch_dtype")
+        if isinstance(named, str) and named.removeprefix("torch.") in _TYPES:
+            return _TYPES[named.removeprefix("torch.")]
+    return "BF16"
+
+
+def open_base(folder: Path) -> Checkpoint:
+    """A base in any known format; `decoded` of the checkpoint holds what is quantized.
+
+    Raises `CheckpointError` for a format that is not known, and for weights that are not whole.
+    """
+    stored = open_stored(folder)
+    weights = [weight for codec in CODECS for weight in codec.find(stored)]
+    if not weights:
+        refuse_quantized(stored)
+        return stored
+    return logical(stored, weights)
+
+
+def logical(stored: Checkpoint, weights: list[QuantizedWeight]) -> Checkpoint:
+    """The checkpoint with a float64 entry for every quantized weight in the place of its parts."""
+    owner = _owners(stored, weights)
+    dtype = model_dtype(stored)
+    decoded: dict[str, DecodedTensor] = {}
+    shards = []
+    for shard in stored.shards:
+        tensors: dict[str, TensorInfo] = {}
+        for name, info in shard.tensors.items():
+            weight = owner.get(name)
+            if weight is None:
+                tensors[name] = info
+            elif name == weight.parts["codes"].info.name:
+                place = weight.parts["codes"].info
+                entry = TensorInfo(weight.name, "F64", weight.shape, place.start, place.start)
+                tensors[weight.name] = entry
+                decoded[weight.name] = DecodedTensor(weight, entry, dtype)
+        shards.append(TensorFile(shard.path, shard.size, shard.data_start, tensors))
+    modules = {weight.name.rpartition(".")[0] for weight in weights}
+    left = [
+        info
+        for shard in shards
+        for info in shard.tensors.values()
+        if info.name not in decoded and info.dtype not in FLOATS and info.name.rpartition(".")[0] in modules
+    ]
+    if left:
+        raise CheckpointError(
+            f"the base holds {left[0].name}, of which the quantized weight beside it makes no use",
+            where=stored.folder,
+            expected="tensors that the format knows",
+            remedy="the base is of a variant of its format that is not known here",
+        )
+    return replace(stored, shards=tuple(shards), decoded=decoded)
+
+
+def _owners(stored: Checkpoint, weights: list[QuantizedWeight]) -> dict[str, QuantizedWeight]:
+    owner: dict[str, QuantizedWeight] = {}
+    for weight in weights:
+        for part in weight.parts.values():
+            if owner.setdefault(part.info.name, weight) is not weight:
+                raise CheckpointError(
+                    f"two quantized weights, {weight.name} and {owner[part.info.name].name}, share "
+                    f"{part.info.name}",
+                    where=stored.folder,
+                    expected="tensors that belong to one weight",
+                )
+    return owner
+
+
+def formats(checkpoint: Checkpoint) -> str:
+    """What is quantized in a base, in words: `210 weights in nf4`."""
+    counts = Counter(tensor.format for tensor in checkpoint.decoded.values())
+    return ", ".join(f"{count} weights in {name}" for name, count in sorted(counts.items()))

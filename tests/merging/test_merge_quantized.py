@@ -1,0 +1,159 @@
+"""Merging into a base that is quantized: what is asked, what comes out, and that it is what was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import lorasmith
+from lorasmith.errors import UsageError
+from lorasmith.quantized.open import open_base
+from tests.quantized.bases import BITSANDBYTES, save_bitsandbytes, save_plain
+from tests.tiny import load_model, save_adapter
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_plain(tmp_path_factory.mktemp("plain") / "model")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory, plain: Path) -> Path:
+    return save_adapter(tmp_path_factory.mktemp("adapter") / "adapter", plain, std=0.05)
+
+
+@pytest.fixture(scope="module", params=list(BITSANDBYTES))
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, plain: Path) -> Path:
+    place = tmp_path_factory.mktemp("base") / request.param
+    return save_bitsandbytes(place, plain, **BITSANDBYTES[request.param])
+
+
+@pytest.fixture(scope="module")
+def nf4(tmp_path_factory: pytest.TempPathFactory, plain: Path) -> Path:
+    return save_bitsandbytes(tmp_path_factory.mktemp("nf4") / "model", plain, **BITSANDBYTES["nf4"])
+
+
+def decoded(base: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the model in float64."""
+    checkpoint = open_base(base)
+    tensors = {}
+    for shard in checkpoint.shards:
+        stored = load_file(shard.path)
+        for name in shard.tensors:
+            weight = checkpoint.decoded.get(name)
+            if weight is None:
+                tensors[name] = stored[name].double()
+            else:
+                tensors[name] = weight.rows(0, weight.info.shape[0])
+    return tensors
+
+
+def test_the_merge_asks_which_model_is_wanted_and_says_what_each_is(
+    nf4: Path, adapter: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="quantized: 14 weights in nf4") as caught:
+        lorasmith.merge(nf4, adapter, tmp_path / "out")
+    assert "--into 16bit" in str(caught.value)
+
+
+def test_a_base_that_is_not_quantized_has_no_such_choice(plain: Path, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is for a quantized base"):
+        lorasmith.merge(plain, adapter, tmp_path / "out", into="16bit")
+
+
+def test_into_16_bits_gives_a_model_that_computes_what_peft_computes_on_the_dequantized_base(
+    base: Path, plain: Path, adapter: Path, tmp_path: Path
+) -> None:
+    record = lorasmith.merge(base, adapter, tmp_path / "out", into="16bit", precision="float32")
+    assert record.into == "16bit"
+    reference = load_model(plain, torch.float64)
+    reference.load_state_dict(decoded(base))
+    unmerged = PeftModel.from_pretrained(reference, adapter).double()
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        expected = unmerged(ids).logits
+        found = load_model(tmp_path / "out", torch.float64)(ids).logits
+    # Only the merged weights are rounded, to float32: 2^-24 of each, through two layers.
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_every_element_is_the_nearest_bfloat16_number(base: Path, adapter: Path, tmp_path: Path) -> None:
+    lorasmith.merge(base, adapter, tmp_path / "out", into="16bit")
+    merged, factors = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        load_file(adapter / "adapter_model.safetensors"),
+    )
+    for name, values in decoded(base).items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        exact = values
+        if f"{module}.lora_A.weight" in factors:
+            exact = (
+                values
+                + 2.0
+                * factors[f"{module}.lora_B.weight"].double()
+                @ factors[f"{module}.lora_A.weight"].double()
+            )
+        stored = merged[name]
+        assert stored.dtype == torch.bfloat16
+        half = stored.double().abs() * 2.0**-8
+        assert ((stored.double() - exact).abs() <= half).all(), name
+
+
+def test_the_config_says_what_the_weights_are(nf4: Path, adapter: Path, tmp_path: Path) -> None:
+    body: dict[str, Any] = json.loads((nf4 / "config.json").read_text())
+    assert body["quantization_config"]["quant_method"] == "bitsandbytes"
+    lorasmith.merge(nf4, adapter, tmp_path / "out", into="16bit")
+    merged = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in merged
+    assert merged["dtype"] == "bfloat16"
+
+
+def test_parts_of_a_weight_may_lie_in_different_shards(nf4: Path, adapter: Path, tmp_path: Path) -> None:
+    many = _split(nf4, tmp_path / "many")
+    lorasmith.merge(many, adapter, tmp_path / "out", into="16bit")
+    lorasmith.merge(nf4, adapter, tmp_path / "one", into="16bit")
+    parts = [load_file(file) for file in sorted((tmp_path / "out").glob("*.safetensors"))]
+    together = {name: tensor for part in parts for name, tensor in part.items()}
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    assert together.keys() == whole.keys()
+    assert all(torch.equal(together[name], whole[name]) for name in whole)
+    assert lorasmith.prove(many, adapter, tmp_path / "out").grade == "exact"
+    load_model(tmp_path / "out")
+
+
+def _split(base: Path, to: Path) -> Path:
+    """The same model in two shards, every other tensor in each."""
+    to.mkdir()
+    for file in base.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(base / "model.safetensors")
+    (to / "model.safetensors").unlink()
+    places = {}
+    for number in (0, 1):
+        part = dict(sorted(tensors.items())[number::2])
+        save_file(part, to / f"model-{number}.safetensors", metadata={"format": "pt"})
+        places |= dict.fromkeys(part, f"model-{number}.safetensors")
+    (to / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return to
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "embed_tokens"]}],
+    ids=["dora", "modules_to_save", "embedding"],
+)
+def test_other_variants_are_proved_too(
+    nf4: Path, plain: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    adapter = save_adapter(tmp_path / "adapter", plain, std=0.05, **settings)
+    for rounding in ("nearest", "dithered"):
+        out = tmp_path / rounding
+        lorasmith.merge(nf4, adapter, out, into="16bit", rounding=rounding)
+        proof = lorasmith.prove(nf4, adapter, out)
+        assert proof.grade == "exact", proof.findings
