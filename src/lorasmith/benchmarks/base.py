@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -25,6 +25,10 @@ def canonical(value: Any) -> bytes:
 
 class RowError(Exception):
     """A row that cannot be used; the message says why and never quotes the row (some texts are secret)."""
+
+
+class NotForTests(RowError):
+    """A sound row that its authors keep out of tests, such as one to learn from; counted in a note."""
 
 
 class Unscored(Exception):
@@ -64,6 +68,19 @@ class Item:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a benchmark lies on the Hugging Face hub."""
+
+    repository: str
+    revision: str
+    files: tuple[str, ...]
+    note: str = ""
+    """What a person should know about this copy."""
+    known: dict[str, str] = field(default_factory=dict)
+    """File → SHA-256, where it is known from elsewhere."""
+
+
 class Benchmark(ABC):
     """One benchmark. A subclass is final, keeps no state, and stands in `registry.BENCHMARKS`."""
 
@@ -75,6 +92,19 @@ class Benchmark(ABC):
     """True where the authors ask that no example appears in plain text."""
     graded: ClassVar[bool] = False
     """True where every published row has a difficulty: a file without any is damaged."""
+
+    hub: ClassVar[Source | None] = None
+    """Where it is fetched from; None where everybody has to bring a copy."""
+    splits: ClassVar[tuple[str, ...]] = ("test", "validation", "unnamed", "train")
+    """Which split is taken, the first that is there; `unnamed` are files that name none."""
+
+    answered_by: ClassVar[Literal["text", "letter", "ending"]] = "text"
+    """A model writes a text; or of the letters of the row's choices the likeliest counts; or of the choices
+    themselves, each as the end of the prompt, by the log-probability of all its tokens."""
+    max_new_tokens: ClassVar[int] = 512
+    """Longest answer, where a text is written."""
+    stop_texts: ClassVar[tuple[str, ...]] = ()
+    """What ends a text where no chat template does."""
 
     needs: ClassVar[Mapping[str, Any]] = {}
     """What a verdict reads of a row's metadata: field → its type, as pydantic takes it."""
@@ -98,6 +128,18 @@ class Benchmark(ABC):
     @abstractmethod
     def judge(self, example: Example, answer: str) -> Scores:
         """Score an answer that is not blank. Raises `Unscored` where no verdict is possible."""
+
+    def judge_likelihoods(self, example: Example, likelihoods: Sequence[float]) -> Scores:
+        """Score the log-probabilities (nats) of the row's choices, where it is not a text that is written."""
+        raise NotImplementedError(f"{self.name} is answered by a {self.answered_by}")
+
+    def weight(self, example: Example, metric: str) -> float:
+        """How much a row counts in the mean of a metric: 1, but for a metric over parts of rows."""
+        return 1.0
+
+    def answerable(self, example: Example) -> bool:
+        """Whether the row can be put to a model as this benchmark is: some layouts lack the choices."""
+        return self.answered_by == "text" or "choices" in example.metadata.extra()
 
     def fault(self, example: Example) -> str:
         """What is wrong with the metadata that a verdict needs, such as in a row made by hand; else empty."""

@@ -1,45 +1,71 @@
-"""Four choices under letters: the prompt, which letter an answer names, and the likeliest letter."""
+"""Choices under letters: the prompt, which letter an answer names, and the likeliest letter."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lorasmith.benchmarks.base import RowError, Scores, Unscored, canonical
+from lorasmith.benchmarks.base import Benchmark, RowError, Scores, Unscored, canonical
 from lorasmith.records.dataset import Example
 
-LETTERS = "ABCD"
+LETTERS = "ABCDEFGHIJ"
+"""As many as the longest list of choices has (MMLU-Pro)."""
 
-CHOICE_NEEDS = {
-    "choices": Annotated[list[str], Field(min_length=len(LETTERS), max_length=len(LETTERS))],
-    "answer": Literal["A", "B", "C", "D"],
-}
-"""What a verdict on a letter reads of a row."""
 
-# A lower-case "a" is an article: "the answer is a force" names no letter.
-_STATED = re.compile(r"""\b(?i:answer)[\s:*]*(?:(?i:is)\b)?[\s:*("'\[]*([A-Db-d])\b(?!['’])""")
-_ALONE = re.compile(r"^[\s*(\[]*(?:(?i:option|choice)\s+)?[*(\[]*([A-D])[*\])]*(?:[.:,)]|\s*(?:\n|$))")
-_BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*\(?([A-D])\b")
+def choice_needs(fewest: int, most: int) -> dict[str, Any]:
+    """What a verdict on a letter reads of a row with so many choices."""
+    return {
+        "choices": Annotated[list[str], Field(min_length=fewest, max_length=most)],
+        "answer": Literal[tuple(LETTERS[:most])],
+    }
+
+
+class LetteredChoices(Benchmark):
+    """A benchmark of questions with choices under letters: right when the letter is."""
+
+    answered_by = "letter"
+    needs: ClassVar[Mapping[str, Any]] = choice_needs(4, 4)
+
+    def judge(self, example: Example, answer: str) -> Scores:
+        return judge_letter(example, answer)
+
+    def judge_likelihoods(self, example: Example, likelihoods: Sequence[float]) -> Scores:
+        return judge_likelihoods(example, likelihoods)
+
+
+@cache
+def _patterns(count: int) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
+    """A letter of `count` that is boxed, stated, or stands alone at the start."""
+    last = LETTERS[count - 1]
+    # A lower-case "a" is an article: "the answer is a force" names no letter.
+    either = rf"[A-{last}b-{last.lower()}]"
+    return (
+        re.compile(rf"\\boxed\{{\s*(?:\\text\{{)?\s*\(?([A-{last}])\b"),
+        re.compile(rf"""\b(?i:answer)[\s:*]*(?:(?i:is)\b)?[\s:*("'\[]*({either})\b(?!['’])"""),
+        re.compile(rf"^[\s*(\[]*(?:(?i:option|choice)\s+)?[*(\[]*([A-{last}])[*\])]*(?:[.:,)]|\s*(?:\n|$))"),
+    )
 
 
 def prompt_of(question: str, choices: Sequence[str]) -> str:
     """The question, the lettered choices and `Answer:`, as the MMLU paper prints them."""
     lines = [
         question.strip(),
-        *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=True)),
+        *(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)),
     ]
     return "\n".join([*lines, "Answer:"])
 
 
-def require_choices(choices: Sequence[object]) -> list[str]:
-    """Four different texts, else `RowError`."""
+def require_choices(choices: Sequence[object], fewest: int = 4, most: int = 4) -> list[str]:
+    """So many texts that are not blank, else `RowError`."""
     texts = [choice.strip() for choice in choices if isinstance(choice, str) and choice.strip()]
-    if len(choices) != len(LETTERS) or len(texts) != len(LETTERS):
-        raise RowError("there are not four choices with a text")
+    if len(texts) != len(choices) or not fewest <= len(texts) <= most:
+        wanted = "four" if fewest == most == 4 else f"{fewest} to {most}"
+        raise RowError(f"there are not {wanted} choices with a text")
     return texts
 
 
@@ -48,15 +74,15 @@ def read_letter(answer: str, choices: Sequence[str]) -> str | None:
 
     The last statement counts, since models reason first. None when nothing of this is there.
     """
-    for pattern in (_BOXED, _STATED):
+    boxed, stated, alone = _patterns(len(choices))
+    for pattern in (boxed, stated):
         letters = pattern.findall(answer)
         if letters:
             return str(letters[-1]).upper()
-    alone = _ALONE.match(answer.strip())
-    if alone:
-        return alone.group(1)
+    if at_start := alone.match(answer.strip()):
+        return at_start.group(1)
     plain = answer.strip().rstrip(".").casefold()
-    for letter, choice in zip(LETTERS, choices, strict=True):
+    for letter, choice in zip(LETTERS, choices, strict=False):
         if plain == choice.strip().rstrip(".").casefold():
             return letter
     return None

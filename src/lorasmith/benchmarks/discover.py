@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lorasmith.benchmarks.base import Benchmark, Item, RowError, SourceRow
+from lorasmith.benchmarks.base import Benchmark, Item, NotForTests, RowError, SourceRow
 from lorasmith.errors import DataError, os_errors
 from lorasmith.files import jsonl
 from lorasmith.files.inputs import open_input
@@ -195,7 +195,6 @@ def _is_parquet(path: Path) -> bool:
 
 _PEEK_ROWS = 50
 """So many rows decide what a file holds; each further row is still checked by itself."""
-_SPLITS = ("test", "validation", "unnamed", "train")
 _SPLIT_WORDS = {"test": "test", "dev": "validation", "val": "validation", "validation": "validation"}
 
 
@@ -214,6 +213,8 @@ class FolderContents:
     candidates: dict[str, list[Candidate]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     rejected: list[RejectedRow] = field(default_factory=list)
+    unwanted: dict[str, list[str]] = field(default_factory=dict)
+    """Benchmark that was not asked for → the files that hold it."""
 
 
 def read_folder(
@@ -221,8 +222,9 @@ def read_folder(
 ) -> FolderContents:
     """Read the wanted benchmarks from all tables below `root` (or from the file `root`).
 
-    Rows come from the best split that is there: test, else validation, else files that name no split, else
-    train. Raises `DataError` when there is no table at all; everything else is a finding.
+    Rows come from the best split that is there, in the benchmark's own order: as a rule test, else
+    validation, else files that name no split, else train. Raises `DataError` when there is no table at all;
+    everything else is a finding.
     """
     contents = FolderContents()
     files = _tables(root)
@@ -230,7 +232,11 @@ def read_folder(
     for path in files:
         name = path.relative_to(root).as_posix() if root.is_dir() else path.name
         benchmark = _identify(path, name, known, contents)
-        if benchmark is not None and benchmark in wanted:
+        if benchmark is None:
+            continue
+        if benchmark not in wanted:
+            contents.unwanted.setdefault(benchmark.name, []).append(name)
+        else:
             holders.setdefault(benchmark.name, []).append((_split_of(name), path, name))
     for benchmark in wanted:
         chosen = _best_split(benchmark, holders.get(benchmark.name, []), contents)
@@ -318,6 +324,7 @@ def _read(
     """The usable rows of one file; a file that breaks off is rejected as a whole."""
     candidates: list[Candidate] = []
     rejected: list[RejectedRow] = []
+    kept_out: list[RejectedRow] = []
     try:
         for row in read_table(path, name, benchmark.unpack):
             try:
@@ -326,13 +333,17 @@ def _read(
                 if not benchmark.recognises(row):
                     raise RowError(f"the fields are not those of {benchmark.name}")
                 candidates.append(Candidate(row, benchmark.read(row, seed=seed)))
+            except NotForTests as error:
+                kept_out.append(reject(benchmark.name, row, str(error)))
             except RowError as error:
                 rejected.append(reject(benchmark.name, row, str(error)))
     except DataError as error:
         place = error.where.replace(str(path), name) if error.where else name
         _report(contents, "error", "unreadable", error.found, place, error.remedy, error.expected)
         return iter(())
-    contents.rejected += rejected
+    contents.rejected += rejected + kept_out
+    for reason, count in sorted(Counter(row.reason for row in kept_out).items()):
+        _report(contents, "note", "not-for-tests", f"{count} rows are left out: {reason}", name)
     for reason, count in sorted(Counter(row.reason for row in rejected).items()):
         first = next(row.row for row in rejected if row.reason == reason)
         everywhere = "every row is" if not candidates and count == len(rejected) else f"{count} rows are"
@@ -361,11 +372,10 @@ def _report_ungraded(benchmark: Benchmark, rows: Sequence[Candidate], contents: 
 def _best_split(
     benchmark: Benchmark, holders: list[tuple[str, Path, str]], contents: FolderContents
 ) -> list[tuple[Path, str]]:
-    splits = {split for split, _, _ in holders}
+    splits = sorted({split for split, _, _ in holders}, key=benchmark.splits.index)
     if not splits:
         return []
-    best = min(splits, key=_SPLITS.index)
-    others = sorted(splits - {best}, key=_SPLITS.index)
+    best, *others = splits
     if others:
         message = f"{benchmark.name} is taken from its {best} files; not used: {', '.join(others)}"
         _report(contents, "note", "split-chosen", message)

@@ -24,7 +24,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 import numpy as np
 from annotated_types import MinLen
 
-from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, SourceRow, text
+from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, Source, SourceRow, text
 from lorasmith.records.dataset import Example
 
 # The one-to-one pairing with the largest sum: Kuhn 1955, by the shortest paths of Jonker and Volgenant.
@@ -173,6 +173,15 @@ class Drop(Benchmark):
     domain = "reading comprehension"
     source = "https://huggingface.co/datasets/ucinlp/drop"
     licence = "CC BY-SA 4.0"
+    hub = Source(
+        "ucinlp/drop",
+        "95cda593fae71b60b5b19f82de3fcf3298c1239c",
+        ("data/validation-00000-of-00001.parquet",),
+        "the hub's copy lost which spans of several annotators belong together; for scores exactly as "
+        "published use the original drop_dataset_dev.json",
+    )
+    max_new_tokens = 64
+    stop_texts = ("\n",)
     needs: ClassVar[Mapping[str, Any]] = {
         "golds": Annotated[list[Annotated[list[str], MinLen(1)]], MinLen(1)]
     }

@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasmith.benchmarks.registry import choose
+from lorasmith.benchmarks.base import Source
+from lorasmith.benchmarks.registry import BENCHMARKS, choose
 from lorasmith.errors import DataError, MachineError, UsageError, os_errors
 from lorasmith.files.atomic import write_record
 from lorasmith.files.inputs import open_input
@@ -25,60 +26,8 @@ from lorasmith.progress import Advance, Progress, silent
 from lorasmith.records.base import Finding
 from lorasmith.records.dataset import FetchedFile, FetchRecord
 
-# Where each benchmark lies on the Hugging Face hub: repository, pinned revision, files.
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a benchmark lies on the hub."""
-
-    repository: str
-    revision: str
-    files: tuple[str, ...]
-    note: str = ""
-    """What a person should know about this copy."""
-    known: dict[str, str] = field(default_factory=dict)
-    """File → SHA-256, where it is known from elsewhere."""
-
-
-SOURCES: dict[str, Source] = {
-    "DROP": Source(
-        "ucinlp/drop",
-        "95cda593fae71b60b5b19f82de3fcf3298c1239c",
-        ("data/validation-00000-of-00001.parquet",),
-        "the hub's copy lost which spans of several annotators belong together; for scores exactly as "
-        "published use the original drop_dataset_dev.json",
-    ),
-    "GPQA": Source(
-        "Idavidrein/gpqa",
-        "633f5ee89ab8ad4522a9f850766b73f62147ffdd",
-        ("gpqa_main.csv",),
-        "its authors ask that no example appears in plain text: keep this file to yourself",
-    ),
-    "HumanEval": Source(
-        "openai/openai_humaneval",
-        "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
-        ("openai_humaneval/test-00000-of-00001.parquet",),
-    ),
-    "MATH": Source(
-        "HuggingFaceH4/MATH-500",
-        "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
-        ("test.jsonl",),
-        "the whole of MATH was taken down from the hub after a notice of the problems' rights holder "
-        "(January 2025); this is the subset of 500 problems, as long as the hub has it",
-    ),
-    "MMLU": Source(
-        "cais/mmlu",
-        "c30699e8356da336a370243923dbaf21066bb9fe",
-        ("all/test-00000-of-00001.parquet",),
-        known={
-            "all/test-00000-of-00001.parquet": (
-                "74a41822ce7d3def56e1682f958469c04642a5336a5ce912fa375fdb90fb25d7"
-            )
-        },
-    ),
-}
-
+SOURCES: dict[str, Source] = {benchmark.name: benchmark.hub for benchmark in BENCHMARKS if benchmark.hub}
+"""Where each benchmark lies on the hub."""
 
 _BLOCK = 1 << 20
 _RECORD = "fetched.json"
@@ -100,7 +49,7 @@ def fetch(
     token: str | None = None,
     progress: Progress = silent,
 ) -> FetchRecord:
-    """Download the named benchmarks, or all, to `output/NAME/…`, and write `output/fetched.json`.
+    """Download the named benchmarks, or the guide's five, to `output/NAME/…`; write `output/fetched.json`.
 
     The token comes from `HF_TOKEN` or `hf auth login` unless given; the hub from `HF_ENDPOINT`. A benchmark
     that cannot be had is a finding of severity `error`, and the others are still fetched.

@@ -11,29 +11,26 @@ that no example appears in plain text, so this header shows invented values only
 from __future__ import annotations
 
 from lorasmith.benchmarks import discover
-from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, SourceRow, text
-from lorasmith.benchmarks.choices import (
-    CHOICE_NEEDS,
-    LETTERS,
-    judge_letter,
-    prompt_of,
-    require_choices,
-    seeded_order,
-)
-from lorasmith.records.dataset import Example
+from lorasmith.benchmarks.base import Item, RowError, Source, SourceRow, text
+from lorasmith.benchmarks.choices import LETTERS, LetteredChoices, prompt_of, require_choices, seeded_order
 
 _WRONG = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 _ESTIMATE = "Writer's Difficulty Estimate"
 
 
-class Gpqa(Benchmark):
+class Gpqa(LetteredChoices):
     """Main 448 questions, diamond 198 and extended 546 as published."""
 
     name = "GPQA"
     domain = "science Q&A"
     source = "https://huggingface.co/datasets/Idavidrein/gpqa"
     licence = "CC BY 4.0, gated"
-    needs = CHOICE_NEEDS
+    hub = Source(
+        "Idavidrein/gpqa",
+        "633f5ee89ab8ad4522a9f850766b73f62147ffdd",
+        ("gpqa_main.csv",),
+        "its authors ask that no example appears in plain text: keep this file to yourself",
+    )
     may_lack = "choices"
     private = True
 
@@ -80,9 +77,6 @@ class Gpqa(Benchmark):
 
     def guide_difficulty(self, item: Item) -> tuple[str, str]:
         return "hard", "benchmark"
-
-    def judge(self, example: Example, answer: str) -> Scores:
-        return judge_letter(example, answer)
 
     @staticmethod
     def _is_short(row: SourceRow) -> bool:

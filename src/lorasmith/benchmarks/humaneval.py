@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, SourceRow, Unscored, text
+from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, Source, SourceRow, Unscored, text
 from lorasmith.benchmarks.sandbox import run
 from lorasmith.records.dataset import Example
 
@@ -31,6 +31,14 @@ class HumanEval(Benchmark):
     domain = "code generation"
     source = "https://github.com/openai/human-eval"
     licence = "MIT"
+    hub = Source(
+        "openai/openai_humaneval",
+        "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
+        ("openai_humaneval/test-00000-of-00001.parquet",),
+    )
+    max_new_tokens = 384
+    # The stops of the paper, section 3.2.
+    stop_texts = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
     needs: ClassVar[Mapping[str, Any]] = {"tests": str, "entry_point": str}
     runs_code = True
 

@@ -25,7 +25,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
-from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, SourceRow, Unscored, text
+from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, Source, SourceRow, Unscored, text
 from lorasmith.records.dataset import Example
 
 # Whether two answers are mathematically equal: by the same text, else by math-verify under a time limit.
@@ -150,6 +150,15 @@ class Maths(Benchmark):
     domain = "math"
     source = "https://github.com/hendrycks/math"
     licence = "MIT, taken down by the rights holder of the problems"
+    hub = Source(
+        "HuggingFaceH4/MATH-500",
+        "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",
+        ("test.jsonl",),
+        "the whole of MATH was taken down from the hub after a notice of the problems' rights holder "
+        "(January 2025); this is the subset of 500 problems, as long as the hub has it",
+    )
+    max_new_tokens = 512
+    stop_texts = ("\nProblem:",)
     graded = True
     needs: ClassVar[Mapping[str, Any]] = {"final_answer": str}
 

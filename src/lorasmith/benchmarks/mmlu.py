@@ -14,9 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, SourceRow, text
-from lorasmith.benchmarks.choices import CHOICE_NEEDS, LETTERS, judge_letter, prompt_of, require_choices
-from lorasmith.records.dataset import Example
+from lorasmith.benchmarks.base import Item, RowError, Source, SourceRow, text
+from lorasmith.benchmarks.choices import LETTERS, LetteredChoices, prompt_of, require_choices
 
 _BARE = tuple("012345")
 """Column numbers of a CSV without a header."""
@@ -57,19 +56,28 @@ HARD_SUBJECTS = frozenset(
 """The guide's policy calls these hard: formal and quantitative subjects at college level, and law."""
 
 
-class Mmlu(Benchmark):
+class Mmlu(LetteredChoices):
     """57 subjects, 14,042 test questions as published."""
 
     name = "MMLU"
     domain = "multitask understanding"
     source = "https://huggingface.co/datasets/cais/mmlu"
     licence = "MIT"
-    needs = CHOICE_NEEDS
+    hub = Source(
+        "cais/mmlu",
+        "c30699e8356da336a370243923dbaf21066bb9fe",
+        ("all/test-00000-of-00001.parquet",),
+        known={
+            "all/test-00000-of-00001.parquet": (
+                "74a41822ce7d3def56e1682f958469c04642a5336a5ce912fa375fdb90fb25d7"
+            )
+        },
+    )
 
     def recognises(self, row: SourceRow) -> bool:
         fields = _lower(row.value)
         if tuple(row.value) == _BARE:
-            return str(row.value["5"]).strip() in tuple(LETTERS)
+            return str(row.value["5"]).strip() in tuple(LETTERS[:4])
         listed = isinstance(fields.get("choices"), list) and not fields.keys() & {"answerkey", "solution"}
         return {"question", "answer"} <= fields.keys() and (listed or set("abcd") <= fields.keys())
 
@@ -103,9 +111,6 @@ class Mmlu(Benchmark):
     def guide_difficulty(self, item: Item) -> tuple[str, str]:
         return ("hard" if item.subdomain in HARD_SUBJECTS else "medium"), "subject"
 
-    def judge(self, example: Example, answer: str) -> Scores:
-        return judge_letter(example, answer)
-
 
 def _lower(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key.lower(): value for key, value in row.items()}
@@ -129,6 +134,6 @@ def _letter(answer: object) -> str:
     plain = str(answer).strip().upper()
     if plain in tuple("0123"):
         return LETTERS[int(plain)]
-    if plain in tuple(LETTERS):
+    if plain in tuple(LETTERS[:4]):
         return plain
     raise RowError("the answer is neither 0..3 nor a letter A..D")

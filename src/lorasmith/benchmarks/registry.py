@@ -1,4 +1,4 @@
-"""The benchmarks that lorasmith knows, as a list to read. A new one is one file and one line here."""
+"""The benchmarks that lorasmith knows, as lists to read. A new one is one file and one line here."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ from lorasmith.benchmarks.maths import Maths
 from lorasmith.benchmarks.mmlu import Mmlu
 from lorasmith.errors import UsageError
 
-BENCHMARKS: tuple[Benchmark, ...] = (
+THE_FIVE: tuple[Benchmark, ...] = (
     Drop(),
     Gpqa(),
     HumanEval(),
     Maths(),
     Mmlu(),
 )
+"""Those of the guide: what is fetched and built where none is named."""
+
+MORE: tuple[Benchmark, ...] = ()
+"""Taken where they are named."""
+
+BENCHMARKS = THE_FIVE + MORE
+BY_NAME: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in BENCHMARKS}
 
 
 def by_name(name: str) -> Benchmark:
@@ -33,9 +40,9 @@ def by_name(name: str) -> Benchmark:
 
 
 def choose(names: Sequence[str] | None) -> tuple[Benchmark, ...]:
-    """The named benchmarks in the order of the registry, or all."""
+    """The named benchmarks in the order of the registry, or the five of the guide."""
     if names is None:
-        return BENCHMARKS
+        return THE_FIVE
     wanted = {by_name(name).name for name in names}
     if not wanted:
         raise UsageError("no benchmark was named", expected="at least one name")

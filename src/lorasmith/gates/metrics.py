@@ -30,7 +30,7 @@ class NotMeasured(Exception):
 
 Read = Callable[[RunRecords, str | None], tuple[float | str, Interval | None]]
 
-MAIN_METRICS = ("accuracy", "exact_match", "pass@1", "f1")
+MAIN_METRICS = ("accuracy_norm", "accuracy", "exact_match", "prompt_strict", "pass@1", "f1")
 """A benchmark with several metrics is judged by the first of these that it has."""
 
 _PAIRS = {"effect": ("adapter", "base"), "merge": ("merged", "adapter")}

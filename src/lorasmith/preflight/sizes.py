@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasmith.benchmarks.registry import BENCHMARKS
+from lorasmith.benchmarks.registry import BY_NAME
 from lorasmith.checkpoint.adapter import Adapter
 from lorasmith.checkpoint.model import HEAD_NAMES, Checkpoint, text_config
 from lorasmith.files.jsonl import read_examples
@@ -149,17 +149,10 @@ class AnswerSize:
 def answer_size(examples: Sequence[Example], base: Path) -> AnswerSize:
     """The size of the rows that `--tasks` can put to a model; no rows where there are none."""
     from lorasmith.models.generation.generate import GENERATE_ROWS
-    from lorasmith.scoring.answers import RULES
 
-    names = {benchmark.name for benchmark in BENCHMARKS}
-    written = [row for row in examples if row.metadata.source in RULES]
-    chosen = [
-        row
-        for row in examples
-        if row.metadata.source in names - set(RULES) and "choices" in row.metadata.extra()
-    ]
-    known = [*written, *chosen]
-    limits = [RULES[row.metadata.source].max_new_tokens for row in written]
+    by_row = [(row, BY_NAME[row.metadata.source]) for row in examples if row.metadata.source in BY_NAME]
+    known = [row for row, benchmark in by_row if benchmark.answerable(row)]
+    limits = [benchmark.max_new_tokens for _, benchmark in by_row if benchmark.answered_by == "text"]
     pairs, _ = row_lengths(known, base)
     return AnswerSize(
         rows=len(known),

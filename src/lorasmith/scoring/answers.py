@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lorasmith.benchmarks.base import Benchmark
 from lorasmith.benchmarks.choices import LETTERS
 from lorasmith.models.generation.generate import (
     GENERATE_ROWS,
@@ -20,9 +21,9 @@ from lorasmith.models.generation.generate import (
     plan_generation,
     stop_tokens,
 )
-from lorasmith.models.layout import lay_out
+from lorasmith.models.layout import lay_out, plan_rows
 from lorasmith.models.scorer import Scorer
-from lorasmith.models.scoring import RowWork, open_forward, raise_non_finite
+from lorasmith.models.scoring import Arrays, RowWork, open_forward, raise_non_finite, score_states
 from lorasmith.models.text import Encoded, frame, response_tokens
 
 
@@ -33,24 +34,27 @@ class Rules:
     max_new_tokens: int
     stop_texts: tuple[str, ...] = ()
 
-
-RULES: dict[str, Rules] = {
-    "DROP": Rules(64, ("\n",)),
-    "MATH": Rules(512, ("\nProblem:",)),
-    # The stops of the HumanEval paper (arXiv:2107.03374, section 3.2).
-    "HumanEval": Rules(384, ("\nclass", "\ndef", "\n#", "\nif", "\nprint")),
-}
-"""Benchmarks answered by generation; those with choices are answered by likelihood."""
+    @classmethod
+    def of(cls, benchmark: Benchmark) -> Rules:
+        """Those of a benchmark."""
+        return cls(benchmark.max_new_tokens, benchmark.stop_texts)
 
 
-def choice_likelihoods(scorer: Scorer, rows: Sequence[int]) -> dict[int, list[float]]:
-    """Per row, the log-probability (nats) of each letter as the beginning of the answer."""
+def letter_likelihoods(scorer: Scorer, rows: Sequence[int]) -> dict[int, list[float]]:
+    """Per row, the log-probability (nats) of the letter of each choice as the beginning of the answer."""
     if not rows:
         return {}
-    asked, _ = _questions(scorer)
+    asked, _ = _questions(scorer, rows)
     plan = scorer.work.plan([asked[row] for row in rows])
     batches = [tuple(rows[place] for place in batch) for batch in plan]
-    return scorer.run(open_choices, batches, "Weigh choices", asked_rows=list(rows))
+    weighed = scorer.run(open_choices, batches, "Weigh choices", asked_rows=list(rows))
+    return {row: values[: len(choices_of(scorer, row))] for row, values in weighed.items()}
+
+
+def choices_of(scorer: Scorer, row: int) -> list[str]:
+    """The choices of a row that has some."""
+    choices: list[str] = scorer.work.examples[row].metadata.extra()["choices"]
+    return choices
 
 
 @contextmanager
@@ -59,7 +63,7 @@ def open_choices(
 ) -> Iterator[RowWork[npt.NDArray[np.float32], list[float]]]:
     """Batches of `asked_rows` → `[rows, letters]` log-probabilities."""
     loaded, work = scorer.loaded, scorer.work
-    asked, letters = _questions(scorer)
+    asked, letters = _questions(scorer, asked_rows)
     columns = torch.tensor(letters, device=loaded.device)
     with open_forward(loaded, [asked[row] for row in asked_rows], scorer.route) as forward:
 
@@ -82,13 +86,14 @@ def open_choices(
         )
 
 
-def _questions(scorer: Scorer) -> tuple[list[Encoded], list[int]]:
-    """Every row with one scored token behind its prompt, and the token of each letter."""
+def _questions(scorer: Scorer, asked_rows: Sequence[int]) -> tuple[list[Encoded], list[int]]:
+    """Every row with one scored token behind its prompt, and the token of each letter that is needed."""
+    letters_needed = LETTERS[: max(len(choices_of(scorer, row)) for row in asked_rows)]
     tokenizer, template = scorer.loaded.tokenizer, scorer.work.settings.template
     around = frame(tokenizer, template, end_of_turn=False)
     space = " " if template == "plain" else ""  # after "Answer:" a text goes on with a space
-    answers = [response_tokens(tokenizer, space + letter, around) for letter in LETTERS]
-    # A tokenizer may spell the space on its own: what all four begin with goes to the prompt.
+    answers = [response_tokens(tokenizer, space + letter, around) for letter in letters_needed]
+    # A tokenizer may spell the space on its own: what all of them begin with goes to the prompt.
     together = zip(*answers, strict=False)
     shared = [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, together)]
     letters = [answer[len(shared)] for answer in answers]
@@ -96,33 +101,96 @@ def _questions(scorer: Scorer) -> tuple[list[Encoded], list[int]]:
     return [Encoded([*ids, letters[0]], len(ids), scored_from=len(ids)) for ids in prompts], letters
 
 
-def generated_answers(scorer: Scorer, rows: Sequence[int]) -> dict[int, Generated]:
-    """Per row, what the model writes greedily after the prompt, benchmark by benchmark."""
+def ending_likelihoods(scorer: Scorer, rows: Sequence[int]) -> dict[int, list[float]]:
+    """Per row, the log-probability (nats) of each choice as the end of the prompt, over all its tokens."""
+    if not rows:
+        return {}
+    endings = _endings(scorer, rows)
+    settings, most = scorer.work.settings, max(map(len, endings.values()))
+    # A batch holds every choice of its rows: so many fewer rows fit into it.
+    plan = plan_rows(
+        [max(endings[row], key=lambda encoded: len(encoded.ids)) for row in rows],
+        settings.layout,
+        max(1, settings.batch_tokens // most),
+        None if settings.batch_size is None else max(1, settings.batch_size // most),
+    )
+    batches = [tuple(rows[place] for place in batch) for batch in plan]
+    return scorer.run(open_endings, batches, "Weigh endings", asked_rows=list(rows))
+
+
+@contextmanager
+def open_endings(scorer: Scorer, asked_rows: list[int]) -> Iterator[RowWork[Arrays, list[float]]]:
+    """Batches of `asked_rows` → per row the log-probability of each of its endings."""
+    loaded, work = scorer.loaded, scorer.work
+    endings = _endings(scorer, asked_rows)
+    longest = {row: max(own, key=lambda encoded: len(encoded.ids)) for row, own in endings.items()}
+    with open_forward(loaded, list(longest.values()), scorer.route) as forward:
+
+        def weigh(batch: tuple[int, ...]) -> Arrays:
+            owners = [row for row in batch for _ in endings[row]]
+            flat = [encoded for row in batch for encoded in endings[row]]
+            laid_out = lay_out(range(len(flat)), flat, work.settings.layout)
+            scored, _ = score_states(forward, laid_out, [work.names[row] for row in owners])
+            by_place = dict(zip(laid_out.rows, scored, strict=True))
+            sums = [np.sum(by_place[place], dtype=np.float64) for place in range(len(flat))]
+            return [
+                np.array([one for one, owner in zip(sums, owners, strict=True) if owner == row])
+                for row in batch
+            ]
+
+        yield RowWork(
+            [longest.get(row, encoded) for row, encoded in enumerate(work.rows)],
+            loaded.device,
+            weigh,
+            to_arrays=lambda values: values,
+            from_arrays=lambda batch, arrays: arrays,
+            per_row=lambda values: [own.tolist() for own in values],
+        )
+
+
+def _endings(scorer: Scorer, rows: Sequence[int]) -> dict[int, list[Encoded]]:
+    """Per row its prompt with each choice behind it, whose tokens are scored."""
+    tokenizer, template, work = scorer.loaded.tokenizer, scorer.work.settings.template, scorer.work
+    around = frame(tokenizer, template, end_of_turn=False)
+    space = " " if template == "plain" else ""
+    endings: dict[int, list[Encoded]] = {}
+    for row in rows:
+        prompt = work.rows[row].ids[: work.rows[row].n_prompt]
+        own = [response_tokens(tokenizer, space + choice, around) for choice in choices_of(scorer, row)]
+        begun = room_for(prompt, scorer.loaded.context, max(map(len, own)))
+        endings[row] = [Encoded([*begun, *tokens], len(begun), scored_from=len(begun)) for tokens in own]
+    return endings
+
+
+def generated_answers(
+    scorer: Scorer, rows: Sequence[int], rules: Mapping[str, Rules]
+) -> dict[int, Generated]:
+    """Per row, what the model writes greedily after the prompt, by the rules of its source."""
     work, batches = scorer.work, []
-    for source in RULES:
+    for source in rules:
         own = [row for row in rows if work.examples[row].metadata.source == source]
         together = min(GENERATE_ROWS, work.settings.batch_size or GENERATE_ROWS)
         planned = plan_generation([work.rows[row].ids[: work.rows[row].n_prompt] for row in own], together)
         batches += [tuple(own[place] for place in batch) for batch in planned]
-    return scorer.run(open_answers, batches, "Write answers")
+    return scorer.run(open_answers, batches, "Write answers", rules=dict(rules))
 
 
 @contextmanager
-def open_answers(scorer: Scorer) -> Iterator[RowWork[list[Generated], Generated]]:
-    """Batches of rows of one benchmark → what the model writes after each prompt."""
+def open_answers(scorer: Scorer, rules: dict[str, Rules]) -> Iterator[RowWork[list[Generated], Generated]]:
+    """Batches of rows of one source → what the model writes after each prompt."""
     loaded, work = scorer.loaded, scorer.work
     template = work.settings.template
     stop = stop_tokens(loaded, template)
 
     def write(batch: tuple[int, ...]) -> list[Generated]:
-        rules = RULES[work.examples[batch[0]].metadata.source]
+        own = rules[work.examples[batch[0]].metadata.source]
         prompts = [work.rows[row].ids[: work.rows[row].n_prompt] for row in batch]
         return generate_greedy(
             loaded,
-            [room_for(prompt, loaded.context, rules.max_new_tokens) for prompt in prompts],
-            max_new_tokens=rules.max_new_tokens,
+            [room_for(prompt, loaded.context, own.max_new_tokens) for prompt in prompts],
+            max_new_tokens=own.max_new_tokens,
             stop=stop,
-            stop_texts=rules.stop_texts if template == "plain" else (),
+            stop_texts=own.stop_texts if template == "plain" else (),
             names=[work.names[row] for row in batch],
         )
 

@@ -100,22 +100,32 @@ def paired_tasks(a_parquet: Path, b_parquet: Path, *, seed: int = 0) -> list[Tas
         one, two = a[benchmark, metric], b[benchmark, metric]
         both = sorted(set(one) & set(two))
         if both:
-            values_a, values_b = (np.array([side[name] for name in both]) for side in (one, two))
-            effects.append(task_effect(benchmark, metric, values_a, values_b, seed))
+            values_a, values_b = (np.array([side[name][0] for name in both]) for side in (one, two))
+            weights = np.array([one[name][1] for name in both])
+            effects.append(task_effect(benchmark, metric, values_a, values_b, seed, weights))
     return effects
 
 
-def task_effect(benchmark: str, metric: str, values_a: Array, values_b: Array, seed: int) -> TaskEffect:
-    """One comparison from the scores of the same examples on both sides."""
-    interval = mean_interval(values_b - values_a, np.ones(len(values_a)), seed)
-    p_value = sign_flip_p(values_b - values_a, seed)
+def task_effect(
+    benchmark: str,
+    metric: str,
+    values_a: Array,
+    values_b: Array,
+    seed: int,
+    weights: Array | None = None,
+) -> TaskEffect:
+    """One comparison from the scores of the same examples on both sides, of equal weight unless given."""
+    weights = np.ones(len(values_a)) if weights is None else weights
+    difference = (values_b - values_a) * weights
+    interval = mean_interval(difference, weights, seed)
+    p_value = sign_flip_p(difference, seed)
     return TaskEffect(
         benchmark=benchmark,
         metric=metric,
         examples=len(values_a),
-        value_a=float(values_a.mean()),
-        value_b=float(values_b.mean()),
-        delta=float((values_b - values_a).mean()),
+        value_a=float((values_a * weights).sum() / weights.sum()),
+        value_b=float((values_b * weights).sum() / weights.sum()),
+        delta=float(difference.sum() / weights.sum()),
         interval=interval,
         p_value=p_value,
         verdict=_verdict(interval, p_value, better="higher"),
@@ -128,11 +138,12 @@ def _verdict(interval: Interval | None, p_value: float, *, better: str) -> str:
     return "helps" if (interval.low > 0) == (better == "higher") else "hurts"
 
 
-def _read_scores(path: Path) -> dict[tuple[str, str], dict[str, float]]:
-    scores_by_metric: dict[tuple[str, str], dict[str, float]] = {}
-    for row in read_table(path, ["id", "benchmark", "metrics", "scores"]).to_pylist():
-        for metric, score in zip(row["metrics"], row["scores"], strict=True):
-            scores_by_metric.setdefault((row["benchmark"], metric), {})[row["id"]] = score
+def _read_scores(path: Path) -> dict[tuple[str, str], dict[str, tuple[float, float]]]:
+    """(benchmark, metric) → id → score and weight."""
+    scores_by_metric: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
+    for row in read_table(path, ["id", "benchmark", "metrics", "scores", "weights"]).to_pylist():
+        for metric, *scored in zip(row["metrics"], row["scores"], row["weights"], strict=True):
+            scores_by_metric.setdefault((row["benchmark"], metric), {})[row["id"]] = (scored[0], scored[1])
     return scores_by_metric
 
 
@@ -144,8 +155,8 @@ def paired_quality(
 ) -> TaskQuality | None:
     """Model B against model A over all questions, by metric and by group, from files of `evaluate_tasks`.
 
-    An example counts by the first of `metrics` that it has on both sides. None where no example has a verdict
-    on both sides.
+    An example counts by the first of `metrics` that it has, else by the first that its judge names. None
+    where no example has a verdict on both sides.
     """
     a, b = (_main_scores(path, metrics) for path in (a_parquet, b_parquet))
     own = {example.id: example for example in examples if example.id in a}
@@ -180,6 +191,6 @@ def _main_scores(path: Path, metrics: Sequence[str]) -> dict[str, tuple[str, flo
     main_scores: dict[str, tuple[str, float] | None] = {}
     for row in read_table(path, ["id", "metrics", "scores"]).to_pylist():
         scores = dict(zip(row["metrics"], row["scores"], strict=True))
-        main = next((name for name in metrics if name in scores), None)
+        main = next((name for name in (*metrics, *scores) if name in scores), None)
         main_scores[row["id"]] = None if main is None else (main, scores[main])
     return main_scores

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lorasmith.benchmarks.base import Benchmark, Unscored
-from lorasmith.benchmarks.choices import LETTERS, judge_likelihoods
-from lorasmith.benchmarks.registry import BENCHMARKS
+from lorasmith.benchmarks.choices import LETTERS
+from lorasmith.benchmarks.registry import BY_NAME
 from lorasmith.benchmarks.sandbox.run import anyway, unkept
 from lorasmith.errors import DataError, LorasmithError
 from lorasmith.executors.base import ChunkLog, Executor, Local
@@ -42,12 +42,16 @@ from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.dataset import Example
 from lorasmith.records.scoring import TaskMetric, TaskResult
-from lorasmith.scoring.answers import RULES, choice_likelihoods, cut, generated_answers
+from lorasmith.scoring.answers import (
+    Rules,
+    cut,
+    ending_likelihoods,
+    generated_answers,
+    letter_likelihoods,
+)
 
 # From answers to verdicts: each benchmark's own judge, its metrics with intervals, the table of rows.
 
-
-BY_NAME: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in BENCHMARKS}
 
 SCHEMA = pa.schema(
     [
@@ -58,10 +62,12 @@ SCHEMA = pa.schema(
         ("finished", pa.bool_()),
         ("metrics", pa.list_(pa.string())),
         ("scores", pa.list_(pa.float64())),
+        ("weights", pa.list_(pa.float64())),
         ("unscored", pa.string()),
     ]
 )
-"""Columns of `{role}_tasks.parquet`; `scores` belong to `metrics`, `unscored` says why there are none."""
+"""Columns of `{role}_tasks.parquet`; `scores` and their `weights` belong to `metrics`, `unscored` says why
+there are none."""
 
 
 @dataclass(frozen=True)
@@ -69,50 +75,58 @@ class Judged:
     """One example with its answer and verdict."""
 
     example: Example
+    benchmark: Benchmark
     method: str
     answer: str
     finished: bool
     scores: dict[str, float]
     unscored: str = ""
 
+    def weight(self, metric: str) -> float:
+        """How much the row counts in the mean of a metric."""
+        return self.benchmark.weight(self.example, metric)
+
 
 _JUDGE_FAILED = "the judge failed"
 
 
-def judge_choice(example: Example, likelihoods: Sequence[float]) -> Judged:
-    """The likeliest letter against the right one."""
+def judge_choice(example: Example, benchmark: Benchmark, likelihoods: Sequence[float]) -> Judged:
+    """The likeliest choice against the right one; its letter stands for the answer."""
     best = LETTERS[int(np.argmax(likelihoods))]
-    return Judged(example, "likelihood", best, True, judge_likelihoods(example, likelihoods))
+    scores = benchmark.judge_likelihoods(example, likelihoods)
+    return Judged(example, benchmark, "likelihood", best, True, scores)
 
 
-def judge_text(scorer: Scorer, row: int, written: Generated) -> Judged:
+def judge_text(scorer: Scorer, row: int, benchmark: Benchmark, written: Generated) -> Judged:
     """What its benchmark's judge says of a written answer; without a verdict it is unscored, not wrong."""
     example, finished = scorer.work.examples[row], written.finished
     answer = scorer.loaded.tokenizer.decode(written.tokens, skip_special_tokens=True)
     if scorer.work.settings.template == "plain":
-        answer = cut(answer, RULES[example.metadata.source].stop_texts)
+        answer = cut(answer, benchmark.stop_texts)
     try:
-        scores = BY_NAME[example.metadata.source].score(example, answer)
+        scores = benchmark.score(example, answer)
     except Unscored as error:
-        return Judged(example, "generation", answer, finished, {}, str(error))
+        return Judged(example, benchmark, "generation", answer, finished, {}, str(error))
     except LorasmithError:
         raise  # what the machine cannot do stops the command, whatever the answer is
     except Exception as error:
         # A model may write what no judge was made for; the answers of the other rows count all the same.
         reason = f"{_JUDGE_FAILED}: {type(error).__name__}"
-        return Judged(example, "generation", answer, finished, {}, reason)
-    return Judged(example, "generation", answer, finished, scores)
+        return Judged(example, benchmark, "generation", answer, finished, {}, reason)
+    return Judged(example, benchmark, "generation", answer, finished, scores)
 
 
 def task_metrics(judged: Sequence[Judged], seed: int) -> list[TaskMetric]:
     """Each benchmark's metrics over its rows, with an interval by bootstrap."""
     metrics = []
-    for name in sorted({one.example.metadata.source for one in judged}):
-        own = [one for one in judged if one.example.metadata.source == name]
+    for name in sorted({one.benchmark.name for one in judged}):
+        own = [one for one in judged if one.benchmark.name == name]
         reasons = Counter(one.unscored for one in own if one.unscored)
-        rules = RULES.get(name) if own[0].method == "generation" else None
+        limit = own[0].benchmark.max_new_tokens if own[0].method == "generation" else None
         for metric in sorted({metric for one in own for metric in one.scores}) or ["unscored"]:
-            scores = np.array([one.scores[metric] for one in own if metric in one.scores])
+            scored = [one for one in own if metric in one.scores]
+            scores = np.array([one.scores[metric] for one in scored])
+            weights = np.array([one.weight(metric) for one in scored])
             metrics.append(
                 TaskMetric(
                     benchmark=name,
@@ -123,9 +137,9 @@ def task_metrics(judged: Sequence[Judged], seed: int) -> list[TaskMetric]:
                     unscored=len(own) - len(scores),
                     reasons=dict(sorted(reasons.items())),
                     hit_limit=sum(not one.finished for one in own),
-                    max_new_tokens=rules.max_new_tokens if rules else None,
-                    value=float(scores.mean()) if len(scores) else None,
-                    interval=mean_interval(scores, np.ones(len(scores)), seed),
+                    max_new_tokens=limit,
+                    value=float((scores * weights).sum() / weights.sum()) if len(scores) else None,
+                    interval=mean_interval(scores * weights, weights, seed),
                 )
             )
     return metrics
@@ -136,12 +150,13 @@ def judged_table(judged: Sequence[Judged]) -> bytes:
     rows: list[dict[str, Any]] = [
         {
             "id": one.example.id,
-            "benchmark": one.example.metadata.source,
+            "benchmark": one.benchmark.name,
             "method": one.method,
             "answer": one.answer,
             "finished": one.finished,
             "metrics": list(one.scores),
             "scores": list(one.scores.values()),
+            "weights": [one.weight(metric) for metric in one.scores],
             "unscored": one.unscored,
         }
         for one in judged
@@ -167,8 +182,9 @@ def evaluate_tasks(
 ) -> TaskResult:
     """Answer the test set's benchmark examples and score the answers as each benchmark does.
 
-    Examples with choices (GPQA, MMLU) are answered by the likeliest letter, the others (DROP, MATH,
-    HumanEval) by greedy generation; rows of no known benchmark are left out and counted in a finding.
+    Questions with choices (GPQA, MMLU) are answered by the likeliest letter, endings (HellaSwag) by the
+    likeliest whole text, the others (DROP, MATH, HumanEval) by greedy generation; rows of no known benchmark
+    are left out and counted in a finding.
     Code runs in a sandbox; where that lacks something, only with `run_code_anyway`, which a finding tells.
     Writes `{role}_tasks.json` and `{role}_tasks.parquet`; resumable like `validate`.
     Raises `DataError` when no row belongs to a benchmark.
@@ -187,7 +203,7 @@ def evaluate_tasks(
         stack.enter_context(anyway(run_code_anyway))
         journals = [
             stack.enter_context(open_journal(output / f".{role}_{kind}.journal", inputs, scoring))
-            for kind in ("choices", "answers")
+            for kind in ("choices", "endings", "answers")
         ]
         route = route_of(scoring, journals[0])
         scorer = Scorer.load(
@@ -197,15 +213,19 @@ def evaluate_tasks(
         inputs.require_unchanged()
         identity = identify(role, model, adapter, scorer.loaded)
         known = require_questions(work.examples, test_set)
-        choices = [row for row in known if _has_choices(work.examples[row])]
-        written = [row for row in known if not _has_choices(work.examples[row])]
-        likelihoods = choice_likelihoods(scorer.part("choices", journals[0]), choices)
-        answers = generated_answers(scorer.part("answers", journals[1]), written)
+        own = {row: BY_NAME[work.examples[row].metadata.source] for row in known}
+        letters, endings, written = (
+            [row for row in known if own[row].answered_by == kind] for kind in ("letter", "ending", "text")
+        )
+        likelihoods = letter_likelihoods(scorer.part("choices", journals[0]), letters)
+        likelihoods |= ending_likelihoods(scorer.part("endings", journals[1]), endings)
+        rules = {work.examples[row].metadata.source: Rules.of(own[row]) for row in written}
+        answers = generated_answers(scorer.part("answers", journals[2]), written, rules)
         work.findings.extend(log.findings())
-        judged = [judge_choice(work.examples[row], likelihoods[row]) for row in choices]
+        judged = [judge_choice(work.examples[row], own[row], likelihoods[row]) for row in letters + endings]
         with progress("Judge answers", total=len(written), unit="row") as advance:
             for row in written:
-                judged.append(judge_text(scorer, row, answers[row]))
+                judged.append(judge_text(scorer, row, own[row], answers[row]))
                 advance(1)
         table = judged_table(judged)
         result = TaskResult(
@@ -235,12 +255,8 @@ def evaluate_tasks(
 
 def answerable(example: Example) -> bool:
     """Whether it is a question of a benchmark that `evaluate_tasks` knows how to put."""
-    name = example.metadata.source
-    return name in BY_NAME and (name in RULES or _has_choices(example))
-
-
-def _has_choices(example: Example) -> bool:
-    return "choices" in example.metadata.extra() and example.metadata.source not in RULES
+    benchmark = BY_NAME.get(example.metadata.source)
+    return benchmark is not None and benchmark.answerable(example)
 
 
 def foresee_questions(test_set: StrPath, options: SampleOptions) -> None:

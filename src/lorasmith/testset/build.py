@@ -154,6 +154,8 @@ def build(
         contents = read_folder(benchmarks, BENCHMARKS, wanted, seed=seed)
         advance(len(wanted))
     _report_absent(wanted, contents, benchmarks)
+    if not asked.only:
+        _report_unwanted(contents)
     contents.findings += across_benchmarks(contents.candidates)
     examples = []
     for benchmark in wanted:
@@ -197,6 +199,20 @@ def _report_absent(wanted: Sequence[Benchmark], contents: FolderContents, root: 
                     remedy="add its file, or name the benchmarks you want with --only",
                 )
             )
+
+
+def _report_unwanted(contents: FolderContents) -> None:
+    for name, files in sorted(contents.unwanted.items()):
+        more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
+        contents.findings.append(
+            Finding(
+                severity="note",
+                code="not-asked-for",
+                message=f"{name} is here ({files[0]}{more}) and was not asked for",
+                where=files[0],
+                remedy="name all that you want with --only",
+            )
+        )
 
 
 def _sample(benchmark: Benchmark, contents: FolderContents, size: int, seed: int) -> list[Candidate]:
