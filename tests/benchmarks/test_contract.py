@@ -40,7 +40,7 @@ def example(benchmark: Benchmark, item: Item) -> Example:
 @pytest.fixture(autouse=True)
 def _needs(request: pytest.FixtureRequest) -> None:
     name = str(request.node.name)
-    if "HumanEval" in name and "score" in name and run.refusal():
+    if ("HumanEval" in name or "MBPP" in name) and "score" in name and run.refusal():
         pytest.skip(run.refusal())
     if "MATH" in name and "score" in name:
         pytest.importorskip("math_verify")
@@ -169,5 +169,5 @@ def test_gpqa_choices_stand_in_an_order_of_seed_and_row() -> None:
 def test_names_are_found_in_any_case_and_unknown_ones_refused() -> None:
     assert by_name(" humaneval ").name == "HumanEval"
     assert [found.name for found in choose(["mmlu", "Drop"])] == ["DROP", "MMLU"]
-    with pytest.raises(UsageError, match="DROP, GPQA, HumanEval, MATH, MMLU"):
-        by_name("HellaSwag")
+    with pytest.raises(UsageError, match="DROP, GPQA, HumanEval, MATH, MMLU, ARC, "):
+        by_name("CommonsenseQA")

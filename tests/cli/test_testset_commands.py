@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lorasmith.benchmarks.registry import BENCHMARKS
 from lorasmith.files.jsonl import read_examples, write_rows
 from tests.typed import Typed
 
@@ -94,10 +95,18 @@ def test_split_then_check(folder: Path, here: Typed) -> None:
     assert clean.returncode == 0 and "independent" in clean.stdout
 
 
+def test_every_benchmark_is_listed_with_how_it_is_answered(here: Typed) -> None:
+    listed = here("benchmarks", "list")
+    assert listed.returncode == 0
+    for benchmark in BENCHMARKS:
+        assert benchmark.name in listed.stdout
+    assert "likeliest" in listed.stdout and "by default" in listed.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["build", "--only", "HellaSwag"], "no benchmark named 'HellaSwag'"),
+        (["build", "--only", "TriviaQA"], "no benchmark named 'TriviaQA'"),
         (["build", "--only", "drop", "--samples", "drop"], "gives no size"),
         (["build", "--only", "drop", "--samples", "MATH=5"], "not in use"),
         (["build", "--only", "drop", "--samples-per-benchmark", "-1"], "--samples-per-benchmark is -1"),

@@ -20,28 +20,9 @@ from lorasmith.parsing import parse_json
 from lorasmith.records.base import Finding
 from lorasmith.records.dataset import RejectedRow
 
-# Files that are often taken for a benchmark, and lorasmith's own output, told from the first rows.
-
-
-OWN_OUTPUT = "lorasmith"
-
-
-def name_of(rows: Sequence[SourceRow]) -> str | None:
-    """What all rows are, if it is something known: `GSM8K`, our own test set or record, else None."""
-    if rows and all(is_gsm8k(row) for row in rows):
-        return "GSM8K"
-    if rows and all(_is_own(row) for row in rows):
-        return OWN_OUTPUT
-    return None
-
-
-def is_gsm8k(row: SourceRow) -> bool:
-    """GSM8K ends each answer with a line `#### 72`."""
-    answer = row.value.get("answer")
-    return "question" in row.value and isinstance(answer, str) and "\n#### " in "\n" + answer
-
 
 def _is_own(row: SourceRow) -> bool:
+    """Whether it is of our own test sets or records, which often lie beside the benchmarks."""
     value = row.value
     if str(value.get("format", "")).startswith("lorasmith/"):
         return True
@@ -303,18 +284,15 @@ def _identify(
 def _report_unknown(
     contents: FolderContents, rows: list[SourceRow], name: str, claimed: Benchmark | None
 ) -> None:
-    what = name_of(rows)
-    if what == OWN_OUTPUT:
+    if rows and all(_is_own(row) for row in rows):
         _report(contents, "note", "own-output", "this is lorasmith's own output and was passed over", name)
-    elif claimed is None and what is None:
+    elif claimed is None:
         _report(contents, "warning", "unrecognised", "the rows are of no known benchmark", name)
     else:
-        holds = "no rows" if not rows else f"rows of {what}" if what else "rows with other fields"
-        wanted = f"rows of {claimed.name}" if claimed else "a benchmark that lorasmith knows"
-        severity = "error" if claimed else "warning"
+        holds = "rows with other fields" if rows else "no rows"
         _report(
-            contents, severity, "wrong-content", f"the file holds {holds}", name,
-            "replace the file with the published one", wanted,
+            contents, "error", "wrong-content", f"the file holds {holds}", name,
+            "replace the file with the published one", f"rows of {claimed.name}",
         )  # fmt: skip
 
 
@@ -398,10 +376,11 @@ def _split_of(name: str) -> str:
 
 def _claimed_by_name(name: str, known: Iterable[Benchmark]) -> Benchmark | None:
     """The benchmark whose name is a word of the file's own name, such as `gpqa_diamond.csv`."""
-    words = re.split(r"[^a-z0-9]+", name.rsplit("/", 1)[-1].lower())
-    for benchmark in known:
-        own = benchmark.name.lower()
-        if any(word == own or (word.startswith(own) and word[len(own) :].isdigit()) for word in words):
+    words = "-".join(re.split(r"[^a-z0-9]+", name.rsplit("/", 1)[-1].lower()))
+    # The longest name first: `mmlu_pro.parquet` says MMLU-Pro, not MMLU.
+    for benchmark in sorted(known, key=lambda benchmark: -len(benchmark.name)):
+        own = re.escape(benchmark.name.lower()).replace(r"\-", "-?")
+        if re.search(rf"(?:^|-){own}\d*(?:-|$)", words):
             return benchmark
     return None
 

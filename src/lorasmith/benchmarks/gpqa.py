@@ -10,9 +10,9 @@ that no example appears in plain text, so this header shows invented values only
 
 from __future__ import annotations
 
-from lorasmith.benchmarks import discover
 from lorasmith.benchmarks.base import Item, RowError, Source, SourceRow, text
 from lorasmith.benchmarks.choices import LETTERS, LetteredChoices, prompt_of, require_choices, seeded_order
+from lorasmith.benchmarks.gsm8k import is_gsm8k
 
 _WRONG = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 _ESTIMATE = "Writer's Difficulty Estimate"
@@ -37,7 +37,7 @@ class Gpqa(LetteredChoices):
     def recognises(self, row: SourceRow) -> bool:
         if {"Question", "Correct Answer", *_WRONG} <= row.value.keys():
             return True
-        return self._is_short(row) and not discover.is_gsm8k(row)
+        return self._is_short(row) and not is_gsm8k(row)
 
     def read(self, row: SourceRow, *, seed: int) -> Item:
         if self._is_short(row):

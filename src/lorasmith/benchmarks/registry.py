@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lorasmith.benchmarks.arc import Arc
 from lorasmith.benchmarks.base import Benchmark
 from lorasmith.benchmarks.drop import Drop
 from lorasmith.benchmarks.gpqa import Gpqa
+from lorasmith.benchmarks.gsm8k import Gsm8k
+from lorasmith.benchmarks.hellaswag import HellaSwag
 from lorasmith.benchmarks.humaneval import HumanEval
 from lorasmith.benchmarks.maths import Maths
+from lorasmith.benchmarks.mbpp import Mbpp
 from lorasmith.benchmarks.mmlu import Mmlu
+from lorasmith.benchmarks.mmlu_pro import MmluPro
 from lorasmith.errors import UsageError
 
 THE_FIVE: tuple[Benchmark, ...] = (
@@ -21,7 +26,13 @@ THE_FIVE: tuple[Benchmark, ...] = (
 )
 """Those of the guide: what is fetched and built where none is named."""
 
-MORE: tuple[Benchmark, ...] = ()
+MORE: tuple[Benchmark, ...] = (
+    Arc(),
+    Gsm8k(),
+    HellaSwag(),
+    Mbpp(),
+    MmluPro(),
+)
 """Taken where they are named."""
 
 BENCHMARKS = THE_FIVE + MORE

@@ -56,7 +56,11 @@ GROUPS: list[tuple[str, str, list[tuple[str, Callable[..., Any]]]]] = [
         "Build, split and check test sets.",
         [("build", testset.build), ("split", testset.split), ("check", testset.check)],
     ),
-    ("benchmarks", "Fetch public benchmarks.", [("fetch", benchmarks.fetch)]),
+    (
+        "benchmarks",
+        "List and fetch public benchmarks.",
+        [("list", benchmarks.list_), ("fetch", benchmarks.fetch)],
+    ),
     ("draft", "Train a draft model for speculative decoding.", [("train", draft.train)]),
     (
         "remote",

@@ -1,4 +1,4 @@
-"""`lorasmith benchmarks fetch`."""
+"""`lorasmith benchmarks list | fetch`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,44 @@ if TYPE_CHECKING:
     from lorasmith.options import BenchmarkOptions
 
 
+def list_() -> None:
+    """Every benchmark that can be built, fetched and asked: how it is answered, and under which licence.
+
+    Example: `lorasmith benchmarks list`
+    """
+    from lorasmith.benchmarks.registry import BENCHMARKS, THE_FIVE
+    from lorasmith.cli.console import console, table
+
+    rows = [
+        [
+            benchmark.name,
+            "by default" if benchmark in THE_FIVE else "where named",
+            benchmark.domain,
+            _ANSWERED_BY[benchmark.answered_by].format(benchmark.max_new_tokens),
+            benchmark.licence.partition(",")[0],
+        ]
+        for benchmark in BENCHMARKS
+    ]
+    columns = ("benchmark", "taken", "domain", "answered by", "licence")
+    console().print(table("Benchmarks", columns, rows))
+
+
+list_.works_without_arguments = True  # type: ignore[attr-defined]
+
+_ANSWERED_BY = {
+    "text": "text, {} tokens",
+    "letter": "likeliest letter",
+    "ending": "likeliest ending",
+}
+
+
 def fetch(
     output: Annotated[Path, typer.Option(help="Folder for the benchmarks.", metavar="DIR")],
     *,
     options: BenchmarkOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Download DROP, GPQA, HumanEval, MATH-500 and MMLU from the Hugging Face hub, pinned and checked.
+    """Download DROP, GPQA, HumanEval, MATH-500 and MMLU, or those named, from the hub, pinned and checked.
 
     The token for the gated GPQA comes from HF_TOKEN or `hf auth login`. Exit code 3 when one is missing.
 

@@ -34,7 +34,7 @@ def build(
     options: BuildOptions,
     as_json: AsJson = False,
 ) -> None:
-    """Build a test set from DROP, GPQA, HumanEval, MATH and MMLU, recognised by content.
+    """Build a test set from DROP, GPQA, HumanEval, MATH and MMLU, or those named, recognised by content.
 
     The same seed gives the same bytes on every machine; no benchmark changes another's rows.
 

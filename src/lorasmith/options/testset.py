@@ -14,8 +14,8 @@ from lorasmith.options.values import Count, Names, WithCommas
 class BenchmarkOptions(Options):
     """Which benchmarks are meant."""
 
-    only: Annotated[Names, Flag(metavar="NAMES", default="all five")] = ()
-    """Names of the benchmarks, with commas or given again."""
+    only: Annotated[Names, Flag(metavar="NAMES", default="the guide's five")] = ()
+    """Names of the benchmarks (`lorasmith benchmarks list`), with commas or given again."""
 
 
 class BuildOptions(BenchmarkOptions, SeedOptions):
