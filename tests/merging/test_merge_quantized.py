@@ -14,7 +14,14 @@ from safetensors.torch import load_file, save_file
 import lorasmith
 from lorasmith.errors import UsageError
 from lorasmith.quantized.open import open_base
-from tests.quantized.bases import BITSANDBYTES, save_bitsandbytes, save_plain
+from tests.quantized.bases import (
+    BITSANDBYTES,
+    FORMATS,
+    save_bitsandbytes,
+    save_gpt_oss,
+    save_plain,
+    save_quantized,
+)
 from tests.tiny import load_model, save_adapter
 
 
@@ -28,10 +35,9 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, plain: Path) -> Path:
     return save_adapter(tmp_path_factory.mktemp("adapter") / "adapter", plain, std=0.05)
 
 
-@pytest.fixture(scope="module", params=list(BITSANDBYTES))
+@pytest.fixture(scope="module", params=FORMATS)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, plain: Path) -> Path:
-    place = tmp_path_factory.mktemp("base") / request.param
-    return save_bitsandbytes(place, plain, **BITSANDBYTES[request.param])
+    return save_quantized(tmp_path_factory.mktemp("base") / "model", plain, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,7 @@ def decoded(base: Path) -> dict[str, torch.Tensor]:
             if weight is None:
                 tensors[name] = stored[name].double()
             else:
-                tensors[name] = weight.rows(0, weight.info.shape[0])
+                tensors[name] = weight.read(0, weight.info.elements).reshape(weight.info.shape)
     return tensors
 
 
@@ -157,3 +163,27 @@ def test_other_variants_are_proved_too(
         lorasmith.merge(nf4, adapter, out, into="16bit", rounding=rounding)
         proof = lorasmith.prove(nf4, adapter, out)
         assert proof.grade == "exact", proof.findings
+
+
+def test_experts_of_gpt_oss_are_merged_the_way_round_that_the_model_has_them(tmp_path: Path) -> None:
+    plain, packed = save_gpt_oss(tmp_path)
+    adapter = save_adapter(
+        tmp_path / "adapter",
+        plain,
+        std=0.05,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    )
+    lorasmith.merge(packed, adapter, tmp_path / "out", into="16bit", precision="float32")
+    reference = load_model(plain, torch.float64)
+    reference.load_state_dict(decoded(packed))
+    merged = load_model(tmp_path / "out", torch.float64)
+    for model in (reference, merged):
+        model.set_experts_implementation("eager")  # grouped products know no float64
+    unmerged = PeftModel.from_pretrained(reference, adapter).double()
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        expected, found = unmerged(ids).logits, merged(ids).logits
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    proof = lorasmith.prove(packed, adapter, tmp_path / "out")
+    assert proof.grade == "exact", proof.findings

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import lorasmith
 from lorasmith.errors import CheckpointError
-from tests.quantized.bases import BITSANDBYTES, save_bitsandbytes, save_plain
+from tests.quantized.bases import BITSANDBYTES, FORMATS, save_bitsandbytes, save_plain, save_quantized
 from tests.tiny import save_adapter
 
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
@@ -35,9 +35,9 @@ def _copy(folder: Path, to: Path) -> dict[str, torch.Tensor]:
     return load_file(to / "model.safetensors")
 
 
-@pytest.mark.parametrize("kind", list(BITSANDBYTES))
+@pytest.mark.parametrize("kind", FORMATS)
 def test_a_merge_of_a_quantized_base_is_exact(kind: str, plain: Path, adapter: Path, tmp_path: Path) -> None:
-    base = save_bitsandbytes(tmp_path / "base", plain, **BITSANDBYTES[kind])
+    base = save_quantized(tmp_path / "base", plain, kind)
     lorasmith.merge(base, adapter, tmp_path / "out", into="16bit")
     proof = lorasmith.prove(base, adapter, tmp_path / "out")
     assert proof.grade == "exact", proof.findings

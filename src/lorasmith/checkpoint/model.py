@@ -25,7 +25,7 @@ _QUANTIZED_DTYPES = (
     "F6_E2M3",
     "F6_E3M2",
 )
-_QUANTIZED_SUFFIXES = (".qweight", ".qzeros", ".absmax", ".quant_map", ".weight_scale_inv", ".SCB")
+_QUANTIZED_SUFFIXES = (".qweight", ".qzeros", ".absmax", ".quant_map", "_scale_inv", ".SCB", ".weight_packed")
 
 
 if TYPE_CHECKING:
@@ -218,6 +218,11 @@ def _doubled(shards: tuple[TensorFile, ...], folder: Path) -> CheckpointError:
     raise AssertionError("no tensor is doubled")
 
 
+def looks_quantized(info: TensorInfo) -> bool:
+    """Whether a tensor by its type or its name is of a quantized model."""
+    return info.dtype in _QUANTIZED_DTYPES or info.name.endswith(_QUANTIZED_SUFFIXES)
+
+
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raise `CheckpointError` for a model whose config or tensors say that it is quantized."""
     folder = checkpoint.folder
@@ -227,10 +232,8 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else None
             raise _quantized(folder, f"its config says quantization_config ({method or 'unnamed method'})")
     for name, info in checkpoint.tensors.items():
-        if info.dtype in _QUANTIZED_DTYPES:
-            raise _quantized(folder, f"the tensor {name} has the type {info.dtype}")
-        if name.endswith(_QUANTIZED_SUFFIXES):
-            raise _quantized(folder, f"it holds the tensor {name}")
+        if looks_quantized(info):
+            raise _quantized(folder, f"it holds the tensor {name}, of the type {info.dtype}")
 
 
 def _quantized(folder: Path, why: str) -> CheckpointError:

@@ -1,10 +1,10 @@
 """bitsandbytes in 4 bits: NF4 and FP4, the scales themselves quantized or not (arXiv 2305.14314).
 
-`X.weight` holds two codes a byte, the first in the high half, over the flattened weight; `X.weight.absmax` a
-scale per block of 64 (or another power of two) of it, so that a block may cross rows. With double
+`X.weight` holds two codes a byte, the first in the high half, over the flattened weight; `X.weight.absmax`
+a scale per block of 64 (or another power of two) of it, so that a block may cross rows. With double
 quantization the scales are codes too: absmax[b] = nested_quant_map[code] · nested_absmax[b / 256] + offset,
-which the library computes in float32, and so does this: the scale of a block is that float32 number. The rest
-stands in `X.weight.quant_state.bitsandbytes__nf4`, JSON as bytes.
+which the library computes in float32, and so does this: the scale of a block is that float32 number. The
+rest stands in `X.weight.quant_state.bitsandbytes__nf4`, JSON as bytes.
 
 The library gives level · absmax in float32, rounded once more to the type of the model.
 """

@@ -1,7 +1,7 @@
 """LLM.int8 of bitsandbytes (arXiv 2208.07339): int8 codes and the largest size of each row.
 
-`X.weight` is int8, `X.SCB` float32 with one scale a row: value = code · SCB / 127. That quotient is no number
-of float64; its value here is code · SCB, which float64 holds, divided once.
+`X.weight` is int8, `X.SCB` float32 with one scale a row: value = code · SCB / 127. That quotient is no
+number of float64; its value here is code · SCB, which float64 holds, divided once.
 
 The library multiplies in float32, by SCB and then by 1/127.
 """

@@ -1,8 +1,8 @@
 """The grid of a block of quantized weights: codes, the values they stand for, and the nearest of them.
 
-Every format here is affine by element: value = level[code] · scale / divisor + offset, where the levels are a
-table of the format, and scale and offset belong to the element's group and are never changed. All values are
-float64 numbers without rounding, but for those with a divisor (LLM.int8's 127), which are the quotient
+Every format here is affine by element: value = level[code] · scale / divisor + offset, where the levels are
+a table of the format, and scale and offset belong to the element's group and are never changed. All values
+are float64 numbers without rounding, but for those with a divisor (LLM.int8's 127), which are the quotient
 rounded once to float64.
 
 *Nearest.* A real x goes to the grid point that is nearest to it, and to the end of the grid where it lies

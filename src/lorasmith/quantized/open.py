@@ -9,12 +9,10 @@ from pathlib import Path
 import torch
 
 from lorasmith.checkpoint.header import FLOATS, TensorFile, TensorInfo
-from lorasmith.checkpoint.model import Checkpoint, open_stored, refuse_quantized, text_config
+from lorasmith.checkpoint.model import Checkpoint, looks_quantized, open_stored, refuse_quantized
 from lorasmith.errors import CheckpointError
 from lorasmith.quantized.registry import CODECS
-from lorasmith.quantized.weight import QuantizedWeight
-
-_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+from lorasmith.quantized.weight import QuantizedWeight, model_type
 
 
 @dataclass(frozen=True)
@@ -53,15 +51,6 @@ class DecodedTensor:
         return flat[first - begin * self.width :][:count]
 
 
-def model_dtype(checkpoint: Checkpoint) -> str:
-    """The type that a model computes in by its config, bfloat16 where that is silent."""
-    for part in (checkpoint.config, text_config(checkpoint.config)):
-        named = part.get("dtype") or part.get("torch_dtype")
-        if isinstance(named, str) and named.removeprefix("torch.") in _TYPES:
-            return _TYPES[named.removeprefix("torch.")]
-    return "BF16"
-
-
 def open_base(folder: Path) -> Checkpoint:
     """A base in any known format; `decoded` of the checkpoint holds what is quantized.
 
@@ -78,7 +67,7 @@ def open_base(folder: Path) -> Checkpoint:
 def logical(stored: Checkpoint, weights: list[QuantizedWeight]) -> Checkpoint:
     """The checkpoint with a float64 entry for every quantized weight in the place of its parts."""
     owner = _owners(stored, weights)
-    dtype = model_dtype(stored)
+    dtype = model_type(stored)
     decoded: dict[str, DecodedTensor] = {}
     shards = []
     for shard in stored.shards:
@@ -93,21 +82,29 @@ def logical(stored: Checkpoint, weights: list[QuantizedWeight]) -> Checkpoint:
                 tensors[weight.name] = entry
                 decoded[weight.name] = DecodedTensor(weight, entry, dtype)
         shards.append(TensorFile(shard.path, shard.size, shard.data_start, tensors))
-    modules = {weight.name.rpartition(".")[0] for weight in weights}
-    left = [
-        info
-        for shard in shards
-        for info in shard.tensors.values()
-        if info.name not in decoded and info.dtype not in FLOATS and info.name.rpartition(".")[0] in modules
-    ]
-    if left:
-        raise CheckpointError(
-            f"the base holds {left[0].name}, of which the quantized weight beside it makes no use",
-            where=stored.folder,
-            expected="tensors that the format knows",
-            remedy="the base is of a variant of its format that is not known here",
-        )
+    _require_all_known(stored, weights, owner)
     return replace(stored, shards=tuple(shards), decoded=decoded)
+
+
+def _require_all_known(
+    stored: Checkpoint, weights: list[QuantizedWeight], owner: dict[str, QuantizedWeight]
+) -> None:
+    """`CheckpointError` for a quantized tensor that is no part of a weight: nothing is merged by half."""
+    modules = {weight.name.rpartition(".")[0] for weight in weights}
+    for name, info in stored.tensors.items():
+        module, _, leaf = name.rpartition(".")
+        companion = module in modules and (info.dtype not in FLOATS or leaf.startswith("weight_"))
+        if name not in owner and (companion or looks_quantized(info)):
+            raise CheckpointError(
+                f"the base holds {name} ({info.dtype}), which is no part of any weight in a known format",
+                where=stored.folder,
+                expected="one format, and tensors that it knows: " + ", ".join(sorted(_names(weights))),
+                remedy="the base is of a variant of its format that is not known here, or mixes two",
+            )
+
+
+def _names(weights: list[QuantizedWeight]) -> set[str]:
+    return {weight.format for weight in weights}
 
 
 def _owners(stored: Checkpoint, weights: list[QuantizedWeight]) -> dict[str, QuantizedWeight]:

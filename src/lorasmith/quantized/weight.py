@@ -15,7 +15,7 @@ from lorasmith.checkpoint.header import TensorInfo
 from lorasmith.checkpoint.model import Checkpoint, text_config
 from lorasmith.errors import CheckpointError, os_errors
 from lorasmith.files.inputs import open_input
-from lorasmith.quantized.grid import Block, Codes
+from lorasmith.quantized.grid import Block, Codes, Levels
 
 Array = npt.NDArray[Any]
 
@@ -133,6 +133,34 @@ def part(stored: Checkpoint, name: str, dtypes: tuple[str, ...], needed_by: str)
     if info.dtype not in dtypes:
         raise found.refuse(f"its type is {info.dtype}", " or ".join(dtypes))
     return found
+
+
+def optional(stored: Checkpoint, module: str, leaves: tuple[str, ...]) -> dict[str, Part]:
+    """Tensors that may stand beside a weight and say nothing of its values, such as scales of activations."""
+    names = {leaf: f"{module}.{leaf}" for leaf in leaves}
+    return {
+        leaf: Part(stored.shard_of(name).path, stored.tensors[name])
+        for leaf, name in names.items()
+        if name in stored.tensors
+    }
+
+
+def require_numbers(codes: Codes, levels: Levels, where: Part) -> None:
+    """`CheckpointError` where a code stands for no number (NaN of an 8-bit float)."""
+    if np.isnan(levels.table[codes]).any():
+        raise where.refuse("it holds NaN", "finite weights")
+
+
+_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def model_type(checkpoint: Checkpoint) -> str:
+    """The type that a model computes in by its config, bfloat16 where that is silent."""
+    for config in (checkpoint.config, text_config(checkpoint.config)):
+        named = config.get("dtype") or config.get("torch_dtype")
+        if isinstance(named, str) and named.removeprefix("torch.") in _TYPES:
+            return _TYPES[named.removeprefix("torch.")]
+    return "BF16"
 
 
 def settings(stored: Checkpoint) -> dict[str, Any]:

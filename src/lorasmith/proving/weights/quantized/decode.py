@@ -9,11 +9,21 @@ from typing import Any
 from lorasmith.errors import CheckpointError
 from lorasmith.proving.weights.model_folder import ProvenTensor, TensorFolder
 from lorasmith.proving.weights.quantized.bitsandbytes import find_4bit, find_8bit
+from lorasmith.proving.weights.quantized.floats import find_fp8, find_mxfp4, find_nvfp4
+from lorasmith.proving.weights.quantized.integers import find_compressed, find_qweight
 from lorasmith.proving.weights.quantized.stored import Found
 
 Finder = Callable[[Mapping[str, ProvenTensor], Mapping[str, Any]], list[Found]]
 
-FINDERS: tuple[Finder, ...] = (find_4bit, find_8bit)
+FINDERS: tuple[Finder, ...] = (
+    find_4bit,
+    find_8bit,
+    find_fp8,
+    find_mxfp4,
+    find_nvfp4,
+    find_compressed,
+    find_qweight,
+)
 """One a format: what it finds among a base's tensors, given its config."""
 
 _TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
