@@ -81,29 +81,17 @@ class Source:
     """File → SHA-256, where it is known from elsewhere."""
 
 
-class Benchmark(ABC):
-    """One benchmark. A subclass is final, keeps no state, and stands in `registry.BENCHMARKS`."""
+class Judge(ABC):
+    """How rows are put to a model, and how its answers are scored."""
 
-    name: ClassVar[str]
-    domain: ClassVar[str]
-    source: ClassVar[str]
-    licence: ClassVar[str]
-    private: ClassVar[bool] = False
-    """True where the authors ask that no example appears in plain text."""
-    graded: ClassVar[bool] = False
-    """True where every published row has a difficulty: a file without any is damaged."""
-
-    hub: ClassVar[Source | None] = None
-    """Where it is fetched from; None where everybody has to bring a copy."""
-    splits: ClassVar[tuple[str, ...]] = ("test", "validation", "unnamed", "train")
-    """Which split is taken, the first that is there; `unnamed` are files that name none."""
+    name: str
 
     answered_by: ClassVar[Literal["text", "letter", "ending"]] = "text"
     """A model writes a text; or of the letters of the row's choices the likeliest counts; or of the choices
     themselves, each as the end of the prompt, by the log-probability of all its tokens."""
-    max_new_tokens: ClassVar[int] = 512
+    max_new_tokens: int = 512
     """Longest answer, where a text is written."""
-    stop_texts: ClassVar[tuple[str, ...]] = ()
+    stop_texts: tuple[str, ...] = ()
     """What ends a text where no chat template does."""
 
     needs: ClassVar[Mapping[str, Any]] = {}
@@ -112,18 +100,6 @@ class Benchmark(ABC):
     """The field of these that a public layout lacks; `judge` says then why there is no verdict."""
     runs_code: ClassVar[bool] = False
     """True where a verdict comes from running what a model wrote, in the sandbox."""
-
-    @abstractmethod
-    def recognises(self, row: SourceRow) -> bool:
-        """Whether the fields of the row are those of one of this benchmark's public layouts."""
-
-    @abstractmethod
-    def read(self, row: SourceRow, *, seed: int) -> Item:
-        """Make an item; `seed` fixes the order of choices. Raises `RowError` for an unusable row."""
-
-    @abstractmethod
-    def guide_difficulty(self, item: Item) -> tuple[str, str]:
-        """`easy`, `medium` or `hard` by the procedure's fixed rule, and the field that decided it."""
 
     @abstractmethod
     def judge(self, example: Example, answer: str) -> Scores:
@@ -160,6 +136,35 @@ class Benchmark(ABC):
         if fault := self.fault(example):
             raise Unscored(f"the row cannot be judged: {fault}")
         return self.judge(example, answer)
+
+
+class Benchmark(Judge):
+    """One benchmark. A subclass is final, keeps no state, and stands in `registry.BENCHMARKS`."""
+
+    domain: ClassVar[str]
+    source: ClassVar[str]
+    licence: ClassVar[str]
+    private: ClassVar[bool] = False
+    """True where the authors ask that no example appears in plain text."""
+    graded: ClassVar[bool] = False
+    """True where every published row has a difficulty: a file without any is damaged."""
+
+    hub: ClassVar[Source | None] = None
+    """Where it is fetched from; None where everybody has to bring a copy."""
+    splits: ClassVar[tuple[str, ...]] = ("test", "validation", "unnamed", "train")
+    """Which split is taken, the first that is there; `unnamed` are files that name none."""
+
+    @abstractmethod
+    def recognises(self, row: SourceRow) -> bool:
+        """Whether the fields of the row are those of one of this benchmark's public layouts."""
+
+    @abstractmethod
+    def read(self, row: SourceRow, *, seed: int) -> Item:
+        """Make an item; `seed` fixes the order of choices. Raises `RowError` for an unusable row."""
+
+    @abstractmethod
+    def guide_difficulty(self, item: Item) -> tuple[str, str]:
+        """`easy`, `medium` or `hard` by the procedure's fixed rule, and the field that decided it."""
 
     def unpack(self, document: Any) -> Iterable[dict[str, Any]] | None:
         """The rows of a JSON document in a nested layout of this benchmark, or None if it is not one."""

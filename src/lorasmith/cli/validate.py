@@ -51,7 +51,7 @@ def validate(
         from lorasmith.scoring.tasks import evaluate_tasks, foresee_questions
         from lorasmith.scoring.validate import forget_journal
 
-        foresee_questions(rows.test_set, options)
+        foresee_questions(rows.test_set, options, questions.task_module)
     files = (inputs.model, rows.test_set, output)
     how: dict[str, Any] = {"adapter": inputs.adapter, "role": role, "executor": make_executor(cluster)}
     # Interrupted while it asks, the same command has nothing of the validation to compute again.
@@ -65,7 +65,12 @@ def validate(
         return
     asking = AnswerOptions.taken_from(options)
     answered = evaluate_tasks(
-        *files, options=asking, progress=bar, run_code_anyway=code.run_code_anyway, **how
+        *files,
+        options=asking,
+        progress=bar,
+        run_code_anyway=code.run_code_anyway,
+        task_module=questions.task_module,
+        **how,
     )
     forget_journal(output, result.model.role)
     if as_json:

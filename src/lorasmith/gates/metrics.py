@@ -31,7 +31,7 @@ class NotMeasured(Exception):
 Read = Callable[[RunRecords, str | None], tuple[float | str, Interval | None]]
 
 MAIN_METRICS = ("accuracy_norm", "accuracy", "exact_match", "prompt_strict", "pass@1", "f1")
-"""A benchmark with several metrics is judged by the first of these that it has."""
+"""A benchmark with several metrics is judged by the first of these that it has, else by its first one."""
 
 _PAIRS = {"effect": ("adapter", "base"), "merge": ("merged", "adapter")}
 
@@ -85,8 +85,8 @@ def differences(pair: str) -> dict[str, Read]:
 
 def _main(metrics: list[TaskMetric]) -> Mapping[str, TaskMetric]:
     ranks = {name: rank for rank, name in enumerate(MAIN_METRICS)}
-    ordered = sorted(metrics, key=lambda metric: ranks.get(metric.metric, len(ranks)), reverse=True)
-    return {metric.benchmark: metric for metric in ordered}
+    ordered = sorted(metrics, key=lambda metric: ranks.get(metric.metric, len(ranks)))
+    return {metric.benchmark: metric for metric in reversed(ordered)}
 
 
 def _mean(metrics: list[TaskMetric]) -> float:

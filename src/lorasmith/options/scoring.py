@@ -142,3 +142,15 @@ class TaskOptions(CodeOptions):
 
     tasks: bool = False
     """Put the benchmarks' questions as well, and score the answers."""
+    task_module: Annotated[Path | None, Flag(metavar="FILE", default="none")] = None
+    """Python file with a metric of your own, for --tasks (docs/own-metric.md); it runs with your rights."""
+
+    @model_validator(mode="after")
+    def _asks_where_it_judges(self) -> Self:
+        if self.task_module is not None and not self.tasks:
+            raise UsageError(
+                "--task-module without --tasks: no answer would be judged",
+                expected="both or none",
+                remedy="add --tasks",
+            )
+        return self

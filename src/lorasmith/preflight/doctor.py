@@ -294,7 +294,9 @@ def _answers(
 ) -> AnswerSize | None:
     if not config.tasks:
         return None
-    size = answer_size(examples, base.folder)
+    size = checks.attempt("tasks", lambda: answer_size(examples, base.folder, config.task_module))
+    if size is None:
+        return None
     if not size.rows:
         remedy = "build the test set with `lorasmith testset build`, or do without --tasks"
         checks.add("tasks", "error", "no row belongs to a benchmark that can be answered", remedy)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasmith.benchmarks.registry import BY_NAME
 from lorasmith.checkpoint.adapter import Adapter
 from lorasmith.checkpoint.model import HEAD_NAMES, Checkpoint, text_config
 from lorasmith.files.jsonl import read_examples
@@ -146,13 +145,15 @@ class AnswerSize:
     """Rows that are written at a time: each step reads the weights once for all of them."""
 
 
-def answer_size(examples: Sequence[Example], base: Path) -> AnswerSize:
+def answer_size(examples: Sequence[Example], base: Path, task_module: Path | None = None) -> AnswerSize:
     """The size of the rows that `--tasks` can put to a model; no rows where there are none."""
     from lorasmith.models.generation.generate import GENERATE_ROWS
+    from lorasmith.scoring.own_metric import OwnMetric, judge_of
 
-    by_row = [(row, BY_NAME[row.metadata.source]) for row in examples if row.metadata.source in BY_NAME]
-    known = [row for row, benchmark in by_row if benchmark.answerable(row)]
-    limits = [benchmark.max_new_tokens for _, benchmark in by_row if benchmark.answered_by == "text"]
+    own = None if task_module is None else OwnMetric(task_module)
+    judged = [(row, judge) for row in examples if (judge := judge_of(row, own)) is not None]
+    known = [row for row, _ in judged]
+    limits = [judge.max_new_tokens for _, judge in judged if judge.answered_by == "text"]
     pairs, _ = row_lengths(known, base)
     return AnswerSize(
         rows=len(known),

@@ -88,7 +88,7 @@ class TaskMetric(Part):
 
     benchmark: str
     metric: str
-    """`accuracy`, `exact_match`, `f1`, `pass@1`."""
+    """`accuracy`, `exact_match`, `f1`, `pass@1`, or what the caller's own metric calls it."""
     method: str
     """`likelihood` of the choices, or `generation`."""
     examples: int
@@ -114,6 +114,8 @@ class TaskResult(Record):
     test_set: FileDigest
     settings: ScoringSettings
     metrics: list[TaskMetric]
+    task_module: FileDigest | None = None
+    """The file with the caller's own metric (`--task-module`), as it was run."""
     per_example: FileDigest
     """The Parquet file beside this record."""
     partial: bool = False

@@ -18,7 +18,7 @@ from lorasmith.files.run_sources import contradictions
 from lorasmith.gates.evaluate import check_gates
 from lorasmith.hub.cache import hub_name
 from lorasmith.hub.models import local_model
-from lorasmith.options import RunOptions
+from lorasmith.options import RunOptions, SampleOptions
 from lorasmith.options.keywords import documented
 from lorasmith.preflight.doctor import require_machine
 from lorasmith.progress import Unwatched, Watcher
@@ -60,6 +60,7 @@ def run(
     base = local_model(asked.base, [asked.adapter], progress=watch.progress)
     asked = with_local_draft(asked.model_copy(update={"base": base}), watch.progress)
     check_followup(asked)
+    check_task_module(asked)
     for warning in require_machine(asked):
         watch.show("inputs", warning)  # now, and not after the hours until the merge
     if asked.budget is not None and not asked.price_per_hour:
@@ -130,6 +131,14 @@ def plan(run: RunContext) -> list[Step]:
         *followup_steps(run),
         package_step(run),
     ]
+
+
+def check_task_module(config: RunOptions) -> None:
+    """A metric of the caller's own is tried on a row now, and not after the hours of a validation."""
+    if config.task_module is not None:
+        from lorasmith.scoring.tasks import foresee_questions
+
+        foresee_questions(config.test_set, SampleOptions(), config.task_module)
 
 
 def check_places(config: RunOptions) -> None:

@@ -87,6 +87,8 @@ def run_inputs(config: RunOptions) -> dict[str, Path]:
     """Everything that a run reads from outside its folder, as `run.json` names it."""
     inputs = {"base": config.base, "adapter": config.adapter, "test_set": config.test_set}
     inputs |= {f"train {number}": path for number, path in enumerate(config.train, 1)}
+    if config.task_module:
+        inputs["task module"] = config.task_module
     asked = config.followup
     if asked and asked.respond and asked.respond.data:
         inputs["followup data"] = asked.respond.data
@@ -98,7 +100,8 @@ def run_inputs(config: RunOptions) -> dict[str, Path]:
 def describe_run(config: RunOptions, *, rehash: bool = False) -> RunRecord:
     """`run.json`: the options without their paths, the libraries, the digests of the inputs."""
     asked = config.followup
-    left_out = {"base", "adapter", "test_set", "train", "output", *(() if asked else ("followup",))}
+    left_out = {"base", "adapter", "test_set", "train", "task_module", "output"}
+    left_out |= set() if asked else {"followup"}
     for unseen in (LimitOptions, MemoryOptions, ClusterOptions):  # they change nothing of what is made
         left_out |= unseen.model_fields.keys()
     options = config.model_dump(

@@ -92,10 +92,15 @@ def task_steps(run: RunContext, role: str) -> list[Step]:
     options = AnswerOptions.taken_from(run.scoring)
     # Named only where it is given: else a stage of an earlier version is the same stage.
     anyway = {"run_code_anyway": True} if run.config.run_code_anyway else {}
-    record = layout.TASKS[role]
+    record, module = layout.TASKS[role], run.config.task_module
     stage = Stage(
         name=f"tasks-{role}",
-        inputs={"model": model, "test_set": run.test_set, **({"adapter": adapter} if adapter else {})},
+        inputs={
+            "model": model,
+            "test_set": run.test_set,
+            **({"adapter": adapter} if adapter else {}),
+            **({"task_module": module} if module else {}),
+        },
         parameters=BatchOptions.taken_from(options).values() | anyway,
         outputs=[record.path, layout.answers(role)],
         action=lambda: evaluate_tasks(
@@ -106,6 +111,7 @@ def task_steps(run: RunContext, role: str) -> list[Step]:
             role=role,
             options=options,
             run_code_anyway=run.config.run_code_anyway,
+            task_module=module,
             executor=run.executor,
             progress=run.progress,
         ),

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lorasmith.benchmarks.base import Benchmark
+from lorasmith.benchmarks.base import Judge
 from lorasmith.benchmarks.choices import LETTERS
 from lorasmith.models.generation.generate import (
     GENERATE_ROWS,
@@ -24,7 +24,7 @@ from lorasmith.models.generation.generate import (
 from lorasmith.models.layout import lay_out, plan_rows
 from lorasmith.models.scorer import Scorer
 from lorasmith.models.scoring import Arrays, RowWork, open_forward, raise_non_finite, score_states
-from lorasmith.models.text import Encoded, frame, response_tokens
+from lorasmith.models.text import Encoded, frame, prompt_tokens, response_tokens
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Rules:
     stop_texts: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, benchmark: Benchmark) -> Rules:
-        """Those of a benchmark."""
-        return cls(benchmark.max_new_tokens, benchmark.stop_texts)
+    def of(cls, judge: Judge) -> Rules:
+        """Those of who asks."""
+        return cls(judge.max_new_tokens, judge.stop_texts)
 
 
 def letter_likelihoods(scorer: Scorer, rows: Sequence[int]) -> dict[int, list[float]]:
@@ -163,20 +163,34 @@ def _endings(scorer: Scorer, rows: Sequence[int]) -> dict[int, list[Encoded]]:
 
 
 def generated_answers(
-    scorer: Scorer, rows: Sequence[int], rules: Mapping[str, Rules]
+    scorer: Scorer,
+    rows: Sequence[int],
+    rules: Mapping[str, Rules],
+    prompts: Mapping[int, str] | None = None,
 ) -> dict[int, Generated]:
-    """Per row, what the model writes greedily after the prompt, by the rules of its source."""
-    work, batches = scorer.work, []
+    """Per row, what the model writes greedily after its prompt, or the one given, by its source's rules."""
+    around = frame(scorer.loaded.tokenizer, scorer.work.settings.template, end_of_turn=False)
+    given = {
+        row: prompt_tokens(scorer.loaded.tokenizer, prompt, around) for row, prompt in (prompts or {}).items()
+    }
+    batches = []
     for source in rules:
-        own = [row for row in rows if work.examples[row].metadata.source == source]
-        together = min(GENERATE_ROWS, work.settings.batch_size or GENERATE_ROWS)
-        planned = plan_generation([work.rows[row].ids[: work.rows[row].n_prompt] for row in own], together)
+        own = [row for row in rows if scorer.work.examples[row].metadata.source == source]
+        together = min(GENERATE_ROWS, scorer.work.settings.batch_size or GENERATE_ROWS)
+        planned = plan_generation([_asked(scorer, row, given) for row in own], together)
         batches += [tuple(own[place] for place in batch) for batch in planned]
-    return scorer.run(open_answers, batches, "Write answers", rules=dict(rules))
+    return scorer.run(open_answers, batches, "Write answers", rules=dict(rules), given=given)
+
+
+def _asked(scorer: Scorer, row: int, given: Mapping[int, list[int]]) -> list[int]:
+    own = scorer.work.rows[row]
+    return given[row] if row in given else own.ids[: own.n_prompt]
 
 
 @contextmanager
-def open_answers(scorer: Scorer, rules: dict[str, Rules]) -> Iterator[RowWork[list[Generated], Generated]]:
+def open_answers(
+    scorer: Scorer, rules: dict[str, Rules], given: dict[int, list[int]]
+) -> Iterator[RowWork[list[Generated], Generated]]:
     """Batches of rows of one source → what the model writes after each prompt."""
     loaded, work = scorer.loaded, scorer.work
     template = work.settings.template
@@ -184,7 +198,7 @@ def open_answers(scorer: Scorer, rules: dict[str, Rules]) -> Iterator[RowWork[li
 
     def write(batch: tuple[int, ...]) -> list[Generated]:
         own = rules[work.examples[batch[0]].metadata.source]
-        prompts = [work.rows[row].ids[: work.rows[row].n_prompt] for row in batch]
+        prompts = [_asked(scorer, row, given) for row in batch]
         return generate_greedy(
             loaded,
             [room_for(prompt, loaded.context, own.max_new_tokens) for prompt in prompts],

@@ -96,7 +96,8 @@ def paired_tasks(a_parquet: Path, b_parquet: Path, *, seed: int = 0) -> list[Tas
     """
     a, b = _read_scores(a_parquet), _read_scores(b_parquet)
     effects = []
-    for benchmark, metric in sorted(set(a) & set(b)):
+    # By benchmark, and within it in the judge's own order: the first is the main one.
+    for benchmark, metric in sorted((key for key in a if key in b), key=lambda key: key[0]):
         one, two = a[benchmark, metric], b[benchmark, metric]
         both = sorted(set(one) & set(two))
         if both:

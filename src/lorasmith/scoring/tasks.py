@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lorasmith.benchmarks.base import Benchmark, Unscored
+from lorasmith.benchmarks.base import Judge, Unscored
 from lorasmith.benchmarks.choices import LETTERS
 from lorasmith.benchmarks.registry import BY_NAME
 from lorasmith.benchmarks.sandbox.run import anyway, unkept
@@ -49,6 +49,7 @@ from lorasmith.scoring.answers import (
     generated_answers,
     letter_likelihoods,
 )
+from lorasmith.scoring.own_metric import OwnMetric, judge_of
 
 # From answers to verdicts: each benchmark's own judge, its metrics with intervals, the table of rows.
 
@@ -75,7 +76,7 @@ class Judged:
     """One example with its answer and verdict."""
 
     example: Example
-    benchmark: Benchmark
+    judge: Judge
     method: str
     answer: str
     finished: bool
@@ -84,46 +85,46 @@ class Judged:
 
     def weight(self, metric: str) -> float:
         """How much the row counts in the mean of a metric."""
-        return self.benchmark.weight(self.example, metric)
+        return self.judge.weight(self.example, metric)
 
 
 _JUDGE_FAILED = "the judge failed"
 
 
-def judge_choice(example: Example, benchmark: Benchmark, likelihoods: Sequence[float]) -> Judged:
+def judge_choice(example: Example, judge: Judge, likelihoods: Sequence[float]) -> Judged:
     """The likeliest choice against the right one; its letter stands for the answer."""
     best = LETTERS[int(np.argmax(likelihoods))]
-    scores = benchmark.judge_likelihoods(example, likelihoods)
-    return Judged(example, benchmark, "likelihood", best, True, scores)
+    scores = judge.judge_likelihoods(example, likelihoods)
+    return Judged(example, judge, "likelihood", best, True, scores)
 
 
-def judge_text(scorer: Scorer, row: int, benchmark: Benchmark, written: Generated) -> Judged:
+def judge_text(scorer: Scorer, row: int, judge: Judge, written: Generated) -> Judged:
     """What its benchmark's judge says of a written answer; without a verdict it is unscored, not wrong."""
     example, finished = scorer.work.examples[row], written.finished
     answer = scorer.loaded.tokenizer.decode(written.tokens, skip_special_tokens=True)
     if scorer.work.settings.template == "plain":
-        answer = cut(answer, benchmark.stop_texts)
+        answer = cut(answer, judge.stop_texts)
     try:
-        scores = benchmark.score(example, answer)
+        scores = judge.score(example, answer)
     except Unscored as error:
-        return Judged(example, benchmark, "generation", answer, finished, {}, str(error))
+        return Judged(example, judge, "generation", answer, finished, {}, str(error))
     except LorasmithError:
         raise  # what the machine cannot do stops the command, whatever the answer is
     except Exception as error:
         # A model may write what no judge was made for; the answers of the other rows count all the same.
         reason = f"{_JUDGE_FAILED}: {type(error).__name__}"
-        return Judged(example, benchmark, "generation", answer, finished, {}, reason)
-    return Judged(example, benchmark, "generation", answer, finished, scores)
+        return Judged(example, judge, "generation", answer, finished, {}, reason)
+    return Judged(example, judge, "generation", answer, finished, scores)
 
 
 def task_metrics(judged: Sequence[Judged], seed: int) -> list[TaskMetric]:
     """Each benchmark's metrics over its rows, with an interval by bootstrap."""
     metrics = []
-    for name in sorted({one.benchmark.name for one in judged}):
-        own = [one for one in judged if one.benchmark.name == name]
+    for name in sorted({one.judge.name for one in judged}):
+        own = [one for one in judged if one.judge.name == name]
         reasons = Counter(one.unscored for one in own if one.unscored)
-        limit = own[0].benchmark.max_new_tokens if own[0].method == "generation" else None
-        for metric in sorted({metric for one in own for metric in one.scores}) or ["unscored"]:
+        limit = own[0].judge.max_new_tokens if own[0].method == "generation" else None
+        for metric in dict.fromkeys(metric for one in own for metric in one.scores) or ["unscored"]:
             scored = [one for one in own if metric in one.scores]
             scores = np.array([one.scores[metric] for one in scored])
             weights = np.array([one.weight(metric) for one in scored])
@@ -150,7 +151,7 @@ def judged_table(judged: Sequence[Judged]) -> bytes:
     rows: list[dict[str, Any]] = [
         {
             "id": one.example.id,
-            "benchmark": one.benchmark.name,
+            "benchmark": one.judge.name,
             "method": one.method,
             "answer": one.answer,
             "finished": one.finished,
@@ -176,6 +177,7 @@ def evaluate_tasks(
     role: str | None = None,
     options: AnswerOptions | None = None,
     run_code_anyway: bool = False,
+    task_module: StrPath | None = None,
     executor: Executor | None = None,
     progress: Progress = silent,
     **given: Any,
@@ -185,6 +187,7 @@ def evaluate_tasks(
     Questions with choices (GPQA, MMLU) are answered by the likeliest letter, endings (HellaSwag) by the
     likeliest whole text, the others (DROP, MATH, HumanEval) by greedy generation; rows of no known benchmark
     are left out and counted in a finding.
+    `task_module` is a file with a metric of the caller's own (`scoring.own_metric`), which is run as it is.
     Code runs in a sandbox; where that lacks something, only with `run_code_anyway`, which a finding tells.
     Writes `{role}_tasks.json` and `{role}_tasks.parquet`; resumable like `validate`.
     Raises `DataError` when no row belongs to a benchmark.
@@ -196,14 +199,16 @@ def evaluate_tasks(
     model = local_model(model, [] if adapter is None else [adapter], progress=progress)
     role = role or ("base" if adapter is None else "adapter")
     require_own_record(output / f"{role}_tasks.json")
+    own_metric = None if task_module is None else OwnMetric(Path(task_module))
+    prompts = _own_prompts(test_set, scoring, own_metric)
     inputs = Inputs.of([model] if adapter is None else [model, adapter], test_set)
     where, log = executor or Local(), ChunkLog()
     with ExitStack() as stack:
         stack.enter_context(where)
         stack.enter_context(anyway(run_code_anyway))
         journals = [
-            stack.enter_context(open_journal(output / f".{role}_{kind}.journal", inputs, scoring))
-            for kind in ("choices", "endings", "answers")
+            stack.enter_context(open_journal(output / f".{role}_{kind}.journal", inputs, scoring, **also))
+            for kind, also in (("choices", {}), ("endings", {}), ("answers", _asked_by(own_metric, prompts)))
         ]
         route = route_of(scoring, journals[0])
         scorer = Scorer.load(
@@ -212,15 +217,14 @@ def evaluate_tasks(
         work = scorer.work
         inputs.require_unchanged()
         identity = identify(role, model, adapter, scorer.loaded)
-        known = require_questions(work.examples, test_set)
-        own = {row: BY_NAME[work.examples[row].metadata.source] for row in known}
+        own = require_questions(work.examples, test_set, own_metric)
         letters, endings, written = (
-            [row for row in known if own[row].answered_by == kind] for kind in ("letter", "ending", "text")
+            [row for row in own if own[row].answered_by == kind] for kind in ("letter", "ending", "text")
         )
         likelihoods = letter_likelihoods(scorer.part("choices", journals[0]), letters)
         likelihoods |= ending_likelihoods(scorer.part("endings", journals[1]), endings)
         rules = {work.examples[row].metadata.source: Rules.of(own[row]) for row in written}
-        answers = generated_answers(scorer.part("answers", journals[2]), written, rules)
+        answers = generated_answers(scorer.part("answers", journals[2]), written, rules, prompts)
         work.findings.extend(log.findings())
         judged = [judge_choice(work.examples[row], own[row], likelihoods[row]) for row in letters + endings]
         with progress("Judge answers", total=len(written), unit="row") as advance:
@@ -233,15 +237,17 @@ def evaluate_tasks(
             test_set=inputs.file,
             settings=work.settings,
             metrics=task_metrics(judged, scoring.seed),
+            task_module=own_metric.file if own_metric else None,
             per_example=FileDigest(
                 path=f"{role}_tasks.parquet", bytes=len(table), sha256=hashlib.sha256(table).hexdigest()
             ),
             partial=work.partial,
             findings=[
                 *work.findings,
-                *_unprotected(work),
-                *_left_out(work, len(known)),
+                *_unprotected(own.values()),
+                *_left_out(work, len(own)),
                 *_judge_failures(judged, role),
+                *_own_code(own_metric, own.values()),
             ],
         )
         log.write(output / f"{role}_tasks.chunks.jsonl", wanted=where.remote)
@@ -255,40 +261,87 @@ def evaluate_tasks(
 
 def answerable(example: Example) -> bool:
     """Whether it is a question of a benchmark that `evaluate_tasks` knows how to put."""
-    benchmark = BY_NAME.get(example.metadata.source)
-    return benchmark is not None and benchmark.answerable(example)
+    return judge_of(example, None) is not None
 
 
-def foresee_questions(test_set: StrPath, options: SampleOptions) -> None:
-    """Raise `DataError` where `evaluate_tasks` would find no row to ask; needs no model."""
-    require_questions(take_rows(read_examples(Path(test_set)), options), Path(test_set))
+def foresee_questions(test_set: StrPath, options: SampleOptions, task_module: StrPath | None = None) -> None:
+    """Raise `DataError` where `evaluate_tasks` would find no row to ask; needs no model.
+
+    A task module that fails on the first of its rows is a `UsageError` here already.
+    """
+    own_metric = None if task_module is None else OwnMetric(Path(task_module))
+    require_questions(take_rows(read_examples(Path(test_set)), options), Path(test_set), own_metric)
 
 
-def require_questions(examples: Sequence[Example], test_set: Path) -> list[int]:
-    """Rows of a benchmark that can be answered; `DataError` for none, and for one that cannot be judged."""
-    known = [row for row, example in enumerate(examples) if answerable(example)]
-    if not known:
+def require_questions(
+    examples: Sequence[Example], test_set: Path, own_metric: OwnMetric | None = None
+) -> dict[int, Judge]:
+    """Each row that can be answered, with its judge; `DataError` for none, and where one cannot be judged."""
+    judges = {
+        row: judge
+        for row, example in enumerate(examples)
+        if (judge := judge_of(example, own_metric)) is not None
+    }
+    if own_metric is not None:
+        first = next((row for row, judge in judges.items() if judge is own_metric), None)
+        if first is None:
+            raise DataError(
+                f"no row is one that {own_metric.path.name} judges",
+                where=test_set,
+                expected=f"metadata.source among {', '.join(own_metric.sources)}"
+                if own_metric.sources
+                else "rows of no known benchmark, or SOURCES in the task module",
+            )
+        own_metric.try_on(examples[first])
+    if not judges:
         raise DataError(
             "no row belongs to a benchmark that can be answered",
             where=test_set,
             expected=f"metadata.source among {', '.join(BY_NAME)}",
-            remedy="build the test set with `lorasmith testset build`, or validate without tasks",
+            remedy="build the test set with `lorasmith testset build`, validate without tasks, or give a "
+            "metric of your own (--task-module)",
         )
-    for row in known:  # before hours of answers, not at the first verdict
-        benchmark = BY_NAME[examples[row].metadata.source]
-        if fault := benchmark.fault(examples[row]):
+    for row, judge in judges.items():  # before hours of answers, not at the first verdict
+        if fault := judge.fault(examples[row]):
             raise DataError(
-                f"the row {examples[row].id!r} cannot be judged as one of {benchmark.name}: {fault}",
+                f"the row {examples[row].id!r} cannot be judged as one of {judge.name}: {fault}",
                 where=test_set,
-                expected=f"in its metadata: {', '.join(benchmark.needs)}",
+                expected=f"in its metadata: {', '.join(judge.needs)}",
                 remedy="build the test set with `lorasmith testset build`, or give the row another source",
             )
-    return known
+    return judges
 
 
-def _unprotected(work: Workload) -> list[Finding]:
-    benchmarks = {example.metadata.source for example in work.examples}
-    runs_code = any(name in BY_NAME and BY_NAME[name].runs_code for name in benchmarks)
+def _own_prompts(test_set: Path, options: SampleOptions, own_metric: OwnMetric | None) -> dict[int, str]:
+    """Row → the text that the caller's own file puts in place of the row's prompt."""
+    if own_metric is None:
+        return {}
+    rows = enumerate(take_rows(read_examples(test_set), options))
+    made = {row: own_metric.prompt(example) for row, example in rows if own_metric.takes(example)}
+    return {row: prompt for row, prompt in made.items() if prompt is not None}
+
+
+def _asked_by(own_metric: OwnMetric | None, prompts: dict[int, str]) -> dict[str, Any]:
+    """What of the caller's own file decides the answers: a mended `score` costs none of them."""
+    if own_metric is None:
+        return {}
+    rules = [own_metric.sources, own_metric.max_new_tokens, own_metric.stop_texts]
+    return {"own_metric": [*rules, sorted(prompts.items())]}
+
+
+def _own_code(own_metric: OwnMetric | None, judges: Iterable[Judge]) -> list[Finding]:
+    if own_metric is None:
+        return []
+    rows = sum(judge is own_metric for judge in judges)
+    message = (
+        f"{rows} rows were judged as {own_metric.name} by the caller's own {own_metric.file.path} "
+        f"(SHA-256 {own_metric.file.sha256[:16]}…)"
+    )
+    return [Finding(severity="note", code="own-metric", message=message)]
+
+
+def _unprotected(judges: Iterable[Judge]) -> list[Finding]:
+    runs_code = any(judge.runs_code for judge in judges)
     if not runs_code or not (broken := unkept()):
         return []
     finding = Finding(
