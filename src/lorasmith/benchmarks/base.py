@@ -149,6 +149,9 @@ class Benchmark(Judge):
     graded: ClassVar[bool] = False
     """True where every published row has a difficulty: a file without any is damaged."""
 
+    references: ClassVar[bool] = True
+    """False where no answer is published: the response of its rows says so, and no loss is computed of it."""
+
     hub: ClassVar[Source | None] = None
     """Where it is fetched from; None where everybody has to bring a copy."""
     splits: ClassVar[tuple[str, ...]] = ("test", "validation", "unnamed", "train")

@@ -11,6 +11,7 @@ from lorasmith.benchmarks.gpqa import Gpqa
 from lorasmith.benchmarks.gsm8k import Gsm8k
 from lorasmith.benchmarks.hellaswag import HellaSwag
 from lorasmith.benchmarks.humaneval import HumanEval
+from lorasmith.benchmarks.ifeval import IFEval
 from lorasmith.benchmarks.maths import Maths
 from lorasmith.benchmarks.mbpp import Mbpp
 from lorasmith.benchmarks.mmlu import Mmlu
@@ -30,6 +31,7 @@ MORE: tuple[Benchmark, ...] = (
     Arc(),
     Gsm8k(),
     HellaSwag(),
+    IFEval(),
     Mbpp(),
     MmluPro(),
 )

@@ -43,6 +43,7 @@ def validate(
     from lorasmith.cli.views import records
     from lorasmith.errors import UsageError
     from lorasmith.executors.choose import make_executor
+    from lorasmith.files.jsonl import read_examples
     from lorasmith.options import AnswerOptions
 
     if code.run_code_anyway and not questions.tasks:
@@ -54,12 +55,19 @@ def validate(
         foresee_questions(rows.test_set, options, questions.task_module)
     files = (inputs.model, rows.test_set, output)
     how: dict[str, Any] = {"adapter": inputs.adapter, "role": role, "executor": make_executor(cluster)}
+    scored = not questions.tasks or any(example.has_reference for example in read_examples(rows.test_set))
+    if not scored and not as_json:
+        console().print("No row has a reference answer, of which a loss could be computed: asked only.")
     # Interrupted while it asks, the same command has nothing of the validation to compute again.
-    result = lorasmith.validate(*files, options=options, keep_journal=questions.tasks, progress=bar, **how)
-    if not as_json:
+    result = (
+        lorasmith.validate(*files, options=options, keep_journal=questions.tasks, progress=bar, **how)
+        if scored
+        else None
+    )
+    if result is not None and not as_json:
         records.show_validation(result, console())
         console().print(f"Results: {output / (result.model.role + '.json')}", markup=False, soft_wrap=True)
-    if not questions.tasks:
+    if result is not None and not questions.tasks:
         if as_json:
             show_record(result)
         return
@@ -72,11 +80,11 @@ def validate(
         task_module=questions.task_module,
         **how,
     )
-    forget_journal(output, result.model.role)
+    forget_journal(output, answered.model.role)
     if as_json:
-        show_records(validation=result, tasks=answered)
+        show_records(**({} if result is None else {"validation": result}), tasks=answered)
     else:
         records.show_tasks(answered, console())
         console().print(
-            f"Results: {output / (result.model.role + '_tasks.json')}", markup=False, soft_wrap=True
+            f"Results: {output / (answered.model.role + '_tasks.json')}", markup=False, soft_wrap=True
         )

@@ -46,6 +46,8 @@ class Replica:
     """The `files_digest` of model and adapter."""
     tokens: str
     """Digest of the rows in tokens."""
+    questions: bool = False
+    """Whether rows without a reference answer are among them."""
 
     @property
     def gpu(self) -> bool:
@@ -61,7 +63,7 @@ class Replica:
         route = choose_route(self.route, device)
         require_same_files(self.files, self.model, self.adapter)
         loaded = self._load(route)
-        work = prepare_workload(Path(self.test_set), loaded, self.options, route)
+        work = prepare_workload(Path(self.test_set), loaded, self.options, route, questions=self.questions)
         if work.digest != self.tokens:
             raise DataError(
                 "a worker reads other rows under this path than the command",
@@ -128,13 +130,14 @@ class Scorer:
         adapter: Path | None = None,
         tokenizer_from: Path | None = None,
         work: Workload | None = None,
+        questions: bool = False,
         executor: Executor | None = None,
         log: ChunkLog | None = None,
         progress: Progress = silent,
     ) -> Scorer:
         """Load a model and encode the rows for it, unless `work` has them encoded already."""
         loaded = load_for(options, model, adapter=adapter, dtype=route.dtype, tokenizer_from=tokenizer_from)
-        work = work or prepare_workload(test_set, loaded, options, route)
+        work = work or prepare_workload(test_set, loaded, options, route, questions=questions)
         replica = Replica(
             model=str(model.absolute()),
             adapter=None if adapter is None else str(adapter.absolute()),
@@ -144,6 +147,7 @@ class Scorer:
             route=route.name,
             files=files_digest([model] if adapter is None else [model, adapter]),
             tokens=work.digest,
+            questions=questions,
         )
         return cls(loaded, work, route, replica, executor or Local(), log or ChunkLog(), progress)
 

@@ -154,9 +154,21 @@ class Workload:
         return lay_out(rows, self.rows, self.settings.layout)
 
 
-def prepare_workload(test_set: Path, loaded: LoadedModel, options: ScoringOptions, route: Route) -> Workload:
-    """Read and encode a test set for a model; raises `DataError` for rows that cannot be scored."""
-    everything = read_examples(test_set)
+def prepare_workload(
+    test_set: Path, loaded: LoadedModel, options: ScoringOptions, route: Route, *, questions: bool = False
+) -> Workload:
+    """Read and encode a test set for a model; raises `DataError` for rows that cannot be scored.
+
+    Rows without a reference answer have no loss and are left out, unless all that is wanted are `questions`.
+    """
+    rows = read_examples(test_set)
+    everything = [example for example in rows if questions or example.has_reference]
+    if not everything:
+        raise DataError(
+            "no row has a reference answer, of which a loss could be computed",
+            where=test_set,
+            remedy="add rows that have one; `lorasmith validate --tasks` asks these",
+        )
     examples = take_rows(everything, options)
     context = loaded.context or _NO_LIMIT
     if options.max_length is not None and options.max_length > context:
@@ -192,8 +204,19 @@ def prepare_workload(test_set: Path, loaded: LoadedModel, options: ScoringOption
         seed=options.seed,
     )
     names = [example.id for example in examples]
-    findings = [*layout_findings(reason), *encoding_findings(encoded, names, loaded.context)]
+    findings = [
+        *_without_reference(len(rows) - len(everything)),
+        *layout_findings(reason),
+        *encoding_findings(encoded, names, loaded.context),
+    ]
     return Workload(examples, encoded, settings, len(examples) < len(everything), findings)
+
+
+def _without_reference(count: int) -> list[Finding]:
+    if not count:
+        return []
+    message = f"{count} rows have no reference answer: they are asked with --tasks, and have no loss"
+    return [Finding(severity="note", code="no-reference", message=message)]
 
 
 def take_rows(examples: list[Example], options: SampleOptions) -> list[Example]:

@@ -116,6 +116,11 @@ class Example(Part):
         return Turn(role="user", content=self.prompt), Turn(role="assistant", content=self.response)
 
     @property
+    def has_reference(self) -> bool:
+        """Whether the response is an answer; a benchmark without published ones says `reference: false`."""
+        return self.metadata.extra().get("reference") is not False
+
+    @property
     def is_text(self) -> bool:
         """Whether it is raw text, all of which is scored."""
         return not self.prompt and not self.messages

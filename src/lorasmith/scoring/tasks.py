@@ -212,7 +212,15 @@ def evaluate_tasks(
         ]
         route = route_of(scoring, journals[0])
         scorer = Scorer.load(
-            model, test_set, scoring, route, adapter=adapter, executor=where, log=log, progress=progress
+            model,
+            test_set,
+            scoring,
+            route,
+            adapter=adapter,
+            questions=True,
+            executor=where,
+            log=log,
+            progress=progress,
         )
         work = scorer.work
         inputs.require_unchanged()
