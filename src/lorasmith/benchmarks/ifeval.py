@@ -176,7 +176,8 @@ def _letters(answer: str, letter: str, let_frequency: int, let_relation: str) ->
 
 
 def _in_language(answer: str, language: str) -> bool:
-    return _language(answer) == language
+    """An answer without a single letter counts as followed, as in the paper's program."""
+    return not any(sign.isalpha() for sign in answer) or _language(answer) == language
 
 
 def _paragraphs(answer: str, num_paragraphs: int) -> bool:
@@ -267,7 +268,7 @@ def _quoted(answer: str) -> bool:
 
 
 def _capital_words(answer: str, capital_frequency: int, capital_relation: str) -> bool:
-    words = re.findall(r"\w+(?:['’-]\w+)*", answer)
+    words = re.findall(r"\w+(?:['’.-]\w+)*", answer)
     return _compare(sum(word.isupper() for word in words), capital_relation, capital_frequency)
 
 

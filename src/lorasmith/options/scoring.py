@@ -132,7 +132,7 @@ class CodeOptions(Options):
     PANEL: ClassVar[str] = "Scoring"
 
     run_code_anyway: bool = False
-    """Run code that a model wrote (HumanEval) even where the sandbox lacks protection; a finding says so."""
+    """Run code that a model wrote (HumanEval, MBPP) even without all protection; a finding says so."""
 
 
 class TaskOptions(CodeOptions):
