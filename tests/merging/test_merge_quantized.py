@@ -66,6 +66,7 @@ def test_the_merge_asks_which_model_is_wanted_and_says_what_each_is(
     with pytest.raises(UsageError, match="quantized: 14 weights in nf4") as caught:
         lorasmith.merge(nf4, adapter, tmp_path / "out")
     assert "--into 16bit" in str(caught.value)
+    assert "--into base" in str(caught.value)
 
 
 def test_a_base_that_is_not_quantized_has_no_such_choice(plain: Path, adapter: Path, tmp_path: Path) -> None:
@@ -187,3 +188,80 @@ def test_experts_of_gpt_oss_are_merged_the_way_round_that_the_model_has_them(tmp
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     proof = lorasmith.prove(packed, adapter, tmp_path / "out")
     assert proof.grade == "exact", proof.findings
+
+
+# Back into the base's own format.
+
+
+def test_into_the_base_changes_codes_and_nothing_else(base: Path, adapter: Path, tmp_path: Path) -> None:
+    lorasmith.merge(base, adapter, tmp_path / "out", into="base")
+    for file in base.iterdir():
+        merged = tmp_path / "out" / file.name
+        if file.suffix == ".safetensors":
+            assert merged.stat().st_size == file.stat().st_size
+            length = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+            assert merged.read_bytes()[:length] == file.read_bytes()[:length]
+        else:
+            assert merged.read_bytes() == file.read_bytes()
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    weights = open_base(base).decoded.values()
+    codes = {weight.weight.parts["codes"].info.name for weight in weights}  # type: ignore[attr-defined]
+    changed = {name for name in before if not torch.equal(*(_raw(one[name]) for one in (before, after)))}
+    assert changed == codes
+
+
+def _raw(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int4 groups"])
+def test_what_loads_the_base_loads_the_merge(kind: str, plain: Path, adapter: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = save_quantized(tmp_path / "base", plain, kind)
+    lorasmith.merge(base, adapter, tmp_path / "out", into="base")
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)(ids).logits
+        before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)(ids).logits
+    assert found.isfinite().all()
+    assert not torch.equal(found, before)
+
+
+def test_a_killed_merge_into_the_base_ends_with_the_same_bytes(
+    nf4: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorasmith.merging.folder import PartialFolder
+
+    many = _split(nf4, tmp_path / "many")
+    lorasmith.merge(many, adapter, tmp_path / "whole", into="base", rounding="dithered")
+    finish = PartialFolder.finish_shard
+
+    def killed(self: PartialFolder, shard: Any) -> None:
+        finish(self, shard)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PartialFolder, "finish_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        lorasmith.merge(many, adapter, tmp_path / "out", into="base", rounding="dithered")
+    monkeypatch.setattr(PartialFolder, "finish_shard", finish)
+    lorasmith.merge(many, adapter, tmp_path / "out", into="base", rounding="dithered")
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "told"),
+    [
+        ({"use_dora": True}, {}, "DoRA scales"),
+        ({"modules_to_save": ["k_proj"], "target_modules": ["q_proj"]}, {}, "replaces"),
+        ({}, {"precision": "float16"}, "contradict"),
+        ({}, {"rounding": "calibrated"}, "cannot be calibrated"),
+    ],
+)
+def test_what_the_bases_format_has_no_place_for_is_refused(
+    nf4: Path, plain: Path, tmp_path: Path, settings: dict[str, Any], asked: dict[str, Any], told: str
+) -> None:
+    adapter = save_adapter(tmp_path / "adapter", plain, **settings)
+    with pytest.raises(UsageError, match=told):
+        lorasmith.merge(nf4, adapter, tmp_path / "out", into="base", **asked)

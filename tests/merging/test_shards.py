@@ -88,6 +88,7 @@ def test_a_merge_worker_without_the_storage_says_so(place: Path, tmp_path: Path)
         adapter_sha256=(digest_folder(place / "adapter"),),
         weights=(1.0,),
         precision="base",
+        into="",
         dither_seed=None,
         folder=str(folder),
         key="k",

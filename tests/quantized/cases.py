@@ -152,7 +152,13 @@ def compressed(
         stored = compressor.compress(state, scheme)
         reference = compressor.decompress(dict(stored), scheme)["weight"]
         group = {"weights": arguments.model_dump(mode="json"), "targets": ["Linear"]}
-        config = {"quant_method": "compressed-tensors", "format": kind, "config_groups": {"group_0": group}}
+        config = {
+            "quant_method": "compressed-tensors",
+            "format": kind,
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": ["lm_head"],
+        }
         tensors = {f"{MODULE}.{leaf}": part for leaf, part in stored.items()}
         return Made(tensors, reference.detach(), config)
 

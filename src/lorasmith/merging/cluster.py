@@ -16,6 +16,7 @@ from lorasmith.checkpoint.adapter import open_adapter
 from lorasmith.errors import AdapterError, CheckpointError
 from lorasmith.executors.storage import SHARED, require_same_files
 from lorasmith.files.digests import digest_folder
+from lorasmith.merging.onto_grid import keep_format
 from lorasmith.merging.plan import plan_merge
 from lorasmith.merging.shards import ShardMerger, ShardWork, nobody_watches
 from lorasmith.quantized.open import open_base
@@ -30,6 +31,8 @@ class MergeJob:
     adapter_sha256: tuple[str, ...]
     weights: tuple[float, ...]
     precision: str
+    into: str
+    """What a quantized base is merged into."""
     dither_seed: int | None
     folder: str
     """The partial folder."""
@@ -63,6 +66,8 @@ def open_merging(job: MergeJob) -> Iterator[ShardWork]:
         )
     base = open_base(Path(job.base))
     plan = plan_merge(base, adapters, job.weights, job.precision)
+    if job.into == "base":
+        base, plan = keep_format(plan, base)
     merger = ShardMerger(Path(job.folder), base, adapters, plan, job.dither_seed)
     with closing(ShardWork(merger, nobody_watches, torch.get_num_threads())) as work:
         yield work

@@ -248,6 +248,9 @@ def write_small_files(
     base: Checkpoint, adapters: Sequence[Path], plan: Plan, precision: str, partial: PartialFolder
 ) -> list[FileDigest]:
     """Write them into the partial folder."""
+    if plan.keeps_format:
+        contents = {name: (base.folder / name).read_bytes() for name in _own_files(base)}
+        return _write_all(contents, base, adapters, partial)
     types = {tensor.dtype for tensor in base.decoded.values()}
     config = merged_config(
         base.config,
@@ -261,6 +264,17 @@ def write_small_files(
     index = merged_index(base, plan)
     if index is not None:
         contents[INDEX] = index
+    return _write_all(contents, base, adapters, partial)
+
+
+def _own_files(base: Checkpoint) -> list[str]:
+    """Config and index, which a merge that keeps the format takes over as they are."""
+    return ["config.json"] + ([INDEX] if base.index is not None else [])
+
+
+def _write_all(
+    contents: dict[str, bytes], base: Checkpoint, adapters: Sequence[Path], partial: PartialFolder
+) -> list[FileDigest]:
     for name, file in small_files(base.folder, adapters).items():
         with os_errors(file, "read"):
             contents[name] = read_input(file)

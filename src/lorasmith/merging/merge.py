@@ -40,6 +40,7 @@ from lorasmith.merging.folder import (
     write_small_files,
 )
 from lorasmith.merging.modes import Mode, choose_mode
+from lorasmith.merging.onto_grid import keep_format, require_kept
 from lorasmith.merging.plan import Plan, plan_merge
 from lorasmith.merging.shards import ShardMerger, merge_shards, shard_header
 from lorasmith.merging.tensors import check_copies
@@ -89,6 +90,9 @@ def merge(
     options = MergeOptions.given(options, given)
     request = _open_request(base, adapter, output, weights, options, progress)
     plan = plan_merge(request.base, request.adapters, request.weights, options.precision)
+    written = request.base
+    if request.into == "base":
+        written, plan = keep_format(plan, request.base)
     mode = choose_mode(options, plan, request.base.folder, request.folders)
     if executor.remote:
         mode.refuse_calibrated()
@@ -103,7 +107,7 @@ def merge(
         mode.fit(request.base, request.adapters, plan, partial.scratch, progress)
         merger = ShardMerger(
             folder=partial.path,
-            base=request.base,
+            base=written,
             adapters=request.adapters,
             plan=plan,
             dither_seed=mode.dither_seed,
@@ -169,11 +173,14 @@ def _require_into(base: Checkpoint, options: MergeOptions) -> str:
         raise UsageError(
             f"the base is quantized: {formats(base)}",
             where=base.folder,
-            expected="--into 16bit, or the 16-bit model that it was quantized from",
+            expected="--into 16bit or --into base",
             remedy="--into 16bit dequantizes it and merges exactly: what an adapter that was trained on this "
-            "base (QLoRA) was trained as, in 16 bits a weight. The 16-bit original is another model than the "
-            "one that such an adapter was trained on and validated with",
+            "base (QLoRA) was trained as, in 16 bits a weight. --into base goes back onto the base's own "
+            "grid: its size and its loader, but rounding takes most of the update away. The 16-bit model "
+            "that it was quantized from is another base than the one that such an adapter was trained on",
         )
+    if options.into == "base":
+        require_kept(options, base)
     return options.into
 
 
@@ -261,6 +268,7 @@ def _worker_spec(
         adapter_sha256=tuple(inputs.adapter_sha256),
         weights=tuple(request.weights),
         precision=request.precision,
+        into=request.into,
         dither_seed=mode.dither_seed,
         folder=str(partial.path.absolute()),
         key=key,
@@ -344,8 +352,11 @@ def _make_record(
             Finding(
                 severity="warning",
                 code="close-to-no-op",
-                message=f"rounding swallowed {fraction:.1%} of the updates: they are below half an ulp",
-                remedy="merge with --rounding calibrated or dithered, or --precision float16, to keep them",
+                message=f"rounding swallowed {fraction:.1%} of the updates: they are below half "
+                + ("a step of the base's grid" if request.into == "base" else "an ulp"),
+                remedy="merge with --into 16bit to keep them"
+                if request.into == "base"
+                else "merge with --rounding calibrated or dithered, or --precision float16, to keep them",
             )
         )
     return MergeRecord(

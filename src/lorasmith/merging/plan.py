@@ -69,6 +69,8 @@ class Plan:
     copies: tuple[Copy, ...]
     """What must be equal for the base to be the right one."""
     findings: tuple[Finding, ...]
+    keeps_format: bool = False
+    """Whether the files are the base's own but for values: headers, configs and quantized format."""
 
     @property
     def outputs(self) -> list[Output]:

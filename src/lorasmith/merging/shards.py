@@ -24,10 +24,13 @@ from lorasmith.checkpoint.header import ITEM_BITS, TensorFile, build_header
 from lorasmith.checkpoint.model import Checkpoint, Decoded
 from lorasmith.errors import CheckpointError, MemoryLimitError, RemoteError, os_errors
 from lorasmith.executors.base import Executor, Unsplittable, WorkSpec
+from lorasmith.files.inputs import open_input
 from lorasmith.files.journal import Rows
 from lorasmith.merging.disk import FileReader, FileWriter, Lanes, PendingPieces
 from lorasmith.merging.folder import PartialFolder, ShardDone
+from lorasmith.merging.numbers.dither import ThresholdStream
 from lorasmith.merging.numbers.threads import Workers
+from lorasmith.merging.onto_grid import GridWriter
 from lorasmith.merging.plan import Output, Plan
 from lorasmith.merging.tensors import Factors, TensorOnDisk
 from lorasmith.merging.writers import CalibratedTensors, TensorWriter, make_writer
@@ -172,7 +175,7 @@ class ShardMerger:
         shard = self.base.shards[number]
         name = shard.path.name
         target = self.folder / f".{name}.{uuid4().hex}.partial"
-        make = partial(
+        plain = partial(
             make_writer,
             factors=self.factors,
             base=shard,
@@ -180,6 +183,15 @@ class ShardMerger:
             dither_seed=self.dither_seed,
             calibrated=self.calibrated,
         )
+
+        def make(output: Output) -> TensorWriter:
+            if not self.plan.keeps_format or output.decoded is None:
+                return plain(output)
+            weight = output.decoded.info.name
+            seed = self.dither_seed
+            stream = None if seed is None else ThresholdStream(seed, weight)
+            return GridWriter(output, self.factors, workers, stream)
+
         adapter_files = [adapter.file.path for adapter in self.adapters]
         with os_errors(self.folder, "write"):
             for left in self.folder.glob(f".{escape(name)}.*.partial"):
@@ -194,6 +206,7 @@ class ShardMerger:
                 advance,
                 lanes,
                 self.known.get(name),
+                self.plan.keeps_format,
             )
         except Exception as error:
             target.unlink(missing_ok=True)
@@ -228,6 +241,7 @@ def write_shard(
     advance: Advance,
     lanes: Lanes,
     known_sha256: str | None,
+    keeps_format: bool = False,
 ) -> ShardDone:
     """Write a merged shard to `path`, synced.
 
@@ -238,6 +252,8 @@ def write_shard(
     its SHA-256 is not known.
     """
     header, size = shard_header(outputs)
+    if keeps_format:
+        header, size = _own_header(source), source.size
     with (
         FileReader(source.path, source.size, lanes, digest=known_sha256 is None) as reader,
         PendingPieces() as pending,
@@ -250,7 +266,9 @@ def write_shard(
         for output in outputs:
             writer = make(output)
             place = output.source
-            if output.decoded is not None:
+            if isinstance(writer, GridWriter):
+                pieces = writer.pieces()
+            elif output.decoded is not None:
                 pieces = _decoded_pieces(output.decoded)
             elif output.adapter is None and place.start >= stream.position:
                 # What no output is made from, such as a tensor that the adapter replaces, is passed over.
@@ -267,6 +285,12 @@ def write_shard(
             raise CheckpointError("the shard changed while it was read", where=source.path)
         merged = FileDigest(path=source.path.name, bytes=size, sha256=file.finish())
         return ShardDone(file=merged, source_sha256=known_sha256 or reader.finish(), tensors=tensors)
+
+
+def _own_header(source: TensorFile) -> bytes:
+    """The base's header as it is, metadata and spaces included."""
+    with os_errors(source.path, "read"), open_input(source.path) as handle:
+        return handle.read(source.data_start)
 
 
 def _write_piece(

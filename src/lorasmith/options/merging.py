@@ -32,9 +32,10 @@ class MergeOptions(RoundingOptions, TemplateOptions, DeviceOptions):
     PANEL: ClassVar[str] = "Merging"
 
     into: Annotated[
-        Literal["16bit"] | None, LongType, Flag(default="asked for where the base is quantized")
+        Literal["base", "16bit"] | None, LongType, Flag(default="asked for where the base is quantized")
     ] = None
-    """What a quantized base is merged into: 16bit (its weights dequantized, then merged exactly)."""
+    """What a quantized base is merged into: 16bit (dequantized, then merged exactly) or base (back onto its
+    own grid, in its own format)."""
 
     calibration: Annotated[tuple[Path, ...], OneOrSeveral, Flag(metavar="FILE", default="none")] = ()
     """JSONL that calibrated rounding looks at: the training file."""

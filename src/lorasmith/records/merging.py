@@ -69,7 +69,7 @@ class MergeRecord(Record):
     precision: str
     """`base` (each tensor's own type), `float32`, `bfloat16` or `float16`."""
     into: str = Field(default="", exclude_if=lambda into: not into)
-    """What a quantized base was merged into: `16bit`; empty for a base that is not quantized."""
+    """What a quantized base was merged into: `16bit` or `base`; empty for a base that is not quantized."""
     rounding: str
     """`nearest`, `dithered` or `calibrated`."""
     seed: int | None = None

@@ -74,6 +74,8 @@ class RightConfig:
     """Rows of the base's embedding."""
     rows: int | None
     """Rows of the merged embedding."""
+    keeps_format: bool = False
+    """Whether the merge is in the quantized format of its base, which its config has to name then."""
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -214,12 +216,13 @@ def _check_config(base: ModelConfig, merged: ModelConfig, right: RightConfig) ->
     yield from _check_dtype(ours, theirs, right, text_alone)
     yield from _check_vocabulary(ours, theirs, right)
     yield from _check_architectures(ours, theirs)
-    if merged.body.get("quantization_config") is not None:
+    if merged.body.get("quantization_config") is not None and not right.keeps_format:
         text = "the config has a quantization_config, and the weights are not quantized"
         yield _error("quantization-left", text, "config.json", "none")
     for path in _differing(ours, theirs):
         text, wanted = f"{path} is {_show(theirs, path)}", f"{_show(ours, path)}, as in the base"
-        derived = path.startswith("quantization_config.") or _name(path) in FREE_FIELDS | DERIVED_FIELDS
+        quantization = path.startswith("quantization_config.")
+        derived = (quantization and not right.keeps_format) or _name(path) in FREE_FIELDS | DERIVED_FIELDS
         if not derived:
             yield _error("config-differs", text, "config.json", wanted)
         elif path.endswith(".tie_word_embeddings") and theirs.get(path) != merged.ties:

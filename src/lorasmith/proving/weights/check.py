@@ -38,7 +38,7 @@ from lorasmith.proving.weights.formula import Expected, Term
 from lorasmith.proving.weights.judge import exact_sum, judge_elements, row_gain
 from lorasmith.proving.weights.model_folder import DTYPES, Index, ProvenTensor
 from lorasmith.proving.weights.quick import doubtful, quick_type
-from lorasmith.proving.weights.rounding import GRIDS, Ints
+from lorasmith.proving.weights.rounding import GRIDS, Grid, Ints
 
 _SLOW_ELEMENTS = 1 << 13
 """Elements judged slowly at a time, so that memory stays small when all are wrong."""
@@ -126,7 +126,8 @@ class Task:
 def tasks(pairs: Iterable[tuple[Expected, ProvenTensor]]) -> Iterator[Task]:
     """The parts of stored tensors of the right shape, in order, each with the factors that it needs."""
     for expected, stored in pairs:
-        terms = tuple(_load(term, expected, stored) for term in expected.terms)
+        grid = GRIDS.get(stored.dtype)
+        terms = tuple(load_term(term, expected, grid) for term in expected.terms)
         magnitudes, gain = None, None
         if expected.magnitude:
             magnitudes = expected.magnitude.stored.whole().reshape(-1)
@@ -194,13 +195,17 @@ def whole(stored: ProvenTensor) -> torch.Tensor:
     return stored.whole()
 
 
-def _load(term: Term, expected: Expected, stored: ProvenTensor) -> LoadedTerm:
+def load_term(term: Term, expected: Expected, grid: Grid | None) -> LoadedTerm:
+    """A term with its factors at hand, ready for a grid of floats; for any other in float64.
+
+    Raises `AdapterError` for factors that are not finite or vanish in float64.
+    """
     left = term.left.view(whole(term.left.stored))
     right = torch.ones(1, 1) if term.right is None else term.right.view(whole(term.right.stored))
     for factor in (left, right):
         if not bool(torch.isfinite(factor).all()):
             raise AdapterError(
-                f"a factor of the update of {stored.name!r} is not finite",
+                f"a factor of the update of {expected.name!r} is not finite",
                 where=term.left.stored.file,
                 expected="finite numbers",
                 remedy="take a checkpoint of the training from before it diverged",
@@ -208,12 +213,12 @@ def _load(term: Term, expected: Expected, stored: ProvenTensor) -> LoadedTerm:
         sizes = factor.abs()
         if factor.dtype == torch.float64 and bool(((sizes > 0) & (sizes < _LEAST_FACTOR)).any()):
             raise AdapterError(
-                f"a factor of the update of {stored.name!r} holds numbers below {_LEAST_FACTOR:.0e}",
+                f"a factor of the update of {expected.name!r} holds numbers below {_LEAST_FACTOR:.0e}",
                 where=term.left.stored.file,
                 expected="larger numbers, or zeros: products of such numbers vanish in float64",
             )
-    grid = GRIDS[stored.dtype]
-    kind = quick_type(grid, left.shape[1], DTYPES[expected.source.dtype])
+    source = DTYPES[expected.source.dtype]
+    kind = torch.float64 if grid is None else quick_type(grid, left.shape[1], source)
     norms = torch.linalg.vector_norm(right.to(torch.float64), dim=0)
     return LoadedTerm(
         term.factor,

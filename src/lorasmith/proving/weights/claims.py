@@ -79,14 +79,17 @@ def read_claims(merged: Path) -> Claims:
     return Claims(record)
 
 
-def check_claims(claims: Claims, identity: Identity, quantized: str) -> Iterator[Finding]:
-    """All findings on the record; those of severity `error` make a merge `different`."""
+def check_claims(claims: Claims, identity: Identity, into: str) -> Iterator[Finding]:
+    """All findings on the record; those of severity `error` make a merge `different`.
+
+    `into` is what was found of the merge: a quantized base, in its own format or in 16 bits, or neither.
+    """
     if claims.problem:
         yield claims.problem
     if claims.record:
-        if bool(claims.record.into) != bool(quantized):
-            text = f"the record says that a {'quantized' if claims.record.into else 'plain'} base was merged"
-            yield _error("record-disagrees", text, RECORD, quantized or "a base that is not quantized")
+        if claims.record.into != into:
+            text = f"the record has {claims.record.into!r} for what a quantized base was merged into"
+            yield _error("record-disagrees", text, RECORD, repr(into))
         yield from _check_record(claims.record, identity)
 
 

@@ -292,8 +292,6 @@ class TensorFolder:
     files: list[ProvenFile] = field(default_factory=list)
     problems: list[Finding] = field(default_factory=list)
     """What a person must know; nothing here is raised, so that a damaged merge can be graded."""
-    quantized: str = ""
-    """The format of its quantized weights; empty where there are none."""
 
     @property
     def first_type(self) -> str:

@@ -31,7 +31,8 @@ from lorasmith.proving.weights.check import check
 from lorasmith.proving.weights.claims import Claims, Identity, check_claims, read_claims
 from lorasmith.proving.weights.model_folder import TensorFolder, open_model
 from lorasmith.proving.weights.plan import plan_proof
-from lorasmith.proving.weights.quantized.decode import decode_weights
+from lorasmith.proving.weights.quantized.decode import decode_weights, find_weights
+from lorasmith.proving.weights.quantized.keeps_format import check_all, split
 from lorasmith.proving.weights.report import Report
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.proof import WeightProof
@@ -68,25 +69,34 @@ def prove(
     claims = read_claims(merged)
     factors = _factors(weights, claims, len(adapters))
     base_folder, config = _open_base(base)
+    stored = dict(base_folder.tensors)
+    quantized = decode_weights(base_folder, config.body)
     loaded = [read_adapter(path, factor) for path, factor in zip(adapters, factors, strict=True)]
     plan = plan_proof(base_folder, config, loaded)
     plan.ties.settle(merged_folder.tensors)
     report = Report(claims, merged_folder)
-    pairs = report.match(plan.expected)
-    with progress("Prove the weights", total=sum(stored.bytes for _, stored in pairs), unit="B") as advance:
+    # What the merge holds decides what it has to be: the base's own format, or numbers. It is read as the
+    # base is, whose settings the merge's config must have too.
+    found = find_weights(merged_folder.tensors, config.body) if quantized else {}
+    expected, codes = split(plan, stored, quantized, found) if found else (plan.expected, [])
+    pairs = report.match(expected, {one.merged.codes.name for one in codes})
+    total = sum(tensor.bytes for _, tensor in pairs) + sum(one.merged.codes.bytes for one in codes)
+    with progress("Prove the weights", total=total, unit="B") as advance:
         for checked in check(pairs, advance=advance):
             report.take(checked)
+        check_all(codes, report, advance)
     identity = Identity(
         base=digests.combine(_describe(base, base_folder)),
         adapters=[digests.digest_folder(path, rehash=True) for path in adapters],
         merged=_describe(merged, merged_folder),
         weights=factors,
     )
-    report.findings += check_claims(claims, identity, base_folder.quantized)
+    into = "" if not quantized else "base" if found else "16bit"
+    report.findings += check_claims(claims, identity, into)
     weights_read = frozenset(file.path for file in merged_folder.files)
     folders = Folders(base, adapters, merged, weights_read)
     rows_before, rows = plan.ties.rows_before, plan.ties.rows
-    right = RightConfig(report.precision, base_folder.first_type, rows_before, rows)
+    right = RightConfig(report.precision, base_folder.first_type, rows_before, rows, keeps_format=bool(found))
     merged_config = read_merged_config(merged)
     report.findings += check_beside(folders, config, merged_config, right)
     report.findings += plan.findings
@@ -138,5 +148,4 @@ def _open_base(path: Path) -> tuple[TensorFolder, ModelConfig]:
     if folder.problems:
         first = folder.problems[0]
         raise CheckpointError(first.message, where=first.where, expected=first.expected)
-    decode_weights(folder, config.body)
     return folder, config

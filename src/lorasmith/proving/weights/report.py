@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from lorasmith.errors import CheckpointError
 from lorasmith.files import digests
@@ -38,16 +38,23 @@ class Report:
         self.precision = "base"
         self._notes: dict[str, list[str]] = {}
 
-    def match(self, expected: Mapping[str, Expected]) -> list[tuple[Expected, ProvenTensor]]:
-        """Pair what should be with what is there, in the merged files' order; note what has no partner."""
+    def match(
+        self, expected: Mapping[str, Expected], elsewhere: Collection[str] = ()
+    ) -> list[tuple[Expected, ProvenTensor]]:
+        """Pair what should be with what is there, in the merged files' order; note what has no partner.
+
+        Tensors that are checked `elsewhere` are passed over.
+        """
         self.precision = self._precision(expected)
         for want in expected.values():
-            self._claim(want)
+            self.claim(want)
         for name, want in expected.items():
             if name not in self.merged.tensors:
                 self._whole(name, "missing", want.source.elements, "", "not in the merge")
         pairs = []
         for name, stored in self.merged.tensors.items():
+            if name in elsewhere:
+                continue
             want_or_none = expected.get(name)
             if want_or_none is None:
                 self._whole(name, "extra", stored.elements, stored.dtype, "in neither base nor adapter")
@@ -58,7 +65,7 @@ class Report:
                     self.take(Checked(want_or_none, stored, Tally()))
         return pairs
 
-    def _claim(self, want: Expected) -> None:
+    def claim(self, want: Expected) -> None:
         """How a tensor with products was rounded, as the merge says; all others are never but to nearest."""
         if want.terms and self.claims.record is not None:
             want.rounding = self.claims.rounding_of(want.name)
@@ -111,12 +118,12 @@ class Report:
     def _note(self, code: str, message: str, name: str) -> None:
         self._notes.setdefault(f"{code}\n{message}", []).append(name)
 
-    def take(self, checked: Checked) -> None:
-        """Enter a tensor whose elements were all compared."""
+    def take(self, checked: Checked, *, on_grid: bool = False) -> None:
+        """Enter a tensor whose elements were all compared, as floats or on the grid of a quantized weight."""
         want, stored, tally = checked.expected, checked.stored, checked.tally
         kind = "cast" if want.kind == "copied" and stored.dtype != want.source.dtype else want.kind
         bounded = tally.wrong == 0 or self._is_bounded(want, tally)
-        note = "" if bounded else self._explain(checked, kind)
+        note = "" if bounded else self._explain_codes(checked) if on_grid else self._explain(checked, kind)
         self.tensors.append(
             TensorProof(
                 name=stored.name,
@@ -146,6 +153,14 @@ class Report:
 
     def _is_bounded(self, want: Expected, tally: Tally) -> bool:
         return want.rounding == "calibrated" and tally.max_ulps <= BOUNDED_MOST
+
+    def _explain_codes(self, checked: Checked) -> str:
+        tally = checked.tally
+        text = "codes of other grid points than the rounding rule gives"
+        if tally.stale == tally.wrong:
+            text = "codes of the base where the update moves the number to another grid point"
+        self._note("wrong-codes", text, checked.stored.name)
+        return text
 
     def _explain(self, checked: Checked, kind: str) -> str:
         """Tell an auditor what the tool seems to have done; also kept as a finding over all such tensors."""

@@ -10,7 +10,7 @@ import torch
 from lorasmith.errors import CheckpointError
 from lorasmith.parsing import parse_json
 from lorasmith.proving.weights.model_folder import ProvenTensor
-from lorasmith.proving.weights.quantized.stored import Found, companion
+from lorasmith.proving.weights.quantized.stored import Elements, Found, companion, nibble
 
 _MARK = ".quant_state.bitsandbytes__"
 
@@ -38,17 +38,14 @@ def _weight_4bit(tensors: Mapping[str, ProvenTensor], state_name: str) -> Found:
     scales = _scales(parts, state)
     size = int(state["blocksize"])
 
-    def decode(first: int, count: int) -> torch.Tensor:
+    def read(first: int, count: int) -> Elements:
         element = torch.arange(first, first + count)
-        begin = first // 2
-        byte = codes.flat(begin, (first + count - 1) // 2 - begin + 1)[element // 2 - begin]
-        code = torch.where(element % 2 == 0, byte // 16, byte % 16).long()
         low = first // size
         scale = scales(low, (first + count - 1) // size - low + 1)[element // size - low]
-        return table.double()[code] * scale.double()
+        return Elements(nibble(codes, element, high_first=True), scale.double())
 
     used = (state_name, name, *(f"{name}.{role}" for role in roles))
-    return Found(name, tuple(state["shape"]), kind, codes, decode, used)
+    return Found(name, tuple(state["shape"]), kind, codes, table.double(), read, used)
 
 
 def _scales(
@@ -88,15 +85,18 @@ def find_8bit(tensors: Mapping[str, ProvenTensor], config: Mapping[str, Any]) ->
             weight = f"{module}.weight"
             codes, scb = companion(tensors, weight, weight), tensors[name]
             used = [weight, name] + [one for one in (f"{module}.weight_format",) if one in tensors]
-            found.append(Found(weight, codes.shape, "int8", codes, _int8(codes, scb), tuple(used)))
+            # Bytes in two's complement: 0 … 127, then -128 … -1.
+            levels = torch.arange(256, dtype=torch.float64).add(128).remainder(256).sub(128)
+            read = _int8(codes, scb)
+            found.append(Found(weight, codes.shape, "int8", codes, levels, read, tuple(used), divisor=127))
     return found
 
 
-def _int8(codes: ProvenTensor, scb: ProvenTensor) -> Callable[[int, int], torch.Tensor]:
-    def decode(first: int, count: int) -> torch.Tensor:
+def _int8(codes: ProvenTensor, scb: ProvenTensor) -> Callable[[int, int], Elements]:
+    def read(first: int, count: int) -> Elements:
         row = torch.arange(first, first + count) // codes.columns
         low, high = int(row[0]), int(row[-1])
         scale = scb.flat(low, high - low + 1).double()[row - low]
-        return codes.flat(first, count).double() * scale / 127
+        return Elements(codes.flat(first, count).view(torch.uint8).long(), scale)
 
-    return decode
+    return read

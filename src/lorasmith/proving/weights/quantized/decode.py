@@ -29,9 +29,15 @@ FINDERS: tuple[Finder, ...] = (
 _TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
-def decode_weights(folder: TensorFolder, config: Mapping[str, Any]) -> None:
-    """Replace them in `folder.tensors`; raises `CheckpointError` for a quantized base of no known format."""
-    found = [one for finder in FINDERS for one in finder(folder.tensors, config)]
+def find_weights(tensors: Mapping[str, ProvenTensor], config: Mapping[str, Any]) -> dict[str, Found]:
+    """The quantized weights among stored tensors, by their names in the model."""
+    found = [one for finder in FINDERS for one in finder(tensors, config)]
+    return {one.name: one for one in found}
+
+
+def decode_weights(folder: TensorFolder, config: Mapping[str, Any]) -> dict[str, Found]:
+    """Put them into `folder.tensors`; raises `CheckpointError` for a quantized base of no known format."""
+    found = find_weights(folder.tensors, config)
     if not found:
         if config.get("quantization_config"):
             raise CheckpointError(
@@ -39,10 +45,10 @@ def decode_weights(folder: TensorFolder, config: Mapping[str, Any]) -> None:
                 where=folder.path,
                 remedy="give the 16-bit model that it was made from",
             )
-        return
+        return found
     dtype = _model_dtype(config)
-    in_place = {one.codes.name: one for one in found}
-    used = {name for one in found for name in one.used}
+    in_place = {one.codes.name: one for one in found.values()}
+    used = {name for one in found.values() for name in one.used}
     tensors: dict[str, ProvenTensor] = {}
     for name, stored in folder.tensors.items():
         if name in in_place:
@@ -53,7 +59,7 @@ def decode_weights(folder: TensorFolder, config: Mapping[str, Any]) -> None:
         elif name not in used:
             tensors[name] = stored
     folder.tensors = tensors
-    folder.quantized = " and ".join(sorted({one.format for one in found}))
+    return found
 
 
 def _model_dtype(config: Mapping[str, Any]) -> str:

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from lorasmith.errors import CheckpointError
 from lorasmith.proving.weights.model_folder import ProvenTensor
-from lorasmith.proving.weights.quantized.stored import Found, companion
+from lorasmith.proving.weights.quantized.stored import Elements, Found, companion, nibble
 
 _ACTIVATIONS = ("input_scale", "activation_scale", "input_zero_point", "input_global_scale")
 _FP4 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12], dtype=torch.float64) / 2
@@ -19,6 +18,9 @@ _FP4 = torch.cat([_FP4, -_FP4])
 
 def _beside(tensors: Mapping[str, ProvenTensor], module: str) -> tuple[str, ...]:
     return tuple(f"{module}.{leaf}" for leaf in _ACTIVATIONS if f"{module}.{leaf}" in tensors)
+
+
+_E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float64)
 
 
 def e4m3(stored: torch.Tensor) -> torch.Tensor:
@@ -35,7 +37,7 @@ def find_fp8(tensors: Mapping[str, ProvenTensor], config: Mapping[str, Any]) -> 
             if codes.dtype == "F8_E4M3" and scale is not None and len(codes.shape) > 1:
                 size = _block_size(config, suffix)
                 used = (name, name + suffix, *_beside(tensors, name.removesuffix(".weight")))
-                found.append(Found(name, codes.shape, kind, codes, _blocks(codes, scale, size), used))
+                found.append(Found(name, codes.shape, kind, codes, _E4M3, _blocks(codes, scale, size), used))
                 break
     return found
 
@@ -54,7 +56,7 @@ def _block_size(config: Mapping[str, Any], suffix: str) -> tuple[int, int]:
 
 def _blocks(
     codes: ProvenTensor, scale: ProvenTensor, size: tuple[int, int]
-) -> Callable[[int, int], torch.Tensor]:
+) -> Callable[[int, int], Elements]:
     rows, columns = codes.shape[-2:]
     height, width = size
     if scale.elements == 1:
@@ -63,19 +65,16 @@ def _blocks(
         height, width = 1, columns
     down, across = max(1, -(-rows // height)), -(-columns // width)
 
-    def decode(first: int, count: int) -> torch.Tensor:
+    def read(first: int, count: int) -> Elements:
         place = torch.arange(first, first + count)
         row, column = place // columns, place % columns
         expert = row // rows if scale.elements > 1 else torch.zeros_like(row)
         block = (expert * down + (row - expert * rows) // height) * across + column // width
         low, high = int(block.min()), int(block.max())
         here = scale.flat(low, high - low + 1).double()[block - low]
-        values = e4m3(codes.flat(first, count)) * here
-        if bool(values.isnan().any()):
-            raise CheckpointError(f"{codes.name!r} holds NaN", where=codes.file, expected="finite weights")
-        return values
+        return Elements(codes.flat(first, count).long(), here)
 
-    return decode
+    return read
 
 
 def find_mxfp4(tensors: Mapping[str, ProvenTensor], config: Mapping[str, Any]) -> list[Found]:
@@ -87,30 +86,32 @@ def find_mxfp4(tensors: Mapping[str, ProvenTensor], config: Mapping[str, Any]) -
             scales = companion(tensors, f"{stack}_scales", stack)
             experts, outputs, groups, _ = blocks.shape
             shape = (experts, groups * 32, outputs)
-            decode = _mxfp4(blocks, scales, shape)
-            found.append(Found(stack, shape, "mxfp4", blocks, decode, (name, f"{stack}_scales")))
+            read = _mxfp4(blocks, scales, shape)
+            found.append(Found(stack, shape, "mxfp4", blocks, _FP4, read, (name, f"{stack}_scales")))
     return found
 
 
 def _mxfp4(
     blocks: ProvenTensor, scales: ProvenTensor, shape: tuple[int, ...]
-) -> Callable[[int, int], torch.Tensor]:
+) -> Callable[[int, int], Elements]:
     _, inputs, outputs = shape
 
-    def expert(number: int) -> torch.Tensor:
+    def expert(number: int) -> tuple[torch.Tensor, torch.Tensor]:
         bytes_, groups = outputs * inputs // 2, outputs * inputs // 32
         packed = blocks.flat(number * bytes_, bytes_).long()
-        values = _FP4[torch.stack([packed % 16, packed // 16], dim=1).reshape(-1)].reshape(-1, 32)
-        exponent = scales.flat(number * groups, groups).long() - 127
-        return (values * torch.pow(2.0, exponent.double())[:, None]).reshape(outputs, inputs).T
+        codes = torch.stack([packed % 16, packed // 16], dim=1).reshape(outputs, inputs)
+        stored = scales.flat(number * groups, groups).double()
+        powers = torch.where(stored == 255, torch.nan, torch.pow(2.0, stored - 127))
+        return codes.T.reshape(-1), powers.repeat_interleave(32).reshape(outputs, inputs).T.reshape(-1)
 
-    def decode(first: int, count: int) -> torch.Tensor:
+    def read(first: int, count: int) -> Elements:
         size = inputs * outputs
         low, high = first // size, (first + count - 1) // size
-        flat = torch.cat([expert(number).reshape(-1) for number in range(low, high + 1)])
-        return flat[first - low * size :][:count]
+        parts = [expert(number) for number in range(low, high + 1)]
+        code, scale = (torch.cat(both)[first - low * size :][:count] for both in zip(*parts, strict=True))
+        return Elements(code, scale)
 
-    return decode
+    return read
 
 
 def find_nvfp4(tensors: Mapping[str, ProvenTensor], config: Mapping[str, Any]) -> list[Found]:
@@ -123,26 +124,22 @@ def find_nvfp4(tensors: Mapping[str, ProvenTensor], config: Mapping[str, Any]) -
         if codes is not None and codes.dtype == "U8":
             scale = companion(tensors, f"{module}.weight_scale", module)
             shape = (codes.shape[0], 2 * codes.shape[1])
-            decode = _nvfp4(codes, scale, tensors[name], divides=leaf == "weight_global_scale")
+            read = _nvfp4(codes, scale, tensors[name], divides=leaf == "weight_global_scale")
             used = (codes.name, scale.name, name, *_beside(tensors, module))
-            found.append(Found(f"{module}.weight", shape, "nvfp4", codes, decode, used))
+            found.append(Found(f"{module}.weight", shape, "nvfp4", codes, _FP4, read, used))
     return found
 
 
 def _nvfp4(
     codes: ProvenTensor, scale: ProvenTensor, over_all: ProvenTensor, *, divides: bool
-) -> Callable[[int, int], torch.Tensor]:
+) -> Callable[[int, int], Elements]:
     factor = over_all.whole().reshape(-1)[0]
 
-    def decode(first: int, count: int) -> torch.Tensor:
+    def read(first: int, count: int) -> Elements:
         place = torch.arange(first, first + count)
-        byte = codes.flat(first // 2, (first + count - 1) // 2 - first // 2 + 1)[
-            place // 2 - first // 2
-        ].long()
-        level = _FP4[torch.where(place % 2 == 0, byte % 16, byte // 16)]
         low = first // 16
         small = e4m3(scale.flat(low, (first + count - 1) // 16 - low + 1))
         group = (small.float() / factor).double() if divides else small * factor.double()
-        return level * group[place // 16 - low]
+        return Elements(nibble(codes, place, high_first=False), group[place // 16 - low])
 
-    return decode
+    return read

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lorasmith.proving.weights.model_folder import ProvenTensor
-from lorasmith.proving.weights.quantized.stored import Found, companion
+from lorasmith.proving.weights.quantized.stored import Elements, Found, companion
 
 _ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale")
 _AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
@@ -35,15 +35,15 @@ def find_compressed(tensors: Mapping[str, ProvenTensor], config: Mapping[str, An
         bits = 4 if packed and codes.shape[1] == -(-shape[1] // 8) else 8
         kind = f"int{bits}-packed" if packed else "int8-bytes"
         used = (name, *(one.name for one in beside.values()))
-        found.append(
-            Found(f"{module}.weight", shape, kind, codes, _compressed(codes, beside, shape, bits), used)
-        )
+        read = _compressed(codes, beside, shape, bits)
+        levels = torch.arange(1 << bits, dtype=torch.float64)
+        found.append(Found(f"{module}.weight", shape, kind, codes, levels, read, used))
     return found
 
 
 def _compressed(
     codes: ProvenTensor, beside: Mapping[str, ProvenTensor], shape: tuple[int, ...], bits: int
-) -> Callable[[int, int], torch.Tensor]:
+) -> Callable[[int, int], Elements]:
     scale, columns = beside["weight_scale"], shape[1]
     groups = scale.shape[1] if len(scale.shape) > 1 else 1
     stored = beside["weight_g_idx"].whole().long() if "weight_g_idx" in beside else None
@@ -51,7 +51,7 @@ def _compressed(
     packed, half = codes.dtype == "I32", 1 << (bits - 1)
     zero = _zero_points(beside.get("weight_zero_point"), shape[0], bits)
 
-    def decode(first: int, count: int) -> torch.Tensor:
+    def read(first: int, count: int) -> Elements:
         place = torch.arange(first, first + count)
         row, column = place // columns, place % columns
         low, high = int(row[0]), int(row[-1]) + 1
@@ -59,19 +59,19 @@ def _compressed(
             words = codes.rows((slice(low, high),)).long() & 0xFFFFFFFF
             per_word = 32 // bits
             code = words[row - low, column // per_word] >> (column % per_word * bits) & ((1 << bits) - 1)
-            code = code - half
         else:
-            code = codes.flat(first, count).long()
+            code = codes.flat(first, count).long() + half
         group = group_of[column]
         if scale.elements == 1:
             factor = scale.whole().reshape(-1).double().expand(count)
         else:
             factor = scale.rows((slice(low, high),)).double().reshape(-1, groups)[row - low, group]
+        middle = torch.full_like(code, half)
         if zero is not None:
-            code = code - zero[row if len(zero) > 1 else 0, group if zero.shape[1] > 1 else 0]
-        return code.double() * factor
+            middle += zero[row if len(zero) > 1 else 0, group if zero.shape[1] > 1 else 0]
+        return Elements(code, factor, -middle.double() * factor)
 
-    return decode
+    return read
 
 
 def _zero_points(stored: ProvenTensor | None, rows: int, bits: int) -> torch.Tensor | None:
@@ -111,7 +111,9 @@ def find_qweight(tensors: Mapping[str, ProvenTensor], config: Mapping[str, Any])
         plus = 0 if awq or quantization.get("checkpoint_format") == "gptq_v2" else 1
         whole = _Turned(codes, zeros, scales, group_of, shifts, (1 << bits) - 1, plus, awq)
         kind = "awq" if awq else "gptq"
-        found.append(Found(f"{module}.weight", (outputs, inputs), kind, codes, whole.decode, tuple(used)))
+        levels = torch.arange(1 << bits, dtype=torch.float64)
+        shape = (outputs, inputs)
+        found.append(Found(f"{module}.weight", shape, kind, codes, levels, whole.read, tuple(used)))
     return found
 
 
@@ -132,7 +134,7 @@ class _Turned:
         self.codes, self.zeros, self.scales = codes, zeros, scales
         self.group_of, self.shifts, self.mask, self.plus, self.awq = group_of, shifts, mask, plus, awq
 
-    def decode(self, first: int, count: int) -> torch.Tensor:
+    def read(self, first: int, count: int) -> Elements:
         """Some elements of [O, I]."""
         inputs, per_word = len(self.group_of), len(self.shifts)
         low, high = first // inputs, (first + count - 1) // inputs + 1
@@ -146,5 +148,8 @@ class _Turned:
         zeros = self.zeros.whole().long()[:, output // per_word] >> self.shifts[output % per_word]
         zeros = (zeros & self.mask) + self.plus
         scales = self.scales.whole()[:, output].double()
-        values = (codes - zeros[self.group_of]).double() * scales[self.group_of]
-        return values.T.reshape(-1)[first - low * inputs :][:count]
+        scale = scales[self.group_of]
+        parts = (codes, scale, -zeros[self.group_of].double() * scale)
+        skipped = first - low * inputs
+        code, factor, shift = (part.T.reshape(-1)[skipped:][:count] for part in parts)
+        return Elements(code, factor, shift)

@@ -1,0 +1,68 @@
+"""A merge into a quantized base's own format: codes by the grid, every other tensor as the base stores it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from lorasmith.errors import AdapterError
+from lorasmith.progress import Advance
+from lorasmith.proving.weights.blocks import Tally
+from lorasmith.proving.weights.check import Checked
+from lorasmith.proving.weights.formula import Expected
+from lorasmith.proving.weights.model_folder import ProvenTensor
+from lorasmith.proving.weights.plan import Plan
+from lorasmith.proving.weights.quantized.on_grid import check_codes
+from lorasmith.proving.weights.quantized.stored import Found
+from lorasmith.proving.weights.report import Report
+
+
+@dataclass(frozen=True)
+class CodesOfWeight:
+    """The codes of a weight that the adapter changes."""
+
+    expected: Expected
+    base: Found
+    merged: Found
+
+
+def split(
+    plan: Plan, stored: Mapping[str, ProvenTensor], base: Mapping[str, Found], merged: Mapping[str, Found]
+) -> tuple[dict[str, Expected], list[CodesOfWeight]]:
+    """What each stored tensor has to be as it is, and the codes that go by the grid instead."""
+    by_codes = {one.codes.name: one for one in base.values()}
+    whole: dict[str, Expected] = {}
+    codes: list[CodesOfWeight] = []
+    for name, tensor in stored.items():
+        one = by_codes.get(name)
+        if one is None:
+            whole[name] = plan.expected.get(name) or Expected(name, tensor.dtype, tensor)
+            continue
+        expected = plan.expected[one.name]
+        _require_products(expected)
+        if expected.terms and one.name in merged and merged[one.name].shape == one.shape:
+            codes.append(CodesOfWeight(expected, one, merged[one.name]))
+        else:
+            whole[name] = Expected(name, tensor.dtype, tensor)
+    return whole, codes
+
+
+def _require_products(expected: Expected) -> None:
+    if expected.magnitude or expected.rows or expected.replaced:
+        raise AdapterError(
+            f"the adapter replaces or scales {expected.name!r}, for which the base's grid has no rule",
+            expected="updates by products alone",
+            remedy="merge into 16 bits",
+        )
+
+
+def check_all(codes: list[CodesOfWeight], report: Report, advance: Advance) -> None:
+    """Check every element of these weights, and enter them."""
+    for one in codes:
+        report.claim(one.expected)
+        tally = Tally()
+        for part in check_codes(one.expected, one.base, one.merged):
+            tally.add(part)
+        advance(one.merged.codes.bytes)
+        shown = replace(one.merged.codes, name=one.base.name, shape=one.base.shape, dtype=one.base.format)
+        report.take(Checked(one.expected, shown, tally), on_grid=True)
