@@ -15,7 +15,8 @@ import time
 from itertools import islice
 from pathlib import Path
 
-from lorasmith.files.jsonl import read_examples, read_rows
+from lorasmith.data.rows import read_examples
+from lorasmith.files.jsonl import read_rows
 from lorasmith.machine.resources import human_bytes, peak_memory, reset_peak_memory
 from lorasmith.testset.check import check
 from lorasmith.testset.overlap import shingles, words

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 import lorasmith
+from lorasmith.data.rows import read_examples
 from lorasmith.errors import InputError
 from lorasmith.files.atomic import read_record, write_record
 from lorasmith.files.digests import digest_folder, sha256_file
-from lorasmith.files.jsonl import read_examples, write_examples
+from lorasmith.files.jsonl import write_examples
 from lorasmith.merging.merge import REVISION
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.proof import BehaviourProof, TokenComparison

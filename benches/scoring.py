@@ -84,7 +84,7 @@ def by_lorasmith(arguments: argparse.Namespace, requests: list[list[Any]]) -> di
 
     route = choose_route(arguments.arithmetic, torch.device("cpu"))
     loaded = load_model(arguments.model)
-    rows = [Encoded(ids, n_prompt, scored_from=n_prompt) for ids, n_prompt in requests]
+    rows = [Encoded.behind(ids, n_prompt) for ids, n_prompt in requests]
     names = [str(index) for index in range(len(rows))]
     losses = [0.0] * len(rows)
     watch = Stopwatch()
@@ -189,7 +189,7 @@ def run(way: str, arguments: argparse.Namespace, requests: list[list[Any]]) -> d
 
 def encode(arguments: argparse.Namespace) -> list[list[Any]]:
     """Token ids and prompt length of each row."""
-    from lorasmith.files.jsonl import read_examples
+    from lorasmith.data.rows import read_examples
     from lorasmith.models.load import load_tokenizer
     from lorasmith.models.text import encode_examples
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from lorasmith.benchmarks.discover import read_table
 from lorasmith.checkpoint.header import read_header, read_object
+from lorasmith.data.rows import read_examples
 from lorasmith.errors import CheckpointError, LorasmithError
 from lorasmith.files.atomic import read_record
-from lorasmith.files.jsonl import read_examples
 from lorasmith.hub.models import base_of, local_model
 from lorasmith.packaging.card import base_name
 from lorasmith.parsing import MAX_DEPTH, parse_json, parse_toml

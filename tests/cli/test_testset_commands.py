@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lorasmith.benchmarks.registry import BENCHMARKS
-from lorasmith.files.jsonl import read_examples, write_rows
+from lorasmith.data.rows import read_examples
+from lorasmith.files.jsonl import write_rows
 from tests.typed import Typed
 
 GOLDS = {"spans": ["2"], "types": ["number"]}

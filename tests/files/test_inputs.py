@@ -13,11 +13,11 @@ import pytest
 from lorasmith.checkpoint.adapter import open_adapter
 from lorasmith.checkpoint.header import read_header, read_object
 from lorasmith.checkpoint.model import open_checkpoint
+from lorasmith.data.rows import read_examples
 from lorasmith.errors import CheckpointError, InputError
 from lorasmith.files.atomic import read_record
 from lorasmith.files.digests import digest_folder, hash_file, read_sums
 from lorasmith.files.inputs import open_input, require_own_links
-from lorasmith.files.jsonl import read_examples
 from lorasmith.hub.models import local_model
 from lorasmith.records.dataset import DatasetStatistics
 from lorasmith.runs.config import load_gates

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lorasmith.data.rows import read_examples
 from lorasmith.errors import DataError, UsageError
-from lorasmith.files.jsonl import read_examples, write_rows
+from lorasmith.files.jsonl import write_rows
 from lorasmith.followup.drafts.draft import train_draft
 from lorasmith.followup.drafts.rows import label_rows, read_responses
 from lorasmith.followup.responses.respond import respond

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from lorasmith.cli.main import run
+from lorasmith.data.rows import Reading, iterate_rows, read_examples
 from lorasmith.errors import DataError
-from lorasmith.files.jsonl import read_examples
 from lorasmith.followup.responses.respond import respond
-from lorasmith.followup.responses.rows import find_messages, read_prompts
+from lorasmith.followup.responses.rows import read_prompts
 from lorasmith.options import RespondOptions
 from tests.followup.responding import COUNT, SHORT, Scripted, plain, read, scripted, write
 from tests.tiny import load_model, tiny_rows
@@ -94,7 +94,7 @@ def test_rows_without_a_prompt_are_told_and_the_others_answered(answering: Path,
     reasons = [row["error"] for row in read(tmp_path / "r.failed.jsonl")]
     assert reasons == [
         "the field 'prompt' is empty",
-        "the row has no prompt",
+        "raw text asks nothing that could be answered",
         "the field 'prompt' is not text",
     ]
     mended = write(tmp_path / "d.jsonl", [{"prompt": "good"}, {"prompt": "better"}])
@@ -103,7 +103,7 @@ def test_rows_without_a_prompt_are_told_and_the_others_answered(answering: Path,
     nothing = write(tmp_path / "n.jsonl", [{"text": "x"}] * 3)
     with pytest.raises(DataError, match="none of the 3 rows has a prompt") as raised:
         read_prompts(nothing)
-    assert '"messages"' in str(raised.value)
+    assert "messages" in str(raised.value) and "--columns" in str(raised.value)
     with pytest.raises(DataError, match="no rows"):
         read_prompts(write(tmp_path / "e.jsonl", []))
 
@@ -126,9 +126,12 @@ def test_rows_without_a_prompt_are_told_and_the_others_answered(answering: Path,
     ],
     ids=["prompt", "question", "alpaca", "messages", "sharegpt", "prompt as messages"],
 )
-def test_the_shapes_of_training_files_are_read(row: dict[str, Any], expected: list[tuple[str, str]]) -> None:
-    messages, fault = find_messages(row)
-    assert ([(m["role"], m["content"]) for m in messages], fault) == (expected, "")
+def test_the_shapes_of_training_files_are_read(
+    tmp_path: Path, row: dict[str, Any], expected: list[tuple[str, str]]
+) -> None:
+    (read,) = iterate_rows(write(tmp_path / "row.jsonl", [row]), Reading(answered=False))
+    assert read.example is not None, read.fault
+    assert [(turn.role, turn.content) for turn in read.example.messages] == expected
 
 
 def test_the_command_as_typed(answering: Path, tmp_path: Path, here: Typed) -> None:

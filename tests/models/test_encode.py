@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lorasmith.errors import CheckpointError, DataError, UsageError
-from lorasmith.models.text import Encoded, encode_example, encode_examples, frame, resolve_template
+from lorasmith.models.text import Encoded, Manner, encode_example, encode_examples, frame, resolve_template
 from lorasmith.records.dataset import Example, Metadata
 from tests.tiny import tiny_tokenizer
 
@@ -30,7 +30,7 @@ def encode(
     max_length: int | None = None,
 ) -> Encoded:
     around = frame(tokenizer, template, end_of_turn=end_of_turn)
-    return encode_example(example, tokenizer, around, max_length=max_length)
+    return encode_example(example, tokenizer, Manner(around), max_length=max_length)
 
 
 def with_bos(tokenizer: Any) -> Any:
@@ -62,7 +62,7 @@ def test_chat_prompt_response_and_the_templates_own_end_token() -> None:
     text = tokenizer.decode(encoded.ids[: encoded.n_prompt])
     assert text == "<|start|>user\nsay it<|end|>\n<|start|>assistant\n"
     assert tokenizer.decode(encoded.ids[encoded.n_prompt :]) == "the end<|end|>"
-    assert encoded.scored_from == encoded.n_prompt
+    assert encoded.scored_at[0] == encoded.n_prompt
 
 
 def test_plain_ends_with_eos_and_end_of_turn_can_be_left_out() -> None:

@@ -42,7 +42,7 @@ def random_rows(count: int, *, seed: int = 0, longest: int = 40) -> list[Encoded
         length = int(generator.integers(4, longest))
         start = int(generator.integers(1, length - 1))
         ids = generator.integers(5, 300, size=length).tolist()
-        rows.append(Encoded(ids, start, scored_from=start))
+        rows.append(Encoded.behind(ids, start))
     return rows
 
 
@@ -67,9 +67,7 @@ def plain_loop(model: PreTrainedModel, rows: list[Encoded]) -> list[np.ndarray]:
     with torch.no_grad():
         for row in rows:
             logprobs = torch.log_softmax(exact(torch.tensor([row.ids])).logits[0].double(), -1)
-            result.append(
-                np.array([float(logprobs[i - 1, row.ids[i]]) for i in range(row.scored_from, len(row.ids))])
-            )
+            result.append(np.array([float(logprobs[i - 1, row.ids[i]]) for i in row.scored_at]))
     return result
 
 

@@ -31,7 +31,7 @@ def alike_rows(count: int = 14, *, longest: int = 60) -> list[Encoded]:
     questions = [head + some(longest // 2) for _ in range(3)]
     rows = [questions[place % 3] + some(int(generator.integers(2, 12))) for place in range(count - 2)]
     rows += [rows[0] + some(3), some(9)]
-    return [Encoded(ids, len(ids) - 2, scored_from=max(1, len(ids) - 12)) for ids in rows]
+    return [Encoded.behind(ids, max(1, len(ids) - 12)) for ids in rows]
 
 
 def score_all(

@@ -17,7 +17,7 @@ def many_rows(draw: st.DrawFn) -> list[Encoded]:
     pairs = draw(st.lists(st.tuples(st.sampled_from(HEADS), tails), min_size=1, max_size=12))
     rows = [head + tail for head, tail in pairs]
     starts = [draw(st.integers(1, len(ids) - 1)) for ids in rows]
-    return [Encoded(ids, start, scored_from=start) for ids, start in zip(rows, starts, strict=True)]
+    return [Encoded.behind(ids, start) for ids, start in zip(rows, starts, strict=True)]
 
 
 @given(many_rows())
@@ -35,7 +35,7 @@ def test_a_pack_holds_every_row_token_by_token(rows: list[Encoded]) -> None:
     targets = iter(pack.targets.tolist())
     for row, count in zip(rows, pack.counts, strict=True):
         assert count == row.scored
-        for place in range(row.scored_from, len(row.ids)):
+        for place in row.scored_at:
             # The position that predicts a token has exactly the tokens before it behind it.
             assert beginnings[next(positions)] == row.ids[:place]
             assert next(targets) == row.ids[place]
@@ -59,8 +59,8 @@ def test_packs_hold_every_row_once_within_the_budget(
 def test_what_rows_share_is_there_once() -> None:
     head, question = list(range(100, 130)), list(range(200, 220))
     tails = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
-    rows = [Encoded(head + question + tail, 50, scored_from=50) for tail in tails]
-    rows.append(Encoded([*head, 1, 1, 1], 30, scored_from=30))
+    rows = [Encoded.behind(head + question + tail, 50) for tail in tails]
+    rows.append(Encoded.behind([*head, 1, 1, 1], 30))
     pack = make_pack(range(4), rows)
     assert pack.ids.shape[1] == 30 + 20 + 3 + 2 + 4 + 3
     assert plan_packs(rows, 62) == [(3, 0, 1, 2)]

@@ -25,7 +25,7 @@ from lorasmith.scoring.validate import validate
 from tests.tiny import save_adapter, save_base, tiny_rows
 
 CPU = torch.device("cpu")
-ROWS = [Encoded([5, 9, 17, 40, 33, 21], 2, scored_from=2), Encoded([8, 9, 10], 1, scored_from=1)]
+ROWS = [Encoded.behind([5, 9, 17, 40, 33, 21], 2), Encoded.behind([8, 9, 10], 1)]
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ import torch
 import lorasmith
 from lorasmith.checkpoint.adapter import open_adapter
 from lorasmith.checkpoint.model import open_checkpoint
+from lorasmith.data.rows import read_examples
 from lorasmith.files.atomic import read_record
-from lorasmith.files.jsonl import read_examples, write_rows
+from lorasmith.files.jsonl import write_rows
 from lorasmith.merging.calibrated.rows import load_calibration
 from lorasmith.merging.plan import plan_merge
 from lorasmith.options import RunOptions

@@ -57,7 +57,13 @@ def test_a_prompt_and_its_response_keep_their_four_fields() -> None:
         {"role": "assistant", "content": "4"},
     ]
     assert not example.is_text
-    assert Example.model_validate({**row, "prompt": ""}).is_text
+
+
+def test_raw_text_is_written_as_text() -> None:
+    example = Example.model_validate({"id": "1", "text": "Once upon a time.", "metadata": METADATA})
+    assert example.is_text and example.turns == () and example.response == "Once upon a time."
+    row = example.model_dump(mode="json")
+    assert list(row) == ["id", "text", "metadata"] and Example.model_validate(row) == example
 
 
 def test_a_message_without_a_role_is_refused() -> None:

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 import lorasmith
+from lorasmith.data.rows import read_examples
 from lorasmith.errors import ExitCode, InputError, UsageError
-from lorasmith.files.jsonl import read_examples, write_rows
+from lorasmith.files.jsonl import write_rows
 from lorasmith.packaging.verify import verify
 from lorasmith.progress import silent
 from lorasmith.records.release import Gate

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lorasmith.data.rows import read_examples
 from lorasmith.files.atomic import write_record
-from lorasmith.files.jsonl import read_examples
 from lorasmith.records.dataset import Example
 from lorasmith.records.release import Gate, GateRecord, GateResult, RunRecord, StageTiming, TimingRecord
 from tests.samples.merge import write_merged

@@ -27,7 +27,7 @@ def write(
         noise = generator.normal(-3, 1, n)
         own = np.random.default_rng([index, len(path.name)]).normal(shift[source], 0.05, n)
         examples.append(Example(id=str(index), prompt="p", response="r", metadata=Metadata(source=source)))
-        encoded.append(Encoded([5, first_token, *([7] * (n - 1))], 1, scored_from=1))
+        encoded.append(Encoded.behind([5, first_token, *([7] * (n - 1))], 1))
         logprobs.append((noise + own).astype(np.float32))
     path.write_bytes(example_table(examples, encoded, logprobs, tiny_tokenizer()))
     return path

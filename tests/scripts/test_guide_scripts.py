@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lorasmith.files.jsonl import read_examples
+from lorasmith.data.rows import read_examples
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

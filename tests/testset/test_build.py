@@ -13,8 +13,8 @@ import pytest
 
 from lorasmith.benchmarks.base import Unscored
 from lorasmith.benchmarks.registry import by_name
+from lorasmith.data.rows import read_examples
 from lorasmith.errors import DataError, UsageError
-from lorasmith.files.jsonl import read_examples
 from lorasmith.records.dataset import DatasetStatistics
 from lorasmith.testset.build import build
 from tests.testset.invented import (

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from lorasmith.data.rows import read_examples
 from lorasmith.files.atomic import read_record
-from lorasmith.files.jsonl import read_examples
 from lorasmith.records.dataset import DatasetFindings
 from lorasmith.testset.build import build
 from tests.benchmarks.layouts import case_file, write_layout

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from lorasmith.data.rows import read_examples
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.atomic import read_record, write_record
-from lorasmith.files.jsonl import read_examples
 from lorasmith.records.dataset import ContaminationRecord, DatasetStatistics
 from lorasmith.testset.check import check
 from lorasmith.testset.overlap import jaccard, repeats, shingles

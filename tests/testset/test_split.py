@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from lorasmith.data.rows import read_examples
 from lorasmith.errors import DataError, InputError, UsageError
-from lorasmith.files.jsonl import read_examples
 from lorasmith.testset import split as module
 from lorasmith.testset.split import split
 
@@ -202,17 +202,17 @@ def test_the_training_file_as_output_is_refused(train: Path) -> None:
     ("content", "message"),
     [
         (b'{"prompt": "a"}\n', "no prompt and response"),
-        (b'{"prompt": "a", "response": ""}\n', "response is empty"),
+        (b'{"prompt": "a", "response": ""}\n', "'response' is empty"),
         (b'{"prompt": "a", "response": "b"}\nnot json\n', "not JSON"),
         (b'{"prompt": "a", "response": NaN}\n', "not JSON"),
         (b'{"prompt": "\\ud800", "response": "b"}\n', "not UTF-8"),
-        (b'[1, 2]\n{"prompt": "a", "response": "b"}\n', "JSON list"),
+        (b'[1, 2]\n{"prompt": "a", "response": "b"}\n', "list holds a JSON int"),
         ("{}\n".encode("utf-16"), "UTF-16"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "LFS pointer"),
         (b"<html><body>404</body></html>", "web page"),
         (b'{"prompt": "a\x00"}\n', "NUL"),
         (gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 500, mtime=0)[:60], "cut off"),
-        (b"", "the file has 0"),
+        (b"", "no rows"),
     ],
 )
 def test_wrong_files_are_one_message(tmp_path: Path, content: bytes, message: str) -> None:
@@ -234,7 +234,7 @@ def test_a_folder_or_nothing_in_place_of_the_file_is_one_message(tmp_path: Path)
 def test_a_line_without_end_is_refused_in_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorasmith.files.jsonl.MAX_LINE_BYTES", 1 << 16)
+    monkeypatch.setattr("lorasmith.data.files.MAX_LINE_BYTES", 1 << 16)
     train = tmp_path / "train.jsonl"
     train.write_bytes(b'{"prompt": "' + b"a" * (1 << 18))
     with pytest.raises(DataError, match="line 1 is longer than"):

@@ -10,9 +10,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from lorasmith.data.rows import read_examples
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.digests import digest_folder
-from lorasmith.files.jsonl import read_examples, write_rows
+from lorasmith.files.jsonl import write_rows
 from lorasmith.models.text import encode_examples
 from lorasmith.options import TrainOptions
 from lorasmith.training.train import batch_loss, make_batches, train

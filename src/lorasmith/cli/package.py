@@ -204,7 +204,8 @@ def verify(
 
 
 def _check_rows(folder: Path, rows: Path, rejoined: Path | None) -> None:
-    from lorasmith.files.jsonl import read_examples, write_examples
+    from lorasmith.data.rows import read_examples
+    from lorasmith.files.jsonl import write_examples
     from lorasmith.packaging.unpack import rejoin
 
     whole = rejoin(folder, read_examples(rows))

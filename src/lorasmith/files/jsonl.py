@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from pydantic import ValidationError
-
 from lorasmith.errors import DataError, os_errors
 from lorasmith.files.atomic import atomic_file
 from lorasmith.files.inputs import open_input
@@ -165,65 +163,6 @@ def load_json(raw: bytes, *, may_have_mark: bool = True) -> Any:
     if b"\\ud" in raw.lower():
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair has no UTF-8 form
     return value
-
-
-def read_examples(path: Path) -> list[Example]:
-    """A test set: rows `{id, prompt, response, metadata{source, …}}`, none empty, all ids distinct.
-
-    Raises `DataError` for a missing or empty prompt or response, a doubled id, or a file without rows.
-    """
-    examples: list[Example] = []
-    lines: dict[str, int] = {}
-    for number, row in read_rows(path):
-        example = _to_example(row, path, number)
-        if example.id in lines:
-            raise DataError(
-                f"the id {example.id!r} stands in line {lines[example.id]} as well",
-                where=f"{path}:{number}",
-                expected="each id once",
-            )
-        lines[example.id] = number
-        examples.append(example)
-    if not examples:
-        raise DataError(
-            "the file has no rows", where=path, expected="one JSON object a line with prompt and response"
-        )
-    return examples
-
-
-def _to_example(row: dict[str, Any], path: Path, number: int) -> Example:
-    where = f"{path}:{number}"
-    for field in ("prompt", "response"):
-        text = row.get(field)
-        if not isinstance(text, str) or not text.strip():
-            state = (
-                "is missing"
-                if field not in row
-                else "is empty"
-                if isinstance(text, str)
-                else "is not a string"
-            )
-            raise DataError(
-                f"the {field} {state}",
-                where=where,
-                expected='{"id": …, "prompt": …, "response": …, "metadata": {…}}',
-                remedy="remove the row or fill it in; a row without a response cannot be scored",
-            )
-    metadata = row.get("metadata", {})
-    if not isinstance(metadata, dict):
-        raise DataError("metadata is not an object", where=where, expected='"metadata": {"source": …}')
-    body = {
-        "id": str(row.get("id", number)),
-        "prompt": row["prompt"],
-        "response": row["response"],
-        "metadata": {"source": path.name.split(".")[0], **metadata},
-    }
-    try:
-        return Example.model_validate(body)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"field {field!r}: {first['msg']}", where=where) from error
 
 
 def dump_row(row: dict[str, Any]) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lorasmith.checkpoint.adapter import Adapter
 from lorasmith.checkpoint.model import Checkpoint
+from lorasmith.data.sources import local_rows
 from lorasmith.errors import UsageError
 from lorasmith.merging.calibrated.feedback import Feedback
 from lorasmith.merging.calibrated.fit import run_calibration
@@ -95,7 +96,9 @@ def choose_mode(options: MergeOptions, plan: Plan, base: Path, adapters: Sequenc
     `auto` is calibrated where rows are given and 16-bit tensors change, else nearest; it leaves rows of the
     test set out, which `calibrated` refuses. Raises `UsageError` for calibrated rounding without rows.
     """
-    asked, files = options.rounding, options.calibration
+    asked = options.rounding
+    files = tuple(local_rows(file, options) for file in options.calibration)
+    test_set = None if options.test_set is None else local_rows(options.test_set, options)
     fitted = any(one.change and one.change.updates and one.dtype in FITTED_TYPES for one in plan.outputs)
     if asked not in ("calibrated", "auto") or (asked == "auto" and not (files and fitted)):
         return Mode(asked, "nearest" if asked == "auto" else asked, options.seed, options.device)
@@ -110,9 +113,9 @@ def choose_mode(options: MergeOptions, plan: Plan, base: Path, adapters: Sequenc
         base,
         adapters,
         budget=options.calibration_tokens,
-        test_set=options.test_set,
+        test_set=test_set,
         leave_out=asked == "auto",
-        template=options.template,
+        wording=options,
         seed=options.seed,
     )
     return Mode(asked, "calibrated", options.seed, options.device, rows)

@@ -107,11 +107,11 @@ def make_batch(rows: Sequence[int], encoded: Sequence[Encoded], *, pad_to: int =
     positions, targets, counts = [], [], []
     for place, row in enumerate(rows):
         tokens = encoded[row].ids
-        start = encoded[row].scored_from
+        scored = torch.tensor(encoded[row].scored_at)
         ids[place, : len(tokens)] = torch.tensor(tokens)
-        positions.append(torch.arange(start - 1, len(tokens) - 1) + place * width)
-        targets.append(torch.tensor(tokens[start:]))
-        counts.append(len(tokens) - start)
+        positions.append(scored - 1 + place * width)
+        targets.append(torch.tensor(encoded[row].targets))
+        counts.append(len(scored))
     return Batch(
         rows=tuple(rows),
         ids=ids,
@@ -180,10 +180,10 @@ def make_pack(rows: Sequence[int], encoded: Sequence[Encoded]) -> Batch:
     tree = _Tree([encoded[row].ids for row in rows])
     positions, targets, counts = [], [], []
     for row, path in zip(rows, tree.paths, strict=True):
-        tokens, start = encoded[row].ids, encoded[row].scored_from
-        positions.append(torch.cat([torch.arange(*span) for span in path])[start - 1 : len(tokens) - 1])
-        targets.append(torch.tensor(tokens[start:]))
-        counts.append(len(tokens) - start)
+        scored = torch.tensor(encoded[row].scored_at)
+        positions.append(torch.cat([torch.arange(*span) for span in path])[scored - 1])
+        targets.append(torch.tensor(encoded[row].targets))
+        counts.append(len(scored))
     return Batch(
         rows=tuple(rows),
         ids=torch.tensor([tree.ids]),

@@ -9,10 +9,13 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, cast
 
 from lorasmith.errors import CheckpointError, MachineError
@@ -21,37 +24,97 @@ from lorasmith.models.template_worker import MEMORY_BYTES
 CPU_SECONDS = 5.0
 """Processor time of one rendering; honest templates take milliseconds."""
 
-Message = dict[str, str]
-"""`{"role": "system" | "user" | "assistant", "content": …}`."""
+Message = dict[str, Any]
+"""`{"role": …, "content": …}`, and what else a template may know: `tool_calls`, `reasoning_content`, …"""
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "conversations")
+"""Names that a template is given anyway, so that no argument may have them."""
 
 
 class TemplateRefusal(ValueError):
     """The template does not render these messages; the text is its own, or jinja's."""
 
 
-def render(tokenizer: Any, messages: list[Message], *, start_answer: bool) -> str:
+@dataclass(frozen=True)
+class Rendered:
+    """The text of a conversation."""
+
+    text: str
+    answers: list[tuple[int, int]]
+    """Where in the text the parts between `{% generation %}` and `{% endgeneration %}` stand."""
+
+
+def render(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    start_answer: bool,
+    tools: Sequence[dict[str, Any]] = (),
+    arguments: Mapping[str, Any] | None = None,
+) -> str:
     """The text of a conversation, up to where the assistant begins to write where `start_answer` is set.
 
-    Raises `TemplateRefusal` for what the template cannot lay out, and `CheckpointError` for a template that
-    takes longer than it may.
+    `arguments` are further names that the template may ask for, such as `enable_thinking`. Raises
+    `TemplateRefusal` for what the template cannot lay out, and `CheckpointError` for a template that takes
+    longer than it may.
     """
+    return _render(tokenizer, messages, start_answer, tools, arguments or {}, mark=False).text
+
+
+def render_marked(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[dict[str, Any]] = (),
+    arguments: Mapping[str, Any] | None = None,
+) -> Rendered:
+    """A whole conversation, and where its answers stand if the template says so; raises as `render` does."""
+    marks = _uses_jinja(tokenizer) and bool(_GENERATION.search(template_of(tokenizer, tools)))
+    return _render(tokenizer, messages, False, tools, arguments or {}, mark=marks)
+
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def template_of(tokenizer: Any, tools: Sequence[Any] = ()) -> str:
+    """The template that is used, of several the one for tools or `default`; `TemplateRefusal` for none."""
+    try:
+        return str(tokenizer.get_chat_template(tools=list(tools) or None))
+    except ValueError as error:
+        raise TemplateRefusal(str(error)) from error
+
+
+def _render(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    start_answer: bool,
+    tools: Sequence[dict[str, Any]],
+    arguments: Mapping[str, Any],
+    *,
+    mark: bool,
+) -> Rendered:
     if not _uses_jinja(tokenizer):
         try:
-            return str(
-                tokenizer.apply_chat_template(messages, add_generation_prompt=start_answer, tokenize=False)
+            text = tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) or None,
+                add_generation_prompt=start_answer,
+                tokenize=False,
+                **arguments,
             )
         except (ValueError, TypeError) as error:
             raise TemplateRefusal(str(error)) from error
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError as error:
-        raise TemplateRefusal(str(error)) from error
+        return Rendered(str(text), [])
+    template = template_of(tokenizer, tools)
     request = {
-        "messages": messages,
+        "messages": list(messages),
         "start_answer": start_answer,
+        "mark_answers": mark,
+        "tools": list(tools) or None,
+        "arguments": dict(arguments),
         "special_tokens": {
             name: [str(one) for one in token] if isinstance(token, list | tuple) else str(token)
             for name, token in tokenizer.special_tokens_map.items()
+            if name not in arguments
         },
     }
     answer = _renderer().ask(template, request)
@@ -64,7 +127,7 @@ def render(tokenizer: Any, messages: list[Message], *, start_answer: bool) -> st
         )
     if "text" not in answer:
         raise TemplateRefusal(answer.get("error", ""))
-    return answer["text"]
+    return Rendered(answer["text"], [(start, stop) for start, stop in answer.get("answers", [])])
 
 
 def _uses_jinja(tokenizer: Any) -> bool:
@@ -83,7 +146,7 @@ class _Renderer:
         self._process: subprocess.Popen[str] | None = None
         self._template = ""
 
-    def ask(self, template: str, request: dict[str, Any]) -> dict[str, str] | None:
+    def ask(self, template: str, request: dict[str, Any]) -> dict[str, Any] | None:
         """The answer, or None where the process ended over it."""
         with self._lock:
             process = self._process or self._start()
@@ -100,7 +163,7 @@ class _Renderer:
                 self.stop()
                 return None
             self._template = template
-            return cast(dict[str, str], json.loads(line))
+            return cast(dict[str, Any], json.loads(line))
 
     def _start(self) -> subprocess.Popen[str]:
         # -P: a folder that the command is given in must not lend its modules to the process.

@@ -81,7 +81,7 @@ def _examples(rows: Sequence[Encoded]) -> list[Encoded]:
     shortest = min(rows, key=lambda row: (len(row.ids), row.ids))
     tokens = list(islice(cycle(dict.fromkeys(shortest.ids)), 29))
     made = [tokens[:17], tokens[:10] + tokens[18:29], tokens[13::-1]]
-    return [Encoded(ids, 1, scored_from=1) for ids in made]
+    return [Encoded.behind(ids, 1) for ids in made]
 
 
 def _try(forward: TokenForward, rows: Sequence[Encoded]) -> str:

@@ -28,6 +28,7 @@ from lorasmith.errors import (
 )
 from lorasmith.files.inputs import read_input, require_own_links
 from lorasmith.models.device import is_out_of_memory
+from lorasmith.models.text import use_template
 from lorasmith.parsing import parse_json
 
 # Which file of a model or adapter folder is not there: the libraries that load it say so in their words.
@@ -288,7 +289,7 @@ def load_tokenizer(folder: Path, *, adapter: Path | None = None) -> Any:
             remedy="copy the tokenizer files of the base model into it",
         )
     try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
         if not has_tokenizer(place):
             raise CheckpointError(
@@ -302,6 +303,11 @@ def load_tokenizer(folder: Path, *, adapter: Path | None = None) -> Any:
             where=place,
             remedy="copy the tokenizer files again",
         ) from error
+    legacy = place / "chat_template.json"
+    if not getattr(tokenizer, "chat_template", None) and legacy.is_file():
+        # Processors of some years ago kept it there, where a tokenizer by itself does not look.
+        use_template(tokenizer, legacy)
+    return tokenizer
 
 
 def require_file(folder: Path, name: str, kind: type[CheckpointError] | type[AdapterError]) -> None:

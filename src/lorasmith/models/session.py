@@ -15,16 +15,17 @@ import numpy as np
 import torch
 
 from lorasmith import __version__
+from lorasmith.data.rows import read_rows
 from lorasmith.errors import DataError, InputError, UsageError, os_errors
 from lorasmith.files.digests import digest_folder, sha256_file
 from lorasmith.files.journal import Journal
-from lorasmith.files.jsonl import read_examples
 from lorasmith.models.batches import BATCH_TOKENS, BATCH_TOKENS_GPU, Batch
+from lorasmith.models.conversation import Wording
 from lorasmith.models.device import Route, choose_route, resolve_device
 from lorasmith.models.layout import LAYOUTS, choose_layout, lay_out, layout_findings, plan_rows
 from lorasmith.models.load import LoadedModel, load_model
 from lorasmith.models.scoring import check_ids
-from lorasmith.models.text import Encoded, EncodedSet, encode_examples, encoding_findings
+from lorasmith.models.text import Encoded, EncodedSet, encode_examples, encoding_findings, use_template
 from lorasmith.options import BatchOptions, SampleOptions, ScoringOptions
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.dataset import Example
@@ -96,7 +97,7 @@ def load_for(
     tokenizer_from: Path | None = None,
 ) -> LoadedModel:
     """`load_model` on the device, or spread by the device map, that was chosen."""
-    return load_model(
+    loaded = load_model(
         folder,
         adapter=adapter,
         device=resolve_place(options)[0],
@@ -104,6 +105,8 @@ def load_for(
         tokenizer_from=tokenizer_from,
         device_map=options.device_map,
     )
+    use_template(loaded.tokenizer, options.chat_template)
+    return loaded
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,10 @@ class Workload:
         """Digest of all tokens and of where scoring begins in each row."""
         digest = hashlib.sha256()
         for row in self.rows:
-            digest.update(np.array([len(row.ids), row.scored_from, *row.ids], dtype="<i8").tobytes())
+            # A row of one answer counts by where that begins; one of several by where each begins and ends.
+            single = len(row.spans) == 1 and row.spans[0][1] == len(row.ids)
+            where = row.spans[0][:1] if single else [end for span in row.spans for end in span]
+            digest.update(np.array([len(row.ids), *where, *row.ids], dtype="<i8").tobytes())
         return digest.hexdigest()
 
     def batches(self) -> list[tuple[int, ...]]:
@@ -161,7 +167,8 @@ def prepare_workload(
 
     Rows without a reference answer have no loss and are left out, unless all that is wanted are `questions`.
     """
-    rows = read_examples(test_set)
+    read = read_rows(test_set)
+    rows = read.examples
     everything = [example for example in rows if questions or example.has_reference]
     if not everything:
         raise DataError(
@@ -183,6 +190,8 @@ def prepare_workload(
         end_of_turn=options.end_of_turn,
         max_length=options.max_length or context,
         loss_on=options.loss_on,
+        boundary=options.boundary,
+        wording=Wording.of(options),
         strict=options.strict,
     )
     check_ids(encoded.rows, [example.id for example in examples], loaded.vocabulary)
@@ -190,7 +199,10 @@ def prepare_workload(
     default_budget = BATCH_TOKENS if loaded.device.type == "cpu" else BATCH_TOKENS_GPU
     settings = ScoringSettings(
         loss_on=options.loss_on,
+        boundary=options.boundary,
         template=encoded.template,
+        system=options.system,
+        template_args=options.template_args,
         end_of_turn=options.end_of_turn,
         max_length=encoded.max_length,
         arithmetic=route.label,
@@ -205,6 +217,7 @@ def prepare_workload(
     )
     names = [example.id for example in examples]
     findings = [
+        *read.findings,
         *_without_reference(len(rows) - len(everything)),
         *layout_findings(reason),
         *encoding_findings(encoded, names, loaded.context),

@@ -20,7 +20,7 @@ LONGEST = 64 << 20
 
 
 def main() -> None:
-    """Answer line by line: `{"text": …}` or `{"error": …}`."""
+    """Answer line by line: `{"text": …, "answers": [[start, stop], …]}` or `{"error": …}`."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     # Not a handler but the signal's own effect: it also ends a computation within C, such as 10 ** 10 ** 8,
@@ -37,13 +37,17 @@ def main() -> None:
         print(json.dumps(answer), flush=True)
 
 
-def _answer(render: Any, template: str, request: dict[str, Any]) -> dict[str, str]:
+def _answer(render: Any, template: str, request: dict[str, Any]) -> dict[str, Any]:
     try:
-        rendered, _ = render(
+        # Names that a template gets anyway cannot be given again: they are refused in `models.chat_template`.
+        rendered, answers = render(
             conversations=[request["messages"]],
+            tools=request.get("tools"),
             chat_template=template,
             add_generation_prompt=request["start_answer"],
+            return_assistant_tokens_mask=request.get("mark_answers", False),
             **request["special_tokens"],
+            **request.get("arguments", {}),
         )
     except MemoryError:
         return {"error": f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"}
@@ -51,7 +55,7 @@ def _answer(render: Any, template: str, request: dict[str, Any]) -> dict[str, st
         return {"error": str(error)[:2000] or type(error).__name__}
     if len(rendered[0]) > LONGEST:
         return {"error": f"its text is longer than {LONGEST:,} characters"}
-    return {"text": rendered[0]}
+    return {"text": rendered[0], "answers": [list(span) for span in answers[0]] if answers else []}
 
 
 def _limit_memory() -> None:

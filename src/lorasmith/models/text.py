@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from lorasmith.errors import CheckpointError, DataError, UsageError
+from lorasmith.errors import CheckpointError, DataError, UsageError, os_errors
+from lorasmith.files.inputs import read_input
 from lorasmith.models import chat_template
 from lorasmith.models.chat_template import Message
+from lorasmith.models.conversation import Answer, Script, Wording, turns_of, write_script
+from lorasmith.parsing import parse_json
 from lorasmith.records.base import Finding
 from lorasmith.records.dataset import Example
 
@@ -140,14 +145,65 @@ def response_tokens(tokenizer: Any, response: str, around: Frame) -> list[int]:
     return list(joined[len(anchor) :])
 
 
+def use_template(tokenizer: Any, named: Path | None) -> None:
+    """Give a tokenizer another chat template: that of a file, or one of several of its own by its name.
+
+    Raises `UsageError` for what is neither.
+    """
+    if named is None:
+        return
+    own = getattr(tokenizer, "chat_template", None)
+    if named.is_file():
+        with os_errors(named, "read"):
+            content = read_input(named)
+        if len(content) > _LARGEST_TEMPLATE:
+            raise UsageError("the file is too large for a chat template", where=named)
+        try:
+            tokenizer.chat_template = _template_text(content, named)
+        except UnicodeDecodeError as error:
+            raise UsageError("the chat template is not UTF-8 text", where=named) from error
+    elif isinstance(own, dict) and str(named) in own:
+        tokenizer.chat_template = own[str(named)]
+    else:
+        known = ", ".join(own) if isinstance(own, dict) else ""
+        raise UsageError(
+            f"there is no chat template {str(named)!r}",
+            expected="a jinja file" + (f", or one of the tokenizer's: {known}" if known else ""),
+        )
+
+
+_LARGEST_TEMPLATE = 1 << 20
+
+
+def _template_text(content: bytes, path: Path) -> str:
+    """The template itself, which `chat_template.json` holds as a field."""
+    if path.suffix != ".json":
+        return content.decode("utf-8-sig")
+    try:
+        held = parse_json(content).get("chat_template")
+    except (ValueError, AttributeError):
+        held = None
+    if not isinstance(held, str):
+        raise UsageError(
+            "the file holds no chat template", where=path, expected='{"chat_template": "…"}, or a jinja file'
+        )
+    return held
+
+
 # From an example to token ids and the positions that are scored: the one place that decides it.
 #
-# The prompt is encoded as the model gets it before it answers, and the response on its own after it, so that
-# a score is P(response | the tokens the model is really shown). Encoding both as one text can merge the end
-# of the prompt with the start of the response into a token that never occurs in use; such rows are counted.
+# Two boundaries between what is given and what is scored. *generation*: the prompt is encoded as the model
+# gets it before it answers, and the response on its own after it, so that a score is P(response | the tokens
+# the model is really shown). *text*: both are encoded as one text, as trainers and lm-eval do; that can merge
+# the end of the prompt with the start of the response into a token that never occurs in use. Rows where the
+# two give other tokens are counted under either.
 
 
-LOSS_ON = ("response", "all")
+LOSS_ON = ("response", "assistant", "last", "all")
+BOUNDARIES = ("generation", "text")
+
+Span = tuple[int, int]
+"""From the index of a first token to that behind a last one."""
 
 
 @dataclass(frozen=True)
@@ -155,22 +211,41 @@ class Encoded:
     """One example in tokens."""
 
     ids: list[int]
-    """Prompt, response, and the end-of-turn token where it is wanted."""
+    """All that the model sees, the end-of-turn token where it is wanted."""
     n_prompt: int
-    """How many of them are the prompt; at least 1."""
+    """How many of them stand before the last answer; at least 1."""
+    spans: tuple[Span, ...] = ()
+    """The tokens that are scored, in their order; the first token of a row never is."""
+    turns: tuple[int, ...] = ()
+    """Of each span, which of the assistant's turns it is, from 1; empty where the row is no conversation."""
     truncated: int = 0
     """How many tokens were cut to fit `max_length`."""
     straddling: bool = False
-    """Whether one text of both would be cut into tokens across the boundary."""
-    scored_from: int = 0
-    """Index of the first token that is scored: `n_prompt`, or 1 when the loss is taken on all tokens."""
+    """Whether the other boundary would give other tokens."""
     lost_response: int = 0
-    """How many of the tokens that were cut belong to the response."""
+    """How many of the tokens that were cut would have been scored."""
+    rewritten: bool = False
+    """Whether the template writes earlier turns otherwise once others follow."""
+
+    @classmethod
+    def behind(cls, ids: list[int], start: int) -> Encoded:
+        """A row whose tokens from index `start` on are scored."""
+        return cls(ids, start, spans=((start, len(ids)),))
+
+    @cached_property
+    def scored_at(self) -> list[int]:
+        """Index of each token that is scored."""
+        return [place for start, stop in self.spans for place in range(start, stop)]
+
+    @property
+    def targets(self) -> list[int]:
+        """The tokens that are scored."""
+        return [self.ids[place] for place in self.scored_at]
 
     @property
     def scored(self) -> int:
         """How many tokens are scored."""
-        return len(self.ids) - self.scored_from
+        return sum(stop - start for start, stop in self.spans)
 
 
 @dataclass(frozen=True)
@@ -180,6 +255,7 @@ class EncodedSet:
     rows: list[Encoded]
     template: str
     max_length: int
+    boundary: str = "generation"
 
     @property
     def truncated(self) -> int:
@@ -188,64 +264,202 @@ class EncodedSet:
 
     @property
     def straddling(self) -> int:
-        """Rows with a token across the boundary, were both encoded as one text."""
+        """Rows to which the other boundary gives other tokens."""
         return sum(row.straddling for row in self.rows)
 
 
+@dataclass(frozen=True)
+class Manner:
+    """How rows become tokens, and which of these are scored."""
+
+    around: Frame
+    loss_on: str = "response"
+    boundary: str = "generation"
+    wording: Wording = field(default_factory=Wording)
+
+
 def encode_example(
-    example: Example,
-    tokenizer: Any,
-    around: Frame,
-    *,
-    max_length: int | None = None,
-    loss_on: str = "response",
+    example: Example, tokenizer: Any, manner: Manner, *, max_length: int | None = None
 ) -> Encoded:
-    """Encode one example; `around` is what `frame` found in the tokenizer.
+    """Encode one example.
 
     A row longer than `max_length` loses the beginning of its prompt (all but BOS), so that the whole
     response is scored in its nearest context; a response that fills `max_length` alone keeps one prompt
-    token and loses its end. Raises `DataError` for a response without tokens.
+    token and loses its end. Raises `DataError` for a response without tokens, for conversations without a
+    chat template, and for what the template cannot lay out.
     """
+    if example.is_text:
+        row = _encode_text(example, tokenizer, manner)
+    elif manner.around.template == "chat" and (
+        example.messages or manner.boundary == "text" or manner.wording != Wording()
+    ):
+        row = _encode_script(example, tokenizer, manner)
+    else:
+        row = _encode_pair(example, tokenizer, manner)
+    return fit(row, max_length, len(manner.around.first))
+
+
+def _encode_pair(example: Example, tokenizer: Any, manner: Manner) -> Encoded:
+    """A prompt and its response: under `plain` one text, under `chat` two messages."""
+    around = manner.around
+    if example.messages or manner.wording.system is not None:
+        raise DataError(
+            "a conversation, or a system prompt, needs a chat template",
+            where=f"example {example.id!r}",
+            expected="rows of one prompt and one response, or a model with a chat template",
+            remedy="give one by --chat-template FILE, or leave --template plain and --system out",
+        )
     prompt = prompt_tokens(tokenizer, example.prompt, around)
     response = response_tokens(tokenizer, example.response, around)
     if not prompt or not response:
         raise DataError(
             f"the {'response' if prompt else 'prompt'} has no tokens", where=f"example {example.id!r}"
         )
-    straddling = _straddles(tokenizer, example, prompt, around)
+    joined = _joined(tokenizer, example, prompt, around)
+    straddling = joined[: len(prompt)] != prompt
+    ids = joined if manner.boundary == "text" else [*prompt, *response]
     if around.last is not None:
-        response = [*response, around.last]
-    kept_prompt, kept_response = _fit(prompt, response, max_length, len(around.first))
+        ids = [*ids, around.last]
+    start = min(len(prompt), len(ids) - 1)
     return Encoded(
-        ids=[*kept_prompt, *kept_response],
-        n_prompt=len(kept_prompt),
-        truncated=len(prompt) + len(response) - len(kept_prompt) - len(kept_response),
-        straddling=straddling,
-        scored_from=1 if loss_on == "all" else len(kept_prompt),
-        lost_response=len(response) - len(kept_response),
+        ids, start, spans=((1 if manner.loss_on == "all" else start, len(ids)),), straddling=straddling
     )
 
 
-def _fit(
-    prompt: list[int], response: list[int], max_length: int | None, n_first: int
-) -> tuple[list[int], list[int]]:
-    if max_length is None or len(prompt) + len(response) <= max_length:
-        return prompt, response
-    response = response[: max_length - 1]
-    room = max_length - len(response)
-    head = prompt[: min(n_first, room - 1)]
-    return [*head, *prompt[len(prompt) - (room - len(head)) :]], response
+def _joined(tokenizer: Any, example: Example, prompt: list[int], around: Frame) -> list[int]:
+    """Prompt and response as one text, behind what stands before it."""
+    text = example.prompt if around.template == "plain" else render_prompt(tokenizer, example.prompt)
+    ids = tokenizer(text + example.response, add_special_tokens=False)["input_ids"]
+    begins = (
+        around.template == "plain" and tuple(prompt[:1]) == around.first and tuple(ids[:1]) != around.first
+    )
+    return [*around.first, *ids] if begins else list(ids)
 
 
-def _straddles(tokenizer: Any, example: Example, prompt: list[int], around: Frame) -> bool:
-    if around.template == "plain":
-        text, known = example.prompt, prompt
-        if tuple(prompt[:1]) == around.first and around.first:
-            known = prompt[1:]
+def _encode_text(example: Example, tokenizer: Any, manner: Manner) -> Encoded:
+    """Raw text: all of it is scored but its first token."""
+    ids = list(tokenizer(example.response)["input_ids"])
+    end = tokenizer.eos_token_id
+    if manner.around.last is not None and end is not None and ids[-1:] != [end]:
+        ids.append(int(end))
+    if len(ids) < 2:
+        raise DataError("the text has fewer than two tokens", where=f"example {example.id!r}")
+    return Encoded(ids, 1, spans=((1, len(ids)),))
+
+
+def _encode_script(example: Example, tokenizer: Any, manner: Manner) -> Encoded:
+    """A conversation, as the chat template writes it."""
+    last_only = manner.loss_on != "assistant"
+    script = write_script(tokenizer, example, manner.wording, last_only=last_only)
+    trained = _trained(example, script.answers, manner)
+    if not trained:
+        raise DataError(
+            "every answer of the row is marked as not to be learnt",
+            where=f"example {example.id!r}",
+            expected="an answer with weight 1, or without a weight",
+            remedy="remove the row, or give --loss-on last",
+        )
+    cut = _apart if manner.boundary == "generation" else _together
+    ids, spans, straddling = cut(tokenizer, script, manner)
+    if manner.loss_on == "all":
+        kept, numbers = [(1, len(ids))], []
     else:
-        text, known = render_prompt(tokenizer, example.prompt), prompt
-    joined = tokenizer(text + example.response, add_special_tokens=False)["input_ids"]
-    return bool(joined[: len(known)] != known)
+        kept = [spans[place] for place in trained]
+        numbers = [script.answers[place].number for place in trained] if len(example.turns) > 2 else []
+    if not all(start < stop for start, stop in kept):
+        raise DataError("an answer has no tokens", where=f"example {example.id!r}")
+    return Encoded(
+        ids,
+        spans[-1][0],
+        spans=tuple(kept),
+        turns=tuple(numbers),
+        straddling=straddling,
+        rewritten=script.found_by == "contents",
+    )
+
+
+def _trained(example: Example, answers: Sequence[Answer], manner: Manner) -> list[int]:
+    """Which of the answers are scored: the row's own flags count where all answers are."""
+    if manner.loss_on != "assistant":
+        return [len(answers) - 1]
+    flags = [turn.train for turn in example.turns if turn.role == "assistant"]
+    return [place for place, answer in enumerate(answers) if flags[answer.number - 1] is not False]
+
+
+def _apart(tokenizer: Any, script: Script, manner: Manner) -> tuple[list[int], list[Span], bool]:
+    """Tokens as they come about in use: what is given and what is answered are encoded each on its own."""
+    ids: list[int] = []
+    spans: list[Span] = []
+    at = 0
+    for answer in script.answers:
+        ids += _text_tokens(tokenizer, script.text[at : answer.start])
+        own = _text_tokens(tokenizer, script.text[answer.start : answer.stop])
+        spans.append((len(ids), len(ids) + len(own)))
+        ids += own
+        at = answer.stop
+    # What follows the last answer comes from nobody who writes: the template alone puts it there.
+    straddling = ids != _text_tokens(tokenizer, script.text[:at])
+    if manner.around.last is None:
+        spans = [_without_end(tokenizer, ids, span) for span in spans]
+        ids = ids[: spans[-1][1]]
+    return ids, spans, straddling
+
+
+def _together(tokenizer: Any, script: Script, manner: Manner) -> tuple[list[int], list[Span], bool]:
+    """Tokens of the whole text, as trainers encode it; the last answer goes to its end as theirs does.
+
+    Where a prompt alone would have other tokens than it has in the whole text, the answer begins behind as
+    many tokens as the prompt alone has: so do TRL and lm-eval.
+    """
+    ids = _text_tokens(tokenizer, script.text)
+    spans: list[Span] = []
+    straddling = False
+    for answer in script.answers:
+        before = _text_tokens(tokenizer, script.text[: answer.start])
+        straddling |= ids[: len(before)] != before
+        after = _text_tokens(tokenizer, script.text[: answer.stop])
+        spans.append((len(before), min(len(after), len(ids))))
+    if manner.around.last is None:
+        spans = [_without_end(tokenizer, ids, span) for span in spans]
+        ids = ids[: spans[-1][1]]
+    elif manner.loss_on != "assistant":
+        spans[-1] = (spans[-1][0], len(ids))
+    return ids, spans, straddling
+
+
+def _without_end(tokenizer: Any, ids: Sequence[int], span: Span) -> Span:
+    """A span without the special tokens that end it."""
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    start, stop = span
+    while stop > start and ids[stop - 1] in special:
+        stop -= 1
+    return start, stop
+
+
+def fit(row: Encoded, max_length: int | None, n_first: int) -> Encoded:
+    """A row cut to `max_length` tokens: the beginning first, of which `n_first` tokens stay."""
+    if max_length is None or len(row.ids) <= max_length:
+        return row
+    # An answer that fills the room alone keeps one token before it and loses its end.
+    end = min(len(row.ids), row.n_prompt + max_length - 1)
+    gone = end - max_length
+    head = min(n_first, max_length - (end - row.n_prompt) - 1)
+
+    def moved(place: int) -> int:
+        return place if place <= head else max(head, min(place, end) - gone)
+
+    pairs = [(max(1, moved(start)), moved(stop)) for start, stop in row.spans]
+    kept = [place for place, (start, stop) in enumerate(pairs) if start < stop]
+    spans = tuple(pairs[place] for place in kept)
+    return replace(
+        row,
+        ids=[*row.ids[:head], *row.ids[head + gone : end]],
+        n_prompt=row.n_prompt - gone,
+        spans=spans,
+        turns=tuple(row.turns[place] for place in kept) if row.turns else (),
+        truncated=len(row.ids) - max_length,
+        lost_response=row.scored - sum(stop - start for start, stop in spans),
+    )
 
 
 def encode_examples(
@@ -256,17 +470,22 @@ def encode_examples(
     end_of_turn: bool = True,
     max_length: int,
     loss_on: str = "response",
+    boundary: str = "generation",
+    wording: Wording | None = None,
     strict: bool = False,
 ) -> EncodedSet:
     """Encode a test set. Under `strict`, a row longer than `max_length` tokens is a `DataError`."""
     if loss_on not in LOSS_ON:
         raise UsageError(f"the loss cannot be taken on {loss_on!r}", expected=" | ".join(LOSS_ON))
+    if boundary not in BOUNDARIES:
+        raise UsageError(f"there is no boundary {boundary!r}", expected=" | ".join(BOUNDARIES))
     if max_length < 2:
         raise UsageError(f"a length of {max_length} tokens leaves nothing to score", expected="at least 2")
     around = frame(tokenizer, template, end_of_turn=end_of_turn)
+    manner = Manner(around, loss_on, boundary, wording or Wording())
     rows = []
     for example in examples:
-        row = encode_example(example, tokenizer, around, max_length=max_length, loss_on=loss_on)
+        row = encode_example(example, tokenizer, manner, max_length=max_length)
         if row.truncated and strict:
             raise DataError(
                 f"the row has {len(row.ids) + row.truncated:,} tokens",
@@ -275,11 +494,11 @@ def encode_examples(
                 remedy="remove the row, or give --no-strict to cut its prompt at the beginning",
             )
         rows.append(row)
-    return EncodedSet(rows, around.template, max_length)
+    return EncodedSet(rows, around.template, max_length, boundary)
 
 
 def encoding_findings(encoded: EncodedSet, names: Sequence[str], context: int | None = None) -> list[Finding]:
-    """Rows that were cut, and rows of which one text of both parts would be cut into tokens otherwise.
+    """Rows that were cut, rows that the boundary matters to, and rows that the template writes otherwise.
 
     `context` is the longest row that the model was made for.
     """
@@ -303,10 +522,27 @@ def encoding_findings(encoded: EncodedSet, names: Sequence[str], context: int | 
                 severity="note",
                 code="straddling",
                 message=f"in {encoded.straddling} of {len(names)} rows a tokenizer that saw prompt and "
-                "response as one text would join them; they are scored apart, as in generation",
+                f"response as one text would join them; {_TREATED[encoded.boundary]}",
+            )
+        )
+    rewritten = sum(row.rewritten for row in encoded.rows)
+    if rewritten:
+        findings.append(
+            Finding(
+                severity="note",
+                code="turns-rewritten",
+                message=f"in {rewritten} of {len(names)} rows the chat template writes earlier answers "
+                "otherwise than when they were the last (without their reasoning, for example); they are "
+                "scored as they stand in the whole conversation",
             )
         )
     return findings
+
+
+_TREATED = {
+    "generation": "they are scored apart, as in generation",
+    "text": "they are scored joined, as trainers do (--boundary text)",
+}
 
 
 def _lost_responses(rows: Sequence[Encoded]) -> str:
@@ -318,7 +554,20 @@ def _lost_responses(rows: Sequence[Encoded]) -> str:
 # Conversations as token ids: any number of turns, a system prompt where one is wanted.
 
 
-def conversation_tokens(tokenizer: Any, messages: list[Message], around: Frame) -> list[int]:
+def question_tokens(example: Example, tokenizer: Any, around: Frame, wording: Wording) -> list[int]:
+    """Token ids of a row that waits for its answer; raises as `conversation_tokens` does."""
+    messages = [turn.message() for turn in turns_of(example, wording)]
+    return conversation_tokens(tokenizer, messages, around, tools=example.tools, arguments=wording.arguments)
+
+
+def conversation_tokens(
+    tokenizer: Any,
+    messages: list[Message],
+    around: Frame,
+    *,
+    tools: Sequence[dict[str, Any]] = (),
+    arguments: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Token ids up to where the assistant begins to write.
 
     Without a chat template only a single user message has a meaning: it is the text to be continued. Raises
@@ -333,7 +582,9 @@ def conversation_tokens(tokenizer: Any, messages: list[Message], around: Frame) 
             )
         return prompt_tokens(tokenizer, messages[0]["content"], around)
     try:
-        rendered = chat_template.render(tokenizer, messages, start_answer=True)
+        rendered = chat_template.render(
+            tokenizer, messages, start_answer=True, tools=tools, arguments=arguments
+        )
     except chat_template.TemplateRefusal as error:
         raise DataError(
             f"the chat template refuses these messages: {str(error).strip()}",

@@ -9,9 +9,9 @@ from pydantic import Field, model_validator
 
 from lorasmith.errors import UsageError
 from lorasmith.options.base import Flag, Options
-from lorasmith.options.inputs import PriceOptions
+from lorasmith.options.inputs import PriceOptions, ReadingOptions
 from lorasmith.options.machine import DeviceOptions, SeedOptions, SpreadOptions
-from lorasmith.options.scoring import CodeOptions, TemplateOptions
+from lorasmith.options.scoring import CodeOptions, SystemOptions, TemplateOptions
 from lorasmith.options.training import OptimiserOptions, Positive
 from lorasmith.options.values import Count, Dtype, Fraction, Model, OneOrSeveral, WithCommas
 
@@ -19,13 +19,11 @@ Weight = Annotated[float, Field(ge=0)]
 Format = Literal["compressed-tensors", "gguf:q4_0", "gguf:q4_k_m", "gguf:q5_k_m", "gguf:q6_k", "gguf:q8_0"]
 
 
-class SamplingOptions(Options):
+class SamplingOptions(SystemOptions):
     """How the next token is chosen."""
 
     PANEL: ClassVar[str] = "Generation"
 
-    system: Annotated[str | None, Flag(default="none")] = None
-    """System prompt where a conversation has none of its own."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """Temperature of sampling; 0 takes the likeliest token (greedy)."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -196,7 +194,7 @@ class QualityOptions(Options):
     """Gate: largest size, such as 540MB or 4GB; refused at once where no format reaches it."""
 
 
-class CompressOptions(FormatOptions, QualityOptions, CodeOptions, DeviceOptions, SeedOptions):
+class CompressOptions(FormatOptions, QualityOptions, CodeOptions, ReadingOptions, DeviceOptions, SeedOptions):
     """What a caller of `compress` may choose."""
 
     PANEL: ClassVar[str] = "Compression"

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from lorasmith.options.base import Flag, Options
-from lorasmith.options.values import Dollars, Model
+from lorasmith.options.values import Dollars, Model, WithCommas
 
 
 class BaseInput(Options):
@@ -57,11 +57,23 @@ class TargetInput(Options):
     """Folder of the model that is to be sped up."""
 
 
+class ReadingOptions(Options):
+    """How rows are read."""
+
+    columns: Annotated[
+        tuple[str, ...], WithCommas, Flag(text=True, metavar="KEY=FIELD", default="by layout")
+    ] = ()
+    """Fields of rows whose layout is not known: prompt, response, messages, system, tools, text or id, such
+    as prompt=question,response=best_answer."""
+    skip_bad_rows: bool = False
+    """Set rows that cannot be used aside and count them, in place of stopping at the first."""
+
+
 class RowsInput(Options):
     """Rows that are scored."""
 
     test_set: Annotated[Path, Flag(metavar="FILE")]
-    """JSONL with prompt, response and metadata."""
+    """Rows to score: a file, a folder of files, or org/name[:split] on the Hugging Face hub."""
 
 
 class PriceOptions(Options):

@@ -5,23 +5,54 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from lorasmith.errors import UsageError
 from lorasmith.options.base import Flag, Options
+from lorasmith.options.inputs import ReadingOptions
 from lorasmith.options.machine import SeedOptions, SpreadOptions
-from lorasmith.options.values import Count, OrAuto, Template
+from lorasmith.options.values import Count, NamedValues, OrAuto, Template
 
 Given = TypeVar("Given", bound="BatchOptions")
 
 
-class TemplateOptions(Options):
+class SystemOptions(Options):
+    """What the model is told before everything else."""
+
+    PANEL: ClassVar[str] = "Scoring"
+
+    system: Annotated[str | None, Flag(default="none")] = None
+    """System prompt where a conversation has none of its own."""
+
+
+class TemplateOptions(SystemOptions, ReadingOptions):
     """How rows become text."""
 
     PANEL: ClassVar[str] = "Scoring"
 
     template: Template = "auto"
     """Layout of prompts: chat (the tokenizer's chat template), plain, or auto (chat where there is one)."""
+    chat_template: Annotated[Path | None, Flag(metavar="FILE|NAME", default="the tokenizer's")] = None
+    """Chat template in place of the tokenizer's own: a jinja file, or the name of one of several."""
+    template_args: Annotated[NamedValues, Flag(text=True, metavar="JSON", default="none")] = Field(
+        default_factory=dict
+    )
+    """Names that the chat template may ask for, such as '{"enable_thinking": false}'."""
+
+
+class ScoredOptions(TemplateOptions):
+    """Which tokens of a row are learnt, or scored."""
+
+    PANEL: ClassVar[str] = "Scoring"
+
+    loss_on: Literal["response", "assistant", "last", "all"] = "response"
+    """Tokens that are scored: response or last (the last answer), assistant (every answer of a conversation,
+    but those that the row marks as not to be learnt), or all for full-text loss."""
+    boundary: Literal["generation", "text"] = "generation"
+    """Tokens of prompt and answer: generation (each on its own, as the model is really asked), or text (both
+    as one text, as trainers do: the number to compare with a trainer's eval_loss)."""
+    end_of_turn: bool = True
+    """Score the token that ends a response as well."""
 
 
 class BatchOptions(TemplateOptions, SpreadOptions, SeedOptions):
@@ -47,15 +78,10 @@ class BatchOptions(TemplateOptions, SpreadOptions, SeedOptions):
     """Stop at rows that would be cut."""
 
 
-class LossOptions(BatchOptions):
-    """Which tokens a loss is computed of."""
+class LossOptions(ScoredOptions, BatchOptions):
+    """Which tokens a loss is computed of, and how."""
 
     PANEL: ClassVar[str] = "Scoring"
-
-    loss_on: Literal["response", "all"] = "response"
-    """Tokens that are scored: those of the response, or all for full-text loss."""
-    end_of_turn: bool = True
-    """Score the token that ends a response as well."""
 
 
 class SampleOptions(Options):

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lorasmith.options.base import Flag, Options
+from lorasmith.options.inputs import ReadingOptions
 from lorasmith.options.machine import SeedOptions
 from lorasmith.options.values import Count, Names, WithCommas
 
@@ -31,7 +32,7 @@ class BuildOptions(BenchmarkOptions, SeedOptions):
     """Stop at anything wrong with the files."""
 
 
-class SplitOptions(SeedOptions):
+class SplitOptions(SeedOptions, ReadingOptions):
     """What a caller of `split` may choose."""
 
     size: Count = 200
@@ -47,7 +48,7 @@ class SplitOptions(SeedOptions):
     """Keep the training file as it was, where rows are removed."""
 
 
-class OverlapOptions(Options):
+class OverlapOptions(ReadingOptions):
     """From where on two texts count as the same."""
 
     ngram: Annotated[int, Field(ge=2)] = 13

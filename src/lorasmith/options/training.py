@@ -8,7 +8,7 @@ from pydantic import Field
 
 from lorasmith.options.base import Options
 from lorasmith.options.machine import DeviceOptions, SeedOptions
-from lorasmith.options.scoring import TemplateOptions
+from lorasmith.options.scoring import ScoredOptions
 from lorasmith.options.values import Count, Fraction
 
 Positive = Annotated[float, Field(gt=0)]
@@ -29,7 +29,7 @@ class OptimiserOptions(Options):
     """Decay of the weights, by AdamW."""
 
 
-class TrainOptions(OptimiserOptions, TemplateOptions, DeviceOptions, SeedOptions):
+class TrainOptions(OptimiserOptions, ScoredOptions, DeviceOptions, SeedOptions):
     """What decides an adapter, apart from its base and its data."""
 
     PANEL: ClassVar[str] = "Training"

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from lorasmith.options.base import Flag
+from lorasmith.parsing import parse_json
 
 _SHORT_TYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -36,6 +37,16 @@ def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _object(value: Any) -> Any:
+    """JSON text of an object, or the object."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value, finite=True)
+    except ValueError as error:
+        raise ValueError(f"this is not JSON ({error}): {value[:80]!r}") from error
+
+
 LongType = BeforeValidator(_long_type)
 """Takes bf16, fp16 and fp32 for bfloat16, float16 and float32."""
 OrAuto = BeforeValidator(_or_auto)
@@ -43,6 +54,9 @@ OrAuto = BeforeValidator(_or_auto)
 OneOrSeveral = BeforeValidator(_several)
 WithCommas = BeforeValidator(_split)
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+
+NamedValues = Annotated[dict[str, Any], BeforeValidator(_object)]
+"""An object of JSON, on the command line as text."""
 
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], LongType]
 Template = Literal["auto", "chat", "plain"]

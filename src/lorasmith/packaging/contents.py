@@ -13,11 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lorasmith.data.rows import read_examples
 from lorasmith.errors import CheckpointError, DataError, InputError
 from lorasmith.files import run_layout as layout
 from lorasmith.files.atomic import read_record
 from lorasmith.files.digests import CARD, folder_files, hash_file
-from lorasmith.files.jsonl import dump_row, read_examples
+from lorasmith.files.jsonl import dump_row
 from lorasmith.files.parquet import read_table
 from lorasmith.packaging.archive import Member
 from lorasmith.records.base import FileDigest

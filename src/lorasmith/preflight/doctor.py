@@ -13,10 +13,11 @@ from packaging.requirements import Requirement
 
 from lorasmith.checkpoint.adapter import Adapter, open_adapter
 from lorasmith.checkpoint.model import Checkpoint, open_checkpoint
+from lorasmith.data.rows import read_examples
+from lorasmith.data.sources import with_local_rows
 from lorasmith.errors import InputError, LorasmithError, MemoryLimitError
 from lorasmith.files.atomic import read_record
 from lorasmith.files.digests import cache_folder
-from lorasmith.files.jsonl import read_examples
 from lorasmith.hub.cache import find_cached, hub_name
 from lorasmith.machine.resources import available_memory, hardware, human_bytes, require_disk
 from lorasmith.merging.plan import Plan, plan_merge
@@ -162,6 +163,7 @@ def examine(config: RunOptions | None = None) -> DoctorRecord:
 
 
 def _examine_run(config: RunOptions, checks: _Checks, record: DoctorRecord) -> DoctorRecord:
+    config = checks.attempt("rows", lambda: with_local_rows(config)) or config
     base = _base(config, checks)
     adapter = checks.attempt("adapter", lambda: open_adapter(config.adapter))
     if adapter is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lorasmith.checkpoint.adapter import Adapter
 from lorasmith.checkpoint.model import HEAD_NAMES, Checkpoint, text_config
-from lorasmith.files.jsonl import read_examples
+from lorasmith.data.rows import read_examples
 from lorasmith.merging.plan import Plan
 from lorasmith.records.dataset import Example
 

@@ -69,7 +69,8 @@ class Example(Part):
 
     Three kinds: a prompt and its response; a conversation, whose `prompt` and `response` are derived from its
     messages; and raw text, which has a response and no prompt. Written as JSON, a conversation has
-    `messages` (and `tools`) in place of `prompt` and `response`; reading that form gives the same example.
+    `messages` (and `tools`) in place of `prompt` and `response`, raw text has `text`; reading these forms
+    gives the same example.
     """
 
     id: str
@@ -87,6 +88,8 @@ class Example(Part):
     @model_validator(mode="before")
     @classmethod
     def _derives_texts(cls, row: Any) -> Any:
+        if isinstance(row, dict) and "text" in row:
+            return {"prompt": "", "response": row["text"], **{k: v for k, v in row.items() if k != "text"}}
         if not isinstance(row, dict) or not row.get("messages"):
             return row
         turns = TypeAdapter(tuple[Turn, ...]).validate_python(row["messages"])
@@ -99,6 +102,8 @@ class Example(Part):
     @model_serializer(mode="wrap")
     def _one_form_of_each_kind(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         row = dump(self)
+        if self.is_text:
+            return {"id": row["id"], "text": row["response"], "metadata": row["metadata"]}
         if not self.messages:
             return {name: row[name] for name in ("id", "prompt", "response", "metadata")}
         row["messages"] = [

@@ -20,6 +20,8 @@ class RespondSettings(Part):
     template: str
     """`chat` or `plain`, resolved from `auto`."""
     system: str | None = None
+    template_args: dict[str, Any] = {}
+    """Names that the chat template was given beside the messages."""
     max_new_tokens: int
     temperature: float
     """0 for greedy decoding."""
@@ -293,3 +295,5 @@ class TrainRecord(Record):
     trainable_parameters: int
     losses: list[float]
     """Mean loss per response token of each step, in nats."""
+    findings: list[Finding] = []
+    """How the rows were read."""

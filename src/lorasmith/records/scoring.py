@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lorasmith.records.base import FileDigest, Finding, Interval, Part, Record
 
@@ -23,9 +23,16 @@ class ScoringSettings(Part):
     """What fixes the figures: the same settings and inputs give the same numbers."""
 
     loss_on: str = "response"
-    """`response`, or `all` for the older full-text number."""
+    """`response` or `last`: the last answer; `assistant`: every answer; `all`: the full-text number."""
+    boundary: str = "generation"
+    """`generation`: prompt and answer in tokens of their own, as in use; `text`: both as one text, as
+    trainers do."""
     template: str
     """`chat` or `plain`, resolved from `auto`."""
+    system: str | None = None
+    """System prompt of rows that have none."""
+    template_args: dict[str, Any] = {}
+    """Names that the chat template was given beside the messages."""
     end_of_turn: bool = True
     """Whether the token that ends the response is scored as well."""
     max_length: int

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import lorasmith
+from lorasmith.data.rows import read_examples
 from lorasmith.errors import os_errors
 from lorasmith.files.atomic import StrPath, read_record, write_record
 from lorasmith.files.digests import digest_folder, sha256_file
-from lorasmith.files.jsonl import read_examples
 from lorasmith.followup.compression.compress import compress as quantize
 from lorasmith.followup.compression.compress import prepare_compression
 from lorasmith.followup.compression.settings import every_way, only_way

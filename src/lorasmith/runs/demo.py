@@ -15,10 +15,10 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from lorasmith.data.rows import read_examples
 from lorasmith.errors import DataError, UsageError, os_errors
 from lorasmith.files.atomic import aside, publish_folder, read_record
 from lorasmith.files.digests import cache_folder, sha256_file
-from lorasmith.files.jsonl import read_examples
 from lorasmith.machine.resources import require_disk
 from lorasmith.models.load import quiet_libraries
 from lorasmith.options import (

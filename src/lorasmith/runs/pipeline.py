@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from lorasmith.data.rows import fault_error, iterate_rows
+from lorasmith.data.sources import names_hub, with_local_rows
 from lorasmith.errors import InputError, UsageError
 from lorasmith.files import run_layout as layout
 from lorasmith.files.atomic import write_record
@@ -18,7 +20,7 @@ from lorasmith.files.run_sources import contradictions
 from lorasmith.gates.evaluate import check_gates
 from lorasmith.hub.cache import hub_name
 from lorasmith.hub.models import local_model
-from lorasmith.options import RunOptions, SampleOptions
+from lorasmith.options import AnswerOptions, RunOptions
 from lorasmith.options.keywords import documented
 from lorasmith.preflight.doctor import require_machine
 from lorasmith.progress import Unwatched, Watcher
@@ -56,6 +58,8 @@ def run(
     asked = RunOptions.given(options, given)
     watch = watcher or Unwatched()
     check_places(asked)
+    asked = with_local_rows(asked)
+    check_rows(asked)
     check_gates(run_gates(asked))
     base = local_model(asked.base, [asked.adapter], progress=watch.progress)
     asked = with_local_draft(asked.model_copy(update={"base": base}), watch.progress)
@@ -138,20 +142,28 @@ def check_task_module(config: RunOptions) -> None:
     if config.task_module is not None:
         from lorasmith.scoring.tasks import foresee_questions
 
-        foresee_questions(config.test_set, SampleOptions(), config.task_module)
+        foresee_questions(config.test_set, AnswerOptions(), config.task_module)
+
+
+def check_rows(config: RunOptions) -> None:
+    """Every row of the test set and of the training files can be read: known before the first step."""
+    for path in (config.test_set, *config.train):
+        for row in iterate_rows(path):
+            if row.example is None:
+                raise fault_error(row, path)
 
 
 def check_places(config: RunOptions) -> None:
     """The inputs exist, and the run folder is not one of them: nothing is written before this."""
+    rows = (("--test-set", config.test_set), *(("--train", path) for path in config.train))
     for flag, place, wanted in (
         *((("--base", config.base, "dir"),) if hub_name(config.base) is None else ()),
         ("--adapter", config.adapter, "dir"),
-        ("--test-set", config.test_set, "file"),
-        *(("--train", path, "file") for path in config.train),
+        *((flag, path, "rows") for flag, path in rows if not names_hub(path)),
     ):
-        if not (place.is_dir() if wanted == "dir" else place.is_file()):
+        if not (place.is_dir() if wanted == "dir" else place.exists()):
             state = "does not exist" if not place.exists() else "is not what is needed"
-            kind = "a folder" if wanted == "dir" else "a JSONL file"
+            kind = "a folder" if wanted == "dir" else "a file or a folder of rows"
             raise InputError(f"{flag} {state}", where=place, expected=kind, remedy="check the path")
     output = config.output.resolve()
     for flag, folder in (("--base", config.base), ("--adapter", config.adapter)):

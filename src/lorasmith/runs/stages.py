@@ -6,6 +6,7 @@ version. A folder that merely exists proves nothing.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -19,7 +20,7 @@ from typing import Any
 import lorasmith
 from lorasmith.errors import BudgetError, InputError, UsageError, os_errors
 from lorasmith.files.atomic import read_record, write_record
-from lorasmith.files.digests import combine, describe, digest_path, folder_files
+from lorasmith.files.digests import combine, describe, digest_path, folder_files, sha256_file
 from lorasmith.files.output_folder import holds_another, locked
 from lorasmith.machine.meter import counted, this_machine
 from lorasmith.machine.resources import (
@@ -166,7 +167,7 @@ class RunFolder:
             "stage": stage.name,
             "version": stage.version,
             "inputs": {name: digest_path(path, rehash=self.rehash) for name, path in stage.inputs.items()},
-            "parameters": dict(stage.parameters),
+            "parameters": {name: _as_json(value) for name, value in stage.parameters.items()},
         }
 
     def _outputs(self, stage: Stage) -> list[FileDigest]:
@@ -272,3 +273,10 @@ def open_run(path: Path, *, rehash: bool = False, price_per_hour: float | None =
             if file.is_file() and _LEFTOVER.match(file.name):
                 file.unlink(missing_ok=True)
         yield RunFolder(path, rehash=rehash, price_per_hour=price_per_hour)
+
+
+def _as_json(value: Any) -> Any:
+    """A parameter as a record gives it back; of a file its contents, since its path says nothing of them."""
+    if isinstance(value, Path):
+        return sha256_file(value) if value.is_file() else str(value)
+    return json.loads(json.dumps(value, default=str))

@@ -8,10 +8,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from lorasmith.data.rows import read_rows
 from lorasmith.files import run_layout as layout
 from lorasmith.files.atomic import write_record
 from lorasmith.files.digests import CARD
-from lorasmith.files.jsonl import read_examples, write_examples
+from lorasmith.files.jsonl import write_examples
 from lorasmith.files.run_layout import ROLES, load_records
 from lorasmith.gates import evaluate, split_costs
 from lorasmith.gates.evaluate import budget_gate
@@ -46,8 +47,11 @@ def _prepare_test_set(run: RunContext) -> None:
     from lorasmith.testset.rows import describe
 
     contamination = layout.CONTAMINATION.at(run.folder)
-    write_examples(run.test_set, read_examples(run.config.test_set))
-    write_record(layout.STATISTICS.at(run.folder), describe(run.test_set))
+    read = read_rows(run.config.test_set)
+    write_examples(run.test_set, read.examples)
+    counted = describe(run.test_set)
+    told = {"findings": [*read.findings, *counted.findings]}
+    write_record(layout.STATISTICS.at(run.folder), counted.model_copy(update=told))
     if run.config.train:
         check(run.test_set, run.config.train, contamination, progress=run.progress)
     else:

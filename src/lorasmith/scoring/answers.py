@@ -98,7 +98,7 @@ def _questions(scorer: Scorer, asked_rows: Sequence[int]) -> tuple[list[Encoded]
     shared = [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, together)]
     letters = [answer[len(shared)] for answer in answers]
     prompts = [[*row.ids[: row.n_prompt], *shared] for row in scorer.work.rows]
-    return [Encoded([*ids, letters[0]], len(ids), scored_from=len(ids)) for ids in prompts], letters
+    return [Encoded.behind([*ids, letters[0]], len(ids)) for ids in prompts], letters
 
 
 def ending_likelihoods(scorer: Scorer, rows: Sequence[int]) -> dict[int, list[float]]:
@@ -158,7 +158,7 @@ def _endings(scorer: Scorer, rows: Sequence[int]) -> dict[int, list[Encoded]]:
         prompt = work.rows[row].ids[: work.rows[row].n_prompt]
         own = [response_tokens(tokenizer, space + choice, around) for choice in choices_of(scorer, row)]
         begun = room_for(prompt, scorer.loaded.context, max(map(len, own)))
-        endings[row] = [Encoded([*begun, *tokens], len(begun), scored_from=len(begun)) for tokens in own]
+        endings[row] = [Encoded.behind([*begun, *tokens], len(begun)) for tokens in own]
     return endings
 
 

@@ -19,10 +19,11 @@ from lorasmith.benchmarks.base import Judge, Unscored
 from lorasmith.benchmarks.choices import LETTERS
 from lorasmith.benchmarks.registry import BY_NAME
 from lorasmith.benchmarks.sandbox.run import anyway, unkept
+from lorasmith.data.rows import read_examples
+from lorasmith.data.sources import local_rows
 from lorasmith.errors import DataError, LorasmithError
 from lorasmith.executors.base import ChunkLog, Executor, Local
 from lorasmith.files.atomic import StrPath, write_bytes, write_record
-from lorasmith.files.jsonl import read_examples
 from lorasmith.files.output_folder import require_own_record
 from lorasmith.hub.models import local_model
 from lorasmith.models.generation.generate import Generated
@@ -36,7 +37,7 @@ from lorasmith.models.session import (
     take_rows,
 )
 from lorasmith.models.statistics import mean_interval
-from lorasmith.options import AnswerOptions, SampleOptions, ScoringOptions
+from lorasmith.options import AnswerOptions, ScoringOptions
 from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest, Finding
@@ -194,7 +195,7 @@ def evaluate_tasks(
     """
     asked = AnswerOptions.given(options, given)
     scoring = ScoringOptions.taken_from(asked, end_of_turn=False)
-    test_set, output = Path(test_set), Path(output)
+    test_set, output = local_rows(test_set, asked), Path(output)
     adapter = None if adapter is None else Path(adapter)
     model = local_model(model, [] if adapter is None else [adapter], progress=progress)
     role = role or ("base" if adapter is None else "adapter")
@@ -272,13 +273,14 @@ def answerable(example: Example) -> bool:
     return judge_of(example, None) is not None
 
 
-def foresee_questions(test_set: StrPath, options: SampleOptions, task_module: StrPath | None = None) -> None:
+def foresee_questions(test_set: StrPath, options: AnswerOptions, task_module: StrPath | None = None) -> None:
     """Raise `DataError` where `evaluate_tasks` would find no row to ask; needs no model.
 
     A task module that fails on the first of its rows is a `UsageError` here already.
     """
     own_metric = None if task_module is None else OwnMetric(Path(task_module))
-    require_questions(take_rows(read_examples(Path(test_set)), options), Path(test_set), own_metric)
+    rows = local_rows(test_set, options)
+    require_questions(take_rows(read_examples(rows), options), rows, own_metric)
 
 
 def require_questions(
@@ -320,7 +322,7 @@ def require_questions(
     return judges
 
 
-def _own_prompts(test_set: Path, options: SampleOptions, own_metric: OwnMetric | None) -> dict[int, str]:
+def _own_prompts(test_set: Path, options: AnswerOptions, own_metric: OwnMetric | None) -> dict[int, str]:
     """Row → the text that the caller's own file puts in place of the row's prompt."""
     if own_metric is None:
         return {}

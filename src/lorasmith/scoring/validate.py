@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lorasmith.data.sources import local_rows
 from lorasmith.errors import UsageError, os_errors
 from lorasmith.executors.base import ChunkLog, Executor, Local
 from lorasmith.files.atomic import StrPath, write_bytes, write_record
@@ -103,7 +104,7 @@ def example_table(
     """The per-example Parquet file: the same rows give the same bytes."""
     rows = []
     for example, tokens, values in zip(examples, encoded, logprobs, strict=True):
-        ids = tokens.ids[tokens.scored_from :]
+        ids = tokens.targets
         loss = row_loss(values) / len(values)
         worst = np.argsort(values, kind="stable")[:WORST]
         rows.append(
@@ -176,7 +177,7 @@ def validate(
     scoring, states = ScoringOptions.taken_from(asked), asked.states
     adapter = None if adapter is None else Path(adapter)
     model = local_model(model, [] if adapter is None else [adapter], progress=progress)
-    test_set, output = Path(test_set), Path(output)
+    test_set, output = local_rows(test_set, asked), Path(output)
     role = role or ("base" if adapter is None else "adapter")
     if role not in ROLES:
         raise UsageError(f"there is no role {role!r}", expected=" | ".join(ROLES))

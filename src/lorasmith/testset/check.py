@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lorasmith.data.rows import read_examples
+from lorasmith.data.sources import local_rows
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.atomic import write_record
-from lorasmith.files.jsonl import read_examples, write_examples
+from lorasmith.files.jsonl import write_examples
 from lorasmith.files.output_folder import require_own_record
-from lorasmith.options import OverlapOptions
+from lorasmith.options import OverlapOptions, ReadingOptions
 from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
 from lorasmith.records.dataset import ContaminationRecord, Example
@@ -43,6 +45,15 @@ def check(
     if output is not None:
         require_own_record(output)
     asked = OverlapOptions.given(options, given)
+    given_rows, test_set = test_set, local_rows(test_set, asked)
+    train = [local_rows(path, asked) for path in train]
+    if drop and test_set != given_rows:
+        raise UsageError(
+            "rows can only be dropped from a file as lorasmith writes it",
+            where=given_rows,
+            expected="a test set of `lorasmith testset build` or `split`",
+            remedy="leave --drop out",
+        )
     examples = read_examples(test_set)
     matcher = Matcher(examples, asked)
     digests = [digest(path) for path in train]
@@ -66,7 +77,7 @@ def check(
         train=digests,
         rows_test=len(examples) - counts.get("dropped", 0),
         rows_train=rows,
-        parameters={name: getattr(asked, name) for name in OverlapOptions.model_fields},
+        parameters=asked.model_dump(exclude=set(ReadingOptions.model_fields)),
         counts=counts,
         hits=matcher.hits(),
     )

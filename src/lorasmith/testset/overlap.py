@@ -23,10 +23,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lorasmith.files.jsonl import read_rows
+from lorasmith.data.rows import fault_error, iterate_rows
 from lorasmith.options import OverlapOptions
 from lorasmith.records.dataset import ContaminationHit, Example
-from lorasmith.testset import rows as training_rows
 
 Words = Sequence[str]
 U64 = NDArray[np.uint64]
@@ -313,12 +312,14 @@ def _blocks(path: Path) -> Iterator[list[_TrainRow]]:
     """The rows in blocks of many words."""
     block: list[_TrainRow] = []
     size = 0
-    for number, row in read_rows(path):
-        prompt, response = training_rows.texts(row, f"{path}:{number}")
-        first = words(prompt)
-        text = first + words(response)
-        name = str(row.get("id") or f"line {number}")
-        block.append(_TrainRow(name, _forms(prompt, response), text, len(first)))
+    for row in iterate_rows(path):
+        if row.example is None:
+            raise fault_error(row, path)
+        first = words(row.example.prompt)
+        text = first + words(row.example.response)
+        name = str(row.value.get("id") or f"line {row.number}")
+        forms = _forms(row.example.prompt, row.example.response)
+        block.append(_TrainRow(name, forms, text, len(first)))
         size += len(text)
         if size >= _BLOCK_WORDS:
             yield block

@@ -11,21 +11,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorasmith.benchmarks.base import canonical
+from lorasmith.data.rows import Row, fault_error, read_examples
 from lorasmith.errors import DataError
 from lorasmith.files.digests import hash_file
 from lorasmith.files.inputs import open_input
-from lorasmith.files.jsonl import MAX_LINE_BYTES, dump_row, read_examples
+from lorasmith.files.jsonl import MAX_LINE_BYTES, dump_row
 from lorasmith.files.output_folder import require_own_file
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.dataset import DatasetStatistics, Example, Metadata
-
-_SHAPES = (
-    ("prompt", "response"),
-    ("prompt", "completion"),
-    ("question", "answer"),
-    ("instruction", "output"),
-)
-"""Prompt and response under the names in use; the first pair that is there counts."""
 
 
 def field(row: Mapping[str, Any], name: str) -> str:
@@ -37,50 +30,30 @@ def field(row: Mapping[str, Any], name: str) -> str:
     return "unknown" if value in (None, "") else str(value)
 
 
-def texts(row: Mapping[str, Any], where: str) -> tuple[str, str]:
-    """Prompt and response; raises `DataError` naming the row for an unknown shape or an empty text."""
-    for prompt_name, response_name in _SHAPES:
-        if prompt_name in row and response_name in row:
-            prompt, response = row[prompt_name], row[response_name]
-            if prompt_name == "instruction" and isinstance(row.get("input"), str) and row["input"].strip():
-                prompt = f"{prompt}\n\n{row['input']}"
-            for name, value in ((prompt_name, prompt), (response_name, response)):
-                if not isinstance(value, str) or not value.strip():
-                    raise DataError(
-                        f"the {name} is empty or not text",
-                        where=where,
-                        remedy="remove the row or fill it in",
-                    )
-            return prompt, response
-    raise DataError(
-        "the row has no prompt and response",
-        where=where,
-        expected=" or ".join(f'"{prompt}" and "{response}"' for prompt, response in _SHAPES),
-    )
-
-
-def to_example(row: Mapping[str, Any], path: Path, where: str) -> Example:
-    """The row as an example, with its id, or the start of its hash where it has none."""
-    prompt, response = texts(row, where)
-    sha256 = hashlib.sha256(canonical(dict(row))).hexdigest()
-    metadata = row.get("metadata")
+def to_example(row: Row, path: Path) -> Example:
+    """A training row as one of a test set: with its id, or the start of its hash where it has none."""
+    if row.example is None:
+        raise fault_error(row, path)
+    sha256 = hashlib.sha256(canonical(dict(row.value))).hexdigest()
+    metadata = row.value.get("metadata")
     body = dict(metadata) if isinstance(metadata, dict) else {}
-    record_id = str(row.get("id") or body.get("record_id") or sha256[:16])
+    record_id = str(row.value.get("id") or body.get("record_id") or sha256[:16])
     body |= {
-        "source": str(body.get("source") or row.get("source") or path.name.split(".")[0]),
-        "domain": field(row, "domain"),
-        "difficulty": field(row, "difficulty"),
+        "source": str(body.get("source") or row.value.get("source") or path.name.split(".")[0]),
+        "domain": field(row.value, "domain"),
+        "difficulty": field(row.value, "difficulty"),
         "difficulty_from": str(body.get("difficulty_from") or "field:difficulty"),
         "record_id": record_id,
         "file": path.name,
         "sha256": sha256,
     }
     try:
-        return Example(id=record_id, prompt=prompt, response=response, metadata=Metadata.model_validate(body))
+        about = Metadata.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"field {place!r}: {first['msg']}", where=where) from error
+        raise DataError(f"field {place!r}: {first['msg']}", where=f"{path}:{row.number}") from error
+    return row.example.model_copy(update={"id": record_id, "metadata": about})
 
 
 # Count a test set by source, domain and difficulty, and by their crossings.

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from lorasmith.benchmarks.base import canonical
+from lorasmith.data.rows import fault_error, iterate_rows
 from lorasmith.errors import DataError, UsageError
-from lorasmith.files.jsonl import parse_row, read_lines
 from lorasmith.progress import Advance
 from lorasmith.testset import rows as training_rows
 from lorasmith.testset.overlap import normalise
@@ -159,16 +159,14 @@ def scan(path: Path, fields: Sequence[str], size: int, seed: int, advance: Advan
     """
     reservoir = Reservoir(size, absent=set(fields))
     block = array("Q")
-    for number, line in read_lines(path, "one JSON object a line"):
-        advance(len(line))
-        if not line.strip():
-            continue
-        row = parse_row(line, path, number)
-        prompt, _ = training_rows.texts(row, f"{path}:{number}")
+    for read in iterate_rows(path, advance=advance):
+        if read.example is None:
+            raise fault_error(read, path)
+        number, row = read.number, dict(read.value)
         values = [training_rows.field(row, name) for name in fields]
         reservoir.absent -= {name for name, value in zip(fields, values, strict=True) if value != "unknown"}
         stratum = " / ".join(values) or "all"
-        key = sort_key(seed, normalise(prompt))
+        key = sort_key(seed, normalise(read.example.prompt))
         reservoir.rows[stratum] = reservoir.rows.get(stratum, 0) + 1
         if stratum not in reservoir.kept:
             if len(reservoir.kept) == _MAX_STRATA:

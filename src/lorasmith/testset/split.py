@@ -9,10 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lorasmith.data.files import is_lines
+from lorasmith.data.rows import iterate_rows
+from lorasmith.data.sources import local_rows
 from lorasmith.errors import DataError, UsageError, os_errors
 from lorasmith.files import jsonl
 from lorasmith.files.atomic import atomic_file, read_record, write_record
-from lorasmith.files.jsonl import parse_row, read_lines, write_examples
+from lorasmith.files.jsonl import read_lines, write_examples
 from lorasmith.files.output_folder import require_own_record
 from lorasmith.machine.resources import require_disk
 from lorasmith.options import SplitOptions
@@ -50,6 +53,14 @@ def split(
     """
     asked = SplitOptions.given(options, given)
     size, seed, remove = asked.size, asked.seed, asked.remove
+    given_file, train = train, local_rows(train, asked)
+    if remove and (train != given_file or not is_lines(train)):
+        raise UsageError(
+            "rows can only be taken out of a file with one row a line",
+            where=train,
+            expected="JSONL, as it is or packed by gzip",
+            remedy="leave --remove out, or convert the file to JSONL first",
+        )
     fields = [name for name in asked.stratify_by if name]
     with os_errors(train, "read"):
         if output.exists() and output.samefile(train):
@@ -130,10 +141,9 @@ def _write_test(train: Path, output: Path, chosen: Iterable[Choice]) -> None:
     """Fetch the chosen lines and write them in the order of their hashes, which no file order changes."""
     places = {choice.line: choice.key for choice in chosen}
     examples = []
-    for number, line in read_lines(train, "one JSON object a line"):
-        if number in places:
-            row = parse_row(line, train, number)
-            examples.append((places[number], to_example(row, train, f"{train}:{number}")))
+    for row in iterate_rows(train):
+        if row.number in places:
+            examples.append((places[row.number], to_example(row, train)))
     write_examples(output, (example for _, example in sorted(examples, key=lambda pair: pair[0])))
 
 

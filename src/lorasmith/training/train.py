@@ -15,15 +15,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 
 import lorasmith
+from lorasmith.data.rows import read_rows
+from lorasmith.data.sources import local_rows
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.atomic import StrPath, aside, publish_folder, write_bytes, write_record
 from lorasmith.files.digests import describe, digest_folder
-from lorasmith.files.jsonl import read_examples
 from lorasmith.files.output_folder import require_own_place
 from lorasmith.models.batches import split_batch
+from lorasmith.models.conversation import Wording
 from lorasmith.models.device import resolve_device
 from lorasmith.models.load import load_model, quiet_libraries
-from lorasmith.models.text import Encoded, encode_examples
+from lorasmith.models.text import Encoded, encode_examples, use_template
 from lorasmith.options import TrainOptions
 from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
@@ -49,13 +51,22 @@ def train(
     or file, and when every row is cut before its response, `UsageError` for an output that is not ours to
     replace.
     """
-    base, train_file, output = Path(base), Path(train_file), Path(output)
+    base, output = Path(base), Path(output)
     chosen = TrainOptions.given(options, given)
+    train_file = local_rows(train_file, chosen)
     require_own_place(output, RECORD, [base])
-    examples = read_examples(train_file)
+    read = read_rows(train_file)
     loaded = load_model(base, device=resolve_device(chosen.device), dtype=torch.bfloat16)
+    use_template(loaded.tokenizer, chosen.chat_template)
     encoded = encode_examples(
-        examples, loaded.tokenizer, template=chosen.template, max_length=chosen.max_length
+        read.examples,
+        loaded.tokenizer,
+        template=chosen.template,
+        end_of_turn=chosen.end_of_turn,
+        max_length=chosen.max_length,
+        loss_on=chosen.loss_on,
+        boundary=chosen.boundary,
+        wording=Wording.of(chosen),
     )
     usable = [row for row in encoded.rows if row.scored]
     if not usable:
@@ -78,6 +89,7 @@ def train(
         truncated=encoded.truncated,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         losses=losses,
+        findings=read.findings,
     )
     _save(model, loaded.tokenizer, record, output)
     return record
@@ -192,7 +204,7 @@ def batch_loss(model: Any, batch: Sequence[Encoded], device: torch.device) -> tu
     scored = torch.zeros((len(batch), length), dtype=torch.bool)
     for index, row in enumerate(batch):
         ids[index, : len(row.ids)] = torch.tensor(row.ids)
-        scored[index, row.n_prompt : len(row.ids)] = True
+        scored[index, row.scored_at] = True
     targets = ids[scored].to(device)
     before = scored.roll(-1, dims=1).to(device)
     before[:, -1] = False

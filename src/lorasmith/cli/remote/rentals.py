@@ -128,7 +128,7 @@ def _sizes(values: dict[str, Any]) -> tuple[ModelSize, WorkSize] | None:
     """Sizes of a run; None where its files cannot be read: the run itself says what is wrong with them."""
     from lorasmith.checkpoint.adapter import open_adapter
     from lorasmith.checkpoint.model import open_checkpoint
-    from lorasmith.files.jsonl import read_examples
+    from lorasmith.data.rows import read_examples
     from lorasmith.preflight.sizes import model_size, work_size
 
     try:

@@ -12,10 +12,11 @@ import torch
 
 import lorasmith
 from lorasmith.checkpoint.model import Checkpoint, open_checkpoint
+from lorasmith.data.rows import read_examples
+from lorasmith.data.sources import with_local_rows
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.atomic import StrPath, aside, publish_folder, write_record
 from lorasmith.files.digests import sha256_file
-from lorasmith.files.jsonl import read_examples
 from lorasmith.files.output_folder import only_one, require_own_place
 from lorasmith.followup.compression.quantize import calibration_samples, collect, quantize, weight_files
 from lorasmith.followup.compression.settings import (
@@ -237,7 +238,7 @@ def compress(
     that does not load, `BusyError` while another compression writes to `output`, `MachineError` where
     auto-round is missing or fails.
     """
-    model, output, how = Path(model), Path(output), options or CompressOptions()
+    model, output, how = Path(model), Path(output), with_local_rows(options or CompressOptions())
     require_own_place(output, RECORD, [model])
     if how.test_set is not None and compare is None:
         raise UsageError("a test set is given, but nothing that compares", remedy="give `compare` as well")

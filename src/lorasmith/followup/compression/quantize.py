@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorasmith.data.rows import read_examples
 from lorasmith.errors import CheckpointError, DataError, MachineError, MemoryLimitError, os_errors
-from lorasmith.files.jsonl import read_examples
 from lorasmith.models.load import load_tokenizer
 from lorasmith.models.text import encode_examples
 from lorasmith.progress import Progress

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.atomic import read_record
 from lorasmith.files.jsonl import read_rows
-from lorasmith.models.text import Frame, encode_example, frame, prompt_tokens, response_tokens
+from lorasmith.models.text import Frame, Manner, encode_example, frame, prompt_tokens, response_tokens
 from lorasmith.records.base import Finding
 from lorasmith.records.dataset import Example
 from lorasmith.records.followup import RespondRecord
@@ -162,7 +162,7 @@ def _encode(row: dict[str, Any], tokenizer: Any, around: Frame, where: str) -> D
         example = Example.model_validate(
             {"id": "row", "prompt": prompt, "response": response, "metadata": {"source": "responses"}}
         )
-        encoded = encode_example(example, tokenizer, around)
+        encoded = encode_example(example, tokenizer, Manner(around))
         ids, n_prompt = encoded.ids, encoded.n_prompt
     else:  # cut off: it does not end with the token that ends a turn
         before = prompt_tokens(tokenizer, prompt, around)

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lorasmith.data.sources import local_rows
 from lorasmith.errors import UsageError
 from lorasmith.executors.base import Executor
 from lorasmith.files.atomic import StrPath, write_record
@@ -19,7 +20,8 @@ from lorasmith.followup.responses.work import (
     ResponseWork,
     speed_since_start,
 )
-from lorasmith.models.text import Frame, frame
+from lorasmith.models.conversation import Wording
+from lorasmith.models.text import Frame, frame, use_template
 from lorasmith.options import RespondOptions
 from lorasmith.options.keywords import documented
 from lorasmith.progress import Unwatched, Watcher
@@ -54,14 +56,17 @@ def respond(
     one process, log-probabilities are with `whole_groups`. `NAME.chunks.jsonl` tells of each group what
     computed it, those of commands that were broken off included; a finding says where that differs.
     """
-    model, data = Path(model), Path(data)
+    model = Path(model)
     places, options = Places(Path(output)), RespondOptions.given(options, given)
     places.require_own()
+    data = local_rows(data, options, answered=False)
     rows = read_prompts(data, options.limit)
     adapter = None if adapter is None else Path(adapter)
     engine = loaded or choose_engine(model, adapter, options, executor)
+    use_template(engine.tokenizer, options.chat_template)
+    wording = Wording.of(options)
     around = frame(engine.tokenizer, options.template, end_of_turn=False)
-    settings = _settings(model, adapter, engine, around, options)
+    settings = _settings(model, adapter, engine, around, wording, options)
     earlier = earlier_rows(places, settings)  # refuses a foreign output before anything is written
     with ResponseJournal(places.journal, settings.model_dump()) as journal:
         work = ResponseWork(rows, settings, places, journal, engine, around, earlier)
@@ -99,7 +104,12 @@ def choose_engine(
 
 
 def _settings(
-    model: Path, adapter: Path | None, engine: Engine, around: Frame, options: RespondOptions
+    model: Path,
+    adapter: Path | None,
+    engine: Engine,
+    around: Frame,
+    wording: Wording,
+    options: RespondOptions,
 ) -> RespondSettings:
     return RespondSettings(
         model_sha256=digest_folder(model),
@@ -108,6 +118,7 @@ def _settings(
         dtype=engine.dtype,
         template=around.template,
         system=options.system,
+        template_args=dict(wording.arguments),
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_p=options.top_p,

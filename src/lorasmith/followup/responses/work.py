@@ -27,8 +27,9 @@ from lorasmith.followup.responses.output import (
 )
 from lorasmith.followup.responses.rows import Row
 from lorasmith.machine.resources import hardware
+from lorasmith.models.conversation import Wording
 from lorasmith.models.generation.decoding import GeneratedAnswer, GenerationLimits, Request, Sampling
-from lorasmith.models.text import Frame, conversation_tokens
+from lorasmith.models.text import Frame, question_tokens
 from lorasmith.progress import Advance, Unwatched, Watcher
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.followup import LengthSummary, RespondRecord, RespondSettings, RespondTiming
@@ -337,10 +338,9 @@ class ResponseWork:
             try:
                 if row.fault:
                     raise DataError(row.fault)
-                messages = row.messages
-                if self.settings.system is not None and messages[0]["role"] != "system":
-                    messages = [{"role": "system", "content": self.settings.system}, *messages]
-                self.prompts[index] = conversation_tokens(self.engine.tokenizer, messages, self.around)
+                assert row.asked is not None, "a row without a fault asks something"
+                wording = Wording(self.settings.system, self.settings.template_args)
+                self.prompts[index] = question_tokens(row.asked, self.engine.tokenizer, self.around, wording)
             except LorasmithError as error:
                 faults.append((index, error.found))
             else:

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from lorasmith.data.sources import local_rows
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.atomic import StrPath, write_record
 from lorasmith.files.digests import describe, digest_folder
@@ -24,10 +25,11 @@ from lorasmith.followup.speculation.loop import (
     decode_speculatively,
 )
 from lorasmith.machine.resources import hardware
+from lorasmith.models.conversation import Wording
 from lorasmith.models.device import resolve_device, use_route
 from lorasmith.models.generation.generate import stop_tokens
 from lorasmith.models.load import LoadedModel, load_model
-from lorasmith.models.text import Frame, conversation_tokens, frame
+from lorasmith.models.text import Frame, frame, question_tokens, use_template
 from lorasmith.options import SpeculateOptions
 from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
@@ -248,9 +250,10 @@ def speculate(
     (a .json file) receives the record, its sibling `.timing.json` the speeds. Without a draft only prompt
     lookup is measured. Raises `UsageError` for a draft with another tokenizer.
     """
-    target, prompts = Path(target), Path(prompts)
+    target = Path(target)
     draft = None if draft is None else Path(draft)
     options = SpeculateOptions.given(options, given)
+    prompts = local_rows(prompts, options, answered=False)
     if output is not None:
         require_own_record(Path(output))
     device = resolve_device(options.device)
@@ -260,6 +263,7 @@ def speculate(
     if draft is not None:
         small = load_model(draft, device=device, dtype=DTYPES[dtype])
         require_same_tokenizer(loaded.tokenizer, small.tokenizer, draft)
+    use_template(loaded.tokenizer, options.chat_template)
     around = frame(loaded.tokenizer, options.template, end_of_turn=False)
     asked, findings = _choose_prompts(prompts, loaded, around, options)
     stop = frozenset(stop_tokens(loaded, around.template))
@@ -300,11 +304,12 @@ def _choose_prompts(
 ) -> tuple[list[Prompt], list[Finding]]:
     """The prompts that leave room for the answer; what is left out is told. `DataError` when none is left."""
     rows = read_prompts(file, options.limit)
+    wording = Wording.of(options)
     faulty = sum(bool(row.fault) for row in rows)
     asked = [
-        Prompt(row.id, row.source, conversation_tokens(loaded.tokenizer, row.messages, around))
+        Prompt(row.id, row.source, question_tokens(row.asked, loaded.tokenizer, around, wording))
         for row in rows
-        if not row.fault
+        if row.asked is not None
     ]
     most = (loaded.context or 1 << 62) - options.max_new_tokens
     fitting = [prompt for prompt in asked if len(prompt.tokens) <= most]

@@ -13,15 +13,17 @@ from lorasmith.checkpoint.adapter import Adapter
 from lorasmith.checkpoint.header import TensorFile
 from lorasmith.checkpoint.model import Checkpoint
 from lorasmith.checkpoint.names import resolve
+from lorasmith.data.rows import read_examples
 from lorasmith.errors import DataError
 from lorasmith.files.digests import sha256_file
-from lorasmith.files.jsonl import read_examples
 from lorasmith.merging.numbers.threads import Workers
 from lorasmith.merging.plan import Output, Plan
 from lorasmith.merging.tensors import Factors, read_tensor
 from lorasmith.merging.writers import make_writer
+from lorasmith.models.conversation import Wording
 from lorasmith.models.load import has_tokenizer, load_tokenizer
-from lorasmith.models.text import encode_examples
+from lorasmith.models.text import encode_examples, use_template
+from lorasmith.options import TemplateOptions
 from lorasmith.records.base import FileDigest
 from lorasmith.records.merging import CalibrationUse
 
@@ -46,7 +48,7 @@ def load_calibration(
     budget: int,
     test_set: Path | None,
     leave_out: bool,
-    template: str,
+    wording: TemplateOptions,
     seed: int,
 ) -> Calibration:
     """Rows of `files` in an order drawn by `seed`, as many as `budget` tokens hold.
@@ -74,7 +76,10 @@ def load_calibration(
         )
     folder = next((folder for folder in adapters if has_tokenizer(folder)), None)
     tokenizer = load_tokenizer(base, adapter=folder)
-    encoded = encode_examples(own, tokenizer, template=template, max_length=LONGEST)
+    use_template(tokenizer, wording.chat_template)
+    encoded = encode_examples(
+        own, tokenizer, template=wording.template, wording=Wording.of(wording), max_length=LONGEST
+    )
     chosen: list[list[int]] = []
     left = budget
     for place in np.random.default_rng(seed).permutation(len(own)).tolist():

@@ -14,11 +14,13 @@ import torch
 
 from lorasmith.checkpoint.header import read_object
 from lorasmith.checkpoint.model import text_config
+from lorasmith.data.sources import local_rows
 from lorasmith.errors import CheckpointError
 from lorasmith.executors.base import ChunkLog, Executor, Local
 from lorasmith.files.atomic import StrPath, write_record
 from lorasmith.files.output_folder import require_own_record
 from lorasmith.hub.models import local_model
+from lorasmith.models.conversation import Wording
 from lorasmith.models.device import Route, release_memory
 from lorasmith.models.hidden_states import open_states
 from lorasmith.models.load import has_tokenizer, load_tokenizer, require_file
@@ -109,6 +111,8 @@ def compare_tokenizers(work: Workload, folder: Path) -> tuple[list[str], list[Fi
             end_of_turn=work.settings.end_of_turn,
             max_length=work.settings.max_length,
             loss_on=work.settings.loss_on,
+            boundary=work.settings.boundary,
+            wording=Wording(work.settings.system, work.settings.template_args),
         )
         different = sum(one.ids != two.ids for one, two in zip(work.rows, own.rows, strict=True))
     if not different:
@@ -316,7 +320,8 @@ def compare(
     if output is not None:
         require_own_record(output)
     limits = resolve_thresholds(thresholds)
-    inputs = Inputs.of([base, adapter, merged], Path(test_set))
+    test_set = local_rows(test_set, chosen)
+    inputs = Inputs.of([base, adapter, merged], test_set)
     path = None if output is None else output.with_name(f".{output.name}.journal")
     where, log = executor or Local(), ChunkLog()
     with (

@@ -136,7 +136,7 @@ def _pair_work(
 def _pairs(
     work: Workload, rows: Rows, logits_a: Iterator[torch.Tensor], logits_b: Iterator[torch.Tensor]
 ) -> TokenPairs:
-    targets = torch.cat([torch.tensor(work.rows[row].ids[work.rows[row].scored_from :]) for row in rows])
+    targets = torch.cat([torch.tensor(work.rows[row].targets) for row in rows])
     parts, start = [], 0
     for one, two in zip(logits_a, logits_b, strict=True):
         here = targets[start : start + len(one)].to(one.device)

@@ -1,0 +1,218 @@
+"""A conversation as one text, and where in it the assistant's answers stand.
+
+The template writes the whole conversation once. Where its answers are is found in the first of three ways
+that works, and each is held against that text, so that no token is scored which is not in it:
+
+1. *marks*: the template says it itself, by `{% generation %}`.
+2. *prefixes*: the text up to an answer is the template's own for the messages before it, with the start of an
+   answer; the end is that of the messages up to it. Both must be how the whole text begins.
+3. *contents*: where the template writes earlier turns otherwise once others follow (Qwen3 leaves earlier
+   reasoning out), an answer is found by its content: rendered with a mark on both sides of each answer, and
+   without the marks again the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lorasmith.errors import DataError, UsageError
+from lorasmith.models import chat_template
+from lorasmith.options import TemplateOptions
+from lorasmith.records.dataset import Example, Turn
+
+_OPEN, _CLOSE = "lorasmithopens", "lorasmithcloses"
+"""Marks of plain letters: no template trims or escapes them."""
+
+
+@dataclass(frozen=True)
+class Wording:
+    """What a row is put into words with, beside the template itself."""
+
+    system: str | None = None
+    """System prompt of rows that have none."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Names that the template may ask for, such as `enable_thinking`."""
+
+    @classmethod
+    def of(cls, options: TemplateOptions) -> Wording:
+        """As the options say; raises `UsageError` for names that a template gets anyway."""
+        taken = sorted(set(options.template_args) & set(chat_template.RESERVED))
+        if taken:
+            raise UsageError(
+                f"--template-args names {taken[0]!r}, which every template is given anyway",
+                expected="names of the template's own, such as enable_thinking",
+            )
+        return cls(options.system, options.template_args)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One turn of the assistant in the text."""
+
+    turn: int
+    """Index of its message."""
+    number: int
+    """Which of the assistant's turns it is, from 1."""
+    start: int
+    """Index of its first character."""
+    stop: int
+    """Index behind its last character: what ends the turn is in it, a line break after that is not."""
+
+
+@dataclass(frozen=True)
+class Script:
+    """A conversation as the model sees it."""
+
+    text: str
+    answers: tuple[Answer, ...]
+    found_by: str
+    """`marks`, `prefixes` or `contents`."""
+
+
+def turns_of(example: Example, wording: Wording) -> tuple[Turn, ...]:
+    """The turns of a row, with the system prompt where the row has none of its own."""
+    turns = example.turns
+    if wording.system is None or (turns and turns[0].role in ("system", "developer")):
+        return turns
+    return (Turn(role="system", content=wording.system), *turns)
+
+
+def write_script(tokenizer: Any, example: Example, wording: Wording, *, last_only: bool) -> Script:
+    """The whole conversation of a row, and its answers; with `last_only` the last one alone is looked for.
+
+    Raises `DataError` naming the row where the template refuses it, leaves its tool calls out, or writes
+    answers so that they cannot be found.
+    """
+    turns = turns_of(example, wording)
+    messages = [turn.message() for turn in turns]
+    try:
+        whole = chat_template.render_marked(
+            tokenizer, messages, tools=example.tools, arguments=wording.arguments
+        )
+        _require_tools(example, turns, whole.text)
+        places = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+        numbers = dict(zip(places, range(1, len(places) + 1), strict=True))
+        if last_only:
+            whole = replace(whole, answers=whole.answers[-1:] if len(whole.answers) == len(places) else [])
+            places = places[-1:]
+        spans, found_by = _spans(tokenizer, messages, places, whole, example, wording)
+    except chat_template.TemplateRefusal as error:
+        raise refused(example, error) from error
+    answers = tuple(Answer(place, numbers[place], *span) for place, span in zip(places, spans, strict=True))
+    return Script(whole.text, answers, found_by)
+
+
+def refused(example: Example, error: Exception) -> DataError:
+    """The message for a row that the template does not lay out."""
+    return DataError(
+        f"the chat template refuses this row: {str(error).strip() or type(error).__name__}",
+        where=f"example {example.id!r}",
+        expected="messages in the roles and the order that the template knows",
+        remedy="mend or remove the row, or give --template plain for rows of one prompt and one response",
+    )
+
+
+def _spans(
+    tokenizer: Any,
+    messages: Sequence[chat_template.Message],
+    places: Sequence[int],
+    whole: chat_template.Rendered,
+    example: Example,
+    wording: Wording,
+) -> tuple[list[tuple[int, int]], str]:
+    if len(whole.answers) == len(places) and places:
+        return [_trimmed(whole.text, start, stop) for start, stop in whole.answers], "marks"
+    by_prefix = _by_prefixes(tokenizer, messages, places, whole.text, example, wording)
+    if by_prefix is not None:
+        return by_prefix, "prefixes"
+    by_content = _by_contents(tokenizer, messages, places, whole.text, example, wording)
+    if by_content is not None:
+        return by_content, "contents"
+    raise DataError(
+        "the answers cannot be found in the text that the chat template makes of this row",
+        where=f"example {example.id!r}",
+        expected="a template that writes each answer as it stands, or marks it by {% generation %}",
+        remedy="give a template with these marks by --chat-template FILE, or remove the row",
+    )
+
+
+def _by_prefixes(
+    tokenizer: Any,
+    messages: Sequence[chat_template.Message],
+    places: Sequence[int],
+    text: str,
+    example: Example,
+    wording: Wording,
+) -> list[tuple[int, int]] | None:
+    spans = []
+    how: dict[str, Any] = {"tools": example.tools, "arguments": wording.arguments}
+    for place in places:
+        before = chat_template.render(tokenizer, messages[:place], start_answer=True, **how)
+        last = place + 1 == len(messages)
+        after = (
+            text
+            if last
+            else chat_template.render(tokenizer, messages[: place + 1], start_answer=False, **how)
+        )
+        if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
+            return None
+        spans.append(_trimmed(text, len(before), len(after)))
+    return spans
+
+
+def _by_contents(
+    tokenizer: Any,
+    messages: Sequence[chat_template.Message],
+    places: Sequence[int],
+    text: str,
+    example: Example,
+    wording: Wording,
+) -> list[tuple[int, int]] | None:
+    marked = list(messages)
+    for number, place in enumerate(places):
+        content = messages[place]["content"]
+        if not content.strip():
+            return None  # a turn of tool calls alone has no content to be found by
+        marked[place] = {**messages[place], "content": f"{_OPEN}{number}x{content.strip()}{_CLOSE}{number}x"}
+    found = chat_template.render(
+        tokenizer, marked, start_answer=False, tools=example.tools, arguments=wording.arguments
+    )
+    spans = []
+    at = 0
+    plain = ""
+    for number in range(len(places)):
+        opened, closed = f"{_OPEN}{number}x", f"{_CLOSE}{number}x"
+        before, sign, rest = found[at:].partition(opened)
+        content, end, _ = rest.partition(closed)
+        if not sign or not end:
+            return None
+        plain += before
+        spans.append((len(plain), len(plain) + len(content)))
+        plain += content
+        at += len(before) + len(opened) + len(content) + len(closed)
+    return [_with_end(text, *span) for span in spans] if plain + found[at:] == text else None
+
+
+def _with_end(text: str, start: int, stop: int) -> tuple[int, int]:
+    """A content with what ends its turn: up to the line break behind it."""
+    line = text.find("\n", stop)
+    return start, len(text) if line < 0 else line
+
+
+def _trimmed(text: str, start: int, stop: int) -> tuple[int, int]:
+    """Without the white space that stands behind the end of a turn."""
+    return start, start + len(text[start:stop].rstrip())
+
+
+def _require_tools(example: Example, turns: Sequence[Turn], text: str) -> None:
+    names = [call["function"]["name"] for turn in turns for call in turn.tool_calls]
+    missing = next((name for name in names if name not in text), None)
+    if missing is not None:
+        raise DataError(
+            f"the chat template leaves the call of the tool {missing!r} out",
+            where=f"example {example.id!r}",
+            expected="a template that knows tool calls",
+            remedy="give one by --chat-template FILE, or remove rows with tool calls",
+        )
