@@ -130,7 +130,10 @@ def test_two_commands_show_one_option_alike(capsys: pytest.CaptureFixture[str]) 
 def test_a_wrong_value_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     needed = ["--model", "m", "--test-set", "t", "--output", "o"]
     assert run(["validate", *needed, "--loss-on", "prompt"]) == 2
-    assert capsys.readouterr().err == "error: --loss-on is 'prompt'\n  expected: response or all\n"
+    assert (
+        capsys.readouterr().err
+        == "error: --loss-on is 'prompt'\n  expected: response, assistant, last or all\n"
+    )
 
 
 def test_a_field_more_in_a_run_is_a_flag_a_key_a_keyword_and_a_line_of_the_reference(

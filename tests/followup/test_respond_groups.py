@@ -84,4 +84,4 @@ def test_rows_that_fail_do_not_hold_their_group_back(
     respond(place / "base", data, tmp_path / "r.jsonl", options=options, loaded=idle)
     assert idle.asked == []
     failed = [json.loads(line)["error"] for line in (tmp_path / "r.failed.jsonl").read_text().splitlines()]
-    assert failed == ["the device gave up", "the row has no prompt"]
+    assert failed == ["the device gave up", "the row has no prompt and response: its fields are nothing"]

@@ -47,7 +47,7 @@ def test_every_option_has_help_that_is_a_sentence_and_a_group(model: type[Option
     ("model", "values", "message"),
     [
         (ScoringOptions, {"batch_size": 0}, "--batch-size is 0.*1 or more"),
-        (ScoringOptions, {"loss_on": "prompt"}, "--loss-on is 'prompt'.*response or all"),
+        (ScoringOptions, {"loss_on": "prompt"}, "--loss-on is 'prompt'.*response, assistant, last or all"),
         (ScoringOptions, {"batchsize": 1}, "there is no option 'batchsize'.*batch_size"),
         (ScoringOptions, {"max_length": "long"}, "--max-length is 'long'.*a whole number"),
         (MergeOptions, {"seed": -1}, "--seed is -1.*0 or more"),

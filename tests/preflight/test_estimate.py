@@ -17,7 +17,7 @@ from lorasmith.files.atomic import read_record
 from lorasmith.files.jsonl import write_rows
 from lorasmith.merging.calibrated.rows import load_calibration
 from lorasmith.merging.plan import plan_merge
-from lorasmith.options import RunOptions
+from lorasmith.options import MergeOptions, RunOptions
 from lorasmith.preflight.doctor import examine
 from lorasmith.preflight.estimate import (
     EFFICIENCY,
@@ -120,7 +120,7 @@ def test_calibration_is_sized_by_the_shapes_of_the_merge(tmp_path: Path) -> None
     size = calibration_size(plan, [tmp_path / "train.jsonl"], base, 10**6)
     used = load_calibration(
         [tmp_path / "train.jsonl"], base, [adapter],
-        budget=10**6, test_set=None, leave_out=False, template="auto", seed=0,
+        budget=10**6, test_set=None, leave_out=False, wording=MergeOptions(template="auto"), seed=0,
     ).use  # fmt: skip
     # A template adds more or less than the 20 tokens that are taken for one.
     assert size.tokens == pytest.approx(used.tokens, rel=0.5)

@@ -47,7 +47,7 @@ class ScoredOptions(TemplateOptions):
 
     loss_on: Literal["response", "assistant", "last", "all"] = "response"
     """Tokens that are scored: response or last (the last answer), assistant (every answer of a conversation,
-    but those that the row marks as not to be learnt), or all for full-text loss."""
+    but those that the row marks as not to be learnt), or all (the whole text)."""
     boundary: Literal["generation", "text"] = "generation"
     """Tokens of prompt and answer: generation (each on its own, as the model is really asked), or text (both
     as one text, as trainers do: the number to compare with a trainer's eval_loss)."""
