@@ -41,9 +41,10 @@ def validate(
     import lorasmith
     from lorasmith.cli.console import bar, console, show_record, show_records
     from lorasmith.cli.views import records
+    from lorasmith.data.rows import read_examples
+    from lorasmith.data.sources import local_rows
     from lorasmith.errors import UsageError
     from lorasmith.executors.choose import make_executor
-    from lorasmith.files.jsonl import read_examples
     from lorasmith.options import AnswerOptions
 
     if code.run_code_anyway and not questions.tasks:
@@ -55,7 +56,9 @@ def validate(
         foresee_questions(rows.test_set, options, questions.task_module)
     files = (inputs.model, rows.test_set, output)
     how: dict[str, Any] = {"adapter": inputs.adapter, "role": role, "executor": make_executor(cluster)}
-    scored = not questions.tasks or any(example.has_reference for example in read_examples(rows.test_set))
+    scored = not questions.tasks or any(
+        example.has_reference for example in read_examples(local_rows(rows.test_set, options))
+    )
     if not scored and not as_json:
         console().print("No row has a reference answer, of which a loss could be computed: asked only.")
     # Interrupted while it asks, the same command has nothing of the validation to compute again.
