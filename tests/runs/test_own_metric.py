@@ -13,6 +13,7 @@ from lorasmith.records.release import Gate
 from lorasmith.records.scoring import TaskResult
 from lorasmith.runs.results import RunResult
 from tests.runs.test_pipeline import Log
+from tests.scoring.test_no_reference import ifeval
 from tests.tiny import save_adapter, save_base, tiny_rows
 
 MODULE = """NAME = "letters"
@@ -24,7 +25,7 @@ def score(example, answer):
 
 def test_a_run_asks_compares_gates_and_shows_it(tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapter", save_base(tmp_path / "base"))
-    write_rows(tmp_path / "test.jsonl", tiny_rows(5))
+    write_rows(tmp_path / "test.jsonl", [*tiny_rows(5), ifeval(0, "startend:quotation")])
     module = tmp_path / "letters.py"
     module.write_text(MODULE)
     gate = Gate(
@@ -49,13 +50,14 @@ def test_a_run_asks_compares_gates_and_shows_it(tmp_path: Path) -> None:
     assert judged.verdict == "pass"
     folder = tmp_path / "run"
     tasks = read_record(folder / "validation" / "adapter_tasks.json", TaskResult)
-    assert [one.metric for one in tasks.metrics] == ["share_of_a", "a_written"]
+    assert [one.metric for one in tasks.metrics if one.benchmark == "letters"] == ["share_of_a", "a_written"]
     compared = read_record(folder / "proof" / "comparison.json", ComparisonRecord).task_effects["merge"]
-    assert [(one.benchmark, one.metric) for one in compared] == [
-        ("letters", "share_of_a"),
-        ("letters", "a_written"),
-    ]
-    assert judged.measured == compared[0].delta  # a gate reads the first metric that the module names
+    own = [one for one in compared if one.benchmark == "letters"]
+    assert [one.metric for one in own] == ["share_of_a", "a_written"]
+    assert judged.measured == own[0].delta  # a gate reads the first metric that the module names
+    # A row without a reference answer is asked beside them, and no loss is computed of it.
+    assert {one.examples for one in compared if one.benchmark == "IFEval"} == {1}
+    assert layout.VALIDATIONS["merged"].read(folder).overall.examples == 5
     report = (folder / "report.html").read_text()
     assert "letters" in report and "share_of_a" in report
     written = layout.RUN.read(folder)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import pyarrow.parquet as pq
@@ -135,24 +134,33 @@ def test_a_mistake_is_one_message_with_its_line_and_exit_2_before_any_answer(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "asks", ["MAX_NEW_TOKENS = 3\n", "def prompt(example): return 'a cat'\n", "STOP_TEXTS = ['a']\n"]
+)
 def test_answers_are_kept_when_the_score_fails_later_and_a_mended_one_takes_them(
-    place: Path, tmp_path: Path
+    place: Path, tmp_path: Path, asks: str
 ) -> None:
     fails = (
-        "STATE = []\ndef score(example, answer):\n    STATE.append(answer)\n    return 1 / (len(STATE) < 3)\n"
+        "SEEN = []\ndef score(example, answer):\n    SEEN.append(answer)\n    return 1 / (len(SEEN) < 3)\n"
     )
-    mine = module(tmp_path / "code", fails)
-    asked: dict[str, Any] = {"task_module": mine, "role": "base"}
+    mine, output = tmp_path / "code" / "mine.py", tmp_path / "out"
+
+    def evaluate(text: str) -> TaskResult:
+        module(mine.parent, text)
+        return evaluate_tasks(place / "base", place / "test.jsonl", output, task_module=mine)
+
     with pytest.raises(UsageError, match=r"ZeroDivisionError.*\n.*mine.py:4"):
-        evaluate_tasks(place / "base", place / "test.jsonl", tmp_path / "out", **asked)
-    module(tmp_path / "code", "def score(example, answer): return 1\n")
-    with patch.object(answers, "generate_greedy", side_effect=AssertionError("asked again")):
-        result = evaluate_tasks(place / "base", place / "test.jsonl", tmp_path / "out", **asked)
-    assert metrics(result)["mine", "score"].value == 1.0
-    module(tmp_path / "code", "MAX_NEW_TOKENS = 3\ndef score(example, answer): return 1\n")
-    with patch.object(answers, "generate_greedy", side_effect=answers.generate_greedy) as asking:
-        evaluate_tasks(place / "base", place / "test.jsonl", tmp_path / "out", **asked)
+        evaluate(fails)
+    # What decides the answers has changed: they are asked for again.
+    with (
+        patch.object(answers, "generate_greedy", side_effect=answers.generate_greedy) as asking,
+        pytest.raises(UsageError, match="ZeroDivisionError"),
+    ):
+        evaluate(fails + asks)
     assert asking.called
+    with patch.object(answers, "generate_greedy", side_effect=AssertionError("asked again")):
+        result = evaluate("def score(example, answer): return 1\n" + asks)
+    assert metrics(result)["mine", "score"].value == 1.0
 
 
 def test_a_row_without_a_verdict_is_unscored_and_other_metrics_than_before_are_refused(
