@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ import pytest
 from lorasmith.cli import main
 from lorasmith.errors import DataError, UsageError
 from lorasmith.files.jsonl import write_rows
+from lorasmith.models.generation.generate import generate_greedy
 from lorasmith.records.dataset import Example, Metadata
 from lorasmith.records.scoring import TaskMetric, TaskResult
 from lorasmith.scoring import answers
@@ -81,6 +83,32 @@ def test_its_prompt_is_what_the_model_is_asked(place: Path, tmp_path: Path) -> N
         table = pq.read_table(tmp_path / name / "base_tasks.parquet").to_pylist()
         texts[name] = [one["answer"] for one in table if one["benchmark"] == "words"]
     assert len(set(texts["asks"])) == 1 and len(set(texts["plain"])) > 1
+
+
+def test_a_conversation_is_put_with_all_its_turns_before_the_last_answer(place: Path, tmp_path: Path) -> None:
+    turns = [
+        ("system", "the cat"),
+        ("user", "sat"),
+        ("assistant", "on"),
+        ("user", "the mat"),
+        ("assistant", "in"),
+    ]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    write_rows(tmp_path / "chat.jsonl", [row])
+    mine = module(
+        tmp_path / "code", "def score(example, answer): return len(example.messages) / 10\nMAX_NEW_TOKENS = 2"
+    )
+    asked: list[str] = []
+
+    def write(loaded: Any, prompts: list[list[int]], **how: Any) -> Any:
+        asked.extend(loaded.tokenizer.decode(prompt) for prompt in prompts)
+        return generate_greedy(loaded, prompts, **how)
+
+    with patch.object(answers, "generate_greedy", write):
+        result = evaluate_tasks(place / "base", tmp_path / "chat.jsonl", tmp_path / "out", task_module=mine)
+    told = [f"<|start|>{role}\n{content}<|end|>\n" for role, content in turns[:-1]]
+    assert asked == ["".join(told) + "<|start|>assistant\n"]
+    assert metrics(result)["mine", "score"].value == 0.5
 
 
 def test_the_page_shows_a_module_that_works() -> None:
