@@ -6,18 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import lorasmith
-from lorasmith.errors import UsageError
+from lorasmith.checkpoint.header import TensorInfo
+from lorasmith.errors import CheckpointError, UsageError
 from lorasmith.quantized.open import open_base
 from tests.quantized.bases import (
     BITSANDBYTES,
     FORMATS,
     save_bitsandbytes,
+    save_gguf,
     save_gpt_oss,
     save_plain,
     save_quantized,
@@ -50,7 +53,7 @@ def decoded(base: Path) -> dict[str, torch.Tensor]:
     checkpoint = open_base(base)
     tensors = {}
     for shard in checkpoint.shards:
-        stored = load_file(shard.path)
+        stored = load_file(shard.path) if shard.path.suffix == ".safetensors" else _gguf_values(shard.path)
         for name in shard.tensors:
             weight = checkpoint.decoded.get(name)
             if weight is None:
@@ -58,6 +61,20 @@ def decoded(base: Path) -> dict[str, torch.Tensor]:
             else:
                 tensors[name] = weight.read(0, weight.info.elements).reshape(weight.info.shape)
     return tensors
+
+
+def _gguf_values(file: Path) -> dict[str, torch.Tensor]:
+    """The norms, which are all that is not quantized."""
+    import gguf
+
+    names = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    values = {}
+    for tensor in gguf.GGUFReader(file).tensors:
+        name = tensor.name.replace("blk.", "model.layers.").replace("output_norm", "model.norm")
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        values[name] = torch.from_numpy(tensor.data.copy())
+    return values
 
 
 def test_the_merge_asks_which_model_is_wanted_and_says_what_each_is(
@@ -107,8 +124,10 @@ def test_every_element_is_the_nearest_bfloat16_number(base: Path, adapter: Path,
                 @ factors[f"{module}.lora_A.weight"].double()
             )
         stored = merged[name]
-        assert stored.dtype == torch.bfloat16
-        half = stored.double().abs() * 2.0**-8
+        # The norms of a GGUF file are float32 and stay so.
+        single = stored.dtype == torch.float32 and "norm" in name
+        assert single or stored.dtype == torch.bfloat16
+        half = stored.double().abs() * (0.0 if single else 2.0**-8)
         assert ((stored.double() - exact).abs() <= half).all(), name
 
 
@@ -195,23 +214,20 @@ def test_experts_of_gpt_oss_are_merged_the_way_round_that_the_model_has_them(tmp
 
 def test_into_the_base_changes_codes_and_nothing_else(base: Path, adapter: Path, tmp_path: Path) -> None:
     lorasmith.merge(base, adapter, tmp_path / "out", into="base")
+    codes: list[TensorInfo] = []
+    for weight in open_base(base).decoded.values():
+        codes.append(weight.weight.parts["codes"].info)  # type: ignore[attr-defined]
     for file in base.iterdir():
-        merged = tmp_path / "out" / file.name
-        if file.suffix == ".safetensors":
-            assert merged.stat().st_size == file.stat().st_size
-            length = 8 + int.from_bytes(file.read_bytes()[:8], "little")
-            assert merged.read_bytes()[:length] == file.read_bytes()[:length]
+        before, after = file.read_bytes(), (tmp_path / "out" / file.name).read_bytes()
+        assert len(after) == len(before)
+        if file.suffix in (".safetensors", ".gguf"):
+            changed = np.flatnonzero(np.frombuffer(before, np.uint8) != np.frombuffer(after, np.uint8))
+            assert len(changed)
+            starts, stops = (np.array(sorted(getattr(one, at) for one in codes)) for at in ("start", "stop"))
+            place = np.searchsorted(starts, changed, side="right") - 1
+            assert ((place >= 0) & (changed < stops[place])).all()
         else:
-            assert merged.read_bytes() == file.read_bytes()
-    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    weights = open_base(base).decoded.values()
-    codes = {weight.weight.parts["codes"].info.name for weight in weights}  # type: ignore[attr-defined]
-    changed = {name for name in before if not torch.equal(*(_raw(one[name]) for one in (before, after)))}
-    assert changed == codes
-
-
-def _raw(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
+            assert after == before
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int4 groups"])
@@ -226,6 +242,38 @@ def test_what_loads_the_base_loads_the_merge(kind: str, plain: Path, adapter: Pa
         before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)(ids).logits
     assert found.isfinite().all()
     assert not torch.equal(found, before)
+
+
+def test_transformers_reads_the_merged_gguf_as_what_the_record_says(
+    plain: Path, adapter: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    base = save_gguf(tmp_path / "base", plain, "Q8_0")
+    lorasmith.merge(base, adapter, tmp_path / "out", into="base")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out",
+        gguf_file="model.gguf",
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    ).state_dict()
+    before, after = decoded(base), decoded(tmp_path / "out")
+    assert loaded.keys() == after.keys()
+    for name, values in after.items():
+        assert torch.equal(loaded[name], values.float()), name
+    assert sum(not torch.equal(before[name], after[name]) for name in after) == 14
+
+
+def test_a_gguf_file_alone_is_merged_into_but_not_into_16_bits(
+    plain: Path, adapter: Path, tmp_path: Path
+) -> None:
+    base = save_gguf(tmp_path / "base", plain, config=False)
+    with pytest.raises(CheckpointError, match=r"no config\.json beside the GGUF file"):
+        lorasmith.merge(base, adapter, tmp_path / "wide", into="16bit")
+    lorasmith.merge(base, adapter, tmp_path / "out", into="base")
+    assert [file.name for file in (tmp_path / "out").iterdir() if file.suffix == ".gguf"] == ["model.gguf"]
+    proof = lorasmith.prove(base, adapter, tmp_path / "out")
+    assert proof.grade == "exact", proof.findings
 
 
 def test_a_killed_merge_into_the_base_ends_with_the_same_bytes(

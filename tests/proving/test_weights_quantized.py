@@ -220,6 +220,19 @@ def test_experts_of_gpt_oss_are_proved_and_transposed_ones_found(tmp_path: Path)
     assert [tensor.name for tensor in proof.tensors if tensor.wrong] == [name.removesuffix("_blocks")]
 
 
+def test_another_scale_in_a_block_of_gguf_is_found(plain: Path, adapter: Path, tmp_path: Path) -> None:
+    base = save_quantized(tmp_path / "base", plain, "gguf")
+    lorasmith.merge(base, adapter, tmp_path / "out", into="base")
+    assert lorasmith.prove(base, adapter, tmp_path / "out").grade == "exact"
+    start = open_base(base).decoded[WEIGHT].weight.parts["codes"].info.start  # type: ignore[attr-defined]
+    content = bytearray((tmp_path / "out" / "model.gguf").read_bytes())
+    content[start] ^= 1
+    (tmp_path / "out" / "model.gguf").write_bytes(content)
+    proof = lorasmith.prove(base, adapter, tmp_path / "out")
+    assert "scales-differ" in [finding.code for finding in proof.findings]
+    assert proof.grade == "different"
+
+
 def test_a_tie_goes_to_the_side_of_the_bases_number(plain: Path, tmp_path: Path) -> None:
     """Scales that are powers of two and an update of exactly half a step, or one and a half."""
     base = save_quantized(tmp_path / "base", plain, "int4 groups")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.quantized.cases import CASES, MODULE
+from tests.quantized.cases import CASES, MODULE, write_gguf
 from tests.tiny import save_base, tiny_tokenizer
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128}
@@ -92,9 +92,53 @@ def save_gpt_oss(folder: Path) -> tuple[Path, Path]:
     return plain, packed
 
 
+_GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+}  # fmt: skip
+
+
+def save_gguf(folder: Path, plain: Path, kind: str = "Q4_1", *, config: bool = True) -> Path:
+    """The llama in `plain` as llama.cpp's conversion writes it, q and k turned, its matrices in one type."""
+    import gguf
+
+    folder.mkdir()
+    body = json.loads((plain / "config.json").read_text())
+    tensors: dict[str, tuple[Any, str]] = {}
+    for name, weight in load_file(plain / "model.safetensors").items():
+        module = name.removesuffix(".weight").replace("model.layers.", "blk.")
+        for ours, theirs in _GGUF_NAMES.items():
+            module = module.replace(ours, theirs)
+        heads = {"attn_q": body["num_attention_heads"], "attn_k": body["num_key_value_heads"]}
+        values = weight.float()
+        count = heads.get(module.rpartition(".")[2])
+        if count:
+            values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        if values.ndim == 1:
+            tensors[f"{module}.weight"] = (values.numpy(), "F32")
+        else:
+            raw = gguf.quantize(values.numpy(), getattr(gguf.GGMLQuantizationType, kind))
+            tensors[f"{module}.weight"] = (raw, kind)
+    sizes = {
+        "context_length": 256,
+        "embedding_length": body["hidden_size"],
+        "feed_forward_length": body["intermediate_size"],
+        "vocab_size": body["vocab_size"],
+    }
+    heads, shared = body["num_attention_heads"], body["num_key_value_heads"]
+    write_gguf(folder / "model.gguf", tensors, "llama", heads, shared, **sizes)
+    if config:
+        for file in plain.iterdir():
+            if file.suffix == ".json":
+                (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
 FORMATS = [
     "nf4", "fp4", "int8", "fp8 block", "fp8 edges", "fp8 channel", "nvfp4", "nvfp4 modelopt",
-    "int4 asymmetric", "int8 bytes", "gptq act-order", "awq",
+    "int4 asymmetric", "int8 bytes", "gptq act-order", "awq", "gguf",
 ]  # fmt: skip
 """Every format that a whole model is merged and proved in."""
 
@@ -103,6 +147,8 @@ def save_quantized(folder: Path, plain: Path, kind: str) -> Path:
     """The model in `plain` in one of `FORMATS`."""
     if kind in BITSANDBYTES:
         return save_bitsandbytes(folder, plain, **BITSANDBYTES[kind])
+    if kind == "gguf":
+        return save_gguf(folder, plain)
     return save_case(folder, plain, kind)
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +28,8 @@ class Made:
     config: dict[str, Any] = field(default_factory=dict)
     name: str = NAME
     """What the weight is called in the model."""
+    file: Callable[[Path], None] | None = None
+    """Writes the folder's weights where they are no safetensors."""
 
 
 def random_weight(rows: int, columns: int, *, seed: int = 0) -> torch.Tensor:
@@ -263,6 +267,74 @@ def _signed(words: torch.Tensor) -> torch.Tensor:
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
+def gguf(kind: str, architecture: str = "qwen2") -> Callable[[torch.Tensor], Made]:
+    """A GGUF file with one matrix: quantized by gguf-py where it can, else random blocks."""
+
+    def make(weight: torch.Tensor) -> Made:
+        import gguf as library
+
+        number = getattr(library.GGMLQuantizationType, kind)
+        try:
+            raw = library.quantize(weight.numpy(), number)
+        except NotImplementedError:
+            raw = random_blocks(kind, weight.shape)
+        values = torch.from_numpy(library.dequantize(raw, number))
+        heads = 4
+
+        def write(folder: Path) -> None:
+            write_gguf(folder / "model.gguf", {"blk.0.attn_q.weight": (raw, kind)}, architecture, heads)
+
+        if architecture == "llama":
+            rows, columns = values.shape
+            values = (
+                values.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+            )
+        return Made({}, values.contiguous(), file=write)
+
+    return make
+
+
+def random_blocks(kind: str, shape: tuple[int, ...]) -> Any:
+    """Random bytes of a block type, its float16 scales of a sensible size."""
+    import gguf as library
+
+    size, width = library.GGML_QUANT_SIZES[getattr(library.GGMLQuantizationType, kind)]
+    halves = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind]
+    generator = np.random.default_rng(7)
+    raw = generator.integers(0, 256, (shape[0], shape[1] // size, width), dtype=np.uint8)
+    for at in halves:
+        scales = generator.normal(0, 1e-3, raw.shape[:2]).astype(np.float16)
+        raw[..., at : at + 2] = scales[..., None].view(np.uint8)
+    return raw.reshape(shape[0], -1)
+
+
+def write_gguf(
+    path: Path,
+    tensors: dict[str, tuple[Any, str]],
+    architecture: str,
+    heads: int,
+    kv_heads: int | None = None,
+    **sizes: int,
+) -> None:
+    """A GGUF file by the library's own writer; arrays in float32 (`F32`) or raw blocks of a type."""
+    import gguf as library
+
+    writer = library.GGUFWriter(path, architecture)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads or heads)
+    writer.add_block_count(2)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b", "c"])
+    for name, size in sizes.items():
+        writer.add_uint32(f"{architecture}.{name}", size)
+    writer.add_layer_norm_rms_eps(1e-6)
+    for name, (raw, kind) in tensors.items():
+        writer.add_tensor(name, raw, raw_dtype=getattr(library.GGMLQuantizationType, kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 NVFP4 = {
     "format": "nvfp4-pack-quantized",
     "num_bits": 4,
@@ -307,7 +379,19 @@ CASES: dict[str, Callable[[torch.Tensor], Made]] = {
     "gptq 8 bits": gptq(8),
     "gptq v2": gptq(4, version="gptq_v2"),
     "awq": awq,
+    "gguf q8_0": gguf("Q8_0"),
+    "gguf q4_0": gguf("Q4_0"),
+    "gguf q4_1": gguf("Q4_1"),
+    "gguf q4_1 llama": gguf("Q4_1", "llama"),
+    "gguf q4_K": gguf("Q4_K"),
+    "gguf q5_K": gguf("Q5_K"),
+    "gguf q6_K": gguf("Q6_K"),
+    "gguf q6_K llama": gguf("Q6_K", "llama"),
+    "gguf mxfp4": gguf("MXFP4"),
 }
 
-SHAPES: dict[str, tuple[int, int]] = {"nf4 across rows": (24, 80)}
+SHAPES: dict[str, tuple[int, int]] = {
+    "nf4 across rows": (24, 80),
+    **dict.fromkeys(("gguf q4_K", "gguf q5_K", "gguf q6_K", "gguf q6_K llama"), (24, 512)),
+}
 """Shapes of the random weight other than (24, 128)."""

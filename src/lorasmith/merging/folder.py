@@ -269,7 +269,7 @@ def write_small_files(
 
 def _own_files(base: Checkpoint) -> list[str]:
     """Config and index, which a merge that keeps the format takes over as they are."""
-    return ["config.json"] + ([INDEX] if base.index is not None else [])
+    return [name for name in ("config.json", INDEX) if (base.folder / name).exists()]
 
 
 def _write_all(

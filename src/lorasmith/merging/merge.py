@@ -181,6 +181,14 @@ def _require_into(base: Checkpoint, options: MergeOptions) -> str:
         )
     if options.into == "base":
         require_kept(options, base)
+    elif not (base.folder / "config.json").exists():
+        raise CheckpointError(
+            "there is no config.json beside the GGUF file, which a model in 16 bits needs",
+            where=base.folder,
+            expected="config.json and the tokenizer's files of the model",
+            remedy="put them beside it (they are those of the model that it was made from), or merge with "
+            "--into base",
+        )
     return options.into
 
 
@@ -252,9 +260,8 @@ def _key(request: _Request, inputs: _Inputs, mode: Mode) -> str:
 
 
 def _require_space(plan: Plan, partial: PartialFolder) -> None:
-    needed = sum(
-        shard_header(outputs)[1] for name, outputs in plan.shards.items() if partial.done(name) is None
-    )
+    left = [outputs for name, outputs in plan.shards.items() if partial.done(plan.file_of(name)) is None]
+    needed = sum(shard_header(outputs)[1] for outputs in left)
     require_disk(partial.output.parent, needed + (64 << 20), "write the merged model")
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from lorasmith.adapters.base import Change, RowUpdate
-from lorasmith.checkpoint.model import Checkpoint, open_stored
+from lorasmith.checkpoint.header import TensorFile, TensorInfo
+from lorasmith.checkpoint.model import Checkpoint
 from lorasmith.errors import UsageError
 from lorasmith.merging.disk import Finish, nothing_left
 from lorasmith.merging.numbers.blocks import ROUNDED_UP, Counts, Products, merged_tensor, prepare_products
@@ -28,7 +29,7 @@ from lorasmith.merging.plan import Output, Plan
 from lorasmith.merging.tensors import Factors
 from lorasmith.options import MergeOptions
 from lorasmith.quantized.grid import Block, Codes, Ints, dithered, exact_places, nearest
-from lorasmith.quantized.open import DecodedTensor
+from lorasmith.quantized.open import DecodedTensor, open_as_stored
 from lorasmith.quantized.weight import QuantizedWeight
 from lorasmith.records.merging import MergedTensor
 
@@ -44,7 +45,7 @@ def keep_format(plan: Plan, base: Checkpoint) -> tuple[Checkpoint, Plan]:
     if plan.untied or plan.vocabulary is not None:
         what = "a head of its own" if plan.untied else f"{plan.vocabulary} tokens"
         raise _refused(f"the adapter gives the model {what}, for which the base's format has no place")
-    stored = open_stored(base.folder)
+    stored = open_as_stored(base.folder)
     planned = {output.name: output for output in plan.outputs}
     codes: dict[str, DecodedTensor] = {}
     for tensor in base.decoded.values():
@@ -65,8 +66,25 @@ def keep_format(plan: Plan, base: Checkpoint) -> tuple[Checkpoint, Plan]:
             else:
                 plain = planned.get(info.name)
                 outputs.append(plain or Output(info.name, info.dtype, info.shape, info))
-        shards[shard.path.name] = tuple(outputs)
+        shards[shard.path.name] = tuple(_without_gaps(outputs, shard))
     return stored, replace(plan, shards=shards, keeps_format=True)
+
+
+def _without_gaps(outputs: list[Output], shard: TensorFile) -> Iterator[Output]:
+    """Outputs with what lies between them, as they are written one after the other: GGUF aligns tensors."""
+    position = shard.data_start
+    for output in outputs:
+        if output.source.start > position:
+            yield _bytes_of(shard, position, output.source.start)
+        yield output
+        position = output.source.stop
+    if position < shard.size:
+        yield _bytes_of(shard, position, shard.size)
+
+
+def _bytes_of(shard: TensorFile, start: int, stop: int) -> Output:
+    info = TensorInfo(f"bytes {start} to {stop} of {shard.path.name}", "U8", (stop - start,), start, stop)
+    return Output(info.name, "U8", info.shape, info)
 
 
 def _require_update(name: str, change: Change | None) -> None:

@@ -15,7 +15,7 @@ from lorasmith.adapters.registry import VARIANTS, split_name
 from lorasmith.checkpoint.adapter import PREFIX, Adapter
 from lorasmith.checkpoint.base_match import compare_base, given_base
 from lorasmith.checkpoint.header import FLOATS, TensorInfo, nbytes_of
-from lorasmith.checkpoint.model import Checkpoint, Decoded
+from lorasmith.checkpoint.model import SINGLE, Checkpoint, Decoded
 from lorasmith.checkpoint.names import resolve
 from lorasmith.errors import AdapterError, CheckpointError
 from lorasmith.records.base import Finding
@@ -71,6 +71,10 @@ class Plan:
     findings: tuple[Finding, ...]
     keeps_format: bool = False
     """Whether the files are the base's own but for values: headers, configs and quantized format."""
+
+    def file_of(self, shard: str) -> str:
+        """The file of the merged folder that a file of the base becomes."""
+        return shard if self.keeps_format or not shard.endswith(".gguf") else SINGLE
 
     @property
     def outputs(self) -> list[Output]:

@@ -57,7 +57,7 @@ def merge_shards(
     """
     shards = merger.base.shards
     sizes = [sum(output.nbytes for output in merger.plan.shards[shard.path.name]) for shard in shards]
-    finished = [partial_folder.done(shard.path.name) for shard in shards]
+    finished = [partial_folder.done(merger.plan.file_of(shard.path.name)) for shard in shards]
     # The largest first, so that no worker is left with it at the end.
     missing = sorted((n for n, done in enumerate(finished) if done is None), key=lambda n: (-sizes[n], n))
     direct = True
@@ -174,7 +174,8 @@ class ShardMerger:
         """Write a shard under a name of its own, then rename it: a worker that was given up does no harm."""
         shard = self.base.shards[number]
         name = shard.path.name
-        target = self.folder / f".{name}.{uuid4().hex}.partial"
+        final = self.plan.file_of(name)
+        target = self.folder / f".{final}.{uuid4().hex}.partial"
         plain = partial(
             make_writer,
             factors=self.factors,
@@ -194,7 +195,7 @@ class ShardMerger:
 
         adapter_files = [adapter.file.path for adapter in self.adapters]
         with os_errors(self.folder, "write"):
-            for left in self.folder.glob(f".{escape(name)}.*.partial"):
+            for left in self.folder.glob(f".{escape(final)}.*.partial"):
                 left.unlink(missing_ok=True)
         try:
             done = write_shard(
@@ -217,8 +218,8 @@ class ShardMerger:
                 "there is too little memory to merge a shard", where=name, remedy="use a larger machine"
             ) from error
         with os_errors(self.folder, "write"):
-            target.replace(self.folder / name)
-        return done
+            target.replace(self.folder / final)
+        return done.model_copy(update={"file": done.file.model_copy(update={"path": final})})
 
 
 # One shard: its tensors in the order of the base's file, each in pieces as they come from the disk.

@@ -11,6 +11,8 @@ import torch
 from lorasmith.checkpoint.header import FLOATS, TensorFile, TensorInfo
 from lorasmith.checkpoint.model import Checkpoint, looks_quantized, open_stored, refuse_quantized
 from lorasmith.errors import CheckpointError
+from lorasmith.files.inputs import require_own_links
+from lorasmith.quantized.gguf import RECOMPUTED, gguf_file, open_gguf
 from lorasmith.quantized.registry import CODECS
 from lorasmith.quantized.weight import QuantizedWeight, model_type
 
@@ -56,12 +58,25 @@ def open_base(folder: Path) -> Checkpoint:
 
     Raises `CheckpointError` for a format that is not known, and for weights that are not whole.
     """
-    stored = open_stored(folder)
-    weights = [weight for codec in CODECS for weight in codec.find(stored)]
+    stored, weights = _open(folder)
     if not weights:
         refuse_quantized(stored)
         return stored
     return logical(stored, weights)
+
+
+def open_as_stored(folder: Path) -> Checkpoint:
+    """A base with the tensors that its files hold."""
+    return _open(folder)[0]
+
+
+def _open(folder: Path) -> tuple[Checkpoint, list[QuantizedWeight]]:
+    file = gguf_file(folder)
+    if file is not None:
+        require_own_links(folder)
+        return open_gguf(file)
+    stored = open_stored(folder)
+    return stored, [weight for codec in CODECS for weight in codec.find(stored)]
 
 
 def logical(stored: Checkpoint, weights: list[QuantizedWeight]) -> Checkpoint:
@@ -74,6 +89,8 @@ def logical(stored: Checkpoint, weights: list[QuantizedWeight]) -> Checkpoint:
         tensors: dict[str, TensorInfo] = {}
         for name, info in shard.tensors.items():
             weight = owner.get(name)
+            if name in RECOMPUTED:
+                continue
             if weight is None:
                 tensors[name] = info
             elif name == weight.parts["codes"].info.name:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
@@ -29,10 +30,12 @@ from lorasmith.proving.weights.beside import (
 )
 from lorasmith.proving.weights.check import check
 from lorasmith.proving.weights.claims import Claims, Identity, check_claims, read_claims
-from lorasmith.proving.weights.model_folder import TensorFolder, open_model
+from lorasmith.proving.weights.model_folder import ProvenTensor, TensorFolder, open_model
 from lorasmith.proving.weights.plan import plan_proof
-from lorasmith.proving.weights.quantized.decode import decode_weights, find_weights
+from lorasmith.proving.weights.quantized.decode import find_weights, put_in_place
+from lorasmith.proving.weights.quantized.gguf import gguf_in, open_gguf
 from lorasmith.proving.weights.quantized.keeps_format import check_all, split
+from lorasmith.proving.weights.quantized.stored import Found
 from lorasmith.proving.weights.report import Report
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.proof import WeightProof
@@ -65,20 +68,17 @@ def prove(
     adapters = [Path(adapter)] if isinstance(adapter, str | PathLike) else [Path(one) for one in adapter]
     base, merged = local_model(base, adapters, progress=progress), Path(merged)
     require_own_links(merged)
-    merged_folder = open_model(merged, released=True)
+    opened = _open_base(base)
+    base_folder, config, quantized = opened.folder, opened.config, opened.quantized
+    merged_folder, found = _open_merged(merged, opened)
     claims = read_claims(merged)
     factors = _factors(weights, claims, len(adapters))
-    base_folder, config = _open_base(base)
-    stored = dict(base_folder.tensors)
-    quantized = decode_weights(base_folder, config.body)
     loaded = [read_adapter(path, factor) for path, factor in zip(adapters, factors, strict=True)]
     plan = plan_proof(base_folder, config, loaded)
-    plan.ties.settle(merged_folder.tensors)
+    in_model = merged_folder.tensors | {name: one.codes for name, one in found.items()}
+    plan.ties.settle(in_model)
     report = Report(claims, merged_folder)
-    # What the merge holds decides what it has to be: the base's own format, or numbers. It is read as the
-    # base is, whose settings the merge's config must have too.
-    found = find_weights(merged_folder.tensors, config.body) if quantized else {}
-    expected, codes = split(plan, stored, quantized, found) if found else (plan.expected, [])
+    expected, codes = split(plan, opened.stored, quantized, found) if found else (plan.expected, [])
     pairs = report.match(expected, {one.merged.codes.name for one in codes})
     total = sum(tensor.bytes for _, tensor in pairs) + sum(one.merged.codes.bytes for one in codes)
     with progress("Prove the weights", total=total, unit="B") as advance:
@@ -97,12 +97,14 @@ def prove(
     folders = Folders(base, adapters, merged, weights_read)
     rows_before, rows = plan.ties.rows_before, plan.ties.rows
     right = RightConfig(report.precision, base_folder.first_type, rows_before, rows, keeps_format=bool(found))
-    merged_config = read_merged_config(merged)
+    # A GGUF file needs no config beside it, and then the merge has none either.
+    alone = bool(found) and not any((folder / "config.json").exists() for folder in (base, merged))
+    merged_config = config if alone else read_merged_config(merged)
     report.findings += check_beside(folders, config, merged_config, right)
     report.findings += plan.findings
     if not plan.base_verified and claims.record is None:
         report.findings.append(_BASE_UNKNOWN)
-    report.findings += plan.ties.check(merged_config, merged_folder.tensors)
+    report.findings += plan.ties.check(merged_config, in_model)
     proof = report.finish(identity, len(plan.used), sum(one.tensors for one in loaded))
     if output is not None:
         atomic.write_record(Path(output), proof)
@@ -137,10 +139,21 @@ def _factors(asked: Sequence[float] | None, claims: Claims, adapters: int) -> li
     return factors
 
 
-def _open_base(path: Path) -> tuple[TensorFolder, ModelConfig]:
+@dataclass(frozen=True)
+class _Base:
+    """The base, opened."""
+
+    folder: TensorFolder
+    """Its weights by their names in the model, quantized ones as numbers."""
+    config: ModelConfig
+    stored: dict[str, ProvenTensor]
+    """Its tensors as they are stored."""
+    quantized: dict[str, Found]
+
+
+def _open_base(path: Path) -> _Base:
     try:
-        folder = open_model(path)
-        config = read_config(path)
+        folder, quantized, config = _read_base(path)
     except InputError as error:
         raise CheckpointError(
             error.found, where=error.where, expected=error.expected, remedy=error.remedy
@@ -148,4 +161,37 @@ def _open_base(path: Path) -> tuple[TensorFolder, ModelConfig]:
     if folder.problems:
         first = folder.problems[0]
         raise CheckpointError(first.message, where=first.where, expected=first.expected)
-    return folder, config
+    if not quantized and config.body.get("quantization_config"):
+        raise CheckpointError(
+            "the base is quantized in a format that is not known here",
+            where=path,
+            remedy="give the 16-bit model that it was made from",
+        )
+    stored = dict(folder.tensors)
+    put_in_place(folder, quantized, config.body)
+    return _Base(folder, config, stored, quantized)
+
+
+def _read_base(path: Path) -> tuple[TensorFolder, dict[str, Found], ModelConfig]:
+    file = gguf_in(path)
+    if file is None:
+        folder, config = open_model(path), read_config(path)
+        return folder, find_weights(folder.tensors, config.body), config
+    gguf = open_gguf(file)
+    if (path / "config.json").is_file():
+        return gguf.folder, gguf.found, read_config(path)
+    return gguf.folder, gguf.found, ModelConfig({"model_type": gguf.architecture}, None, "a GGUF file alone")
+
+
+def _open_merged(path: Path, base: _Base) -> tuple[TensorFolder, dict[str, Found]]:
+    """The merge's tensors, and its weights where it kept the quantized format of its base.
+
+    What it holds decides what it has to be: that format, or numbers. It is read as the base is, whose
+    settings its config must have too.
+    """
+    file = gguf_in(path) if base.quantized else None
+    if file is not None:
+        gguf = open_gguf(file)
+        return gguf.folder, gguf.found
+    folder = open_model(path, released=True)
+    return folder, find_weights(folder.tensors, base.config.body) if base.quantized else {}

@@ -75,7 +75,7 @@ class Report:
         if self.claims.record:
             claimed = self.claims.record.precision
             if claimed not in ("base", *_NAMES):
-                self._note("record-disagrees", f"unknown precision {claimed!r}", RECORD)
+                self.note("record-disagrees", f"unknown precision {claimed!r}", RECORD)
             return claimed
         pairs = [
             (want.dtype, self.merged.tensors[name].dtype)
@@ -93,7 +93,7 @@ class Report:
             self._whole(stored.name, want.kind, stored.elements, stored.dtype, f"shape {list(stored.shape)}")
             return False
         if stored.dtype != wanted:
-            self._note("wrong-dtype", f"stored as {stored.dtype}, not {wanted}", stored.name)
+            self.note("wrong-dtype", f"stored as {stored.dtype}, not {wanted}", stored.name)
         if stored.dtype == "F64" and want.kind == "merged":
             raise CheckpointError(
                 f"the base stores {stored.name!r} as float64, whose rounding cannot be checked",
@@ -113,9 +113,10 @@ class Report:
                 name=name, kind=kind, elements=elements, wrong=elements, max_ulps=0, dtype=dtype, note=note
             )
         )
-        self._note(f"{kind}-tensor" if kind in ("missing", "extra") else "wrong-tensor", note, name)
+        self.note(f"{kind}-tensor" if kind in ("missing", "extra") else "wrong-tensor", note, name)
 
-    def _note(self, code: str, message: str, name: str) -> None:
+    def note(self, code: str, message: str, name: str) -> None:
+        """An error that may hold for several tensors, which are told together."""
         self._notes.setdefault(f"{code}\n{message}", []).append(name)
 
     def take(self, checked: Checked, *, on_grid: bool = False) -> None:
@@ -159,7 +160,7 @@ class Report:
         text = "codes of other grid points than the rounding rule gives"
         if tally.stale == tally.wrong:
             text = "codes of the base where the update moves the number to another grid point"
-        self._note("wrong-codes", text, checked.stored.name)
+        self.note("wrong-codes", text, checked.stored.name)
         return text
 
     def _explain(self, checked: Checked, kind: str) -> str:
@@ -180,9 +181,9 @@ class Report:
             code, text = "wrong-values", "wrong values"
             ratio = tally.moved / tally.wanted if tally.wanted > 0 else 0.0
             if abs(ratio) > 0.02 and abs(ratio - 1) > 0.02:
-                self._note(code, text, stored.name)
+                self.note(code, text, stored.name)
                 return f"{text}: the update looks applied {ratio:.3g} times"
-        self._note(code, text, stored.name)
+        self.note(code, text, stored.name)
         return text
 
     def _is_base(self, checked: Checked) -> bool:

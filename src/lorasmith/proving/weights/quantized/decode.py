@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lorasmith.errors import CheckpointError
 from lorasmith.proving.weights.model_folder import ProvenTensor, TensorFolder
 from lorasmith.proving.weights.quantized.bitsandbytes import find_4bit, find_8bit
 from lorasmith.proving.weights.quantized.floats import find_fp8, find_mxfp4, find_nvfp4
+from lorasmith.proving.weights.quantized.gguf import is_recomputed
 from lorasmith.proving.weights.quantized.integers import find_compressed, find_qweight
 from lorasmith.proving.weights.quantized.stored import Found
 
@@ -35,17 +35,8 @@ def find_weights(tensors: Mapping[str, ProvenTensor], config: Mapping[str, Any])
     return {one.name: one for one in found}
 
 
-def decode_weights(folder: TensorFolder, config: Mapping[str, Any]) -> dict[str, Found]:
-    """Put them into `folder.tensors`; raises `CheckpointError` for a quantized base of no known format."""
-    found = find_weights(folder.tensors, config)
-    if not found:
-        if config.get("quantization_config"):
-            raise CheckpointError(
-                "the base is quantized in a format that is not known here",
-                where=folder.path,
-                remedy="give the 16-bit model that it was made from",
-            )
-        return found
+def put_in_place(folder: TensorFolder, found: Mapping[str, Found], config: Mapping[str, Any]) -> None:
+    """Let `folder.tensors` hold the weights instead of what they are stored as."""
     dtype = _model_dtype(config)
     in_place = {one.codes.name: one for one in found.values()}
     used = {name for one in found.values() for name in one.used}
@@ -56,10 +47,9 @@ def decode_weights(folder: TensorFolder, config: Mapping[str, Any]) -> dict[str,
             tensors[one.name] = replace(
                 stored, name=one.name, dtype="F64", shape=one.shape, decode=one.decode, model_dtype=dtype
             )
-        elif name not in used:
+        elif name not in used and not is_recomputed(name):
             tensors[name] = stored
     folder.tensors = tensors
-    return found
 
 
 def _model_dtype(config: Mapping[str, Any]) -> str:

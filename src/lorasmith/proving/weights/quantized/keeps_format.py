@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from lorasmith.errors import AdapterError
 from lorasmith.progress import Advance
 from lorasmith.proving.weights.blocks import Tally
@@ -15,6 +17,9 @@ from lorasmith.proving.weights.plan import Plan
 from lorasmith.proving.weights.quantized.on_grid import check_codes
 from lorasmith.proving.weights.quantized.stored import Found
 from lorasmith.proving.weights.report import Report
+
+_BYTES = 1 << 24
+"""Bytes of blocks that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,23 @@ def check_all(codes: list[CodesOfWeight], report: Report, advance: Advance) -> N
         tally = Tally()
         for part in check_codes(one.expected, one.base, one.merged):
             tally.add(part)
+        if not _same_scales(one.base, one.merged):
+            report.note("scales-differ", "blocks hold other scales than the base's", one.base.name)
         advance(one.merged.codes.bytes)
         shown = replace(one.merged.codes, name=one.base.name, shape=one.base.shape, dtype=one.base.format)
         report.take(Checked(one.expected, shown, tally), on_grid=True)
+
+
+def _same_scales(base: Found, merged: Found) -> bool:
+    """Whether blocks that hold codes and scales are the same but for their codes."""
+    if base.block is None:
+        return True
+    size, first, last = base.block
+    step = size * (_BYTES // size)
+    for start in range(0, base.codes.bytes, step):
+        count = min(step, base.codes.bytes - start)
+        ours, theirs = (one.codes.flat(start, count).reshape(-1, size) for one in (base, merged))
+        for part in (slice(0, first), slice(last, size)):
+            if not torch.equal(ours[:, part], theirs[:, part]):
+                return False
+    return True

@@ -39,6 +39,8 @@ class Found:
     used: tuple[str, ...]
     """Names of all stored tensors that belong to it."""
     divisor: int = 1
+    block: tuple[int, int, int] | None = None
+    """Where codes and scales share a tensor: bytes of a block, where its codes begin, where they end."""
 
     def values(self, elements: Elements, levels: torch.Tensor) -> torch.Tensor:
         """The numbers that levels stand for in the place of these elements."""
