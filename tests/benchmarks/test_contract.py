@@ -127,10 +127,13 @@ def test_a_row_whose_metadata_was_made_by_hand_stops_nothing(
 
 
 @pytest.mark.parametrize(("benchmark", "shape"), LAYOUTS)
-def test_an_empty_answer_is_never_scored(benchmark: Benchmark, shape: dict[str, Any], tmp_path: Path) -> None:
-    row = rows_of(tmp_path, shape, benchmark)[0]
-    with pytest.raises(Unscored, match="empty"):
-        benchmark.score(example(benchmark, benchmark.read(row, seed=42)), " \n")
+def test_an_empty_answer_is_wrong(benchmark: Benchmark, shape: dict[str, Any], tmp_path: Path) -> None:
+    """Under every metric of the benchmark: else one right answer and 99 blank ones would be a rate of 1."""
+    row = example(benchmark, benchmark.read(rows_of(tmp_path, shape, benchmark)[0], seed=42))
+    if benchmark.answered_by == "text":
+        assert benchmark.score(row, " \n") == dict.fromkeys(benchmark.metrics, 0.0)
+        with suppress(Unscored):  # a machine without a sandbox has no verdict
+            assert set(benchmark.score(row, "x")) == set(benchmark.metrics)
 
 
 @pytest.mark.parametrize(("benchmark", "entry"), entries("rejected"))

@@ -6,6 +6,7 @@ import gzip
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -103,9 +104,29 @@ def test_the_imports_of_the_prompt_stay_before_a_whole_function() -> None:
     assert text.count("def f(") == 1
 
 
-def test_an_empty_answer_is_unscored() -> None:
-    with pytest.raises(Unscored, match="empty"):
-        HumanEval().score(example(rows()[0]), "  \n")
+def test_an_empty_answer_is_wrong() -> None:
+    assert HumanEval().score(example(rows()[0]), "  \n") == {"pass@1": 0.0}
+
+
+BODY = "def f(x):\n    return x + 1\n"
+FENCED = {
+    "python3": f"Here:\n```python3\n{BODY}```\n",
+    "not closed": f"```py\n{BODY}",
+    "CRLF": f"```python\n{BODY}```\n".replace("\n", "\r\n"),
+    "tildes": f"~~~~ python\n{BODY}~~~~",
+    "in a list": "1. So:\n   ```python\n" + "".join(f"   {line}\n" for line in BODY.splitlines()) + "   ```",
+    "behind a bullet": f"- ```\n{BODY}```",
+    "title in the fence": f'```python title="f.py" {{1-2}}\n{BODY}```',
+    "another fence inside": f"````python\n{BODY}# ```\n````",
+    "usage behind it": f"```python\n{BODY}```\nThen\n```python\nprint(f(1))\n```",
+}
+
+
+@pytest.mark.parametrize("answer", FENCED.values(), ids=FENCED.keys())
+def test_code_is_found_in_every_kind_of_fence(answer: str) -> None:
+    scope: dict[str, Any] = {}
+    exec(program('def f(x):\n    "One more."\n', answer, "f"), scope)  # of this file's own making
+    assert scope["f"](1) == 2
 
 
 def test_without_a_sandbox_it_is_unscored_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import pytest
 from lorasmith.benchmarks import maths
 from lorasmith.benchmarks.base import Unscored
 from lorasmith.benchmarks.choices import judge_letter, judge_likelihoods, read_letter
-from lorasmith.benchmarks.drop import best_pairs, score, spans_score
+from lorasmith.benchmarks.drop import best_pairs, score, spans_score, stated
 from lorasmith.records.dataset import Example, Metadata
 
 CASES = Path(__file__).parents[1] / "cases"
@@ -108,6 +108,68 @@ def test_math_works_off_the_main_thread() -> None:
     thread.start()
     thread.join()
     assert found == [True]
+
+
+EQUAL = [
+    ("1010_2", r"\boxed{1010_{2}}"),
+    ("1010_2", r"In base 2 it is \boxed{1010}."),
+    ("52", r"\boxed{52_{10}}"),
+    ("10,000", r"\boxed{10000}"),
+    ("10000", r"\boxed{10{,}000}"),
+    ("1,2", r"\boxed{2, 1}"),
+    (r"\frac{\pi}{4}", r"\boxed{\frac\pi4}"),
+    (r"\frac{\pi}{4}", r"\boxed{π/4}"),
+    (r"90^\circ", r"\boxed{90}"),
+    ("90", r"\boxed{90°}"),
+    ("-3", r"\boxed{−3}"),
+    (r"50\%", r"\boxed{50}"),
+    (r"\text{A, C}", r"\boxed{C \text{ and } A}"),
+    (r"\text{B}", r"\boxed{\textbf{B}}"),
+    ("7", r"\boxed{7.}"),
+    ("7", "So the answer is 7."),
+    (r"\$5", r"\boxed{5}"),
+    (r"\sqrt{3}", r"\boxed{√3}"),
+    (r"\frac12", r"\boxed{½}"),
+]
+UNEQUAL = [
+    ("1010_2", r"\boxed{1010_3}"),
+    ("52", r"\boxed{52_8}"),
+    ("12", r"\boxed{1010_2}"),
+    ("(1,234)", r"\boxed{1234}"),
+    ("1,2", r"\boxed{12}"),
+    (r"\text{A, C}", r"\boxed{A, B}"),
+    ("(2,5)", r"\boxed{[2,5]}"),
+]
+VERDICTS = [*((*one, True) for one in EQUAL), *((*one, False) for one in UNEQUAL)]
+
+
+@pytest.mark.parametrize(("final", "answer", "right"), VERDICTS)
+def test_answers_in_math_that_are_only_written_otherwise(final: str, answer: str, right: bool) -> None:
+    assert maths.equal(final, answer) is right
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("The correct option is B.", "B"),
+        ("$B$", "B"),
+        (r"\boxed{\textbf{B}}", "B"),
+        (r"\boxed{\text{(A)}}", "A"),
+        ("Correct answer: $C$", "C"),
+        ("I think the correct choice is C", "C"),
+        ("the answer is a force", None),
+    ],
+)
+def test_letters_of_free_answers_are_read(answer: str, letter: str | None) -> None:
+    assert read_letter(answer, ["w", "x", "y", "z"]) == letter
+
+
+SENTENCES = ["5", "The answer is 5.", "**Answer:** 5", "It says three, then two.\nThe final answer is: 5."]
+
+
+@pytest.mark.parametrize("answer", SENTENCES)
+def test_drop_reads_answers_in_whole_sentences(answer: str) -> None:
+    assert score(stated(answer), [["5"]]) == {"exact_match": 1.0, "f1": 1.0}
 
 
 def test_a_math_reference_that_nobody_can_read_is_unscored() -> None:

@@ -97,7 +97,7 @@ def test_written_answers_are_judged_and_limits_and_strangers_counted(place: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base_tasks.json", "base_tasks.parquet"]
 
 
-def test_an_unscored_answer_is_not_a_wrong_one(
+def test_rates_are_over_all_rows_those_without_a_verdict_too(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def judge(self: Drop, example: Any, answer: str) -> dict[str, float]:
@@ -107,7 +107,7 @@ def test_an_unscored_answer_is_not_a_wrong_one(
 
     monkeypatch.setattr(Drop, "judge", judge)
     found = metric(evaluate_tasks(place / "base", place / "test.jsonl", tmp_path), "DROP", "f1")
-    assert (found.scored, found.unscored, found.value, found.reasons) == (3, 2, 1.0, {"no verdict": 2})
+    assert (found.scored, found.unscored, found.value, found.reasons) == (3, 2, 0.6, {"no verdict": 2})
     monkeypatch.setattr(Drop, "judge", lambda *_: (_ for _ in ()).throw(Unscored("none")))
     [none] = [
         m

@@ -89,6 +89,8 @@ class Judge(ABC):
     answered_by: ClassVar[Literal["text", "letter", "ending"]] = "text"
     """A model writes a text; or of the letters of the row's choices the likeliest counts; or of the choices
     themselves, each as the end of the prompt, by the log-probability of all its tokens."""
+    metrics: tuple[str, ...] = ("accuracy",)
+    """Names of the scores that a written answer gets."""
     max_new_tokens: int = 512
     """Longest answer, where a text is written."""
     stop_texts: tuple[str, ...] = ()
@@ -130,11 +132,11 @@ class Judge(ABC):
         return ""
 
     def score(self, example: Example, answer: str) -> Scores:
-        """Score what a model wrote; raises `Unscored` for a blank answer and where no verdict is possible."""
-        if not answer.strip():
-            raise Unscored("the answer is empty")
+        """Score what a model wrote, nothing as wrong; raises `Unscored` where no verdict is possible."""
         if fault := self.fault(example):
             raise Unscored(f"the row cannot be judged: {fault}")
+        if not answer.strip():
+            return dict.fromkeys(self.metrics, 0.0)
         return self.judge(example, answer)
 
 

@@ -45,9 +45,13 @@ def _patterns(count: int) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[
     # A lower-case "a" is an article: "the answer is a force" names no letter.
     either = rf"[A-{last}b-{last.lower()}]"
     return (
-        re.compile(rf"\\boxed\{{\s*(?:\\text\{{)?\s*\(?([A-{last}])\b"),
-        re.compile(rf"""\b(?i:answer)[\s:*]*(?:(?i:is)\b)?[\s:*("'\[]*({either})\b(?!['’])"""),
-        re.compile(rf"^[\s*(\[]*(?:(?i:option|choice)\s+)?[*(\[]*([A-{last}])[*\])]*(?:[.:,)]|\s*(?:\n|$))"),
+        re.compile(rf"\\boxed\{{\s*(?:\\\w+\s*\{{\s*)*\(?([A-{last}])\b"),
+        re.compile(
+            rf"""\b(?i:(?:correct\s+)?(?:answer|option|choice))(?:(?i:\s+is)\b|[\s:*]*:)?[\s:*("'\[$]*(?:(?i:option|choice)\s+)?[("'\[$]*({either})\b(?!['’])"""
+        ),
+        re.compile(
+            rf"^[\s*(\[$]*(?:(?i:option|choice)\s+)?[*(\[$]*([A-{last}])[*\])$]*(?:[.:,)]|\s*(?:\n|$))"
+        ),
     )
 
 
@@ -67,6 +71,45 @@ def require_choices(choices: Sequence[object], fewest: int = 4, most: int = 4) -
         wanted = "four" if fewest == most == 4 else f"{fewest} to {most}"
         raise RowError(f"there are not {wanted} choices with a text")
     return texts
+
+
+_COLUMNS = re.compile(r"(?:choice|option)_?([0-9a-j])", re.IGNORECASE)
+
+
+def listed_choices(row: Mapping[str, Any]) -> list[Any] | None:
+    """The choices of a row in any of the layouts in use; None where it has none.
+
+    `choices` or `options` as a list, as `{"text": […], "label": […]}` or as `{"A": …, "B": …}`; columns
+    `choice0` … or `option_a` …; columns A, B, C, D.
+    """
+    fields = {str(name).lower(): value for name, value in row.items()}
+    for name in ("choices", "options"):
+        held = fields.get(name)
+        if isinstance(held, list):
+            return held
+        if isinstance(held, Mapping):
+            texts = held.get("text", list(held.values()))
+            return list(texts) if isinstance(texts, list) else None
+    numbered = sorted((found[1].lower(), name) for name in fields if (found := _COLUMNS.fullmatch(name)))
+    if len(numbered) > 1:
+        return [fields[name] for _, name in numbered]
+    if set("abcd") <= fields.keys():
+        return [fields[letter] for letter in "abcdefghij" if letter in fields]
+    return None
+
+
+def letter_of(answer: object, choices: Sequence[str]) -> str:
+    """The letter of the right choice, from a letter, a number from 0, or the choice's own text."""
+    letters = LETTERS[: len(choices)]
+    if not isinstance(answer, bool) and isinstance(answer, int | str):
+        plain = str(answer).strip()
+        if plain.strip("().").upper() in tuple(letters):
+            return plain.strip("().").upper()
+        if plain.isdigit() and int(plain) < len(choices):
+            return letters[int(plain)]
+        if [choice.strip() for choice in choices].count(plain) == 1:
+            return letters[[choice.strip() for choice in choices].index(plain)]
+    raise RowError(f"the answer is neither 0..{len(choices) - 1} nor a letter A..{letters[-1]}")
 
 
 def read_letter(answer: str, choices: Sequence[str]) -> str | None:

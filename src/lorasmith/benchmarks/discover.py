@@ -289,7 +289,8 @@ def _report_unknown(
     elif claimed is None:
         _report(contents, "warning", "unrecognised", "the rows are of no known benchmark", name)
     else:
-        holds = "rows with other fields" if rows else "no rows"
+        seen = ", ".join(sorted(str(name) for name in rows[0].value)[:12]) if rows else ""
+        holds = f"rows with other fields: {seen}" if rows else "no rows"
         _report(
             contents, "error", "wrong-content", f"the file holds {holds}", name,
             "replace the file with the published one", f"rows of {claimed.name}",
@@ -375,7 +376,7 @@ def _split_of(name: str) -> str:
 
 
 def _claimed_by_name(name: str, known: Iterable[Benchmark]) -> Benchmark | None:
-    """The benchmark whose name is a word of the file's own name, such as `gpqa_diamond.csv`."""
+    """The benchmark that the file's own name says, such as `gpqa_diamond.csv`."""
     words = "-".join(re.split(r"[^a-z0-9]+", name.rsplit("/", 1)[-1].lower()))
     # The longest name first: `mmlu_pro.parquet` says MMLU-Pro, not MMLU.
     for benchmark in sorted(known, key=lambda benchmark: -len(benchmark.name)):

@@ -166,6 +166,20 @@ _Any = TypeVar("_Any")
 _Several = Annotated[list[_Any], MinLen(1)]
 
 
+INSTRUCTION = "Give only the answer: a number, a date, or words of the passage."
+_STATES = re.compile(
+    r"(?:final |correct )?answer(?: to the question)?(?: is|:)\s*:?\s*(.+?)\s*(?:\.(?=\s|$)|\n|$)",
+    re.IGNORECASE,
+)
+
+
+def stated(answer: str) -> str:
+    """What an answer in whole sentences names: "The answer is 5." is 5; others as they are."""
+    plain = answer.replace("**", "").strip()
+    found = _STATES.findall(plain)
+    return found[-1] if found else plain
+
+
 class Drop(Benchmark):
     """9,536 development questions as published; the test answers are not public."""
 
@@ -180,6 +194,7 @@ class Drop(Benchmark):
         "the hub's copy lost which spans of several annotators belong together; for scores exactly as "
         "published use the original drop_dataset_dev.json",
     )
+    metrics = ("exact_match", "f1")
     max_new_tokens = 64
     stop_texts = ("\n",)
     needs: ClassVar[Mapping[str, Any]] = {
@@ -199,7 +214,7 @@ class Drop(Benchmark):
         scope = hashlib.sha256(passage.encode()).hexdigest()[:16]
         return Item(
             record_id=str(row.value.get("query_id") or row.sha256[:16]),
-            prompt=f"Passage: {passage}\nQuestion: {question}\nAnswer:",
+            prompt=f"Passage: {passage}\nQuestion: {question}\n{INSTRUCTION}\nAnswer:",
             response="; ".join(golds[0]),
             question=question,
             scope=scope,
@@ -211,7 +226,7 @@ class Drop(Benchmark):
         return "easy", "benchmark"
 
     def judge(self, example: Example, answer: str) -> Scores:
-        return score(answer, example.metadata.extra()["golds"])
+        return score(stated(answer), example.metadata.extra()["golds"])
 
     def unpack(self, document: Any) -> Iterable[dict[str, Any]] | None:
         if not isinstance(document, dict) or not document:

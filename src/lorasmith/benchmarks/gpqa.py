@@ -5,13 +5,22 @@ that no example appears in plain text, so this header shows invented values only
 
     CSV, 78 columns:  Question="…", Correct Answer="…", Incorrect Answer 1..3="…", Subdomain="Genetics",
                       High-level domain="Biology", Writer's Difficulty Estimate="Hard …", Record ID="rec…"
-    jsonl:            {"question": "…", "answer": "…"}  in a file named gpqa; without choices, not scored
+    jsonl:            {"question": "…", "options": ["…", …], "answer": "B"}  in a file named gpqa
+                      {"question": "…", "answer": "…"}  in a file named gpqa; without choices, not scored
 """
 
 from __future__ import annotations
 
 from lorasmith.benchmarks.base import Item, RowError, Source, SourceRow, text
-from lorasmith.benchmarks.choices import LETTERS, LetteredChoices, prompt_of, require_choices, seeded_order
+from lorasmith.benchmarks.choices import (
+    LETTERS,
+    LetteredChoices,
+    letter_of,
+    listed_choices,
+    prompt_of,
+    require_choices,
+    seeded_order,
+)
 from lorasmith.benchmarks.gsm8k import is_gsm8k
 
 _WRONG = ("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
@@ -41,6 +50,8 @@ class Gpqa(LetteredChoices):
 
     def read(self, row: SourceRow, *, seed: int) -> Item:
         if self._is_short(row):
+            if listed_choices(row.value) is not None:
+                return self._read_listed(row)
             question = text(row, "question")
             return Item(
                 record_id=row.sha256[:16],
@@ -78,10 +89,23 @@ class Gpqa(LetteredChoices):
     def guide_difficulty(self, item: Item) -> tuple[str, str]:
         return "hard", "benchmark"
 
+    def _read_listed(self, row: SourceRow) -> Item:
+        """Question, list of options and the right letter or number; the options stay in their order."""
+        question = text(row, "question")
+        choices = require_choices(listed_choices(row.value) or [])
+        letter = letter_of(row.value["answer"], choices)
+        return Item(
+            record_id=_optional(row, "Record ID") or row.sha256[:16],
+            prompt=prompt_of(question, choices),
+            response=letter,
+            question=question,
+            extra={"private": True, "choices": choices, "answer": letter, "choice_order": "as in the file"},
+        )
+
     @staticmethod
     def _is_short(row: SourceRow) -> bool:
         """Question and answer alone could be any set: here the file's name has to say GPQA as well."""
-        named = "gpqa" in row.file.rsplit("/", 1)[-1].lower()
+        named = "gpqa" in row.file.lower()
         return named and {"question", "answer"} <= row.value.keys()
 
 

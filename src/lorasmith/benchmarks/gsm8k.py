@@ -45,6 +45,8 @@ class Gsm8k(Benchmark):
     stop_texts = ("\nQuestion:", "\n\n\n")
     needs: ClassVar[Mapping[str, Any]] = {"final_answer": str}
 
+    metrics = ("accuracy", "accuracy_strict")
+
     def recognises(self, row: SourceRow) -> bool:
         return is_gsm8k(row)
 

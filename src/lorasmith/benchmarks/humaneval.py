@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, Source, SourceRow, Unscored, text
+from lorasmith.benchmarks.fences import code_blocks
 from lorasmith.benchmarks.sandbox import run
 from lorasmith.records.dataset import Example
 
-_FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _FIELDS = {"task_id", "prompt", "entry_point", "canonical_solution", "test"}
 
 
@@ -39,6 +39,7 @@ class HumanEval(Benchmark):
     max_new_tokens = 384
     # The stops of the paper, section 3.2.
     stop_texts = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+    metrics = ("pass@1",)
     needs: ClassVar[Mapping[str, Any]] = {"tests": str, "entry_point": str}
     runs_code = True
 
@@ -77,7 +78,7 @@ def program(prompt: str, answer: str, entry_point: str) -> str:
     Plain text continues the prompt. Of an answer with fenced code the last block counts that defines the
     function, else the last; a whole function follows the prompt's imports and helpers in its own right.
     """
-    blocks = _FENCED.findall(answer)
+    blocks = code_blocks(answer)
     if not blocks:
         return prompt + answer
     defines = re.compile(rf"^def {re.escape(entry_point)}\b", re.MULTILINE)

@@ -43,6 +43,7 @@ class IFEval(Benchmark):
     )
     references = False
     max_new_tokens = 1280
+    metrics = ("prompt_strict", "instruction_strict", "prompt_loose", "instruction_loose")
     needs: ClassVar[Mapping[str, Any]] = {"instructions": Annotated[list[dict[str, Any]], MinLen(1)]}
 
     def recognises(self, row: SourceRow) -> bool:

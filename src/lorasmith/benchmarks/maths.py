@@ -26,6 +26,7 @@ from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, Source, SourceRow, Unscored, text
+from lorasmith.benchmarks.maths_text import compact, letters_of, normalise, same_base
 from lorasmith.records.dataset import Example
 
 # Whether two answers are mathematically equal: by the same text, else by math-verify under a time limit.
@@ -43,11 +44,20 @@ _START_SECONDS = 120.0
 def equal(final: str, answer: str) -> bool:
     """Compare a reference answer (LaTeX) with what a model wrote; raises `Unscored` without a verdict."""
     boxed = last_boxed(answer)
-    if boxed is not None and _plain(boxed) == _plain(final):
-        return True
+    stated = boxed if boxed is not None else _stated(answer)
+    if stated is not None:
+        if compact(stated) == compact(final):
+            return True
+        if (based := same_base(final, stated)) is not None:
+            return based
+        if (letters := letters_of(final)) is not None:
+            return letters == letters_of(stated)
+        if _is_list(final) != _is_list(stated):
+            return False  # 1,234 is one number, (1,234) are two, and 12 is not 1,2
     if find_spec("math_verify") is None:
         raise Unscored("math-verify is not installed: pip install 'lorasmith[benchmarks]'")
-    told = _worker().ask({"gold": f"\\boxed{{{final}}}", "answer": answer})
+    asked = answer if stated is None else f"\\boxed{{{normalise(stated)}}}"
+    told = _worker().ask({"gold": f"\\boxed{{{normalise(final)}}}", "answer": asked})
     if told.get("verdict") is None:
         raise Unscored(str(told.get("reason")))
     return bool(told["verdict"])
@@ -71,8 +81,20 @@ def last_boxed(solution: str) -> str | None:
     return None
 
 
-def _plain(expression: str) -> str:
-    return re.sub(r"\s+", "", expression)
+_STATES = re.compile(
+    r"(?:final\s+)?answer\s*(?:is|:|=)\s*:?\s*\**\s*(.+?)\s*\**\s*(?:\.(?=\s|$)|\n|$)", re.IGNORECASE
+)
+
+
+def _stated(answer: str) -> str | None:
+    """What the last "the answer is …" names; None where nothing is stated so."""
+    found = _STATES.findall(answer)
+    return found[-1] if found else None
+
+
+def _is_list(expression: str) -> bool:
+    """Whether several values stand there, between commas."""
+    return "," in normalise(expression)
 
 
 class _Worker:
@@ -157,7 +179,8 @@ class Maths(Benchmark):
         "the whole of MATH was taken down from the hub after a notice of the problems' rights holder "
         "(January 2025); this is the subset of 500 problems, as long as the hub has it",
     )
-    max_new_tokens = 512
+    # Longer than nearly every published solution: at 512 one in twelve would be cut off.
+    max_new_tokens = 1280
     stop_texts = ("\nProblem:",)
     graded = True
     needs: ClassVar[Mapping[str, Any]] = {"final_answer": str}

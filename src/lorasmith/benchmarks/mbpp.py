@@ -29,12 +29,12 @@ from lorasmith.benchmarks.base import (
     Unscored,
     text,
 )
+from lorasmith.benchmarks.fences import code_blocks
 from lorasmith.benchmarks.sandbox import run
 from lorasmith.records.dataset import Example
 
 INSTRUCTION = "Answer with the Python code alone."
 _TESTED = range(11, 511)
-_FENCE = re.compile(r"^[ \t]*(?:```|~~~)[^\n`]*$", re.MULTILINE)
 _DEFINES = re.compile(r"^\s*(?:async def|def|class|import|from)\b", re.MULTILINE)
 
 
@@ -52,6 +52,7 @@ class Mbpp(Benchmark):
     )
     stop_texts = ("\nassert", "\nif __name__", "\nprint", "\n[DONE]")
     needs: ClassVar[Mapping[str, Any]] = {"setup": str, "tests": str}
+    metrics = ("pass@1",)
     runs_code = True
 
     def recognises(self, row: SourceRow) -> bool:
@@ -96,7 +97,7 @@ def code_of(answer: str) -> str:
 
     The last block may be open. A block without a definition shows how to call the function, or is no Python.
     """
-    blocks = _FENCE.split(answer.replace("\r\n", "\n"))[1::2]
+    blocks = code_blocks(answer)
     return "\n".join([block for block in blocks if _DEFINES.search(block)] or blocks) or answer
 
 

@@ -4,6 +4,8 @@ Source: github.com/hendrycks/test (Hendrycks et al., 2021, arXiv:2009.03300), MI
 
     {subject}_{split}.csv, no header:  Which of these is the SI unit of force?,Joule,Newton,Watt,Pascal,B
     the same with a header:            question,A,B,C,D,answer    (answer 0..3 or a letter)
+    columns:                           question,choice0,choice1,choice2,choice3,answer
+    {"question": …, "options": […], "answer": "B"}, {"choices": {"text": […], "label": […]}}, a `type`
     hub:  {"question": "Which …", "subject": "conceptual_physics", "choices": ["Joule", …], "answer": 1}
 
 The choices stay in their published order: some refer to each other ("Both A and B").
@@ -14,8 +16,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lorasmith.benchmarks.base import Item, RowError, Source, SourceRow, text
-from lorasmith.benchmarks.choices import LETTERS, LetteredChoices, prompt_of, require_choices
+from lorasmith.benchmarks.base import Item, Source, SourceRow, text
+from lorasmith.benchmarks.choices import (
+    LETTERS,
+    LetteredChoices,
+    letter_of,
+    listed_choices,
+    prompt_of,
+    require_choices,
+)
 
 _BARE = tuple("012345")
 """Column numbers of a CSV without a header."""
@@ -78,8 +87,10 @@ class Mmlu(LetteredChoices):
         fields = _lower(row.value)
         if tuple(row.value) == _BARE:
             return str(row.value["5"]).strip() in tuple(LETTERS[:4])
-        listed = isinstance(fields.get("choices"), list) and not fields.keys() & {"answerkey", "solution"}
-        return {"question", "answer"} <= fields.keys() and (listed or set("abcd") <= fields.keys())
+        other = fields.keys() & {"answerkey", "solution", "answer_index", "cot_content", "question_id"}
+        choices = listed_choices(fields)
+        right = not other and "gpqa" not in row.file.lower()
+        return right and {"question", "answer"} <= fields.keys() and choices is not None
 
     def read(self, row: SourceRow, *, seed: int) -> Item:
         if tuple(row.value) == _BARE:
@@ -88,11 +99,10 @@ class Mmlu(LetteredChoices):
             )
         else:
             fields = _lower(row.value)
-        listed = fields.get("choices")
-        choices = require_choices(listed if isinstance(listed, list) else [fields[key] for key in "abcd"])
+        choices = require_choices(listed_choices(fields) or [])
         question = text(SourceRow(row.file, row.number, fields), "question")
         subject = _subject(fields, row.file)
-        letter = _letter(fields["answer"])
+        letter = letter_of(fields["answer"], choices)
         return Item(
             record_id=f"{subject}/{row.sha256[:12]}",
             prompt=prompt_of(question, choices),
@@ -118,22 +128,11 @@ def _lower(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _subject(fields: Mapping[str, Any], file: str) -> str:
     """The row's subject, else the one of the file's name: `college_physics_test.csv`."""
-    own = fields.get("subject")
-    if isinstance(own, str) and own.strip():
-        return own.strip().lower().replace(" ", "_")
+    for name in ("subject", "type", "category"):
+        own = fields.get(name)
+        if isinstance(own, str) and own.strip():
+            return own.strip().lower().replace(" ", "_")
     stem = file.rsplit("/", 1)[-1].split(".")[0].lower()
     for split in ("_test", "_val", "_dev", "_validation", "_train"):
         stem = stem.removesuffix(split)
     return stem if stem in CATEGORY_OF else "unknown"
-
-
-def _letter(answer: object) -> str:
-    """The right choice from 0..3 or a letter, as a number or as text."""
-    if isinstance(answer, bool) or not isinstance(answer, int | str):
-        raise RowError("the answer is neither 0..3 nor a letter A..D")
-    plain = str(answer).strip().upper()
-    if plain in tuple("0123"):
-        return LETTERS[int(plain)]
-    if plain in tuple(LETTERS[:4]):
-        return plain
-    raise RowError("the answer is neither 0..3 nor a letter A..D")

@@ -81,6 +81,7 @@ def validate(
         progress=bar,
         run_code_anyway=code.run_code_anyway,
         task_module=questions.task_module,
+        max_new_tokens=questions.max_new_tokens,
         **how,
     )
     forget_journal(output, answered.model.role)

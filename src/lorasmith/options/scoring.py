@@ -171,6 +171,9 @@ class TaskOptions(CodeOptions):
     task_module: Annotated[Path | None, Flag(metavar="FILE", default="none")] = None
     """Python file with a metric of your own, for --tasks (docs/own-metric.md); it runs with your rights."""
 
+    max_new_tokens: Annotated[Count | None, Flag(default="what the benchmark's own answers need")] = None
+    """Longest answer in tokens that a model may write to a question, for --tasks."""
+
     @model_validator(mode="after")
     def _asks_where_it_judges(self) -> Self:
         if self.task_module is not None and not self.tasks:

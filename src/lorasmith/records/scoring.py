@@ -101,14 +101,14 @@ class TaskMetric(Part):
     examples: int
     scored: int
     unscored: int
-    """Examples without a verdict, such as an empty answer; they are not counted as wrong or right."""
+    """Examples without a verdict, such as one whose code could not be run; they count as not right."""
     reasons: dict[str, int] = {}
     """Why, with how often."""
     hit_limit: int = 0
     """Generated answers that the limit of new tokens cut off."""
     max_new_tokens: int | None = None
     value: float | None
-    """Mean over the scored examples, 0..1; None when there are none."""
+    """Mean over all examples, 0..1; None where none has a verdict."""
     interval: Interval | None = None
 
 

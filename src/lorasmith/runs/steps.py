@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lorasmith.data.rows import read_rows
 from lorasmith.files import run_layout as layout
@@ -95,7 +96,9 @@ def task_steps(run: RunContext, role: str) -> list[Step]:
     model, adapter = _model(run, role)
     options = AnswerOptions.taken_from(run.scoring)
     # Named only where it is given: else a stage of an earlier version is the same stage.
-    anyway = {"run_code_anyway": True} if run.config.run_code_anyway else {}
+    anyway: dict[str, Any] = {"run_code_anyway": True} if run.config.run_code_anyway else {}
+    longest = run.config.max_new_tokens
+    anyway |= {} if longest is None else {"max_new_tokens": longest}
     record, module = layout.TASKS[role], run.config.task_module
     stage = Stage(
         name=f"tasks-{role}",
@@ -116,6 +119,7 @@ def task_steps(run: RunContext, role: str) -> list[Step]:
             options=options,
             run_code_anyway=run.config.run_code_anyway,
             task_module=module,
+            max_new_tokens=longest,
             executor=run.executor,
             progress=run.progress,
         ),

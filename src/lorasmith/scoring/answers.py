@@ -35,9 +35,9 @@ class Rules:
     stop_texts: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, judge: Judge) -> Rules:
-        """Those of who asks."""
-        return cls(judge.max_new_tokens, judge.stop_texts)
+    def of(cls, judge: Judge, max_new_tokens: int | None = None) -> Rules:
+        """Those of who asks, with another limit where one is given."""
+        return cls(max_new_tokens or judge.max_new_tokens, judge.stop_texts)
 
 
 def letter_likelihoods(scorer: Scorer, rows: Sequence[int]) -> dict[int, list[float]]:

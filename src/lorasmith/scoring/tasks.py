@@ -118,30 +118,32 @@ def judge_text(scorer: Scorer, row: int, judge: Judge, written: Generated) -> Ju
     return Judged(example, judge, "generation", answer, finished, scores)
 
 
-def task_metrics(judged: Sequence[Judged], seed: int) -> list[TaskMetric]:
+def task_metrics(judged: Sequence[Judged], seed: int, max_new_tokens: int | None = None) -> list[TaskMetric]:
     """Each benchmark's metrics over its rows, with an interval by bootstrap."""
     metrics = []
     for name in sorted({one.judge.name for one in judged}):
         own = [one for one in judged if one.judge.name == name]
         reasons = Counter(one.unscored for one in own if one.unscored)
-        limit = own[0].judge.max_new_tokens if own[0].method == "generation" else None
+        longest = max_new_tokens or own[0].judge.max_new_tokens
+        limit = longest if own[0].method == "generation" else None
         for metric in dict.fromkeys(metric for one in own for metric in one.scores) or ["unscored"]:
-            scored = [one for one in own if metric in one.scores]
-            scores = np.array([one.scores[metric] for one in scored])
-            weights = np.array([one.weight(metric) for one in scored])
+            scored = sum(metric in one.scores for one in own)
+            # The rate is over all rows: an answer that nobody could judge is not one more that was right.
+            scores = np.array([one.scores.get(metric, 0.0) for one in own])
+            weights = np.array([one.weight(metric) for one in own])
             metrics.append(
                 TaskMetric(
                     benchmark=name,
                     metric=metric,
                     method=own[0].method,
                     examples=len(own),
-                    scored=len(scores),
-                    unscored=len(own) - len(scores),
+                    scored=scored,
+                    unscored=len(own) - scored,
                     reasons=dict(sorted(reasons.items())),
                     hit_limit=sum(not one.finished for one in own),
                     max_new_tokens=limit,
-                    value=float((scores * weights).sum() / weights.sum()) if len(scores) else None,
-                    interval=mean_interval(scores * weights, weights, seed),
+                    value=float((scores * weights).sum() / weights.sum()) if scored else None,
+                    interval=mean_interval(scores * weights, weights, seed) if scored else None,
                 )
             )
     return metrics
@@ -179,6 +181,7 @@ def evaluate_tasks(
     options: AnswerOptions | None = None,
     run_code_anyway: bool = False,
     task_module: StrPath | None = None,
+    max_new_tokens: int | None = None,
     executor: Executor | None = None,
     progress: Progress = silent,
     **given: Any,
@@ -189,6 +192,7 @@ def evaluate_tasks(
     likeliest whole text, the others (DROP, MATH, HumanEval) by greedy generation; rows of no known benchmark
     are left out and counted in a finding.
     `task_module` is a file with a metric of the caller's own (`scoring.own_metric`), which is run as it is.
+    `max_new_tokens` is the longest written answer, by default what each benchmark's own answers need.
     Code runs in a sandbox; where that lacks something, only with `run_code_anyway`, which a finding tells.
     Writes `{role}_tasks.json` and `{role}_tasks.parquet`; resumable like `validate`.
     Raises `DataError` when no row belongs to a benchmark.
@@ -209,7 +213,11 @@ def evaluate_tasks(
         stack.enter_context(anyway(run_code_anyway))
         journals = [
             stack.enter_context(open_journal(output / f".{role}_{kind}.journal", inputs, scoring, **also))
-            for kind, also in (("choices", {}), ("endings", {}), ("answers", _asked_by(own_metric, prompts)))
+            for kind, also in (
+                ("choices", {}),
+                ("endings", {}),
+                ("answers", _asked_by(own_metric, prompts, max_new_tokens)),
+            )
         ]
         route = route_of(scoring, journals[0])
         scorer = Scorer.load(
@@ -232,7 +240,7 @@ def evaluate_tasks(
         )
         likelihoods = letter_likelihoods(scorer.part("choices", journals[0]), letters)
         likelihoods |= ending_likelihoods(scorer.part("endings", journals[1]), endings)
-        rules = {work.examples[row].metadata.source: Rules.of(own[row]) for row in written}
+        rules = {work.examples[row].metadata.source: Rules.of(own[row], max_new_tokens) for row in written}
         answers = generated_answers(scorer.part("answers", journals[2]), written, rules, prompts)
         work.findings.extend(log.findings())
         judged = [judge_choice(work.examples[row], own[row], likelihoods[row]) for row in letters + endings]
@@ -245,7 +253,7 @@ def evaluate_tasks(
             model=identity,
             test_set=inputs.file,
             settings=work.settings,
-            metrics=task_metrics(judged, scoring.seed),
+            metrics=task_metrics(judged, scoring.seed, max_new_tokens),
             task_module=own_metric.file if own_metric else None,
             per_example=FileDigest(
                 path=f"{role}_tasks.parquet", bytes=len(table), sha256=hashlib.sha256(table).hexdigest()
@@ -331,12 +339,15 @@ def _own_prompts(test_set: Path, options: AnswerOptions, own_metric: OwnMetric |
     return {row: prompt for row, prompt in made.items() if prompt is not None}
 
 
-def _asked_by(own_metric: OwnMetric | None, prompts: dict[int, str]) -> dict[str, Any]:
-    """What of the caller's own file decides the answers: a mended `score` costs none of them."""
+def _asked_by(
+    own_metric: OwnMetric | None, prompts: dict[int, str], max_new_tokens: int | None
+) -> dict[str, Any]:
+    """What decides the answers beside the rows: a mended `score` of an own file costs none of them."""
+    limit = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
     if own_metric is None:
-        return {}
+        return limit
     rules = [own_metric.sources, own_metric.max_new_tokens, own_metric.stop_texts]
-    return {"own_metric": [*rules, sorted(prompts.items())]}
+    return {"own_metric": [*rules, sorted(prompts.items())], **limit}
 
 
 def _own_code(own_metric: OwnMetric | None, judges: Iterable[Judge]) -> list[Finding]:
