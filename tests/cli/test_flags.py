@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import runpy
 from inspect import signature
 from pathlib import Path
@@ -143,6 +144,9 @@ def test_a_field_more_in_a_run_is_a_flag_a_key_a_keyword_and_a_line_of_the_refer
         sharpness: Annotated[Count | None, Flag(default="none")] = None
         """Sharpness of the knife."""
 
+    # Imported for the first time while it is replaced, a module would keep the other one for ever.
+    for name in ("lorasmith.runs.demo", "lorasmith.runs.pipeline", "lorasmith.preflight.doctor"):
+        importlib.import_module(name)
     monkeypatch.setattr(options, "RunOptions", Wider)
     monkeypatch.setattr("lorasmith.runs.config.RunOptions", Wider)
     (tmp_path / "run.toml").write_text("sharpness = 3\n")
