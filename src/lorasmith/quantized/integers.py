@@ -112,19 +112,19 @@ class IntegerWeight:
                 bytes_ = bytes_.reshape(stop - start, 4 * words)
                 return (bytes_ if self.bits == 8 else unpack_nibbles(bytes_))[:, :inputs]
             case "gptq":
-                packed = stored.read().reshape(stored.info.shape)[:, start:stop]
+                packed = stored.kept().reshape(stored.info.shape)[:, start:stop]
                 bytes_ = np.ascontiguousarray(packed).view(np.uint8).reshape(*packed.shape, 4)
                 codes = bytes_ if self.bits == 8 else unpack_nibbles(bytes_)
                 # [words, rows, codes of a word] → [rows, inputs]
                 return np.ascontiguousarray(codes.transpose(1, 0, 2)).reshape(stop - start, -1)
             case "awq":
-                packed = stored.read().reshape(stored.info.shape)
+                packed = stored.kept().reshape(stored.info.shape)
                 return np.ascontiguousarray(_awq(packed, start, stop).T)
 
     def _groups(self) -> Ints:
         """The group of each input."""
         if "g_idx" in self.parts:
-            return self.parts["g_idx"].read().astype(np.int64)
+            return self.parts["g_idx"].kept().astype(np.int64)
         count = self._across
         return np.arange(self.shape[1]) // -(-self.shape[1] // count)
 
@@ -151,7 +151,7 @@ class IntegerWeight:
         half = 1 << (self.bits - 1)
         if stored is None:
             return np.full((1, 1), float(half))
-        whole = stored.read()
+        whole = stored.kept()
         if stored.info.dtype == "I8":
             zeros = whole.reshape(-1, 1) if len(stored.info.shape) < 2 else whole.reshape(stored.info.shape)
             return (zeros if len(zeros) == 1 else zeros[start:stop]).astype(np.float64) + half

@@ -49,12 +49,12 @@ class Mxfp4Experts:
         expert, low = divmod(start, self.unit)
         high = low + stop - start
         count = outputs * inputs // 2
-        packed = self.parts["codes"].read(expert * count, count).reshape(outputs, -1)
+        packed = self.parts["codes"].kept(expert * count, count).reshape(outputs, -1)
         rows = np.arange(low, high)
         both = packed[:, rows // 2]
         codes = np.where(rows % 2 == 1, both >> 4, both & 0xF).T
         groups = outputs * inputs // GROUP
-        exponents = self.parts["scales"].read(expert * groups, groups).reshape(outputs, -1)
+        exponents = self.parts["scales"].kept(expert * groups, groups).reshape(outputs, -1)
         scale = e8m0(exponents)[:, rows // GROUP].T
         if np.isnan(scale).any():
             raise self.parts["scales"].refuse("it holds NaN (255)", "exponents up to 254")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +58,11 @@ class Part:
             return (values.astype(np.uint32) << 16).view(np.float32)
         return values
 
+    def kept(self, first: int = 0, count: int | None = None) -> Array:
+        """The same, kept for the next time: where a format lies across the rows, all rows need all."""
+        state = self.path.stat()
+        return _kept(self, first, count, (state.st_ino, state.st_size, state.st_mtime_ns))
+
     def scales(self, first: int = 0, count: int | None = None) -> Array:
         """Elements that are scales; `CheckpointError` for NaN and infinities."""
         values = self.read(first, count)
@@ -72,6 +78,11 @@ class Part:
             expected=expected,
             remedy="the base is damaged, or of a format that is not known here: fetch it again",
         )
+
+
+@lru_cache(maxsize=8)
+def _kept(part: Part, first: int, count: int | None, state: tuple[int, int, int]) -> Array:
+    return part.read(first, count)
 
 
 class QuantizedWeight(Protocol):

@@ -326,7 +326,7 @@ def check(
     whole.cache_clear()
     with (
         keep_memory(),
-        _one_thread_per_operation(),
+        one_thread_per_operation(),
         ThreadPoolExecutor(_READERS) as readers,
         ThreadPoolExecutor(workers) as pool,
     ):
@@ -347,7 +347,8 @@ def check(
 
 
 @contextmanager
-def _one_thread_per_operation() -> Iterator[None]:
+def one_thread_per_operation() -> Iterator[None]:
+    """Blocks run side by side on threads of our own meanwhile."""
     # Blocks run side by side on our own threads; torch's would only get in their way.
     before, switch = torch.get_num_threads(), sys.getswitchinterval()
     torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lorasmith.proving.weights.model_folder import ProvenTensor
-from lorasmith.proving.weights.quantized.stored import Elements, Found, companion, nibble
+from lorasmith.proving.weights.quantized.stored import Elements, Found, companion, kept, nibble
 
 _ACTIVATIONS = ("input_scale", "activation_scale", "input_zero_point", "input_global_scale")
 _FP4 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12], dtype=torch.float64) / 2
@@ -96,19 +96,25 @@ def _mxfp4(
 ) -> Callable[[int, int], Elements]:
     _, inputs, outputs = shape
 
-    def expert(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows(number: int, low: int, high: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and scales of some rows of an expert, which are columns of what is stored."""
         bytes_, groups = outputs * inputs // 2, outputs * inputs // 32
-        packed = blocks.flat(number * bytes_, bytes_).long()
-        codes = torch.stack([packed % 16, packed // 16], dim=1).reshape(outputs, inputs)
-        stored = scales.flat(number * groups, groups).double()
+        packed = kept(blocks, number * bytes_, bytes_).reshape(outputs, inputs // 2)
+        place = torch.arange(low, high)
+        both = packed[:, place // 2].long()
+        codes = torch.where(place % 2 == 0, both % 16, both // 16)
+        stored = kept(scales, number * groups, groups).reshape(outputs, -1)[:, place // 32].double()
         powers = torch.where(stored == 255, torch.nan, torch.pow(2.0, stored - 127))
-        return codes.T.reshape(-1), powers.repeat_interleave(32).reshape(outputs, inputs).T.reshape(-1)
+        return codes.T.reshape(-1), powers.T.reshape(-1)
 
     def read(first: int, count: int) -> Elements:
-        size = inputs * outputs
-        low, high = first // size, (first + count - 1) // size
-        parts = [expert(number) for number in range(low, high + 1)]
-        code, scale = (torch.cat(both)[first - low * size :][:count] for both in zip(*parts, strict=True))
+        begin, end = first // outputs, (first + count - 1) // outputs + 1
+        parts = []
+        for number in range(begin // inputs, (end - 1) // inputs + 1):
+            start = number * inputs
+            parts.append(rows(number, max(begin - start, 0), min(end - start, inputs)))
+        skipped = first - begin * outputs
+        code, scale = (torch.cat(both)[skipped:][:count] for both in zip(*parts, strict=True))
         return Elements(code, scale)
 
     return read

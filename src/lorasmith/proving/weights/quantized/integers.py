@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lorasmith.proving.weights.model_folder import ProvenTensor
-from lorasmith.proving.weights.quantized.stored import Elements, Found, companion
+from lorasmith.proving.weights.quantized.stored import Elements, Found, companion, kept
 
 _ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale")
 _AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
@@ -139,15 +139,15 @@ class _Turned:
         inputs, per_word = len(self.group_of), len(self.shifts)
         low, high = first // inputs, (first + count - 1) // inputs + 1
         output = torch.arange(low, high)
-        words = self.codes.whole().long()
+        words = kept(self.codes)
         if self.awq:
-            codes = (words[:, output // per_word] >> self.shifts[output % per_word]) & self.mask
+            codes = (words[:, output // per_word].long() >> self.shifts[output % per_word]) & self.mask
         else:
-            picked = words[:, output]
+            picked = words[:, output].long()
             codes = ((picked[:, None, :] >> self.shifts[None, :, None]) & self.mask).reshape(inputs, -1)
-        zeros = self.zeros.whole().long()[:, output // per_word] >> self.shifts[output % per_word]
+        zeros = kept(self.zeros)[:, output // per_word].long() >> self.shifts[output % per_word]
         zeros = (zeros & self.mask) + self.plus
-        scales = self.scales.whole()[:, output].double()
+        scales = kept(self.scales)[:, output].double()
         scale = scales[self.group_of]
         parts = (codes, scale, -zeros[self.group_of].double() * scale)
         skipped = first - low * inputs

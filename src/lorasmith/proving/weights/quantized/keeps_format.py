@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 
 from lorasmith.errors import AdapterError
+from lorasmith.machine.allocator import keep_memory
 from lorasmith.progress import Advance
 from lorasmith.proving.weights.blocks import Tally
-from lorasmith.proving.weights.check import Checked
+from lorasmith.proving.weights.check import Checked, one_thread_per_operation
 from lorasmith.proving.weights.formula import Expected
 from lorasmith.proving.weights.model_folder import ProvenTensor
 from lorasmith.proving.weights.plan import Plan
-from lorasmith.proving.weights.quantized.on_grid import check_codes
+from lorasmith.proving.weights.quantized.on_grid import rows_to_check
 from lorasmith.proving.weights.quantized.stored import Found
 from lorasmith.proving.weights.report import Report
 
@@ -63,16 +66,21 @@ def _require_products(expected: Expected) -> None:
 
 def check_all(codes: list[CodesOfWeight], report: Report, advance: Advance) -> None:
     """Check every element of these weights, and enter them."""
-    for one in codes:
-        report.claim(one.expected)
-        tally = Tally()
-        for part in check_codes(one.expected, one.base, one.merged):
-            tally.add(part)
-        if not _same_scales(one.base, one.merged):
-            report.note("scales-differ", "blocks hold other scales than the base's", one.base.name)
-        advance(one.merged.codes.bytes)
-        shown = replace(one.merged.codes, name=one.base.name, shape=one.base.shape, dtype=one.base.format)
-        report.take(Checked(one.expected, shown, tally), on_grid=True)
+    with keep_memory(), one_thread_per_operation(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for one in codes:
+            _check_one(one, report, advance, pool)
+
+
+def _check_one(one: CodesOfWeight, report: Report, advance: Advance, pool: ThreadPoolExecutor) -> None:
+    report.claim(one.expected)
+    tally = Tally()
+    for part in pool.map(lambda work: work(), rows_to_check(one.expected, one.base, one.merged)):
+        tally.add(part)
+    if not _same_scales(one.base, one.merged):
+        report.note("scales-differ", "blocks hold other scales than the base's", one.base.name)
+    advance(one.merged.codes.bytes)
+    shown = replace(one.merged.codes, name=one.base.name, shape=one.base.shape, dtype=one.base.format)
+    report.take(Checked(one.expected, shown, tally), on_grid=True)
 
 
 def _same_scales(base: Found, merged: Found) -> bool:

@@ -11,9 +11,10 @@ is compared with x in float64 within the error's bound, and where that leaves do
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 from math import prod
 
@@ -28,8 +29,8 @@ from lorasmith.proving.weights.judge import exact_sum
 from lorasmith.proving.weights.quantized.stored import Elements, Found
 from lorasmith.proving.weights.rounding import Floats, Ints, Mask
 
-_ELEMENTS = 1 << 18
-"""Elements looked at together."""
+_ELEMENTS = 1 << 16
+"""Elements looked at together: their dozens of arrays stay near a core."""
 _SLACK = 2.0**-49
 """Relative: more than the roundings of an interval's ends and of what they are compared with."""
 
@@ -49,8 +50,8 @@ class _Numbers:
     """Where the stored number stands among the grid's points."""
 
 
-def check_codes(expected: Expected, base: Found, merged: Found) -> Iterator[Tally]:
-    """Every element of a weight whose codes an update may have changed, some rows at a time."""
+def rows_to_check(expected: Expected, base: Found, merged: Found) -> Iterator[Callable[[], Tally]]:
+    """Every element of a weight whose codes an update may have changed: a part of its rows each, in order."""
     terms = tuple(load_term(term, expected, None) for term in expected.terms)
     columns = base.shape[-1]
     dither = None if expected.seed is None else make_dither(expected.seed, expected.name, columns)
@@ -62,7 +63,7 @@ def check_codes(expected: Expected, base: Found, merged: Found) -> Iterator[Tall
     for low, high in pairwise(sorted(edges)):
         here = tuple(t for t in terms if t.first_row <= low < t.first_row + t.left.shape[0])
         for start in range(low, high, step):
-            yield _check_rows(base, merged, here, start, min(start + step, high), dither)
+            yield partial(_check_rows, base, merged, here, start, min(start + step, high), dither)
 
 
 def _check_rows(
@@ -76,7 +77,7 @@ def _check_rows(
     columns = base.shape[-1]
     first, count = start * columns, (stop - start) * columns
     elements, stored = base.read(first, count), merged.read(first, count)
-    source = base.decode(first, count).reshape(-1, columns)
+    source = base.numbers(elements).reshape(-1, columns)
     if terms:
         x_rows, reach, relative = sums(source, terms, start, torch.float64)
         error = (relative * (source.abs() + reach)).reshape(-1).numpy()

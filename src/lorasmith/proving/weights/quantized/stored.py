@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -51,7 +51,10 @@ class Found:
 
     def decode(self, first: int, count: int) -> torch.Tensor:
         """The values of some elements in float64."""
-        elements = self.read(first, count)
+        return self.numbers(self.read(first, count))
+
+    def numbers(self, elements: Elements) -> torch.Tensor:
+        """The numbers of elements by their own codes; raises `CheckpointError` for what is not finite."""
         values = self.values(elements, self.levels[elements.code])
         if not bool(values.isfinite().all()):
             raise CheckpointError(
@@ -63,6 +66,15 @@ class Found:
     def points(self) -> torch.Tensor:
         """The levels in ascending order, each once."""
         return self.levels[self.levels.isfinite()].unique()
+
+
+@lru_cache(maxsize=8)
+def kept(stored: ProvenTensor, first: int = 0, count: int | None = None) -> torch.Tensor:
+    """A whole tensor, or some elements of it flat, for formats that lie across the rows of the model.
+
+    All parts of a weight need it; its file is of this proof, so that nothing older is kept.
+    """
+    return stored.whole() if count is None else stored.flat(first, count)
 
 
 def companion(tensors: Mapping[str, ProvenTensor], name: str, weight: str) -> ProvenTensor:
