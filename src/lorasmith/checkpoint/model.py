@@ -241,7 +241,8 @@ def _quantized(folder: Path, why: str) -> CheckpointError:
         f"the base is quantized: {why}",
         where=folder,
         expected="a base in 16 or 32 bits",
-        remedy="give the 16-bit model that this one was quantized from",
+        remedy="give the 16-bit model that this one was quantized from, or a merge of this one: "
+        "`lorasmith merge --into 16bit` and `prove` take quantized bases",
     )
 
 

@@ -279,6 +279,7 @@ def _recipe(merge: MergeRecord) -> str:
         ("formula", "; ".join(f"`{formula}`" for formula in formulas) or "nothing to merge"),
         ("scale s", ", ".join(f"{scale:g}" for scale in scales) or "–"),
         ("precision", "as each tensor of the base" if merge.precision == "base" else merge.precision),
+        *([("quantized base, merged into", merge.into)] if merge.into else []),
         ("rounding", merge.rounding + (f", seed {merge.seed}" if merge.rounding == "dithered" else "")),
         ("tensors", f"{len(merge.tensors)} merged, {merge.copied} copied, {merge.cast} cast"),
         (

@@ -57,11 +57,21 @@ _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
 def gguf_file(folder: Path) -> Path | None:
-    """The GGUF file of a folder that holds no safetensors; None where there is none, or more than one."""
+    """The GGUF file of a folder that holds no safetensors; None where there is none.
+
+    Raises `CheckpointError` where there are several: variants of a model, or its parts.
+    """
     if not folder.is_dir() or any(folder.glob("model*.safetensors*")):
         return None
     files = sorted(folder.glob("*.gguf"))
-    return files[0] if len(files) == 1 else None
+    if len(files) > 1:
+        raise CheckpointError(
+            f"the folder holds {len(files)} GGUF files, such as {files[0].name} and {files[1].name}",
+            where=folder,
+            expected="one file with the whole model",
+            remedy="keep one in a folder of its own; llama-gguf-split --merge joins the parts of one",
+        )
+    return files[0] if files else None
 
 
 def model_name(name: str) -> str | None:

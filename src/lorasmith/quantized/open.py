@@ -60,9 +60,23 @@ def open_base(folder: Path) -> Checkpoint:
     """
     stored, weights = _open(folder)
     if not weights:
-        refuse_quantized(stored)
+        _require_plain(stored)
         return stored
     return logical(stored, weights)
+
+
+def _require_plain(stored: Checkpoint) -> None:
+    """`CheckpointError` for a base that looks quantized, and holds no weight of a known format."""
+    try:
+        refuse_quantized(stored)
+    except CheckpointError as error:
+        names = sorted({codec.name for codec in CODECS})
+        raise CheckpointError(
+            error.found,
+            where=error.where,
+            expected="weights in a format that is known here: " + ", ".join(names) + ", GGUF",
+            remedy="give the 16-bit model that this one was quantized from",
+        ) from error
 
 
 def open_as_stored(folder: Path) -> Checkpoint:

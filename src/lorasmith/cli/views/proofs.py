@@ -24,8 +24,16 @@ if TYPE_CHECKING:
     from lorasmith.records.scoring import TaskEffect
 
 
+_INTO = {
+    "16bit": "The quantized base was dequantized exactly and merged in 16 bits",
+    "base": "Merged back onto the grid of the quantized base, in its own format",
+}
+
+
 def show_merge(record: MergeRecord, console: Console) -> None:
     """What the merge changed, and how much of the update rounding swallowed."""
+    if record.into:
+        console.print(_INTO[record.into])
     console.print(
         f"{len(record.tensors)} tensors merged, {record.copied} copied byte for byte, {record.cast} cast"
     )
