@@ -55,7 +55,7 @@ def kinds(record: ContaminationRecord) -> set[tuple[str, str, str]]:
 def test_unrelated_data_is_independent(clean: Any) -> None:
     record = run(clean, clean[3])
     assert record.verdict == "independent" and record.hits == []
-    assert record.counts == {"exact": 0, "ngram": 0, "near": 0, "test_rows": 0}
+    assert record.counts == {"exact": 0, "question": 0, "ngram": 0, "near": 0, "test_rows": 0}
     assert (record.rows_test, record.rows_train) == (30, 300)
     path = clean[0].parent / "contamination.json"
     assert read_record(path, ContaminationRecord) == record
@@ -76,8 +76,12 @@ def test_a_run_of_13_words_is_found_and_one_of_12_is_not(clean: Any) -> None:
     words = prompt.split()
     hidden = run(clean, [*clean[3], ("before it all", " ".join(words[10:23]) + " and after")])
     assert kinds(hidden) == {("ngram", "t7", "r300")}
-    # 40 + 20 words make 48 different 13-grams; one of them is shared.
-    assert hidden.hits[0].score == pytest.approx(1 / 48, abs=1e-6)
+    # 40 words of the prompt and 20 of the answer make 28 + 8 different 13-grams; one of them is shared.
+    assert hidden.hits[0].score == pytest.approx(1 / 36, abs=1e-6)
+    # That little is told, and is no verdict; from the share that is asked for on it is one.
+    assert hidden.verdict == "independent" and hidden.counts["test_rows"] == 0
+    train = [*clean[3], ("before it all", " ".join(words[10:23]) + " and after")]
+    assert run(clean, train, share=0.02).verdict == "contaminated"
     shorter = run(clean, [*clean[3], ("before it all", " ".join(words[10:22]) + " and after")])
     assert shorter.verdict == "independent"
     wider = run(clean, [*clean[3], ("before", " ".join(words[10:22]) + " after")], ngram=12)
@@ -90,12 +94,12 @@ def test_a_run_never_crosses_from_one_row_to_the_next(clean: Any) -> None:
     assert record.verdict == "independent"
 
 
-def test_short_test_rows_are_looked_for_as_a_whole(clean: Any) -> None:
+def test_short_questions_are_looked_for_as_a_whole(clean: Any) -> None:
     clean[2][0] = ("one two three four five six", "seven eight nine ten")
     clean[2][1] = ("tiny row", "yes")
     long = "so one two, three four five six: seven eight nine ten and on it goes"
     record = run(clean, [*clean[3], (long, "x"), ("this tiny row yes is here", "x")])
-    assert ("ngram", "t0", "r300") in kinds(record)
+    assert ("question", "t0", "r300") in kinds(record)
     assert all(hit.test_id != "t1" for hit in record.hits)
 
 
@@ -131,22 +135,30 @@ def test_all_hits_are_those_of_plain_python(tmp_path: Path) -> None:
         ngram=4,
         shingle=2,
         similarity=0.15,
-        common=1.0,
+        common=10**6,
+        generic=10**6,
     )
-    ngram = near = exact = 0
+    question = ngram = near = exact = 0
     for prompt, response in test:
-        own = (prompt + " " + response).split()
-        own_grams = {tuple(own[k : k + 4]) for k in range(len(own) - 3)}
+        parts = (prompt.split(), response.split())
+        own_grams = {tuple(own[k : k + 4]) for own in parts for k in range(len(own) - 3)}
         own_shingles = {tuple(prompt.split()[k : k + 2]) for k in range(len(prompt.split()) - 1)}
         for other_prompt, other_response in train:
             other = (other_prompt + " " + other_response).split()
             ngram += bool(own_grams & {tuple(other[k : k + 4]) for k in range(len(other) - 3)})
+            # A question stands in a row where all its runs do.
+            runs = {tuple(parts[0][k : k + 4]) for k in range(len(parts[0]) - 3)}
+            spelled = f" {' '.join(other)} "
+            question += runs <= {tuple(other[k : k + 4]) for k in range(len(other) - 3)} and (
+                len(parts[0]) > 5 or f" {prompt} " in spelled
+            )
             words = other_prompt.split()
             other_shingles = {tuple(words[k : k + 2]) for k in range(len(words) - 1)}
             near += len(own_shingles & other_shingles) >= 0.15 * len(own_shingles | other_shingles)
             exact += prompt == other_prompt
     assert record.counts == {
         "exact": exact,
+        "question": question,
         "ngram": ngram,
         "near": near,
         "test_rows": record.counts["test_rows"],

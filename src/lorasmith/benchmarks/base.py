@@ -103,6 +103,13 @@ class Judge(ABC):
     runs_code: ClassVar[bool] = False
     """True where a verdict comes from running what a model wrote, in the sandbox."""
 
+    instruction: ClassVar[str] = ""
+    """What the prompt says beside the row's own text."""
+
+    def question_in(self, prompt: str) -> tuple[str, str]:
+        """What of a prompt stands before the question, and the question, both without what we have added."""
+        return "", prompt.replace(self.instruction, "").strip()
+
     @abstractmethod
     def judge(self, example: Example, answer: str) -> Scores:
         """Score an answer that is not blank. Raises `Unscored` where no verdict is possible."""

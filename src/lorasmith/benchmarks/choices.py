@@ -31,6 +31,9 @@ class LetteredChoices(Benchmark):
     answered_by = "letter"
     needs: ClassVar[Mapping[str, Any]] = choice_needs(4, 4)
 
+    def question_in(self, prompt: str) -> tuple[str, str]:
+        return "", prompt.partition("\nA. ")[0].strip()
+
     def judge(self, example: Example, answer: str) -> Scores:
         return judge_letter(example, answer)
 

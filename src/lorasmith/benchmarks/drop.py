@@ -222,6 +222,10 @@ class Drop(Benchmark):
             extra={"golds": golds, "passage_id": passage_id or scope},
         )
 
+    def question_in(self, prompt: str) -> tuple[str, str]:
+        passage, sign, rest = prompt.partition("\nQuestion: ")
+        return (passage.removeprefix("Passage: "), rest.partition("\n")[0]) if sign else ("", prompt)
+
     def guide_difficulty(self, item: Item) -> tuple[str, str]:
         return "easy", "benchmark"
 

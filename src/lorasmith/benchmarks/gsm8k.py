@@ -47,6 +47,8 @@ class Gsm8k(Benchmark):
 
     metrics = ("accuracy", "accuracy_strict")
 
+    instruction = INSTRUCTION
+
     def recognises(self, row: SourceRow) -> bool:
         return is_gsm8k(row)
 

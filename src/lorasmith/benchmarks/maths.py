@@ -185,6 +185,8 @@ class Maths(Benchmark):
     graded = True
     needs: ClassVar[Mapping[str, Any]] = {"final_answer": str}
 
+    instruction = INSTRUCTION
+
     def recognises(self, row: SourceRow) -> bool:
         fields = row.value.keys()
         return {"problem", "solution", "level"} <= fields and bool(fields & {"type", "subject"})

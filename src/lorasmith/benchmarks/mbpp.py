@@ -80,6 +80,9 @@ class Mbpp(Benchmark):
             extra={"setup": setup, "tests": tests},
         )
 
+    def question_in(self, prompt: str) -> tuple[str, str]:
+        return "", prompt.partition("\nThe code has to pass these tests:")[0]
+
     def guide_difficulty(self, item: Item) -> tuple[str, str]:
         return "medium", "benchmark"
 

@@ -52,11 +52,15 @@ class OverlapOptions(ReadingOptions):
     """From where on two texts count as the same."""
 
     ngram: Annotated[int, Field(ge=2)] = 13
-    """Number of words in a row that count as copied; a shorter row of 8 words at least counts as a whole."""
+    """Number of words in a row that count as copied."""
+    share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of a test row's runs of --ngram words that a training row may hold before the row counts as
+    contaminated; a question that stands there as a whole always does."""
     similarity: Annotated[float, Field(gt=0, le=1)] = 0.8
     """Jaccard similarity of the prompts' shingles that counts as near; 1 is equal, 0 shares nothing."""
     shingle: Annotated[Count, Flag(hidden=True)] = 3
     """Length of a shingle in words."""
-    common: Annotated[float, Field(gt=0, le=1), Flag(hidden=True)] = 0.5
-    """Part of the test rows (and 4 rows at least) from which on a run of words counts for nothing: it belongs
-    to the instructions."""
+    common: Annotated[Count, Flag(hidden=True)] = 3
+    """Number of test rows that may hold a run of words; what more of them hold belongs to none of them."""
+    generic: Annotated[Count, Flag(hidden=True)] = 10
+    """Number of training rows, or 1 in 100, that may hold a run of words before it is nobody's own."""

@@ -238,7 +238,7 @@ class ContaminationRecord(Record):
     rows_train: int = 0
     parameters: dict[str, Any] = {}
     counts: dict[str, int] = {}
-    """Hits by kind: `exact`, `ngram`, `near`; `test_rows` affected; `dropped` from the test set."""
+    """Hits by kind: `exact`, `question`, `ngram`, `near`; `test_rows` affected; `dropped` from the set."""
     hits: list[ContaminationHit] = []
     """The strongest of each test row and kind; `counts` counts all."""
 
@@ -247,11 +247,13 @@ class ContaminationHit(Part):
     """One test row that the training data holds too."""
 
     kind: str
+    """`exact`: the row, or its prompt, is a training row. `question`: its question stands in the training
+    data word by word. `ngram`: it shares runs of words. `near`: its prompt is much like one there."""
     test_id: str
     train_id: str
     train_file: str
     score: float
-    """1.0 for exact, else overlap or estimated Jaccard similarity in 0..1."""
+    """1.0 for exact and question, else the share of the row's own runs, or the Jaccard similarity."""
 
 
 ContaminationRecord.model_rebuild()

@@ -34,9 +34,11 @@ def check(
     """Compare each test row with each training row (JSONL); writes the record to `output` if given.
 
     A test row is contaminated when a training row has the same prompt or text but for case, punctuation and
-    spacing (`exact`), shares a run of `ngram` words (`ngram`, as in Brown et al. 2020,
-    arXiv:2005.14165, appendix C), or has a prompt with a Jaccard similarity of word shingles of at least
-    `similarity` (`near`). `drop` removes contaminated rows from the test set, atomically.
+    spacing (`exact`); holds its bare question word by word, in whatever wrapping (`question`); shares at
+    least the part `share` of its runs of `ngram` words (`ngram`, runs as in Brown et al. 2020,
+    arXiv:2005.14165, appendix C); or has a prompt with a Jaccard similarity of word shingles of at least
+    `similarity` (`near`). Runs that many test or training rows hold are boilerplate and count for nothing.
+    Smaller shares are listed, and do not count. `drop` removes contaminated rows, atomically.
 
     Raises `DataError` for unusable files, or when `drop` would leave no row.
     """
@@ -63,6 +65,7 @@ def check(
         for path, file in zip(train, digests, strict=True):
             rows += matcher.read(path)
             advance(file.bytes)
+    matcher.judge()
     affected = matcher.affected()
     counts = {**matcher.counts, "test_rows": len(affected)}
     verdict, reason = ("contaminated", _reason(affected, examples)) if affected else ("independent", "")

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lorasmith.benchmarks.registry import BY_NAME
 from lorasmith.data.rows import fault_error, iterate_rows
 from lorasmith.options import OverlapOptions
 from lorasmith.records.dataset import ContaminationHit, Example
@@ -71,6 +72,7 @@ class GramIndex:
 
     def __init__(self, texts: Sequence[U64], n: int) -> None:
         self.n = n
+        self.texts = texts
         hashes, owners, counts = [], [], []
         for index, numbers in enumerate(texts):
             own = np.unique(grams(numbers, n)[1])
@@ -191,8 +193,11 @@ def repeats(texts: Sequence[Shingles], scopes: Sequence[str], threshold: float) 
 _BLOCK_WORDS = 1 << 18
 _LISTED_HITS = 10
 """Per test row and kind: a row that stands in the training data a million times needs no million lines."""
-_SHORTEST = 8
-"""Shorter texts are compared as a whole only; Brown et al. use n-grams of 8 to 13 words as well."""
+_FEWEST_WORDS, _FEWEST_TOKENS, _PLAIN_WORDS = 3, 5, 6
+"""Questions of fewer words or signs are compared as a whole row only: "Why?" stands everywhere. Six words
+tell a question by themselves; with fewer its signs do as well: "Find $2+3$" is not "Find $2-3$"."""
+_GENERIC_SHARE = 0.01
+"""Part of the training rows from which on a short question, or a run of words, is nobody's own."""
 
 
 class _TrainRow(NamedTuple):
@@ -201,6 +206,42 @@ class _TrainRow(NamedTuple):
     words: list[str]
     """Words of prompt and response."""
     prompt_words: int
+    text: str
+
+
+class _Hit(NamedTuple):
+    score: float
+    train_id: str
+    file: str
+    grams: tuple[int, ...] = ()
+    """The shared n-grams."""
+    certain: bool = True
+    """False for a question that was found without its choices."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What of a test row is its own: the parts of its text, without what we put around them."""
+
+    passage: str
+    """What the question is about; without it "How many points were scored?" is no row's own question."""
+    question: str
+    choices: tuple[str, ...]
+    parts: tuple[str, ...]
+    """Passage, question, choices and answer: runs of words do not cross from one to the next."""
+
+    @classmethod
+    def of(cls, example: Example) -> _Asked:
+        """By the benchmark that made the row, else the last message of the user."""
+        benchmark = BY_NAME.get(example.metadata.source)
+        asked = [turn.content for turn in example.turns if turn.role == "user"]
+        prompt = asked[-1] if asked else example.response
+        if benchmark is None:
+            return cls("", prompt, (), (prompt, example.response) if asked else (prompt,))
+        before, question = benchmark.question_in(prompt)
+        held = example.metadata.extra().get("choices")
+        choices = tuple(str(one) for one in held) if isinstance(held, list) else ()
+        return cls(before, question, choices, (before, question, *choices, example.response))
 
 
 class Matcher:
@@ -210,42 +251,62 @@ class Matcher:
         self.options = options
         self.ids = [example.id for example in examples]
         self.prompts = [words(example.prompt) for example in examples]
-        self.texts = [
-            prompt + words(example.response) for prompt, example in zip(self.prompts, examples, strict=True)
-        ]
+        self.asked = [_Asked.of(example) for example in examples]
         self.exact: dict[str, list[int]] = {}
         for index, example in enumerate(examples):
             for form in _forms(example.prompt, example.response):
                 self.exact.setdefault(form, []).append(index)
-        self.numbers = {word: number_of(word) for text in self.texts for word in text}
-        self.indices = self._ngram_indices()
+        self.texts = [_numbers_apart(asked.parts) for asked in self.asked]
+        self.numbers = {
+            word: number_of(word)
+            for prompt, asked in zip(self.prompts, self.asked, strict=True)
+            for text in (prompt, *map(words, asked.parts))
+            for word in text
+        }
+        self.index = GramIndex(self._without_boilerplate(), options.ngram)
+        self.seen: Counter[int] = Counter()
+        """N-gram of a test row → training rows that hold it."""
+        self.questions = self._question_indices()
         self.shingles = GramIndex([numbers_of(prompt) for prompt in self.prompts], options.shingle)
-        self.counts: Counter[str] = Counter(exact=0, ngram=0, near=0)
-        self.best: dict[tuple[int, str], list[tuple[float, str, str]]] = {}
+        self.found: Counter[tuple[int, str]] = Counter()
+        self.best: dict[tuple[int, str], list[_Hit]] = {}
+        self.rows = 0
 
-    def _ngram_indices(self) -> list[GramIndex]:
-        """One index per length: the set one, and the own length of each shorter row."""
-        n = self.options.ngram
-        numbers = self._without_instructions()
-        lengths = [min(n, len(text)) if len(text) >= min(n, _SHORTEST) else 0 for text in self.texts]
+    def _question_indices(self) -> list[GramIndex]:
+        """The bare questions, each at its own length or that of a run, whichever is shorter."""
+        asked = [words(one.question) for one in self.asked]
+        long_enough = [
+            len(own) >= _FEWEST_WORDS and len(tokens(one.question)) >= _FEWEST_TOKENS
+            for own, one in zip(asked, self.asked, strict=True)
+        ]
+        lengths = [
+            min(self.options.ngram, len(own)) if enough else 0
+            for own, enough in zip(asked, long_enough, strict=True)
+        ]
+        numbers = [numbers_of(own) for own in asked]
 
         def of_length(length: int) -> list[U64]:
             return [own if have == length else own[:0] for own, have in zip(numbers, lengths, strict=True)]
 
         return [GramIndex(of_length(length), length) for length in sorted(set(lengths) - {0})]
 
-    def _without_instructions(self) -> list[U64]:
-        """The numbers of each test row's words, with gaps in place of what most test rows say alike."""
+    def _without_boilerplate(self) -> list[U64]:
+        """The numbers of each test row's words, with gaps in place of what many test rows say alike.
+
+        Headers of a subject, lists of choices and instructions stand in some rows of a benchmark, a passage
+        in the rows that ask about it: such runs are no row's own. Its question is looked for by itself.
+        """
         n = self.options.ngram
-        numbers = [numbers_of(text) for text in self.texts]
-        rows = Counter(gram for own in numbers for gram in set(grams(own, n)[1].tolist()))
-        limit = max(3, self.options.common * len(numbers))
-        common = np.array([gram for gram, count in rows.items() if count > limit], np.uint64)
-        for own in numbers:
+        rows = Counter(gram for own in self.texts for gram in set(grams(own, n)[1].tolist()))
+        common = np.array([gram for gram, count in rows.items() if count > self.options.common], np.uint64)
+        kept = []
+        for own in self.texts:
+            own = own.copy()
             starts, hashes = grams(own, n)
             for start in starts[np.isin(hashes, common)]:
                 own[start : start + n] = 0
-        return numbers
+            kept.append(own)
+        return kept
 
     def read(self, path: Path) -> int:
         """Compare every row of a training file; returns how many there were."""
@@ -253,6 +314,7 @@ class Matcher:
         for block in _blocks(path):
             count += len(block)
             self._compare(path, block)
+        self.rows += count
         return count
 
     def _compare(self, path: Path, block: list[_TrainRow]) -> None:
@@ -261,18 +323,67 @@ class Matcher:
         lookup = self.numbers.get
         for row in block:
             for text in {text for form in row.forms for text in self.exact.get(form, ())}:
-                self._hit("exact", text, 1.0, row.name, path)
+                self._hit("exact", text, _Hit(1.0, row.name, path.name))
             flat.extend(map(lookup, row.words, repeat(0)))
             flat.append(0)  # no n-gram reaches from one row into the next
             lengths.append(len(row.words) + 1)
         numbers = np.array(flat, np.uint64)
         rows = np.repeat(np.arange(len(block), dtype=np.int32), lengths)
-        for index in self.indices:
-            hits = index.find(numbers, rows)
-            for place, text, shared in zip(hits.row, hits.text, hits.shared, strict=True):
-                score = float(shared / index.grams[text])
-                self._hit("ngram", int(text), score, block[place].name, path)
+        starts = np.concatenate(([0], np.cumsum(lengths)))
+        for index in self.questions:
+            self._questions_in(path, block, index.find(numbers, rows), index)
+        self._runs_in(path, block, numbers, rows, starts)
         self._near(path, block, numbers, rows)
+
+    def _questions_in(self, path: Path, block: list[_TrainRow], hits: Hits, index: GramIndex) -> None:
+        """A question stands in a row where all its words do, in their order; a short one with its signs."""
+        whole = hits.shared == index.grams[hits.text]
+        spelled: dict[int, str] = {}
+        for place, text in zip(hits.row[whole].tolist(), hits.text[whole].tolist(), strict=True):
+            if place not in spelled:
+                spelled[place] = f" {' '.join(tokens(block[place].text))} "
+            asked = self.asked[text]
+            few = len(words(asked.question)) < _PLAIN_WORDS
+            if few and f" {' '.join(tokens(asked.question))} " not in spelled[place]:
+                continue
+            if asked.passage and not self._shares_a_run(asked.passage, block[place].words):
+                continue
+            with_choices = not asked.choices or all(
+                f" {' '.join(tokens(choice))} " in spelled[place] for choice in asked.choices
+            )
+            certain = with_choices or len(words(asked.question)) >= self.options.ngram
+            self._hit("question", text, _Hit(1.0, block[place].name, path.name, certain=certain))
+
+    def _shares_a_run(self, passage: str, row: Words) -> bool:
+        n = self.options.ngram
+        one, two = grams(numbers_of(words(passage)), n)[1], grams(numbers_of(row), n)[1]
+        return bool(np.isin(one, two).any())
+
+    def _runs_in(
+        self,
+        path: Path,
+        block: list[_TrainRow],
+        numbers: U64,
+        rows: NDArray[np.int32],
+        starts: NDArray[np.int64],
+    ) -> None:
+        """Runs of words that a test and a training row share; which are common is known at the end."""
+        hits = self.index.find(numbers, rows)
+        shared_by: dict[int, U64] = {}
+        for place in sorted(set(hits.row.tolist())):
+            own = np.unique(grams(numbers[starts[place] : starts[place + 1]], self.index.n)[1])
+            shared_by[place] = own[np.isin(own, self.index.distinct)]
+            self.seen.update(shared_by[place].tolist())
+        for place, text, shared in zip(
+            hits.row.tolist(), hits.text.tolist(), hits.shared.tolist(), strict=True
+        ):
+            score = shared / int(self.index.grams[text])
+            if self._is_listed("ngram", text, score):
+                own = np.unique(grams(self.index.texts[text], self.index.n)[1])
+                both = tuple(own[np.isin(own, shared_by[place])].tolist())
+                self._hit("ngram", text, _Hit(score, block[place].name, path.name, both))
+            else:
+                self.found[text, "ngram"] += 1
 
     def _near(self, path: Path, block: list[_TrainRow], numbers: U64, rows: NDArray[np.int32]) -> None:
         """Jaccard ≥ t needs at least t · (shingles of the test prompt) in common: few pairs get that far."""
@@ -284,28 +395,76 @@ class Matcher:
             other = shingles(row.words[: row.prompt_words], self.options.shingle)
             similarity = jaccard(own, other)
             if similarity >= self.options.similarity:
-                self._hit("near", int(index), similarity, row.name, path)
+                self._hit("near", int(index), _Hit(similarity, row.name, path.name))
 
-    def _hit(self, kind: str, index: int, score: float, train_id: str, path: Path) -> None:
-        self.counts[kind] += 1
+    def _is_listed(self, kind: str, index: int, score: float) -> bool:
+        best = self.best.get((index, kind), [])
+        return len(best) < _LISTED_HITS or score >= best[0].score
+
+    def _hit(self, kind: str, index: int, hit: _Hit) -> None:
+        self.found[index, kind] += 1
         best = self.best.setdefault((index, kind), [])
-        heapq.heappush(best, (score, train_id, path.name))
+        heapq.heappush(best, hit)
         if len(best) > _LISTED_HITS:
             heapq.heappop(best)
 
+    def judge(self) -> None:
+        """Leave out what is common to many training rows; to be called once, when all files are read."""
+        limit = max(self.options.generic, _GENERIC_SHARE * self.rows)
+        common = {gram for gram, count in self.seen.items() if count > limit}
+        for (index, kind), best in list(self.best.items()):
+            kept = best
+            if kind == "ngram":
+                own = set(grams(self.index.texts[index], self.index.n)[1].tolist()) - common
+                kept = [
+                    hit._replace(score=len(set(hit.grams) - common) / len(own))
+                    for hit in best
+                    if own and set(hit.grams) - common
+                ]
+            elif kind == "question" and not any(hit.certain for hit in best):
+                kept = best if self.found[index, kind] <= limit else []
+            if kept:
+                self.best[index, kind] = kept
+            else:
+                del self.best[index, kind], self.found[index, kind]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Hits by kind."""
+        return {
+            kind: sum(count for (_, of), count in self.found.items() if of == kind)
+            for kind in ("exact", "question", "ngram", "near")
+        }
+
     def affected(self) -> set[str]:
-        """The ids of all contaminated test rows."""
-        return {self.ids[index] for index, _ in self.best}
+        """The ids of the test rows that are not independent: shared runs count from the share that is set."""
+        return {
+            self.ids[index]
+            for (index, kind), best in self.best.items()
+            if kind != "ngram" or max(hit.score for hit in best) >= self.options.share
+        }
 
     def hits(self) -> list[ContaminationHit]:
         """The strongest hits, by test row, kind and score."""
         return [
             ContaminationHit(
-                kind=kind, test_id=self.ids[index], train_id=train_id, train_file=file, score=round(score, 6)
+                kind=kind,
+                test_id=self.ids[index],
+                train_id=hit.train_id,
+                train_file=hit.file,
+                score=round(hit.score, 6),
             )
             for (index, kind), best in sorted(self.best.items())
-            for score, train_id, file in sorted(best, key=lambda hit: (-hit[0], hit[1], hit[2]))
+            for hit in sorted(best, key=lambda hit: (-hit.score, hit.train_id, hit.file))
         ]
+
+
+def _numbers_apart(parts: Sequence[str]) -> U64:
+    """The numbers of the words of some texts, a 0 between one text and the next."""
+    numbers: list[int] = []
+    for part in parts:
+        numbers += [*map(number_of, words(part)), 0]
+    return np.array(numbers, np.uint64)
 
 
 def _blocks(path: Path) -> Iterator[list[_TrainRow]]:
@@ -319,7 +478,8 @@ def _blocks(path: Path) -> Iterator[list[_TrainRow]]:
         text = first + words(row.example.response)
         name = str(row.value.get("id") or f"line {row.number}")
         forms = _forms(row.example.prompt, row.example.response)
-        block.append(_TrainRow(name, forms, text, len(first)))
+        whole = f"{row.example.prompt}\n{row.example.response}"
+        block.append(_TrainRow(name, forms, text, len(first), whole))
         size += len(text)
         if size >= _BLOCK_WORDS:
             yield block
