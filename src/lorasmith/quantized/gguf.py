@@ -69,7 +69,7 @@ def gguf_file(folder: Path) -> Path | None:
             f"the folder holds {len(files)} GGUF files, such as {files[0].name} and {files[1].name}",
             where=folder,
             expected="one file with the whole model",
-            remedy="keep one in a folder of its own; llama-gguf-split --merge joins the parts of one",
+            remedy="keep one in a folder of its own; llama.cpp joins the parts of one with llama-gguf-split",
         )
     return files[0] if files else None
 
