@@ -154,12 +154,12 @@ def _open_request(
     base_folder, place = local_model(base, folders, progress=progress), Path(output)
     check_place(place, [base_folder, *folders])
     checkpoint = open_base(base_folder)
-    into = _require_into(checkpoint, options)
     opened = tuple(open_adapter(folder) for folder in folders)
+    into = _require_into(checkpoint, opened, options)
     return _Request(checkpoint, opened, checked, options.precision, into, place)
 
 
-def _require_into(base: Checkpoint, options: MergeOptions) -> str:
+def _require_into(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOptions) -> str:
     """What a quantized base is merged into, which nobody but its user can know."""
     if not base.decoded:
         if options.into is not None:
@@ -170,8 +170,10 @@ def _require_into(base: Checkpoint, options: MergeOptions) -> str:
             )
         return ""
     if options.into is None:
+        named = sorted({adapter.config.base_model for adapter in adapters if adapter.config.base_model})
+        known = f"; the adapter was trained on {', '.join(named)}" if named else ""
         raise UsageError(
-            f"the base is quantized: {formats(base)}",
+            f"the base is quantized: {formats(base)}{known}",
             where=base.folder,
             expected="--into 16bit or --into base",
             remedy="--into 16bit dequantizes it and merges exactly: what an adapter that was trained on this "

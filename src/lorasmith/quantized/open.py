@@ -16,6 +16,9 @@ from lorasmith.quantized.gguf import RECOMPUTED, gguf_file, open_gguf
 from lorasmith.quantized.registry import CODECS
 from lorasmith.quantized.weight import QuantizedWeight, model_type
 
+_STEP = 1 << 16
+"""Elements decoded together: the arrays of a step stay near a core, and memory small."""
+
 
 @dataclass(frozen=True)
 class DecodedTensor:
@@ -44,7 +47,12 @@ class DecodedTensor:
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Whole rows as a float64 matrix."""
-        return torch.from_numpy(self.weight.block(start, stop).values)
+        values = torch.empty(stop - start, self.width, dtype=torch.float64)
+        step = max(1, _STEP // self.width)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            values[first - start : last - start] = torch.from_numpy(self.weight.block(first, last).values)
+        return values
 
     def read(self, first: int, count: int) -> torch.Tensor:
         """The elements from `first` on, flat."""

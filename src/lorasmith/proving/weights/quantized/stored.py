@@ -11,6 +11,9 @@ import torch
 from lorasmith.errors import CheckpointError
 from lorasmith.proving.weights.model_folder import ProvenTensor
 
+_STEP = 1 << 16
+"""Elements decoded together: the arrays of a step stay near a core, and memory small."""
+
 
 @dataclass(frozen=True)
 class Elements:
@@ -51,7 +54,11 @@ class Found:
 
     def decode(self, first: int, count: int) -> torch.Tensor:
         """The values of some elements in float64."""
-        return self.numbers(self.read(first, count))
+        values = torch.empty(count, dtype=torch.float64)
+        for start in range(0, count, _STEP):
+            part = min(_STEP, count - start)
+            values[start : start + part] = self.numbers(self.read(first + start, part))
+        return values
 
     def numbers(self, elements: Elements) -> torch.Tensor:
         """The numbers of elements by their own codes; raises `CheckpointError` for what is not finite."""
