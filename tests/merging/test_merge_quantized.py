@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +154,19 @@ def test_parts_of_a_weight_may_lie_in_different_shards(nf4: Path, adapter: Path,
     load_model(tmp_path / "out")
 
 
-def _split(base: Path, to: Path) -> Path:
-    """The same model in two shards, every other tensor in each."""
+def test_a_file_of_scales_alone_has_no_counterpart_in_16_bits(
+    nf4: Path, adapter: Path, tmp_path: Path
+) -> None:
+    apart = _split(nf4, tmp_path / "apart", lambda name: ".weight." in name)
+    assert all(".weight." in name for name in load_file(apart / "model-1.safetensors"))
+    lorasmith.merge(apart, adapter, tmp_path / "out", into="16bit")
+    assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model-0.safetensors"]
+    assert lorasmith.prove(apart, adapter, tmp_path / "out").grade == "exact"
+    load_model(tmp_path / "out")
+
+
+def _split(base: Path, to: Path, second: Callable[[str], bool] | None = None) -> Path:
+    """The same model in two shards: every other tensor in each, or those in the second that are named."""
     to.mkdir()
     for file in base.iterdir():
         (to / file.name).write_bytes(file.read_bytes())
@@ -163,6 +175,8 @@ def _split(base: Path, to: Path) -> Path:
     places = {}
     for number in (0, 1):
         part = dict(sorted(tensors.items())[number::2])
+        if second is not None:
+            part = {name: tensor for name, tensor in tensors.items() if second(name) == bool(number)}
         save_file(part, to / f"model-{number}.safetensors", metadata={"format": "pt"})
         places |= dict.fromkeys(part, f"model-{number}.safetensors")
     (to / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))

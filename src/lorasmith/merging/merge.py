@@ -310,7 +310,11 @@ def _publish(
         plan,
         mode,
         shards,
-        files=[done.file for done in shards] + small,
+        # A file of the base that holds nothing but scales and tables has no counterpart in 16 bits.
+        files=[
+            done.file for shard, done in zip(base.shards, shards, strict=True) if plan.shards[shard.path.name]
+        ]
+        + small,
         base_sha256=_base_digest(base.folder, inputs.base_files, base_shards),
         adapter_sha256=inputs.adapter_sha256,
     )
