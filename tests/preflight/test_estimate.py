@@ -134,7 +134,7 @@ def test_questions_and_the_length_of_their_answers_are_counted(tmp_path: Path) -
     examples = sample_examples(20)
     size = answer_size(examples, tmp_path)
     by_source = Counter(example.metadata.source for example in examples)
-    limits = {"DROP": 64, "MATH": 512, "HumanEval": 384}
+    limits = {"DROP": 64, "MATH": 1280, "HumanEval": 384}
     assert size.written == sum(limits.get(source, 0) * count for source, count in by_source.items())
     assert answer_size([row for row in examples if row.metadata.source == "none"], tmp_path).rows == 0
 

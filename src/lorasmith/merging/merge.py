@@ -90,10 +90,10 @@ def merge(
     options = MergeOptions.given(options, given)
     request = _open_request(base, adapter, output, weights, options, progress)
     plan = plan_merge(request.base, request.adapters, request.weights, options.precision)
-    written = request.base
+    written, own_plan = request.base, plan
     if request.into == "base":
         written, plan = keep_format(plan, request.base)
-    mode = choose_mode(options, plan, request.base.folder, request.folders)
+    mode = choose_mode(options, own_plan, request.base.folder, request.folders)
     if executor.remote:
         mode.refuse_calibrated()
     with only_one(request.output, "merge"):
@@ -104,7 +104,7 @@ def merge(
         # A copy of a base's weight in the adapter tells a wrong base before anything is written.
         check_copies(plan.copies, request.base, request.adapters)
         _require_space(plan, partial)
-        mode.fit(request.base, request.adapters, plan, partial.scratch, progress)
+        mode.fit(request.base, request.adapters, own_plan, partial.scratch, progress)
         merger = ShardMerger(
             folder=partial.path,
             base=written,

@@ -14,6 +14,7 @@ from lorasmith.data.sources import local_rows
 from lorasmith.errors import UsageError
 from lorasmith.merging.calibrated.feedback import Feedback
 from lorasmith.merging.calibrated.fit import run_calibration
+from lorasmith.merging.calibrated.onto_grid import run_onto_grid
 from lorasmith.merging.calibrated.rows import AdaptedWeights, Calibration, load_calibration
 from lorasmith.merging.plan import Plan
 from lorasmith.merging.writers import CalibratedTensors
@@ -36,6 +37,8 @@ class Mode:
     seed: int
     device: str
     rows: Calibration | None = None
+    onto_grid: bool = False
+    """Whether it goes back onto the grid of a quantized base."""
     calibrated: CalibratedTensors | None = None
     findings: list[Finding] = field(default_factory=list)
 
@@ -52,7 +55,8 @@ class Mode:
         # Activations of other versions or devices differ in their last bits, and with them what is fitted.
         versions = [version(name) for name in ("torch", "transformers")]
         device = resolve_device(self.device).type
-        return [self.asked, self.seed, self.rows.rows, device, asdict(Feedback()), versions]
+        key = [self.asked, self.seed, self.rows.rows, device, asdict(Feedback()), versions]
+        return [*key, "onto its grid"] if self.onto_grid else key
 
     def refuse_calibrated(self) -> None:
         """Raise `UsageError` for a rounding that is fitted to rows, layer after layer, in one process."""
@@ -72,9 +76,14 @@ class Mode:
             return
         weights = AdaptedWeights(base, adapters, plan)
         try:
-            self.calibrated = run_calibration(
-                base.folder, plan, weights, self.rows, scratch, self.device, progress
-            )
+            if self.onto_grid:
+                self.calibrated = run_onto_grid(
+                    base, plan, weights, self.rows, scratch, self.device, progress
+                )
+            else:
+                self.calibrated = run_calibration(
+                    base.folder, plan, weights, self.rows, scratch, self.device, progress
+                )
         except UnsupportedLayers as error:
             # Whoever asked for `calibrated` is not given another rounding; `auto` may choose.
             if self.asked != "auto":
@@ -118,4 +127,4 @@ def choose_mode(options: MergeOptions, plan: Plan, base: Path, adapters: Sequenc
         wording=options,
         seed=options.seed,
     )
-    return Mode(asked, "calibrated", options.seed, options.device, rows)
+    return Mode(asked, "calibrated", options.seed, options.device, rows, onto_grid=options.into == "base")

@@ -14,6 +14,7 @@ from fractions import Fraction
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from lorasmith.adapters.base import Change, RowUpdate
 from lorasmith.checkpoint.header import TensorFile, TensorInfo
@@ -27,6 +28,7 @@ from lorasmith.merging.numbers.rounding import Indices, not_finite
 from lorasmith.merging.numbers.threads import Workers
 from lorasmith.merging.plan import Output, Plan
 from lorasmith.merging.tensors import Factors
+from lorasmith.merging.writers import CalibratedTensors
 from lorasmith.options import MergeOptions
 from lorasmith.quantized.grid import Block, Codes, Ints, dithered, exact_places, nearest
 from lorasmith.quantized.open import DecodedTensor, open_as_stored
@@ -110,7 +112,12 @@ class GridWriter:
     """The stored codes of one weight, each that of the grid point that its merged number goes to."""
 
     def __init__(
-        self, output: Output, factors: Factors, workers: Workers, stream: ThresholdStream | None
+        self,
+        output: Output,
+        factors: Factors,
+        workers: Workers,
+        stream: ThresholdStream | None,
+        fallback: str = "",
     ) -> None:
         assert output.change is not None and isinstance(output.decoded, DecodedTensor)
         self._output = output
@@ -119,6 +126,7 @@ class GridWriter:
         self._factors = factors
         self._workers = workers
         self._stream = stream
+        self._fallback = fallback
         self._counts = Counts()
         self._width = self._weight.shape[-1]
         self._height = output.decoded.info.elements // self._width
@@ -144,7 +152,8 @@ class GridWriter:
         """Formula and counts of the weight under its name in the model."""
         weight = self._weight
         named = replace(self._output, name=weight.name, shape=weight.shape, dtype=weight.format)
-        return merged_tensor(named, self._change, self._counts, "dithered" if self._stream else "nearest")
+        rounding = "dithered" if self._stream else "nearest"
+        return merged_tensor(named, self._change, self._counts, rounding, self._fallback)
 
     def _codes(self, start: int, stop: int) -> Codes:
         codes = np.empty((stop - start, self._width), dtype=np.uint8)
@@ -228,17 +237,32 @@ class GridWriter:
         return ties
 
 
+class CalibratedGridWriter(GridWriter):
+    """The codes that a fit has found for one weight."""
+
+    def __init__(self, output: Output, factors: Factors, workers: Workers, fitted: CalibratedTensors) -> None:
+        super().__init__(output, factors, workers, None)
+        self._fitted = fitted
+        changed, updated, base, update = fitted.counts[self._weight.name]
+        self._counts = Counts(changed=changed, updated=updated, base_square=base, update_square=update)
+
+    def pieces(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """All stored bytes of the weight at once."""
+        with safe_open(self._fitted.files[self._weight.name], "pt") as stored:
+            raw = stored.get_tensor(self._weight.name)
+        if raw.numel() != self._output.source.nbytes:
+            raise AssertionError(f"{self._weight.name} has {raw.numel()} bytes of codes")
+        yield 0, raw
+
+    def result(self) -> MergedTensor:
+        """Formula and counts of the weight under its name in the model."""
+        return super().result().model_copy(update={"rounding": "calibrated"})
+
+
 def require_kept(options: MergeOptions, base: Checkpoint) -> None:
     """`UsageError` for options that a merge into the base's own format has no use for."""
     if options.precision != "base":
         raise UsageError(
             f"--precision {options.precision} and --into base contradict each other",
             expected="--precision base: every tensor keeps its type",
-        )
-    if options.rounding == "calibrated" or options.calibration:
-        raise UsageError(
-            "rounding onto the grid of a quantized base cannot be calibrated yet",
-            where=base.folder,
-            expected="--rounding nearest or dithered, without --calibration",
-            remedy="merge with --into 16bit, where it can",
         )

@@ -30,7 +30,7 @@ from lorasmith.merging.disk import FileReader, FileWriter, Lanes, PendingPieces
 from lorasmith.merging.folder import PartialFolder, ShardDone
 from lorasmith.merging.numbers.dither import ThresholdStream
 from lorasmith.merging.numbers.threads import Workers
-from lorasmith.merging.onto_grid import GridWriter
+from lorasmith.merging.onto_grid import CalibratedGridWriter, GridWriter
 from lorasmith.merging.plan import Output, Plan
 from lorasmith.merging.tensors import Factors, TensorOnDisk
 from lorasmith.merging.writers import CalibratedTensors, TensorWriter, make_writer
@@ -190,8 +190,12 @@ class ShardMerger:
                 return plain(output)
             weight = output.decoded.info.name
             seed = self.dither_seed
+            fitted = self.calibrated
+            if fitted is not None and weight in fitted.files:
+                return CalibratedGridWriter(output, self.factors, workers, fitted)
             stream = None if seed is None else ThresholdStream(seed, weight)
-            return GridWriter(output, self.factors, workers, stream)
+            fallback = "" if fitted is None else fitted.fallbacks.get(weight, "")
+            return GridWriter(output, self.factors, workers, stream, fallback)
 
         adapter_files = [adapter.file.path for adapter in self.adapters]
         with os_errors(self.folder, "write"):

@@ -61,6 +61,8 @@ class CalibratedTensors:
     """The files that hold the rounded tensors."""
     fallbacks: dict[str, str] = field(default_factory=dict)
     """The reasons why others were not calibrated."""
+    counts: dict[str, tuple[int, int, float, float]] = field(default_factory=dict)
+    """Of weights on a quantized grid: codes that changed, elements with an update, ‖W‖² and ‖ΔW‖²."""
 
 
 def make_writer(

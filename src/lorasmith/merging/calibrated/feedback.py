@@ -25,6 +25,7 @@ O outputs, I inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -78,6 +79,31 @@ def prepare_curvature(second_moment: torch.Tensor, settings: Feedback) -> Curvat
     return Curvature(order, damped.to(torch.float32), inverse_factor(damped))
 
 
+class Grid(Protocol):
+    """The numbers that each element may take, within its limits: columns [I, O] in a curvature's order."""
+
+    def nearest(self, values: torch.Tensor, column: int) -> torch.Tensor:
+        """The grid's numbers that are nearest to float32 values [O] of one column; `values` is used up."""
+
+
+@dataclass(frozen=True)
+class FloatGrid:
+    """A 16-bit float format's numbers, up to some steps from each element's own rounding."""
+
+    target: FloatFormat
+    low: torch.Tensor
+    high: torch.Tensor
+
+    @classmethod
+    def around(cls, columns: torch.Tensor, target: FloatFormat, most_steps: int) -> FloatGrid:
+        """The numbers around exact values [I, O] in float64."""
+        return cls(target, *limits(columns, target, most_steps))
+
+    def nearest(self, values: torch.Tensor, column: int) -> torch.Tensor:
+        """By the format's own rounding."""
+        return to_grid(values.clamp_(self.low[column], self.high[column]), self.target)
+
+
 def round_with_feedback(
     exact: torch.Tensor,
     update: torch.Tensor,
@@ -90,9 +116,22 @@ def round_with_feedback(
     `update` is what of `exact` the adapter has brought.
     """
     columns = exact[:, curvature.order].T.contiguous()
-    low, high = limits(columns, target, settings.most_steps)
-    rounded = _pass(columns.to(torch.float32), curvature.factor, low, high, target)
-    change = update[:, curvature.order].T.to(torch.float32)
+    grid = FloatGrid.around(columns, target, settings.most_steps)
+    rounded = fit_to_grid(columns, update[:, curvature.order].T, curvature, grid, settings)
+    result = torch.empty(exact.shape, dtype=torch.float32)
+    result[:, curvature.order] = rounded.T
+    return result
+
+
+def fit_to_grid(
+    columns: torch.Tensor, update: torch.Tensor, curvature: Curvature, grid: Grid, settings: Feedback
+) -> torch.Tensor:
+    """`columns` [I, O] in float64, in the order of the curvature, on the grid; float32 values [I, O].
+
+    `update` [I, O] is what of them the adapter has brought.
+    """
+    rounded = _pass(columns.to(torch.float32), curvature.factor, grid)
+    change = update.to(torch.float32)
     effect = curvature.moments @ change
     energy = (effect * change).sum(0)
     overshoot = torch.zeros_like(energy)
@@ -103,10 +142,8 @@ def round_with_feedback(
         overshoot += torch.where(energy > 0, missing, 0.0)
         # Aiming at w + a·δ: its gradient is that at w less a·H·δ.
         gradient.addcmul_(effect, overshoot, value=-1)
-        _refine(rounded, gradient, curvature.moments, low, high, target)
-    result = torch.empty(exact.shape, dtype=torch.float32)
-    result[:, curvature.order] = rounded.T
-    return result
+        _refine(rounded, gradient, curvature.moments, grid)
+    return rounded
 
 
 def inverse_factor(damped: torch.Tensor) -> torch.Tensor:
@@ -121,9 +158,7 @@ def inverse_factor(damped: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve_triangular(lower.flip(0, 1), one, upper=True).to(torch.float32)
 
 
-def _pass(
-    weights: torch.Tensor, factor: torch.Tensor, low: torch.Tensor, high: torch.Tensor, target: FloatFormat
-) -> torch.Tensor:
+def _pass(weights: torch.Tensor, factor: torch.Tensor, grid: Grid) -> torch.Tensor:
     """[I, O] rounded; `weights` is used up."""
     rounded = torch.empty_like(weights)
     errors = torch.empty(BLOCK, weights.shape[1])
@@ -136,7 +171,7 @@ def _pass(
             value = weights[place]
             if column:  # what the block's columns before this one have lost
                 value = torch.addmv(value, errors[:column].T, own[column, :column], alpha=-1)
-            near = to_grid(value.clamp(low[place], high[place]), target)
+            near = grid.nearest(value.clone(), place)
             torch.sub(value, near, out=errors[column])
             rounded[place] = near
         weights[stop:].addmm_(shares[start:stop, stop:].T, errors[: stop - start], alpha=-1)
@@ -147,9 +182,7 @@ def _refine(
     rounded: torch.Tensor,
     gradient: torch.Tensor,
     moments: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    target: FloatFormat,
+    grid: Grid,
 ) -> None:
     """One round of coordinate descent on [I, O], in place; `gradient` is used up."""
     steps = torch.empty(BLOCK, rounded.shape[1])
@@ -163,7 +196,7 @@ def _refine(
             if column:  # how the block's columns before this one have moved
                 slope = torch.addmv(slope, steps[:column].T, own[column, :column])
             best = torch.add(before, slope, alpha=-1 / curvature[place])
-            near = to_grid(best.clamp_(low[place], high[place]), target)
+            near = grid.nearest(best, place)
             torch.sub(near, before, out=steps[column])
             before.copy_(near)
         gradient[stop:].addmm_(moments[stop:, start:stop], steps[: stop - start])

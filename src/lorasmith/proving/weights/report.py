@@ -119,11 +119,14 @@ class Report:
         """An error that may hold for several tensors, which are told together."""
         self._notes.setdefault(f"{code}\n{message}", []).append(name)
 
-    def take(self, checked: Checked, *, on_grid: bool = False) -> None:
-        """Enter a tensor whose elements were all compared, as floats or on the grid of a quantized weight."""
+    def take(self, checked: Checked, *, on_grid: bool = False, most: int = BOUNDED_MOST) -> None:
+        """Enter a tensor whose elements were all compared, as floats or on the grid of a quantized weight.
+
+        `most` is how many steps a calibrated element may be away.
+        """
         want, stored, tally = checked.expected, checked.stored, checked.tally
         kind = "cast" if want.kind == "copied" and stored.dtype != want.source.dtype else want.kind
-        bounded = tally.wrong == 0 or self._is_bounded(want, tally)
+        bounded = tally.wrong == 0 or self._is_bounded(want, tally, most)
         note = "" if bounded else self._explain_codes(checked) if on_grid else self._explain(checked, kind)
         self.tensors.append(
             TensorProof(
@@ -152,8 +155,8 @@ class Report:
                     )
                 )
 
-    def _is_bounded(self, want: Expected, tally: Tally) -> bool:
-        return want.rounding == "calibrated" and tally.max_ulps <= BOUNDED_MOST
+    def _is_bounded(self, want: Expected, tally: Tally, most: int) -> bool:
+        return want.rounding == "calibrated" and tally.max_ulps <= most
 
     def _explain_codes(self, checked: Checked) -> str:
         tally = checked.tally

@@ -19,10 +19,15 @@ from lorasmith.proving.weights.model_folder import ProvenTensor
 from lorasmith.proving.weights.plan import Plan
 from lorasmith.proving.weights.quantized.on_grid import rows_to_check
 from lorasmith.proving.weights.quantized.stored import Found
-from lorasmith.proving.weights.report import Report
+from lorasmith.proving.weights.report import BOUNDED_MOST, Report
 
 _BYTES = 1 << 24
 """Bytes of blocks that are compared at a time."""
+
+
+SMALL_GRID, MOST_ON_SMALL = 16, 3
+"""Points of a 4-bit grid, and how many of them a calibrated code may be away from the nearest: more is not
+needed, and 16 would allow every code there is."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ def _check_one(one: CodesOfWeight, report: Report, advance: Advance, pool: Threa
         report.note("scales-differ", "blocks hold other scales than the base's", one.base.name)
     advance(one.merged.codes.bytes)
     shown = replace(one.merged.codes, name=one.base.name, shape=one.base.shape, dtype=one.base.format)
-    report.take(Checked(one.expected, shown, tally), on_grid=True)
+    most = MOST_ON_SMALL if len(one.base.points) <= SMALL_GRID else BOUNDED_MOST
+    report.take(Checked(one.expected, shown, tally), on_grid=True, most=most)
 
 
 def _same_scales(base: Found, merged: Found) -> bool:
