@@ -178,7 +178,8 @@ def _require_into(base: Checkpoint, adapters: Sequence[Adapter], options: MergeO
             expected="--into 16bit or --into base",
             remedy="--into 16bit dequantizes it and merges exactly: what an adapter that was trained on this "
             "base (QLoRA) was trained as, in 16 bits a weight. --into base goes back onto the base's own "
-            "grid: its size and its loader, but rounding takes most of the update away. The 16-bit model "
+            "grid: its size and its loader; --rounding calibrated keeps the update there, nearest next to "
+            "nothing of it. The 16-bit model "
             "that it was quantized from is another base than the one that such an adapter was trained on",
         )
     if options.into == "base":
@@ -367,7 +368,7 @@ def _make_record(
                 code="close-to-no-op",
                 message=f"rounding swallowed {fraction:.1%} of the updates: they are below half "
                 + ("a step of the base's grid" if request.into == "base" else "an ulp"),
-                remedy="merge with --into 16bit to keep them"
+                remedy="merge with --rounding calibrated, or with --into 16bit, to keep them"
                 if request.into == "base"
                 else "merge with --rounding calibrated or dithered, or --precision float16, to keep them",
             )
