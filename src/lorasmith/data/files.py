@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import shutil
 import tempfile
 import zlib
@@ -31,8 +32,18 @@ Advance = Callable[[int], None]
 
 KINDS = "JSONL, a JSON list, CSV, TSV or Parquet, as it is or packed by gzip or zstd"
 _GZIP, _ZSTD, _PARQUET, _ARROW = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1"
+_SKIPPED_ZSTD = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
+"""A frame that says nothing, which may lead (RFC 8878, section 3.1.2)."""
+_ARROW_STREAM = b"\xff\xff\xff\xff"
+"""How the files of `datasets.save_to_disk` begin: Arrow's form without an index at its end."""
+_TABLES = (_PARQUET, _ARROW, _ARROW_STREAM)
 _HEAD = 4096
-_BATCH_ROWS = 256
+_BATCH_ROWS = 32
+"""Of a table at a time: one repeated value may be large, and costs a file next to nothing."""
+_JSON_COLUMNS = frozenset(
+    ("messages", "conversations", "conversation", "tools", "history", "chosen", "rejected", "metadata")
+)
+"""Columns of a CSV whose cells may hold JSON; a list that is an answer stays text."""
 _CHUNK = 1 << 20
 MAX_UNPACKED_TABLE = 1 << 36
 """A packed Parquet file has to lie on disk unpacked before it can be read: 64 GiB are no test set."""
@@ -47,8 +58,8 @@ def raw_rows(path: Path, advance: Advance | None = None) -> Iterator[tuple[int, 
     """
     with unpacked(path) as stream:
         start = stream.peek(_HEAD)[:_HEAD]
-        if start.startswith((_PARQUET, _ARROW)):
-            yield from _table_rows(path, stream, parquet=start.startswith(_PARQUET))
+        if start.startswith(_TABLES):
+            yield from _table_rows(path, stream, start)
         else:
             _require_text(path, start)
             kind = _text_kind(path, start)
@@ -64,7 +75,7 @@ def is_lines(path: Path) -> bool:
     """Whether a file has one row a line, so that rows can be taken out of it as lines."""
     with unpacked(path) as stream:
         start = stream.peek(_HEAD)[:_HEAD]
-        return not start.startswith((_PARQUET, _ARROW)) and _text_kind(path, start) == "lines"
+        return not start.startswith(_TABLES) and _text_kind(path, start) == "lines"
 
 
 @contextmanager
@@ -76,7 +87,7 @@ def unpacked(path: Path) -> Iterator[io.BufferedReader]:
             if magic.startswith(_GZIP):
                 with gzip.open(file) as opened:
                     yield io.BufferedReader(cast(Any, opened))
-            elif magic.startswith(_ZSTD):
+            elif magic.startswith(_ZSTD) or _SKIPPED_ZSTD.match(magic):
                 yield io.BufferedReader(cast(Any, _Zstd(file, path)))
             else:
                 yield file
@@ -160,20 +171,26 @@ def _list_rows(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, Row
     """The objects of one JSON list, one after the other: the list as a whole need not fit into memory."""
     text = io.TextIOWrapper(stream, encoding="utf-8-sig")
     decoder = json.JSONDecoder()
-    buffer, number, opened, ended = "", 0, False, False
+    buffer, number, ended = "", 0, False
+    wanted = "["
+    """What comes next: the list's start, a value or the end, a comma or the end, a value."""
     try:
         while True:
-            buffer = buffer.lstrip(" \t\r\n,") if opened else buffer.lstrip()
-            if not opened and buffer:
-                buffer, opened = buffer[1:], True
+            buffer = buffer.lstrip()
+            if buffer and wanted in ("[", ",]"):
+                if buffer[0] == "]" and wanted == ",]":
+                    break
+                if buffer[0] not in wanted:
+                    raise _no_list(path, number + 1, f"{buffer[:1]!r} stands where a comma or ] should")
+                wanted, buffer = ("value]" if wanted == "[" else "value"), buffer[1:]
                 continue
-            if buffer.startswith("]"):
-                return
-            taken = _first_value(decoder, buffer, ended)
+            if buffer.startswith("]") and wanted == "value]":
+                break
+            taken = _first_value(decoder, buffer, ended) if wanted.startswith("value") else 0
             if taken:
                 number += 1
                 yield number, _object(buffer[:taken], path, number)
-                buffer = buffer[taken:]
+                wanted, buffer = ",]", buffer[taken:]
                 continue
             if ended:
                 raise _no_list(path, number + 1, "the list is not closed, or a row in it is not JSON")
@@ -182,6 +199,8 @@ def _list_rows(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, Row
             # Twice as much each time: a long row is not tried again for every megabyte.
             more = text.read(max(_CHUNK, len(buffer)))
             ended, buffer = not more, buffer + more
+        if (buffer[1:] + text.read(_CHUNK)).strip():
+            raise _no_list(path, number + 1, "something stands behind the end of the list")
     except UnicodeDecodeError as error:
         raise _no_list(path, number + 1, "this is not UTF-8 text") from error
     finally:
@@ -215,11 +234,11 @@ def _no_list(path: Path, number: int, found: str) -> DataError:
 
 
 def _csv_rows(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, Row]]:
-    """Rows of a table with a header; a cell that holds a JSON list or object becomes that."""
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    """Rows of a table with a header; a cell of a column of messages may hold them as JSON."""
     csv.field_size_limit(MAX_LINE_BYTES)
     head = stream.peek(_HEAD).split(b"\n", 1)[0]
-    reader = csv.reader(text, delimiter="\t" if b"\t" in head and b"," not in head else ",", strict=True)
+    lines = _bounded_lines(path, stream)
+    reader = csv.reader(lines, delimiter="\t" if b"\t" in head and b"," not in head else ",", strict=True)
     number = 0
     try:
         header = next(reader)
@@ -235,17 +254,25 @@ def _csv_rows(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, Row]
                     where=f"{path}:{reader.line_num}",
                     expected="quotes around cells that hold commas, quotes or line breaks",
                 )
-            yield number, {name: _cell(cell) for name, cell in zip(header, cells, strict=True) if cell}
+            yield number, {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True) if cell}
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(
             f"this is no table ({error})", where=f"{path}:{reader.line_num}", expected="CSV in UTF-8"
         ) from error
-    finally:
-        text.detach()
 
 
-def _cell(cell: str) -> Any:
-    if cell[:1] in "[{":
+def _bounded_lines(path: Path, stream: io.BufferedReader) -> Iterator[str]:
+    """The lines of a text, none longer than a row may be: csv itself would read on for ever."""
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise _too_long(path, number)
+        yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+
+
+def _cell(name: str, cell: str) -> Any:
+    if name in _JSON_COLUMNS and cell[:1] in "[{":
         try:
             return parse_json(cell, finite=True)
         except ValueError:
@@ -253,35 +280,54 @@ def _cell(cell: str) -> Any:
     return cell
 
 
-def _table_rows(path: Path, stream: io.BufferedReader, *, parquet: bool) -> Iterator[tuple[int, Row]]:
+def _table_rows(path: Path, stream: io.BufferedReader, start: bytes) -> Iterator[tuple[int, Row]]:
     import pyarrow as pa
 
     number = 0
     try:
         with _seekable(path, stream) as file:
-            for batch in _batches(file, parquet=parquet):
+            for batch in _batches(file, start):
+                if batch.nbytes > MAX_LINE_BYTES * _BATCH_ROWS:
+                    raise _too_long(path, number + 1)
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, {name: value for name, value in row.items() if value is not None}
-    except (pa.ArrowException, OSError) as error:
-        kind = "Parquet" if parquet else "Arrow"
+                    yield number, _without_nulls(row)
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        kind = "Parquet" if start.startswith(_PARQUET) else "Arrow"
         raise DataError(
-            f"the {kind} file is damaged or cut off ({' '.join(str(error).split())})",
+            f"the {kind} file is damaged, or holds values that are no text or JSON "
+            f"({' '.join(str(error).split())[:200]})",
             where=f"{path}:{number + 1}",
-            remedy="download it again",
+            remedy="download it again, or convert it to JSONL",
         ) from error
 
 
-def _batches(file: BinaryIO, *, parquet: bool) -> Iterator[pa.RecordBatch]:
+def _without_nulls(value: Any) -> Any:
+    """A row without fields that hold nothing: tables fill what a row lacks, inside of messages as well."""
+    if isinstance(value, dict):
+        kept = {name: _without_nulls(one) for name, one in value.items()}
+        return {name: one for name, one in kept.items() if one is not None}
+    if isinstance(value, list):
+        return [_without_nulls(one) for one in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+def _batches(file: BinaryIO, start: bytes) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if parquet:
+    if start.startswith(_PARQUET):
         yield from pq.ParquetFile(file).iter_batches(batch_size=_BATCH_ROWS)
-        return
-    with pa.ipc.open_file(file) as reader:
-        for place in range(reader.num_record_batches):
-            yield from _small(reader.get_batch(place))
+    elif start.startswith(_ARROW):
+        with pa.ipc.open_file(file) as reader:
+            for place in range(reader.num_record_batches):
+                yield from _small(reader.get_batch(place))
+    else:
+        with pa.ipc.open_stream(file) as stream:
+            for batch in stream:
+                yield from _small(batch)
 
 
 def _small(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:

@@ -8,6 +8,7 @@ many others.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,7 @@ ROLES = {
     "tool_call": "function_call",
 }
 """Names in use → those of chat templates; a `function_call` is the assistant's."""
+_NOT_TEXT = ("images", "image", "videos", "video", "audios", "audio")
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
 _SYSTEMS = ("system", "system_prompt")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -86,9 +88,15 @@ def layout_of(row: Row) -> Layout | None:
 
 def _messages(row: Row, field: str) -> Conversation:
     value = row[field]
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        value = _json(value, f"the field {field!r}")
     if not isinstance(value, list):
         raise LayoutError(f"the field {field!r} is not a list of messages")
-    turns = _before(row) if not _has_system(value) else []
+    turns = _before(row)
+    if turns and turns[0].role == "system" and _has_system(value):
+        if _turn(value[0], f"message 1 of {field!r}").content != turns[0].content:
+            raise LayoutError(f"the row has a system prompt of its own, and {field!r} begins with another")
+        turns = turns[1:]
     turns += [_turn(message, f"message {place} of {field!r}") for place, message in enumerate(value, 1)]
     return Conversation(tuple(turns), _tools(row))
 
@@ -127,17 +135,32 @@ def _is_parts(value: Sequence[Any]) -> bool:
 
 def _preference(row: Row) -> Conversation:
     chosen = row["chosen"]
-    if isinstance(chosen, list) and row.get("prompt") is None:
+    asked = next((name for name in _ASKED if row.get(name) is not None), None)
+    if isinstance(chosen, list) and (asked is None or _starts_with_prompt(chosen)):
         return _messages(row, "chosen")
-    if row.get("prompt") is not None:
-        answer = chosen
-        if isinstance(chosen, list) and _starts_with_prompt(chosen, row["prompt"]):
-            return _messages(row, "chosen")
-        return _pair({**row, "chosen": answer}, "prompt", "chosen")
-    raise LayoutError("'chosen' is text, and the row has no 'prompt'")
+    if asked is not None:
+        return _pair(row, asked, "chosen")
+    turns = _spoken(chosen) if isinstance(chosen, str) else ()
+    if turns:
+        return Conversation((*_before(row), *turns), _tools(row))
+    raise LayoutError("'chosen' is text without Human: and Assistant:, and the row has no 'prompt'")
 
 
-def _starts_with_prompt(chosen: Sequence[Any], prompt: Any) -> bool:
+_ASKED = ("prompt", "question", "instruction", "input")
+_SPEAKERS = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
+
+
+def _spoken(text: str) -> tuple[Turn, ...]:
+    """Turns that are written as `Human: …` and `Assistant: …`, as in Anthropic's pairs; else none."""
+    parts = _SPEAKERS.split(text)
+    if parts[0].strip() or len(parts) < 5:
+        return ()
+    roles = {"Human": "user", "Assistant": "assistant"}
+    pairs = zip(parts[1::2], parts[2::2], strict=True)
+    return tuple(Turn(role=roles[name], content=said.strip()) for name, said in pairs)
+
+
+def _starts_with_prompt(chosen: Sequence[Any]) -> bool:
     """Whether the chosen side repeats the prompt, as the layouts of two generations of TRL differ."""
     first = chosen[0] if chosen else None
     return (
@@ -152,11 +175,12 @@ def _raw_text(row: Row) -> Conversation:
 def _before(row: Row) -> list[Turn]:
     """A system prompt and earlier turns that stand in fields of their own."""
     turns = []
-    for field in _SYSTEMS:
-        value = row.get(field)
-        if value is not None and _text(value, field).strip():
-            turns.append(Turn(role="system", content=value))
-            break
+    systems = {
+        text for name in _SYSTEMS if row.get(name) is not None and (text := _text(row[name], name)).strip()
+    }
+    if len(systems) > 1:
+        raise LayoutError(f"the fields {' and '.join(map(repr, _SYSTEMS))} hold two system prompts")
+    turns += [Turn(role="system", content=text) for text in systems]
     history = row.get("history")
     if history is None:
         return turns
@@ -179,6 +203,7 @@ def _turn(message: Any, where: str) -> Turn:
     role = message.get("role", message.get("from"))
     if not isinstance(role, str):
         raise LayoutError(f"{where} has no role")
+    require_text_only(message, where)
     role = ROLES.get(role.lower(), role.lower())
     content = message.get("content", message.get("value"))
     text = "" if content is None else _text(content, where)
@@ -186,7 +211,7 @@ def _turn(message: Any, where: str) -> Turn:
         return Turn(role="assistant", tool_calls=tuple(_calls(text, where)), train=_flag(message, where))
     if role not in KNOWN_ROLES:
         raise LayoutError(f"{where} has the unknown role {role!r} (known: {', '.join(KNOWN_ROLES)})")
-    calls = message.get("tool_calls")
+    calls = message.get("tool_calls") or message.get("function_call")
     reasoning = next((message[name] for name in _REASONING if isinstance(message.get(name), str)), None)
     return Turn(
         role=role,
@@ -197,6 +222,12 @@ def _turn(message: Any, where: str) -> Turn:
         tool_call_id=message.get("tool_call_id") if isinstance(message.get("tool_call_id"), str) else None,
         train=_flag(message, where),
     )
+
+
+def require_text_only(held: Mapping[str, Any], where: str) -> None:
+    for name in _NOT_TEXT:
+        if held.get(name):
+            raise LayoutError(f"{where} has {name!r}: images, sound and files are not read, only text is")
 
 
 def _flag(message: Mapping[str, Any], where: str) -> bool | None:
@@ -289,7 +320,7 @@ CHOSEN = "the chosen side of each pair is used, the rejected one is not"
 WHOLE_TEXT = "raw text without a prompt: the loss is taken on all of it but its first token"
 
 LAYOUTS: tuple[Layout, ...] = (
-    Layout("preference", ("chosen", "rejected"), _preference, "preference", ("prompt",), CHOSEN),
+    Layout("preference", ("chosen", "rejected"), _preference, "preference", _ASKED, CHOSEN),
     Layout("messages", ("messages",), partial(_messages, field="messages"), "messages"),
     Layout("conversations", ("conversations",), partial(_messages, field="conversations"), "messages"),
     Layout("conversation", ("conversation",), partial(_messages, field="conversation"), "messages"),
@@ -326,9 +357,9 @@ def read_question(row: Row) -> Conversation | None:
             continue
         if isinstance(value, list) and not _is_parts(value):
             return _messages(row, field)
-        more = {"instruction": "input"}.get(field, "")
+        more = "" if field != "instruction" else "input" if row.get("input") else "context"
         question = _required(value, field)
-        added = _text(row[more], more) if row.get(more) is not None else ""
+        added = _text(row[more], more) if more and row.get(more) is not None else ""
         content = f"{question}\n\n{added}" if added.strip() else question
         return Conversation((*_before(row), Turn(role="user", content=content)), _tools(row))
     return None

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,17 @@ from lorasmith.data.layouts import (
     known_layouts,
     layout_of,
     read_question,
+    require_text_only,
 )
 from lorasmith.errors import DataError
 from lorasmith.files.digests import cache_folder
 from lorasmith.parsing import parse_json
 from lorasmith.records.base import Finding
-from lorasmith.records.dataset import Example, Metadata, Turn
+from lorasmith.records.dataset import Example, Turn
 
+MOST_CHARACTERS = 1 << 30
+"""Of rows that are held together: more is no test set, and would not fit into memory for long."""
+_MOST_NAMES = 50
 COLUMNS = ("prompt", "response", "messages", "system", "tools", "text", "id")
 """What `--columns` may name a field for."""
 
@@ -70,6 +74,15 @@ class Rows:
     faults: list[tuple[int, str]] = field(default_factory=list)
     """Row and reason of those that were set aside."""
 
+    held: int = 0
+    """Characters of the rows that are kept."""
+
+    def note(self, row: Row, how: Reading) -> None:
+        """The layout of the first row, and what fields of any row are not read."""
+        self.layout = self.layout or row.layout
+        if len(self.unused) < _MOST_NAMES:
+            self.unused = tuple(dict.fromkeys((*self.unused, *unused_fields(row, how))))
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -90,8 +103,10 @@ def iterate_rows(path: Path, reading: Reading | None = None, advance: Advance | 
     """
     how = reading or Reading()
     first: Layout | None = None
+    begun = False
     for number, value in raw_rows(path, advance):
-        named = _by_columns(value, how.columns, path, number)
+        named = _by_columns(value, how.columns, path, number, begun=begun)
+        begun = True
         layout = layout_of(named)
         if first is None:
             if layout is None and (how.answered or not any(name in named for name in QUESTIONS)):
@@ -126,6 +141,13 @@ def read_rows(path: Path, reading: Reading | None = None, *, skip: bool = False)
             rows.faults.append((row.number, row.fault))
             continue
         name = row.example.id
+        if name in numbers and row.value.get("id") is None:
+            # Its own id is the number of its row, which another row has as a name.
+            name = f"row {row.number}"
+            row = replace(row, example=row.example.model_copy(update={"id": name}))
+        if name in numbers and skip:
+            rows.faults.append((row.number, f"the id {name!r} stands in row {numbers[name]} as well"))
+            continue
         if name in numbers:
             raise DataError(
                 f"the id {name!r} stands in line {numbers[name]} as well",
@@ -133,10 +155,18 @@ def read_rows(path: Path, reading: Reading | None = None, *, skip: bool = False)
                 expected="each id once",
             )
         numbers[name] = row.number
-        if not rows.layout:
-            rows.layout, rows.unused = row.layout, unused_fields(row, how)
+        rows.note(row, how)
         rows.layouts[row.layout] += 1
         rows.used += 1
+        assert row.example is not None
+        rows.held += len(row.example.prompt) + len(row.example.response)
+        if rows.held > MOST_CHARACTERS:
+            raise DataError(
+                f"the first {len(rows.examples):,} rows hold more than {MOST_CHARACTERS >> 30} GiB of text",
+                where=path,
+                expected="as many rows as fit into memory",
+                remedy="take a part of them into a file of its own",
+            )
         rows.examples.append(row.example)
     if not rows.examples:
         found = "no row of the file can be used" if rows.faults else "the file has no rows"
@@ -222,12 +252,12 @@ def unknown_layout(row: Mapping[str, Any], path: Path, number: int) -> DataError
 
 
 def _by_columns(
-    row: Mapping[str, Any], columns: Mapping[str, str], path: Path, number: int
+    row: Mapping[str, Any], columns: Mapping[str, str], path: Path, number: int, *, begun: bool
 ) -> dict[str, Any]:
     if not columns:
         return dict(row)
     for name in columns.values():
-        if name not in row and number == 1:
+        if name not in row and not begun:
             raise DataError(
                 f"there is no column {name!r}",
                 where=f"{path}:{number}",
@@ -240,6 +270,7 @@ def _by_columns(
 
 
 def _read(row: Mapping[str, Any], layout: Layout | None, how: Reading) -> Conversation:
+    require_text_only(row, "the row")
     if layout is None:
         said = None if how.answered else read_question(row)
         if said is None:
@@ -305,7 +336,7 @@ def _example(row: Mapping[str, Any], said: Conversation, path: Path, number: int
     name: Any = row.get("id")
     if name is None:
         name = about.get("record_id") or number
-    body: dict[str, Any] = {"id": str(name), "metadata": Metadata.model_validate(about)}
+    body: dict[str, Any] = {"id": str(name), "metadata": about}
     try:
         return Example.model_validate({**body, **_texts(said)})
     except ValidationError as error:
@@ -333,18 +364,19 @@ def _texts(said: Conversation) -> dict[str, Any]:
     }
 
 
-_EVERYWHERE = {
-    *("id", "metadata", "source", "domain", "difficulty", "system", "system_prompt", "history", "tools"),
-    "redacted",
-}
+_ABOUT = frozenset(("id", "metadata", "source", "domain", "difficulty", "redacted"))
+_BESIDE = frozenset(("system", "system_prompt", "history", "tools"))
+"""What every layout of turns reads."""
+_OF_QUESTIONS = frozenset((*QUESTIONS, "input", "context"))
 
 
 def unused_fields(row: Row, how: Reading) -> tuple[str, ...]:
     """Fields of a row that hold something and are not read."""
     layout = next((one for one in LAYOUTS if one.name == row.layout), None)
-    read = {*how.columns.values(), *_EVERYWHERE}
-    if layout is not None and not how.columns:
-        read |= {*layout.needs, *layout.also}
+    read = {*how.columns.values(), *_ABOUT}
+    if not how.columns:
+        read |= {*layout.needs, *layout.also} if layout is not None else _OF_QUESTIONS
+        read |= frozenset() if row.layout == "text" else _BESIDE
     return tuple(
         str(name) for name, value in row.value.items() if name not in read and value not in (None, "", [])
     )

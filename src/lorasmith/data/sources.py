@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -193,8 +194,8 @@ def told_beside(copy: Path) -> Path:
 
 
 def _canonical(files: Sequence[Path], reading: Reading, skip: bool, rows: Rows) -> Iterator[dict[str, Any]]:
-    from lorasmith.data.rows import unused_fields
-
+    root = Path(os.path.commonpath([path.absolute().parent for path in files]))
+    seen: set[str] = set()
     for path in files:
         for row in iterate_rows(path, reading):
             if row.example is None:
@@ -202,13 +203,21 @@ def _canonical(files: Sequence[Path], reading: Reading, skip: bool, rows: Rows) 
                     raise fault_error(row, path)
                 rows.faults.append((row.number, row.fault))
                 continue
-            if not rows.layout:
-                rows.layout, rows.unused = row.layout, unused_fields(row, reading)
+            rows.note(row, reading)
             rows.layouts[row.layout] += 1
-            rows.used += 1
             body = row.example.model_dump(mode="json")
-            if len(files) > 1 and body["id"] == str(row.number):
-                body["id"] = f"{path.name.split('.')[0]}-{row.number}"
+            if row.value.get("id") is None and (len(files) > 1 or body["id"] in seen):
+                body["id"] = f"{path.absolute().relative_to(root).as_posix()}:{row.number}"
+            if body["id"] in seen:
+                if not skip:
+                    raise DataError(
+                        f"the id {body['id']!r} stands in an earlier row as well",
+                        where=f"{path}:{row.number}",
+                    )
+                rows.faults.append((row.number, f"the id {body['id']!r} stands in an earlier row as well"))
+                continue
+            seen.add(body["id"])
+            rows.used += 1
             yield body
     if not rows.used:
         raise DataError("no row can be used", where=files[0], expected="at least one row that can be scored")
