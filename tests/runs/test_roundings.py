@@ -69,7 +69,7 @@ def test_a_model_that_cannot_be_calibrated_is_measured_in_the_other_modes(
     def refuse(*_: Any) -> None:
         raise UnsupportedLayers("it has no decoder layers", remedy="give another")
 
-    monkeypatch.setattr("lorasmith.merging.calibrated.fit.LayerwiseModel", refuse)
+    monkeypatch.setattr("lorasmith.merging.calibrated.layers.LayerwiseModel", refuse)
     base, adapter, train, test_set = folders
     record = compare_roundings(base, adapter, test_set, tmp_path / "out", calibration=train)
     assert [one.name for one in record.modes] == ["nearest", "dithered", "float16"]

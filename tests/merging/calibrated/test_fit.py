@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from lorasmith.errors import CheckpointError, DataError, UsageError
 from lorasmith.files.digests import digest_folder
 from lorasmith.merging import writers
-from lorasmith.merging.calibrated import fit
+from lorasmith.merging.calibrated import fit, layers
 from lorasmith.merging.merge import merge
 from lorasmith.proving.weights.prove import prove
 from tests.tiny import save_adapter, save_base, tiny_tokenizer
@@ -154,7 +154,7 @@ def test_a_killed_calibration_goes_on_with_the_same_bytes(
         """Nothing of the package catches it."""
 
     def stopping(name: str) -> Any:
-        original = getattr(fit, name)
+        original = getattr(layers, name)
 
         def write(path: Path, content: Any) -> None:
             original(path, content)
@@ -165,7 +165,7 @@ def test_a_killed_calibration_goes_on_with_the_same_bytes(
 
     with monkeypatch.context() as patched:
         for name in ("write_bytes", "write_record"):
-            patched.setattr(fit, name, stopping(name))
+            patched.setattr(layers, name, stopping(name))
         with pytest.raises(Killed):
             calibrated(inputs, tmp_path / "out")
 
@@ -189,9 +189,9 @@ def test_what_cannot_be_calibrated_is_dithered_and_says_so(tmp_path: Path) -> No
     record = calibrated((base, adapter, rows), tmp_path / "out")
     found = {tensor.name: (tensor.rounding, tensor.fallback) for tensor in record.tensors}
     assert found["model.layers.0.self_attn.q_proj.weight"] == ("calibrated", "")
-    assert found["model.embed_tokens.weight"] == ("dithered", fit.OUTSIDE)
+    assert found["model.embed_tokens.weight"] == ("dithered", layers.OUTSIDE)
     experts = {value for name, value in found.items() if ".experts." in name}
-    assert experts == {("dithered", fit.OUTSIDE)}
+    assert experts == {("dithered", layers.OUTSIDE)}
     assert prove(base, adapter, tmp_path / "out").grade == "bounded"
 
 

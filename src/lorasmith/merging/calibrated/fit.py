@@ -1,10 +1,8 @@
 """Calibrated rounding, decoder layer by decoder layer: what its linear layers get, then how they are rounded.
 
-The calibration rows go through the adapter model one layer at a time. While they pass, each linear layer's
-second moment of inputs is summed, once for layers that get the same tensor; then the layer's weights are
-rounded with error feedback and the rows' hidden states kept for the next layer. Rounded
-weights and hidden states are on disk before the next layer begins, so that a killed merge goes on there and
-ends with the same bytes. Tensors that cannot be calibrated are dithered, and the reason is recorded.
+While the calibration rows pass through a layer of the adapter model, each linear layer's second moment of
+inputs is summed, once for layers that get the same tensor; then the layer's weights are rounded with error
+feedback. Tensors that cannot be calibrated are dithered, and the reason is recorded.
 """
 
 from __future__ import annotations
@@ -12,30 +10,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import torch
-from safetensors.torch import load_file, save
 from torch import nn
 
-from lorasmith.errors import CheckpointError, InputError, os_errors
-from lorasmith.files.atomic import read_record, write_bytes, write_record
-from lorasmith.merging.calibrated.feedback import (
-    Curvature,
-    Feedback,
-    SingularError,
-    prepare_curvature,
-    round_with_feedback,
+from lorasmith.merging.calibrated.feedback import Curvature, Feedback, round_with_feedback
+from lorasmith.merging.calibrated.layers import (
+    OUTSIDE,
+    LayerDone,
+    calibrate_layers,
+    changed_weights,
+    find_curvature,
+    finish_layer,
+    require_finite,
+    stored_hidden,
 )
 from lorasmith.merging.calibrated.rows import AdaptedWeights, Calibration
 from lorasmith.merging.numbers.rounding import TARGETS
 from lorasmith.merging.numbers.threads import Workers
 from lorasmith.merging.plan import Output, Plan
 from lorasmith.merging.writers import CalibratedTensors
-from lorasmith.models.device import choose_route, resolve_device, use_route
 from lorasmith.models.layerwise import LayerwiseModel, watched
 from lorasmith.progress import Progress
-from lorasmith.records.base import Record
 
 # Second moments of what linear layers get: Σ x·xᵀ over the tokens of all calibration rows, in float64.
 
@@ -77,9 +73,6 @@ class SecondMoments:
 # each part is one thread's: the bytes do not depend on how many there are.
 
 
-LEAST_TOKENS = 0.25
-"""Tokens per input that a second moment needs. With fewer it says too little of unseen rows to be worth the
-departure from an unbiased rounding."""
 MOST_ROWS = 2_048
 """Rows of a part. A column of it is some numbers per operation: with fewer, calling the operations would cost
 more than they do; with more, a block would leave the cache."""
@@ -123,8 +116,16 @@ def round_layer(
     reached = {path for group in moments for path in group.paths}
     why = {layer.output.name: "got no tokens" for path, layer in linear.items() if path not in reached}
     stacks: list[_Stack] = []
+
+    def curvature_of(group: SecondMoments) -> Curvature | str:
+        return find_curvature(group.total, group.tokens, settings)
+
     with Workers() as workers:
-        curvatures = workers.map(lambda group: _curvature(group, settings), moments) if moments else []
+        curvatures = (
+            workers.map(lambda group: find_curvature(group.total, group.tokens, settings), moments)
+            if moments
+            else []
+        )
         for group, curvature in zip(moments, curvatures, strict=True):
             layers = [linear[path] for path in group.paths]
             if isinstance(curvature, str):
@@ -137,17 +138,6 @@ def round_layer(
         if parts:
             workers.map(lambda part: _round(*part, settings), parts)
     return {name: tensor for stack in stacks for name, tensor in _apart(stack)}, why
-
-
-def _curvature(group: SecondMoments, settings: Feedback) -> Curvature | str:
-    """The curvature of a group of layers, or why there is none."""
-    inputs = len(group.total)
-    if group.tokens < LEAST_TOKENS * inputs:
-        return f"{group.tokens} tokens are too few for {inputs} inputs"
-    try:
-        return prepare_curvature(group.total.cpu() / group.tokens, settings)
-    except SingularError as error:
-        return str(error)
 
 
 def _stacks(layers: Sequence[Linear], weights: AdaptedWeights, curvature: Curvature) -> list[_Stack]:
@@ -187,18 +177,6 @@ def _apart(stack: _Stack) -> list[tuple[str, torch.Tensor]]:
     return tensors
 
 
-OUTSIDE = "not a linear layer of a decoder layer"
-
-
-class LayerDone(Record):
-    """A decoder layer whose rounded weights and next hidden states are on disk."""
-
-    FORMAT: ClassVar[str] = "lorasmith/merge-calibrated-layer/1"
-
-    tensors: list[str]
-    fallbacks: dict[str, str]
-
-
 def run_calibration(
     base: Path,
     plan: Plan,
@@ -210,58 +188,25 @@ def run_calibration(
 ) -> CalibratedTensors:
     """Round every tensor that can be calibrated into files below `state`.
 
-    The arithmetic is float32 by torch's own route, whatever is faster elsewhere: the bytes depend on it.
     Raises `CheckpointError` where the architecture cannot be run layer by layer, and where activations are
     not finite.
     """
-    place = resolve_device(device)
-    with use_route(choose_route("mkl" if place.type == "cpu" else "auto", place)):
-        return _all_layers(base, plan, weights, rows, state, place, progress)
-
-
-def _all_layers(
-    base: Path,
-    plan: Plan,
-    weights: AdaptedWeights,
-    rows: Calibration,
-    state: Path,
-    device: torch.device,
-    progress: Progress,
-) -> CalibratedTensors:
-    wanted = {output.name: output for output in plan.outputs if output.change and output.change.updates}
-    model = LayerwiseModel(base, weights, device)
-    with os_errors(state, "write"):
-        state.mkdir(parents=True, exist_ok=True)
-    outcome = CalibratedTensors()
     hidden: list[torch.Tensor] | None = None
-    with progress("Calibrate", total=model.count, unit="layer") as advance:
-        for number in range(model.count):
-            done = _done(state, number)
-            if done is None:
-                given = _hidden(state, number, model, rows) if hidden is None else hidden
-                hidden, done = _one_layer(model, number, weights, rows, given, state, Feedback())
-            for name in done.tensors:
-                outcome.files[name] = state / f"layer-{number}.safetensors"
-            outcome.fallbacks.update(done.fallbacks)
-            advance(1)
-    for name in wanted:
-        if name not in outcome.files:
-            outcome.fallbacks.setdefault(name, OUTSIDE)
-    return outcome
 
+    def one_layer(model: LayerwiseModel, number: int) -> LayerDone:
+        nonlocal hidden
+        given = _hidden(state, number, model, rows) if hidden is None else hidden
+        hidden, done = _one_layer(model, number, weights, rows, given, state, Feedback())
+        return done
 
-def _done(state: Path, number: int) -> LayerDone | None:
-    try:
-        return read_record(state / f"layer-{number}.json", LayerDone)
-    except InputError:
-        return None
+    return calibrate_layers(base, plan, weights, state, device, progress, one_layer)
 
 
 def _hidden(state: Path, number: int, model: LayerwiseModel, rows: Calibration) -> list[torch.Tensor]:
     """What layer `number` gets: from the layer before, or from the embeddings."""
     if number == 0:
         return model.embed(rows.rows)
-    stored = load_file(state / f"hidden-{number}.safetensors")
+    stored = stored_hidden(state, number)
     return [stored[str(place)] for place in range(len(rows.rows))]
 
 
@@ -278,16 +223,8 @@ def _one_layer(
         linear, fallbacks = _linear_layers(layer, f"{model.path}.{number}", weights)
         hidden, moments = _run_rows(model, layer, list(linear), rows, given)
     rounded, impossible = round_layer(linear, moments, weights, settings)
-    fallbacks.update(impossible)
-    done = LayerDone(tensors=sorted(rounded), fallbacks=fallbacks)
-    # In this order: the record is what a merge that was killed goes on from, so all it stands for is there.
-    write_bytes(state / f"layer-{number}.safetensors", save(rounded))
-    if number + 1 < model.count:
-        kept = {str(place): states.contiguous() for place, states in enumerate(hidden)}
-        write_bytes(state / f"hidden-{number + 1}.safetensors", save(kept))
-    write_record(state / f"layer-{number}.json", done)
-    (state / f"hidden-{number}.safetensors").unlink(missing_ok=True)
-    return hidden, done
+    kept = {str(place): states for place, states in enumerate(hidden)} if number + 1 < model.count else {}
+    return hidden, finish_layer(state, number, rounded, kept, fallbacks | impossible)
 
 
 def _linear_layers(
@@ -298,13 +235,8 @@ def _linear_layers(
 
     linear: dict[str, Linear] = {}
     fallbacks: dict[str, str] = {}
-    for name, _ in layer.named_parameters():
-        output = weights.output(f"{path}.{name}")
-        if output is None or output.change is None or not output.change.updates:
-            continue
-        owner, _, leaf = name.rpartition(".")
-        module = layer.get_submodule(owner)
-        if leaf != "weight" or not isinstance(module, nn.Linear | Conv1D):
+    for owner, module, output in changed_weights(layer, path, weights):
+        if not isinstance(module, nn.Linear | Conv1D):
             fallbacks[output.name] = OUTSIDE
         elif output.dtype not in ("BF16", "F16"):
             fallbacks[output.name] = f"stored in {output.dtype}, where nearly nothing is lost"
@@ -343,13 +275,7 @@ def _run_rows(
         for ids, states in zip(rows.rows, given, strict=True):
             hidden.append(model.advance(ids, states).cpu())
             seen.clear()
-            if not bool(hidden[-1].isfinite().all()):
-                raise CheckpointError(
-                    f"the hidden states behind decoder layer {model.active} are not finite",
-                    where=f"calibration row {len(hidden)}",
-                    expected="finite activations of the adapter model in float32",
-                    remedy="the adapter or its base is damaged: take an earlier checkpoint",
-                )
+            require_finite(hidden[-1], model, len(hidden) - 1)
     for group in groups.values():
         group.settle()
     return hidden, list(groups.values())

@@ -19,35 +19,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
 from torch import nn
 
 from lorasmith.checkpoint.model import Checkpoint
-from lorasmith.errors import CheckpointError, InputError, os_errors
-from lorasmith.files.atomic import read_record, write_bytes, write_record
-from lorasmith.merging.calibrated.feedback import (
-    Curvature,
-    Feedback,
-    SingularError,
-    fit_to_grid,
-    prepare_curvature,
+from lorasmith.merging.calibrated.feedback import Curvature, Feedback, fit_to_grid
+from lorasmith.merging.calibrated.layers import (
+    OUTSIDE,
+    Counts,
+    LayerDone,
+    calibrate_layers,
+    changed_weights,
+    find_curvature,
+    finish_layer,
+    require_finite,
+    stored_hidden,
 )
 from lorasmith.merging.calibrated.rows import AdaptedWeights, Calibration
 from lorasmith.merging.numbers.threads import Workers
 from lorasmith.merging.plan import Output, Plan
 from lorasmith.merging.writers import CalibratedTensors
-from lorasmith.models.device import choose_route, resolve_device, use_route
 from lorasmith.models.layerwise import LayerwiseModel
 from lorasmith.progress import Progress
+from lorasmith.quantized.grid import Block
 from lorasmith.quantized.open import DecodedTensor
 from lorasmith.quantized.weight import QuantizedWeight
-from lorasmith.records.base import Record
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,19 +59,12 @@ SHARE_OF_RESIDUAL = 0.5
 """ρ: how much of the difference of the residual streams is made up for."""
 CORRECTION_DAMPING = 0.3
 """λ of the corrections over the mean of the second moment's diagonal."""
-LEAST_TOKENS = 0.25
-"""Tokens per input that a second moment needs, as for 16-bit merges."""
 SMALL_GRID = 16
 """Points of a 4-bit grid."""
 MOST_STEPS_SMALL, MOST_STEPS = 2, 15
-"""How far from its own rounding an element may go on a small grid and on others, in grid points."""
+"""How far from its own rounding an element may go on a small grid and on others, in grid points. That
+rounding is taken from float32 here, so the proof allows one step more."""
 _PART_ROWS = 2_048
-OUTSIDE = "not a linear layer of a decoder layer"
-
-
-def most_steps(weight: QuantizedWeight) -> int:
-    """The limit for a weight; the proof allows one step more, since the rounding here starts from float32."""
-    return MOST_STEPS_SMALL if len(weight.block(0, 1).levels.points) <= SMALL_GRID else MOST_STEPS
 
 
 @dataclass(frozen=True)
@@ -88,6 +82,35 @@ class LevelGrid:
     """The lowest level of each element."""
     high: torch.Tensor
 
+    @classmethod
+    def around(cls, columns: torch.Tensor, block: Block, order: torch.Tensor) -> LevelGrid:
+        """The grid of some rows, up to some points from the rounding of exact values [I, O]."""
+
+        def turned(array: Any) -> torch.Tensor:
+            whole = torch.from_numpy(np.array(np.broadcast_to(array, block.codes.shape)))
+            return whole.to(torch.float32)[:, order].T.contiguous()
+
+        points = torch.from_numpy(block.levels.points).float()
+        scale = turned(block.steps)
+        unlimited = cls(
+            points,
+            torch.from_numpy(block.levels.middles).float(),
+            scale,
+            torch.where(scale != 0, 1 / scale, 0.0),
+            None if block.offset is None else turned(block.offset),
+            points[:1],
+            points[-1:],
+        )
+        limit = MOST_STEPS_SMALL if len(points) <= SMALL_GRID else MOST_STEPS
+        own = unlimited.places(columns)
+        low, high = (own - limit).clamp(min=0), (own + limit).clamp(max=len(points) - 1)
+        return replace(unlimited, low=points[low], high=points[high])
+
+    def places(self, values: torch.Tensor) -> torch.Tensor:
+        """Where among the points the levels nearest to float32 values [I, O] are."""
+        levels = (values if self.offset is None else values - self.offset) * self.inverse
+        return torch.bucketize(levels, self.middles)
+
     def nearest(self, values: torch.Tensor, column: int) -> torch.Tensor:
         """The nearest level's number, within each element's limits."""
         if self.offset is not None:
@@ -95,17 +118,6 @@ class LevelGrid:
         levels = values.mul_(self.inverse[column]).clamp_(self.low[column], self.high[column])
         near = self.points[torch.bucketize(levels, self.middles)].mul_(self.scale[column])
         return near if self.offset is None else near.add_(self.offset[column])
-
-
-class LayerDone(Record):
-    """A decoder layer whose codes and next hidden states are on disk."""
-
-    FORMAT: ClassVar[str] = "lorasmith/merge-calibrated-grid-layer/1"
-
-    tensors: list[str]
-    fallbacks: dict[str, str]
-    counts: dict[str, tuple[int, int, float, float]]
-    """Of each weight: codes that differ from the base's, elements with an update, ‖W‖² and ‖ΔW‖²."""
 
 
 def run_onto_grid(
@@ -121,62 +133,29 @@ def run_onto_grid(
 
     `plan` is that of the model's own tensors, not of the stored ones. Raises as `fit.run_calibration` does.
     """
-    place = resolve_device(device)
-    with use_route(choose_route("mkl" if place.type == "cpu" else "auto", place)):
-        return _all_layers(base, plan, weights, rows, state, place, progress)
+    streams: _Streams | None = None
+
+    def one_layer(model: LayerwiseModel, number: int) -> LayerDone:
+        nonlocal streams
+        streams = streams or _stored_streams(state, number, model, rows)
+        return _one_layer(model, number, weights, rows, streams, state)
+
+    return calibrate_layers(base.folder, plan, weights, state, device, progress, one_layer)
 
 
 @dataclass
 class _Streams:
-    """The hidden states of each row in both models: of the adapter on its base, and of the merge."""
+    """The hidden states of each row in both models: the adapter on its base, and the merge."""
 
     meant: list[torch.Tensor]
     made: list[torch.Tensor]
-
-
-def _all_layers(
-    base: Checkpoint,
-    plan: Plan,
-    weights: AdaptedWeights,
-    rows: Calibration,
-    state: Path,
-    device: torch.device,
-    progress: Progress,
-) -> CalibratedTensors:
-    model = LayerwiseModel(base.folder, weights, device)
-    with os_errors(state, "write"):
-        state.mkdir(parents=True, exist_ok=True)
-    outcome = CalibratedTensors()
-    streams: _Streams | None = None
-    with progress("Calibrate", total=model.count, unit="layer") as advance:
-        for number in range(model.count):
-            done = _done(state, number)
-            if done is None:
-                streams = streams or _stored_streams(state, number, model, rows)
-                done = _one_layer(model, number, weights, rows, streams, state)
-            for name in done.tensors:
-                outcome.files[name] = state / f"layer-{number}.safetensors"
-            outcome.fallbacks.update(done.fallbacks)
-            outcome.counts.update(done.counts)
-            advance(1)
-    for output in plan.outputs:
-        if output.change and output.change.updates and output.name not in outcome.files:
-            outcome.fallbacks.setdefault(output.name, OUTSIDE)
-    return outcome
-
-
-def _done(state: Path, number: int) -> LayerDone | None:
-    try:
-        return read_record(state / f"layer-{number}.json", LayerDone)
-    except InputError:
-        return None
 
 
 def _stored_streams(state: Path, number: int, model: LayerwiseModel, rows: Calibration) -> _Streams:
     if number == 0:
         embedded = model.embed(rows.rows)
         return _Streams(embedded, [one.clone() for one in embedded])
-    stored = load_file(state / f"hidden-{number}.safetensors")
+    stored = stored_hidden(state, number)
     count = range(len(rows.rows))
     return _Streams([stored[f"meant {n}"] for n in count], [stored[f"made {n}"] for n in count])
 
@@ -204,7 +183,7 @@ def _one_layer(
     state: Path,
 ) -> LayerDone:
     codes: dict[str, torch.Tensor] = {}
-    counts: dict[str, tuple[int, int, float, float]] = {}
+    counts: dict[str, Counts] = {}
     with model.layer(number) as layer:
         linear, fallbacks = _linear_layers(layer, f"{model.path}.{number}", weights)
         pair = _Pair(model, layer, list(linear.values()), rows, streams)
@@ -216,16 +195,11 @@ def _one_layer(
             {one.output.name: "got no tokens" for one in linear.values() if one.output.name not in reached}
         )
         pair.advance()
-    done = LayerDone(tensors=sorted(codes), fallbacks=fallbacks, counts=counts)
-    # In this order: the record is what a merge that was killed goes on from, so all it stands for is there.
-    write_bytes(state / f"layer-{number}.safetensors", save(codes))
+    kept: dict[str, torch.Tensor] = {}
     if number + 1 < model.count:
-        kept = {f"meant {n}": one.contiguous() for n, one in enumerate(streams.meant)}
-        kept |= {f"made {n}": one.contiguous() for n, one in enumerate(streams.made)}
-        write_bytes(state / f"hidden-{number + 1}.safetensors", save(kept))
-    write_record(state / f"layer-{number}.json", done)
-    (state / f"hidden-{number}.safetensors").unlink(missing_ok=True)
-    return done
+        kept |= {f"meant {n}": one for n, one in enumerate(streams.meant)}
+        kept |= {f"made {n}": one for n, one in enumerate(streams.made)}
+    return finish_layer(state, number, codes, kept, fallbacks, counts)
 
 
 def _linear_layers(
@@ -234,18 +208,13 @@ def _linear_layers(
     """The layers to calibrate, and of all other changed weights of the decoder layer why they are not."""
     linear: dict[str, _Linear] = {}
     fallbacks: dict[str, str] = {}
-    for name, parameter in layer.named_parameters():
-        output = weights.output(f"{path}.{name}")
-        if output is None or output.change is None or not output.change.updates:
-            continue
-        owner, _, leaf = name.rpartition(".")
-        module = layer.get_submodule(owner)
-        if leaf != "weight" or not isinstance(module, nn.Linear):
+    for owner, module, output in changed_weights(layer, path, weights):
+        if not isinstance(module, nn.Linear):
             fallbacks[output.name] = OUTSIDE
         elif not isinstance(output.decoded, DecodedTensor):
             fallbacks[output.name] = "the base does not hold it quantized"
         else:
-            meant = parameter.data
+            meant = module.weight.data
             linear[owner] = _Linear(owner, module, output, output.decoded.weight, meant, meant)
     return linear, fallbacks
 
@@ -306,13 +275,7 @@ class _Pair:
         seen = _Seen()
         with _watching(self.layer, self.linear, seen):
             seen.result = self.model.advance(self.rows.rows[row], states)
-        if not bool(seen.result.isfinite().all()):
-            raise CheckpointError(
-                f"the hidden states behind decoder layer {self.model.active} are not finite",
-                where=f"calibration row {row + 1}",
-                expected="finite activations in float32",
-                remedy="the adapter or its base is damaged: take an earlier checkpoint",
-            )
+        require_finite(seen.result, self.model, row)
         return seen
 
     def advance(self) -> None:
@@ -386,7 +349,7 @@ def _fit_group(
     group: Sequence[_Linear],
     weights: AdaptedWeights,
     codes: dict[str, torch.Tensor],
-    counts: dict[str, tuple[int, int, float, float]],
+    counts: dict[str, Counts],
 ) -> str:
     """Round the layers of a group; returns why that cannot be done, or nothing."""
     size = group[0].meant.shape[1]
@@ -409,20 +372,18 @@ def _fit_group(
                 of_meant = pair.residual_of(row, meant, source, made=False)
                 of_made = pair.residual_of(row, made, source, made=True)
                 residual += ((of_meant.to(z) - of_made.to(z)).T @ z).cpu()
-    if tokens < LEAST_TOKENS * size:
-        return f"{tokens} tokens are too few for {size} inputs"
     settings = Feedback()
-    try:
-        curvature = prepare_curvature(moments / tokens, settings)
-    except SingularError as error:
-        return str(error)
+    curvature = find_curvature(moments, tokens, settings)
+    if isinstance(curvature, str):
+        return curvature
     damped = moments / tokens
     damped.diagonal().add_(CORRECTION_DAMPING * float(damped.diagonal().mean()))
+    factors = torch.linalg.lu_factor(damped)
     for one in group:
         wanted = SHARE_OF_INPUTS * (one.meant.cpu().double() @ (cross / tokens))
         if residual is not None:
             wanted += SHARE_OF_RESIDUAL * residual / tokens
-        target = one.meant.cpu().double() + torch.linalg.solve(damped, wanted.T).T
+        target = one.meant.cpu().double() + torch.linalg.lu_solve(*factors, wanted.T).T
         raw, values, counted = _round(one, target, weights.before(one.output), curvature, settings)
         codes[one.output.name], counts[one.output.name] = raw, counted
         one.made = values.to(one.meant.device)
@@ -437,7 +398,6 @@ def _round(
     meant, base = one.meant.cpu(), before.view(one.meant.shape)
     places = np.empty(target.shape, dtype=np.int64)
     values = torch.empty(target.shape, dtype=torch.float32)
-    limit = most_steps(one.weight)
     edges = list(range(0, rows, _PART_ROWS))
 
     def work(start: int) -> None:
@@ -445,9 +405,15 @@ def _round(
         # Inference mode is the caller's thread's alone.
         with torch.inference_mode():
             part = _round_rows(
-                one.weight, start, stop, target[start:stop], meant[start:stop], base[start:stop], curvature,
-                settings, limit,
-            )  # fmt: skip
+                one.weight,
+                start,
+                stop,
+                target[start:stop],
+                meant[start:stop],
+                base[start:stop],
+                curvature,
+                settings,
+            )
         places[start:stop], values[start:stop] = part
 
     with Workers() as workers:
@@ -473,40 +439,16 @@ def _round_rows(
     base: torch.Tensor,
     curvature: Curvature,
     settings: Feedback,
-    limit: int,
 ) -> tuple[Any, torch.Tensor]:
     """Places among the levels' points, and the numbers, of some rows."""
-    block = weight.block(start, stop)
-    order = curvature.order
-
-    def columns(array: Any) -> torch.Tensor:
-        whole = torch.from_numpy(np.array(np.broadcast_to(array, block.codes.shape)))
-        return whole.to(torch.float32)[:, order].T.contiguous()
-
-    points = torch.from_numpy(block.levels.points).float()
-    middles = torch.from_numpy(block.levels.middles).float()
-    scale = columns(block.steps)
-    inverse = torch.where(scale != 0, 1 / scale, 0.0)
-    offset = None if block.offset is None else columns(block.offset)
-    exact = meant[:, order].T.contiguous()
-    own = torch.bucketize(((exact if offset is None else exact - offset) * inverse), middles)
-    last = len(points) - 1
-    grid = LevelGrid(
-        points,
-        middles,
-        scale,
-        inverse,
-        offset,
-        points[(own - limit).clamp(min=0)],
-        points[(own + limit).clamp(max=last)],
-    )
+    block, order = weight.block(start, stop), curvature.order
+    grid = LevelGrid.around(meant[:, order].T.contiguous(), block, order)
     wanted = target[:, order].T.contiguous()
     update = (target - base.double())[:, order].T
     rounded = fit_to_grid(wanted, update, curvature, grid, settings)
-    found = torch.bucketize(((rounded if offset is None else rounded - offset) * inverse), middles)
-    # Where the scale is zero all points are one number: the base's code stays.
     ordered = np.empty(block.codes.shape, dtype=np.int64)
-    ordered[:, order.numpy()] = found.T.numpy()
+    ordered[:, order.numpy()] = grid.places(rounded).T.numpy()
+    # Where the scale is zero all points are one number: the base's code stays.
     ordered = np.where(block.steps == 0, block.places, ordered)
     values = torch.from_numpy(block.at_places(ordered)).float()
     return ordered, values
