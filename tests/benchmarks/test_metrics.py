@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from functools import partial
 from itertools import permutations
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lorasmith.benchmarks import maths
+from lorasmith.benchmarks import maths, maths_final
 from lorasmith.benchmarks.base import Unscored
 from lorasmith.benchmarks.choices import judge_letter, judge_likelihoods, read_letter
 from lorasmith.benchmarks.drop import best_pairs, score, spans_score, stated
@@ -130,6 +131,26 @@ EQUAL = [
     (r"\$5", r"\boxed{5}"),
     (r"\sqrt{3}", r"\boxed{√3}"),
     (r"\frac12", r"\boxed{½}"),
+    # Neither boxed nor stated: an answer that is one expression, else the last expression of its prose.
+    ("32_5", "$32_{5}$"),
+    ("32_5", "32"),
+    ("32_5", "So we get $17 = 32_5$."),
+    ("32_5", "It is 32 in base five."),
+    ("32_5", r"\boxed{32_{\text{five}}}"),
+    ("32", "32_{10}"),
+    (r"2\sqrt{3}", "2√3"),
+    (r"2\sqrt{3}", r"So we get 2\sqrt{3}."),
+    (r"\frac{\pi}{4}", r"$\frac\pi4$"),
+    (r"90^\circ", "90°"),
+    ("10000", "It is 10,000."),
+    ("5", "**5**"),
+    ("5", "The value of $x$ is 5 cm."),
+    ("3,-3", "x = 3 or x = -3"),
+    (r"\text{A, C}", "C and A"),
+    (r"\text{Evelyn}", "Evelyn"),
+    (r"\text{June 5}", "The answer is June 5."),
+    ("(2,5)", "It is the interval (2, 5)."),
+    ("x^2+1", "So \\[f(x)\n= 1+x^2.\\]"),
 ]
 UNEQUAL = [
     ("1010_2", r"\boxed{1010_3}"),
@@ -139,6 +160,18 @@ UNEQUAL = [
     ("1,2", r"\boxed{12}"),
     (r"\text{A, C}", r"\boxed{A, B}"),
     ("(2,5)", r"\boxed{[2,5]}"),
+    ("32_5", "32_6"),
+    ("32_5", "$32_6$"),
+    ("32_5", "So we get $17 = 32_6$."),
+    ("32_5", "So 17 is 32 base 6."),
+    ("32_5", r"\boxed{32_{\text{six}}}"),
+    ("32_5", "17"),
+    ("32_5", "I do not know."),
+    ("32", "The number is 32_6."),
+    ("33", "$32_6 + 1$"),
+    ("326", "$32_6$"),
+    ("3", r"So we get 2\sqrt{3}."),
+    ("12", "1,2"),
 ]
 VERDICTS = [*((*one, True) for one in EQUAL), *((*one, False) for one in UNEQUAL)]
 
@@ -146,6 +179,14 @@ VERDICTS = [*((*one, True) for one in EQUAL), *((*one, False) for one in UNEQUAL
 @pytest.mark.parametrize(("final", "answer", "right"), VERDICTS)
 def test_answers_in_math_that_are_only_written_otherwise(final: str, answer: str, right: bool) -> None:
     assert maths.equal(final, answer) is right
+
+
+@pytest.mark.parametrize("hostile", [r"\(", "$$", r"\boxed{", "answer is ", "1_", " ", "a and 1 ", "√("])
+def test_no_answer_in_math_takes_long_however_it_is_made(hostile: str) -> None:
+    began = time.process_time()
+    maths_final.final_answers(hostile * 20_000)
+    # Tens of milliseconds by themselves; a pattern that takes the square of the length takes minutes.
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize(
@@ -192,7 +233,7 @@ def test_a_math_reference_that_nobody_can_read_is_unscored() -> None:
     ],
 )
 def test_the_last_box_is_found(solution: str, final: str | None) -> None:
-    assert maths.last_boxed(solution) == final
+    assert maths_final.last_boxed(solution) == final
 
 
 def choice_example() -> Example:

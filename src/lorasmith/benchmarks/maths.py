@@ -26,6 +26,7 @@ from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, Source, SourceRow, Unscored, text
+from lorasmith.benchmarks.maths_final import final_answers, last_boxed
 from lorasmith.benchmarks.maths_text import compact, letters_of, normalise, same_base
 from lorasmith.records.dataset import Example
 
@@ -37,59 +38,33 @@ from lorasmith.records.dataset import Example
 
 SECONDS = 10.0
 """Deadline of one comparison; the slowest of the case table takes 0.3 s."""
+_LONGEST = 2000
+"""Signs of an answer that is compared; published ones have below 200, and a loop of signs has no end."""
 _START_SECONDS = 120.0
 """Deadline of the imports of sympy on a busy machine."""
 
 
 def equal(final: str, answer: str) -> bool:
     """Compare a reference answer (LaTeX) with what a model wrote; raises `Unscored` without a verdict."""
-    boxed = last_boxed(answer)
-    stated = boxed if boxed is not None else _stated(answer)
-    if stated is not None:
-        if compact(stated) == compact(final):
-            return True
-        if (based := same_base(final, stated)) is not None:
-            return based
-        if (letters := letters_of(final)) is not None:
-            return letters == letters_of(stated)
-        if _is_list(final) != _is_list(stated):
-            return False  # 1,234 is one number, (1,234) are two, and 12 is not 1,2
+    said = final_answers(answer)
+    if compact(final) in map(compact, said):
+        return True
+    stated = said[-1]
+    if (based := same_base(final, stated)) is not None:
+        return based
+    if (letters := letters_of(final)) is not None:
+        return letters == letters_of(stated)
+    if _is_list(final) != _is_list(stated):
+        return False  # 1,234 is one number, (1,234) are two, and 12 is not 1,2
     if find_spec("math_verify") is None:
         raise Unscored("math-verify is not installed: pip install 'lorasmith[benchmarks]'")
-    asked = answer if stated is None else f"\\boxed{{{normalise(stated)}}}"
-    told = _worker().ask({"gold": f"\\boxed{{{normalise(final)}}}", "answer": asked})
+    if len(stated) > _LONGEST:
+        return False
+    gold, given = (f"\\boxed{{{normalise(text)}}}" for text in (final, stated))
+    told = _worker().ask({"gold": gold, "answer": given})
     if told.get("verdict") is None:
         raise Unscored(str(told.get("reason")))
     return bool(told["verdict"])
-
-
-def last_boxed(solution: str) -> str | None:
-    """What stands in the last \\boxed{…} (or \\fbox{…}), braces matched; None where there is none."""
-    start = max(solution.rfind("\\boxed"), solution.rfind("\\fbox"))
-    if start < 0:
-        return None
-    rest = solution[solution.index("box", start) + 3 :].removeprefix("ed")
-    if not rest.startswith("{"):
-        # `\boxed 5` is legal TeX: the next sign alone is boxed.
-        return rest.strip().split("$")[0].split()[0] if rest.strip() and rest[0].isspace() else None
-    depth = 0
-    for index, sign in enumerate(rest):
-        if sign in "{}" and rest[index - 1 : index] != "\\":
-            depth += 1 if sign == "{" else -1
-            if depth == 0:
-                return rest[1:index].strip() or None
-    return None
-
-
-_STATES = re.compile(
-    r"(?:final\s+)?answer\s*(?:is|:|=)\s*:?\s*\**\s*(.+?)\s*\**\s*(?:\.(?=\s|$)|\n|$)", re.IGNORECASE
-)
-
-
-def _stated(answer: str) -> str | None:
-    """What the last "the answer is …" names; None where nothing is stated so."""
-    found = _STATES.findall(answer)
-    return found[-1] if found else None
 
 
 def _is_list(expression: str) -> bool:

@@ -25,6 +25,17 @@ _SHORT_FRACTION = re.compile(rf"\\frac\s*(\{{[^{{}}]*\}}|{_SIGN})\s*(\{{[^{{}}]*
 _SHORT_ROOT = re.compile(r"\\sqrt\s*([A-Za-z0-9])")
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _BASED = re.compile(r"(-?[0-9A-Fa-f]+)_\{?(\d+)\}?")
+_HAS_BASE = re.compile(r"\d_\{?\d")
+_BASE_NAMES = {
+    "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
+    "eleven": 11, "twelve": 12, "sixteen": 16,
+}  # fmt: skip
+_BASE = rf"(\d{{1,2}}|(?i:{'|'.join(_BASE_NAMES)}))(?![A-Za-z0-9])"
+_BASE_IN_TEXT = re.compile(r"\\text\s*\{([^{}]*\bbase\b[^{}]*)\}")
+_BASE_SAID = re.compile(rf"(?<=[0-9A-F])[ ,]{{0,3}}\(?\s?(?:in )?base[ -]?{_BASE}\)?")
+_BASE_INDEX = re.compile(
+    rf"(?<=[0-9A-F])\s?_\s?(?:\{{\s?\(?{_BASE}\)?\s?\}}|\{{\s?\\text\s?\{{\s?{_BASE}\s?\}}\s?\}}|\\text\s?\{{\s?{_BASE}\s?\}})"
+)
 _LETTERS = re.compile(r"[A-Z](?:(?:,|and|&)[A-Z])+")
 
 
@@ -71,17 +82,34 @@ def same_base(final: str, answer: str) -> bool | None:
     """For a number with its base in the index: whether the answer is that number; None where neither has one.
 
     An answer without a base is taken in the one that the problem asks for; with another base it is wrong,
-    even where digits or value agree.
+    even where digits or value agree. So is one that still has to be computed: math-verify ignores bases.
     """
-    one, two = _BASED.fullmatch(compact(final)), _BASED.fullmatch(compact(answer))
+    final, answer = (_last_side(with_base_in_index(text)) for text in (final, answer))
+    one, two = _BASED.fullmatch(final), _BASED.fullmatch(answer)
     if one is None and two is None:
-        return None
+        return False if _HAS_BASE.search(final) or _HAS_BASE.search(answer) else None
     if one is None or two is None:
-        based, bare = (one, compact(answer)) if one is not None else (two, compact(final))
+        based, bare = (one, answer) if one is not None else (two, final)
         assert based is not None
         # A reference without a base is a decimal number.
         return bare.upper() == based[1].upper() and (one is not None or based[2] == "10")
     return (one[1].upper(), one[2]) == (two[1].upper(), two[2])
+
+
+def with_base_in_index(text: str) -> str:
+    """The text with `32 (base 6)`, `32_{\\text{six}}` and the like written `32_6`."""
+
+    def index(found: re.Match[str]) -> str:
+        base = next(filter(None, found.groups()))
+        return f"_{_BASE_NAMES.get(base.lower(), base)}"
+
+    text = _BASE_IN_TEXT.sub(r"\1", text)
+    return _BASE_INDEX.sub(index, _BASE_SAID.sub(index, text))
+
+
+def _last_side(expression: str) -> str:
+    """What stands behind the last equals sign, in the compact form."""
+    return compact(expression).rpartition("=")[2]
 
 
 def letters_of(expression: str) -> frozenset[str] | None:
