@@ -6,6 +6,7 @@ import gzip
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import pytest
@@ -114,8 +115,14 @@ FENCED = {
     "not closed": f"```py\n{BODY}",
     "CRLF": f"```python\n{BODY}```\n".replace("\n", "\r\n"),
     "tildes": f"~~~~ python\n{BODY}~~~~",
-    "in a list": "1. So:\n   ```python\n" + "".join(f"   {line}\n" for line in BODY.splitlines()) + "   ```",
+    "in a list": f"1. So:\n   ```python\n{indent(BODY, '   ')}   ```",
     "behind a bullet": f"- ```\n{BODY}```",
+    "in a bullet": f"- ```python\n{indent(BODY, '  ')}  ```",
+    "in a bullet behind a tab": f"-\t```python\n{indent(BODY, chr(9))}\t```",
+    "in a numbered point": f"12. ~~~\n{indent(BODY, '    ')}    ~~~",
+    "body in a bullet": "- ```python\n      return x + 1\n  ```",
+    "body in a bullet that does not move it": "- ```python\n    return x + 1\n  ```",
+    "body alone": "```\nreturn x + 1\n```",
     "title in the fence": f'```python title="f.py" {{1-2}}\n{BODY}```',
     "another fence inside": f"````python\n{BODY}# ```\n````",
     "usage behind it": f"```python\n{BODY}```\nThen\n```python\nprint(f(1))\n```",

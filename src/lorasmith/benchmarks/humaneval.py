@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from textwrap import dedent, indent
 from typing import Any, ClassVar
 
-from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, Source, SourceRow, Unscored, text
-from lorasmith.benchmarks.fences import code_blocks
-from lorasmith.benchmarks.sandbox import run
+from lorasmith.benchmarks.base import Benchmark, Item, RowError, Scores, Source, SourceRow, text
+from lorasmith.benchmarks.code import code_blocks, pass_at_1
 from lorasmith.records.dataset import Example
 
 _FIELDS = {"task_id", "prompt", "entry_point", "canonical_solution", "test"}
@@ -64,19 +64,17 @@ class HumanEval(Benchmark):
 
     def judge(self, example: Example, answer: str) -> Scores:
         """pass@1: 1.0 when prompt, answer and tests run to their end in the sandbox, else 0.0."""
-        if refusal := run.refusal():
-            raise Unscored(refusal)
         extra = example.metadata.extra()
         tests = f"{extra['tests']}\ncheck({extra['entry_point']})\n"
-        outcome = run.run_answer(f"{program(example.prompt, answer, extra['entry_point'])}\n{tests}")
-        return {"pass@1": float(outcome.finished)}
+        return pass_at_1(f"{program(example.prompt, answer, extra['entry_point'])}\n{tests}")
 
 
 def program(prompt: str, answer: str, entry_point: str) -> str:
     """Prompt and answer as one program.
 
     Plain text continues the prompt. Of an answer with fenced code the last block counts that defines the
-    function, else the last; a whole function follows the prompt's imports and helpers in its own right.
+    function, else the last, which is then the function's body and gets the prompt's indent; a whole function
+    follows the prompt's imports and helpers in its own right.
     """
     blocks = code_blocks(answer)
     if not blocks:
@@ -84,7 +82,9 @@ def program(prompt: str, answer: str, entry_point: str) -> str:
     defines = re.compile(rf"^def {re.escape(entry_point)}\b", re.MULTILINE)
     whole = [block for block in blocks if defines.search(block)]
     if not whole:
-        return prompt + blocks[-1]
+        last_line = prompt.rstrip().rpartition("\n")[2]
+        margin = last_line[: len(last_line) - len(last_line.lstrip())]
+        return prompt + indent(dedent(blocks[-1]), margin)
     start = defines.search(prompt)
     before = prompt[: start.start()] if start else ""
     return f"{before}\n{whole[-1]}"

@@ -26,11 +26,9 @@ from lorasmith.benchmarks.base import (
     Scores,
     Source,
     SourceRow,
-    Unscored,
     text,
 )
-from lorasmith.benchmarks.fences import code_blocks
-from lorasmith.benchmarks.sandbox import run
+from lorasmith.benchmarks.code import code_blocks, pass_at_1
 from lorasmith.records.dataset import Example
 
 INSTRUCTION = "Answer with the Python code alone."
@@ -88,11 +86,8 @@ class Mbpp(Benchmark):
 
     def judge(self, example: Example, answer: str) -> Scores:
         """pass@1: 1.0 when the code and its asserts run to their end in the sandbox, else 0.0."""
-        if refusal := run.refusal():
-            raise Unscored(refusal)
         extra = example.metadata.extra()
-        outcome = run.run_answer(f"{extra['setup']}\n{code_of(answer)}\n{extra['tests']}\n")
-        return {"pass@1": float(outcome.finished)}
+        return pass_at_1(f"{extra['setup']}\n{code_of(answer)}\n{extra['tests']}\n")
 
 
 def code_of(answer: str) -> str:
