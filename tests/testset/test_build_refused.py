@@ -26,7 +26,47 @@ def test_gsm8k_under_another_name_is_found(five: Path, tmp_path: Path, name: str
     found = refused(five, tmp_path, [name], "wrong-content")
     [wrong] = [finding for finding in found.findings if finding.code == "wrong-content"]
     assert "GSM8K" in wrong.message and wrong.where == f"{name}.jsonl"
-    assert wrong.expected == f"rows of {name.upper()}" and wrong.remedy
+    assert str(wrong.expected).startswith(f"rows of {name.upper()}: ") and wrong.remedy
+
+
+def test_many_wrong_files_in_a_benchmarks_folder_are_one_message_with_the_columns(tmp_path: Path) -> None:
+    for number in range(20):
+        path = tmp_path / "in" / "mmlu" / "test" / f"subject{number}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("query,reply\nWhat is it?,A thing\n")
+    found = refused(tmp_path / "in", tmp_path, ["MMLU"], "wrong-content")
+    [wrong] = [finding for finding in found.findings if finding.code == "wrong-content"]
+    assert "20 files" in wrong.message and "query, reply" in wrong.message
+    assert "question, choices" in str(wrong.expected) and wrong.where == "mmlu/test/subject0.csv"
+
+
+def test_many_files_with_the_same_fault_are_one_message(tmp_path: Path) -> None:
+    for number in range(20):
+        write(tmp_path / "in" / "math" / f"{number}.jsonl", [math_row(number, solution="no box")] * 2)
+    found = refused(tmp_path / "in", tmp_path, ["MATH"], "rejected-rows")
+    [wrong] = [finding for finding in found.findings if finding.code == "rejected-rows"]
+    assert wrong.message == "every row is unusable, in 20 files: the solution has no \\boxed{} answer"
+    assert len(found.rejected) == 40
+
+
+def test_another_file_in_a_benchmarks_folder_stops_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "math" / "test.jsonl", [math_row(number) for number in range(5)])
+    write(tmp_path / "in" / "math" / "subjects.jsonl", [{"subject": "Algebra", "rows": 5}])
+    assert build(tmp_path / "in", tmp_path / "t.jsonl", only=["MATH"]).examples == 5
+    for number in range(2):
+        write(tmp_path / "in" / "mmlu" / f"{number}.jsonl", [GSM8K])
+    found = refused(tmp_path / "in", tmp_path, ["MATH"], "wrong-content")
+    assert [one.message for one in found.findings if one.code == "wrong-content"] == [
+        "the folder says MMLU, the rows are GSM8K, in 2 files"
+    ]
+
+
+def test_the_rows_of_a_table_without_a_header_are_not_quoted(tmp_path: Path) -> None:
+    (tmp_path / "in" / "gpqa").mkdir(parents=True)
+    secret = "A question that nobody should find in any message, " * 3
+    (tmp_path / "in" / "gpqa" / "part.csv").write_text(f'"{secret}",yes,no\n')
+    found = refused(tmp_path / "in", tmp_path, ["GPQA"], "wrong-content")
+    assert not any("nobody should" in str(finding) for finding in found.findings)
 
 
 def test_one_benchmark_under_the_name_of_another_is_found(five: Path, tmp_path: Path) -> None:

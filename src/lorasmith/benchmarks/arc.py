@@ -30,6 +30,7 @@ class Arc(LetteredChoices):
     domain = "science Q&A"
     source = "https://huggingface.co/datasets/allenai/ai2_arc"
     licence = "CC BY-SA 4.0"
+    columns = "id, question, choices {text, label}, answerKey"
     hub = Source(
         "allenai/ai2_arc",
         "210d026faf9955653af8916fad021475a3f00453",

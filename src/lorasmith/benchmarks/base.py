@@ -153,6 +153,8 @@ class Benchmark(Judge):
     domain: ClassVar[str]
     source: ClassVar[str]
     licence: ClassVar[str]
+    columns: ClassVar[str]
+    """The fields that a row has in each public layout, for whoever brings another file."""
     private: ClassVar[bool] = False
     """True where the authors ask that no example appears in plain text."""
     graded: ClassVar[bool] = False

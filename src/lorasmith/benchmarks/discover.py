@@ -210,24 +210,39 @@ def read_folder(
     contents = FolderContents()
     files = _tables(root)
     holders: dict[str, list[tuple[str, Path, str]]] = {}
+    strangers: dict[str, _Strangers] = {}
     for path in files:
         name = path.relative_to(root).as_posix() if root.is_dir() else path.name
-        benchmark = _identify(path, name, known, contents)
+        benchmark = _identify(path, name, known, contents, strangers)
         if benchmark is None:
             continue
         if benchmark not in wanted:
             contents.unwanted.setdefault(benchmark.name, []).append(name)
         else:
             holders.setdefault(benchmark.name, []).append((_split_of(name), path, name))
+    for found in strangers.values():
+        _report_strangers(contents, found, holders.keys() | contents.unwanted.keys())
     for benchmark in wanted:
         chosen = _best_split(benchmark, holders.get(benchmark.name, []), contents)
-        rows = [
-            candidate for path, name in chosen for candidate in _read(path, name, benchmark, seed, contents)
-        ]
+        rows = _read(chosen, benchmark, seed, contents)
         if benchmark.graded and rows and not any(candidate.item.native for candidate in rows):
             _report_ungraded(benchmark, rows, contents)
         contents.candidates[benchmark.name] = rows
     return contents
+
+
+@dataclass
+class _Strangers:
+    """Files whose rows are not those of the benchmark that their names say, or of none; told together."""
+
+    claimed: Benchmark | None
+    by_folder: bool
+    """Whether a folder says so, and not the files' own names."""
+    known: bool
+    """Whether the rows are of another benchmark."""
+    holds: str
+    """Its name, else what the first of the files holds."""
+    files: list[str] = field(default_factory=list)
 
 
 def _tables(root: Path) -> list[Path]:
@@ -252,7 +267,11 @@ def _tables(root: Path) -> list[Path]:
 
 
 def _identify(
-    path: Path, name: str, known: Sequence[Benchmark], contents: FolderContents
+    path: Path,
+    name: str,
+    known: Sequence[Benchmark],
+    contents: FolderContents,
+    strangers: dict[str, _Strangers],
 ) -> Benchmark | None:
     """The benchmark most of the first rows belong to; every other outcome becomes a finding."""
     try:
@@ -266,71 +285,126 @@ def _identify(
         place = error.where.replace(str(path), name) if error.where else name
         _report(contents, "error", "unreadable", error.found, place, error.remedy, error.expected)
         return None
-    votes = Counter(benchmark.name for row in rows for benchmark in known if benchmark.recognises(row))
-    claimed = _claimed_by_name(name, known)
-    if not votes:
-        _report_unknown(contents, rows, name, claimed)
-        return None
-    winner = next(benchmark for benchmark in known if benchmark.name == votes.most_common(1)[0][0])
-    if claimed is not None and claimed is not winner:
-        _report(
-            contents, "error", "wrong-content", f"the name says {claimed.name}, the rows are {winner.name}",
-            name, "rename or replace the file", f"rows of {claimed.name}",
-        )  # fmt: skip
-        return None
-    return winner
-
-
-def _report_unknown(
-    contents: FolderContents, rows: list[SourceRow], name: str, claimed: Benchmark | None
-) -> None:
     if rows and all(_is_own(row) for row in rows):
         _report(contents, "note", "own-output", "this is lorasmith's own output and was passed over", name)
-    elif claimed is None:
-        _report(contents, "warning", "unrecognised", "the rows are of no known benchmark", name)
+        return None
+    votes = Counter(benchmark.name for row in rows for benchmark in known if benchmark.recognises(row))
+    winner = next(
+        (benchmark for benchmark in known if votes and benchmark.name == votes.most_common(1)[0][0]), None
+    )
+    by_name, by_folder = _claimed_by_name(name, known), _claimed_by_folder(name, known)
+    claimed = by_name or by_folder
+    if winner is not None and claimed in (None, winner):
+        return winner
+    holds = winner.name if winner is not None else _columns_seen(rows)
+    kind = f"{claimed and claimed.name} {by_name is None} {winner and winner.name}"
+    strangers.setdefault(kind, _Strangers(claimed, by_name is None, winner is not None, holds)).files.append(
+        name
+    )
+    return None
+
+
+_SHOWN_COLUMNS, _SHOWN_SIGNS = 12, 40
+
+
+def _columns_seen(rows: list[SourceRow]) -> str:
+    """What a message says of the fields; of a table without a header they are a row, which is not quoted."""
+    names = [str(name) for name in rows[0].value] if rows else []
+    if not names:
+        return "no rows" if not rows else "rows without fields"
+    if any(len(name) > _SHOWN_SIGNS for name in names):
+        return f"rows of {len(names)} columns, without names in the first line"
+    more = f", … ({len(names)} columns)" if len(names) > _SHOWN_COLUMNS else ""
+    return f"rows with other columns: {', '.join(sorted(names)[:_SHOWN_COLUMNS])}{more}"
+
+
+def _report_strangers(contents: FolderContents, found: _Strangers, present: Iterable[str]) -> None:
+    """Once for all files of a kind: what they hold, and which columns were wanted."""
+    count = len(found.files)
+    which = f"{count} files hold" if count > 1 else "the file holds"
+    holds = found.holds
+    if found.known and found.claimed is not None:
+        place = "folder" if found.by_folder else "name"
+        everywhere = f", in {count} files" if count > 1 else ""
+        message = f"the {place} says {found.claimed.name}, the rows are {holds}{everywhere}"
+    elif found.claimed is None:
+        message = f"{which} rows of no known benchmark: {holds}"
     else:
-        seen = ", ".join(sorted(str(name) for name in rows[0].value)[:12]) if rows else ""
-        holds = f"rows with other fields: {seen}" if rows else "no rows"
+        message = f"{which} {holds}"
+    # What lies beside a benchmark's own files in its folder, such as an index of subjects, is no wrong copy.
+    beside = found.by_folder and found.claimed is not None and found.claimed.name in present
+    if found.claimed is None or (beside and not found.known):
+        _report(contents, "warning", "unrecognised", message, found.files[0])
+    else:
         _report(
-            contents, "error", "wrong-content", f"the file holds {holds}", name,
-            "replace the file with the published one", f"rows of {claimed.name}",
+            contents, "error", "wrong-content", message, found.files[0],
+            "give the published files, or rename them if they are something else",
+            f"rows of {found.claimed.name}: {found.claimed.columns}",
         )  # fmt: skip
 
 
 def _read(
-    path: Path, name: str, benchmark: Benchmark, seed: int, contents: FolderContents
-) -> Iterator[Candidate]:
-    """The usable rows of one file; a file that breaks off is rejected as a whole."""
+    files: Sequence[tuple[Path, str]], benchmark: Benchmark, seed: int, contents: FolderContents
+) -> list[Candidate]:
+    """The usable rows of a benchmark's files; a file that breaks off is rejected as a whole."""
     candidates: list[Candidate] = []
     rejected: list[RejectedRow] = []
     kept_out: list[RejectedRow] = []
-    try:
-        for row in read_table(path, name, benchmark.unpack):
-            try:
-                if row.problem:
-                    raise RowError(row.problem)
-                if not benchmark.recognises(row):
-                    raise RowError(f"the fields are not those of {benchmark.name}")
-                candidates.append(Candidate(row, benchmark.read(row, seed=seed)))
-            except NotForTests as error:
-                kept_out.append(reject(benchmark.name, row, str(error)))
-            except RowError as error:
-                rejected.append(reject(benchmark.name, row, str(error)))
-    except DataError as error:
-        place = error.where.replace(str(path), name) if error.where else name
-        _report(contents, "error", "unreadable", error.found, place, error.remedy, error.expected)
-        return iter(())
+    for path, name in files:
+        try:
+            used, unusable, others = _read_file(path, name, benchmark, seed)
+        except DataError as error:
+            place = error.where.replace(str(path), name) if error.where else name
+            _report(contents, "error", "unreadable", error.found, place, error.remedy, error.expected)
+            continue
+        candidates += used
+        rejected += unusable
+        kept_out += others
     contents.rejected += rejected + kept_out
-    for reason, count in sorted(Counter(row.reason for row in kept_out).items()):
-        _report(contents, "note", "not-for-tests", f"{count} rows are left out: {reason}", name)
-    for reason, count in sorted(Counter(row.reason for row in rejected).items()):
-        first = next(row.row for row in rejected if row.reason == reason)
-        everywhere = "every row is" if not candidates and count == len(rejected) else f"{count} rows are"
+    for reason, rows in _by_reason(kept_out):
+        message = f"{len(rows)} rows are left out: {reason}"
+        _report(contents, "note", "not-for-tests", message, rows[0].file)
+    for reason, rows in _by_reason(rejected):
+        everywhere = (
+            "every row is" if not candidates and len(rows) == len(rejected) else f"{len(rows)} rows are"
+        )
+        holders = len({row.file for row in rows})
         _report(
-            contents, "error", "rejected-rows", f"{everywhere} unusable: {reason}", f"{name}:{first}",
-            "mend or replace the file; --no-strict goes on without these rows", f"rows of {benchmark.name}",
+            contents, "error", "rejected-rows",
+            f"{everywhere} unusable{f', in {holders} files' if holders > 1 else ''}: {reason}",
+            f"{rows[0].file}:{rows[0].row}",
+            "mend or replace the file; --no-strict goes on without these rows",
+            f"rows of {benchmark.name}: {benchmark.columns}",
         )  # fmt: skip
-    return iter(candidates)
+    return candidates
+
+
+def _read_file(
+    path: Path, name: str, benchmark: Benchmark, seed: int
+) -> tuple[list[Candidate], list[RejectedRow], list[RejectedRow]]:
+    """The usable rows of a file, those that are not, and those that are not for tests."""
+    candidates: list[Candidate] = []
+    rejected: list[RejectedRow] = []
+    kept_out: list[RejectedRow] = []
+    for row in read_table(path, name, benchmark.unpack):
+        try:
+            if row.problem:
+                raise RowError(row.problem)
+            if not benchmark.recognises(row):
+                raise RowError(f"the fields are not those of {benchmark.name}")
+            candidates.append(Candidate(row, benchmark.read(row, seed=seed)))
+        except NotForTests as error:
+            kept_out.append(reject(benchmark.name, row, str(error)))
+        except RowError as error:
+            rejected.append(reject(benchmark.name, row, str(error)))
+    return candidates, rejected, kept_out
+
+
+def _by_reason(rows: Sequence[RejectedRow]) -> list[tuple[str, list[RejectedRow]]]:
+    return [
+        (reason, [row for row in rows if row.reason == reason])
+        for reason in sorted({row.reason for row in rows})
+    ]
 
 
 def reject(benchmark: str, row: SourceRow, reason: str) -> RejectedRow:
@@ -380,10 +454,22 @@ def _claimed_by_name(name: str, known: Iterable[Benchmark]) -> Benchmark | None:
     words = "-".join(re.split(r"[^a-z0-9]+", name.rsplit("/", 1)[-1].lower()))
     # The longest name first: `mmlu_pro.parquet` says MMLU-Pro, not MMLU.
     for benchmark in sorted(known, key=lambda benchmark: -len(benchmark.name)):
-        own = re.escape(benchmark.name.lower()).replace(r"\-", "-?")
-        if re.search(rf"(?:^|-){own}\d*(?:-|$)", words):
+        if re.search(rf"(?:^|-){_pattern(benchmark)}\d*(?:-|$)", words):
             return benchmark
     return None
+
+
+def _claimed_by_folder(name: str, known: Iterable[Benchmark]) -> Benchmark | None:
+    """The benchmark whose name the nearest folder has that is named after one, as in `mmlu/test/law.csv`."""
+    for folder in reversed(name.lower().split("/")[:-1]):
+        for benchmark in known:
+            if re.fullmatch(_pattern(benchmark), re.sub(r"[^a-z0-9]+", "-", folder)):
+                return benchmark
+    return None
+
+
+def _pattern(benchmark: Benchmark) -> str:
+    return re.escape(benchmark.name.lower()).replace(r"\-", "-?")
 
 
 def _unpack(document: Any, known: Iterable[Benchmark]) -> Iterable[dict[str, Any]] | None:

@@ -187,6 +187,10 @@ class Drop(Benchmark):
     domain = "reading comprehension"
     source = "https://huggingface.co/datasets/ucinlp/drop"
     licence = "CC BY-SA 4.0"
+    columns = (
+        "passage, question, and answers_spans or answers; context, completion, ref_text; or the "
+        "original JSON by passage"
+    )
     hub = Source(
         "ucinlp/drop",
         "95cda593fae71b60b5b19f82de3fcf3298c1239c",

@@ -34,6 +34,9 @@ class Gpqa(LetteredChoices):
     domain = "science Q&A"
     source = "https://huggingface.co/datasets/Idavidrein/gpqa"
     licence = "CC BY 4.0, gated"
+    columns = (
+        "Question, Correct Answer, Incorrect Answer 1 to 3; or question, answer and, if possible, options"
+    )
     hub = Source(
         "Idavidrein/gpqa",
         "633f5ee89ab8ad4522a9f850766b73f62147ffdd",

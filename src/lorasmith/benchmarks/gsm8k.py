@@ -37,6 +37,7 @@ class Gsm8k(Benchmark):
     domain = "math"
     source = "https://huggingface.co/datasets/openai/gsm8k"
     licence = "MIT"
+    columns = "question, answer that ends with #### and a number"
     hub = Source(
         "openai/gsm8k",
         "e53f048856ff4f594e959d75785d2c2d37b678ee",

@@ -29,6 +29,7 @@ class HellaSwag(Benchmark):
     domain = "commonsense"
     source = "https://huggingface.co/datasets/Rowan/hellaswag"
     licence = "MIT"
+    columns = "activity_label, ctx_a, ctx_b, endings, label"
     hub = Source(
         "Rowan/hellaswag",
         "218ec52e09a7e7462a5400043bb9a69a41d06b76",

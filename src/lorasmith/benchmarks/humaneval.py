@@ -31,6 +31,7 @@ class HumanEval(Benchmark):
     domain = "code generation"
     source = "https://github.com/openai/human-eval"
     licence = "MIT"
+    columns = "task_id, prompt, entry_point, canonical_solution, test"
     hub = Source(
         "openai/openai_humaneval",
         "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",

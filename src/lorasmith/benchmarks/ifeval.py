@@ -36,6 +36,7 @@ class IFEval(Benchmark):
     domain = "instruction following"
     source = "https://huggingface.co/datasets/google/IFEval"
     licence = "Apache-2.0"
+    columns = "prompt, instruction_id_list, kwargs"
     hub = Source(
         "google/IFEval",
         "966cd89545d6b6acfd7638bc708b98261ca58e84",

@@ -147,6 +147,7 @@ class Maths(Benchmark):
     domain = "math"
     source = "https://github.com/hendrycks/math"
     licence = "MIT, taken down by the rights holder of the problems"
+    columns = "problem, solution, level, and type or subject"
     hub = Source(
         "HuggingFaceH4/MATH-500",
         "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be",

@@ -43,6 +43,7 @@ class Mbpp(Benchmark):
     domain = "code generation"
     source = "https://huggingface.co/datasets/google-research-datasets/mbpp"
     licence = "CC BY 4.0"
+    columns = "task_id, text or prompt, code, test_list"
     hub = Source(
         "google-research-datasets/mbpp",
         "4bb6404fdc6cacfda99d4ac4205087b89d32030c",

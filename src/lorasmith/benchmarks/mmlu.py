@@ -72,6 +72,10 @@ class Mmlu(LetteredChoices):
     domain = "multitask understanding"
     source = "https://huggingface.co/datasets/cais/mmlu"
     licence = "MIT"
+    columns = (
+        "question, choices (or options; A to D; choice0 to choice3), answer; or six columns "
+        "without a header, the last of them a letter A to D"
+    )
     hub = Source(
         "cais/mmlu",
         "c30699e8356da336a370243923dbaf21066bb9fe",

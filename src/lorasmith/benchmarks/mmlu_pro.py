@@ -29,6 +29,7 @@ class MmluPro(LetteredChoices):
     domain = "multitask understanding"
     source = "https://huggingface.co/datasets/TIGER-Lab/MMLU-Pro"
     licence = "MIT"
+    columns = "question, options, answer, answer_index"
     hub = Source(
         "TIGER-Lab/MMLU-Pro",
         "b189ec765aa7ed75c8acfea42df31fdae71f97be",
