@@ -52,7 +52,12 @@ def _needs(request: pytest.FixtureRequest) -> None:
 def test_it_is_one_file_that_names_its_source(benchmark: Benchmark) -> None:
     module = inspect.getmodule(type(benchmark))
     assert module is not None and module.__doc__ is not None
-    assert "Source:" in module.__doc__ and benchmark.licence and benchmark.columns and benchmark.source.startswith("https://")
+    assert (
+        "Source:" in module.__doc__
+        and benchmark.licence
+        and benchmark.columns
+        and benchmark.source.startswith("https://")
+    )
     assert [type(other) for other in BENCHMARKS].count(type(benchmark)) == 1
     cases = case_file(benchmark.name)
     assert cases["about"] and cases["answers"] and cases["rejected"] and cases["foreign"]
