@@ -16,8 +16,7 @@ from lorasmith.checkpoint.adapter import open_adapter
 from lorasmith.errors import AdapterError, CheckpointError
 from lorasmith.executors.storage import SHARED, require_same_files
 from lorasmith.files.digests import digest_folder
-from lorasmith.merging.onto_grid import keep_format
-from lorasmith.merging.plan import plan_merge
+from lorasmith.merging.into import plan_into
 from lorasmith.merging.shards import ShardMerger, ShardWork, nobody_watches
 from lorasmith.quantized.open import open_base
 
@@ -64,10 +63,7 @@ def open_merging(job: MergeJob) -> Iterator[ShardWork]:
             where=", ".join(job.adapters),
             expected=SHARED,
         )
-    base = open_base(Path(job.base))
-    plan = plan_merge(base, adapters, job.weights, job.precision)
-    if job.into == "base":
-        base, plan = keep_format(plan, base)
-    merger = ShardMerger(Path(job.folder), base, adapters, plan, job.dither_seed)
+    planned = plan_into(open_base(Path(job.base)), adapters, job.weights, job.precision, job.into)
+    merger = ShardMerger(Path(job.folder), planned.source, adapters, planned.written, job.dither_seed)
     with closing(ShardWork(merger, nobody_watches, torch.get_num_threads())) as work:
         yield work

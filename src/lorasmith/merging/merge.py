@@ -39,15 +39,15 @@ from lorasmith.merging.folder import (
     make_key,
     write_small_files,
 )
+from lorasmith.merging.into import choose_into, plan_into
 from lorasmith.merging.modes import Mode, choose_mode
-from lorasmith.merging.onto_grid import keep_format, require_kept
-from lorasmith.merging.plan import Plan, plan_merge
+from lorasmith.merging.plan import Plan
 from lorasmith.merging.shards import ShardMerger, merge_shards, shard_header
 from lorasmith.merging.tensors import check_copies
 from lorasmith.options import MergeOptions
 from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
-from lorasmith.quantized.open import formats, open_base
+from lorasmith.quantized.open import open_base
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.merging import MergeRecord
 
@@ -89,11 +89,9 @@ def merge(
     executor = executor or Local()
     options = MergeOptions.given(options, given)
     request = _open_request(base, adapter, output, weights, options, progress)
-    plan = plan_merge(request.base, request.adapters, request.weights, options.precision)
-    written, own_plan = request.base, plan
-    if request.into == "base":
-        written, plan = keep_format(plan, request.base)
-    mode = choose_mode(options, own_plan, request.base.folder, request.folders)
+    planned = plan_into(request.base, request.adapters, request.weights, options.precision, request.into)
+    plan = planned.written
+    mode = choose_mode(options, planned.own, request.base.folder, request.folders)
     if executor.remote:
         mode.refuse_calibrated()
     with only_one(request.output, "merge"):
@@ -104,10 +102,10 @@ def merge(
         # A copy of a base's weight in the adapter tells a wrong base before anything is written.
         check_copies(plan.copies, request.base, request.adapters)
         _require_space(plan, partial)
-        mode.fit(request.base, request.adapters, own_plan, partial.scratch, progress)
+        mode.fit(request.base, request.adapters, planned.own, partial.scratch, progress)
         merger = ShardMerger(
             folder=partial.path,
-            base=written,
+            base=planned.source,
             adapters=request.adapters,
             plan=plan,
             dither_seed=mode.dither_seed,
@@ -155,44 +153,8 @@ def _open_request(
     check_place(place, [base_folder, *folders])
     checkpoint = open_base(base_folder)
     opened = tuple(open_adapter(folder) for folder in folders)
-    into = _require_into(checkpoint, opened, options)
+    into = choose_into(checkpoint, opened, options.into, options.precision)
     return _Request(checkpoint, opened, checked, options.precision, into, place)
-
-
-def _require_into(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOptions) -> str:
-    """What a quantized base is merged into, which nobody but its user can know."""
-    if not base.decoded:
-        if options.into is not None:
-            raise UsageError(
-                f"--into {options.into} is for a quantized base, and this one is not",
-                where=base.folder,
-                remedy="leave --into out; --precision chooses the type of the merged tensors",
-            )
-        return ""
-    if options.into is None:
-        named = sorted({adapter.config.base_model for adapter in adapters if adapter.config.base_model})
-        known = f"; the adapter was trained on {', '.join(named)}" if named else ""
-        raise UsageError(
-            f"the base is quantized: {formats(base)}{known}",
-            where=base.folder,
-            expected="--into 16bit or --into base",
-            remedy="--into 16bit dequantizes it and merges exactly: what an adapter that was trained on this "
-            "base (QLoRA) was trained as, in 16 bits a weight. --into base goes back onto the base's own "
-            "grid: its size and its loader; --rounding calibrated keeps the update there, nearest next to "
-            "nothing of it. The 16-bit model "
-            "that it was quantized from is another base than the one that such an adapter was trained on",
-        )
-    if options.into == "base":
-        require_kept(options, base)
-    elif not (base.folder / "config.json").exists():
-        raise CheckpointError(
-            "there is no config.json beside the GGUF file, which a model in 16 bits needs",
-            where=base.folder,
-            expected="config.json and the tokenizer's files of the model",
-            remedy="put them beside it (they are those of the model that it was made from), or merge with "
-            "--into base",
-        )
-    return options.into
 
 
 def _check_arguments(folders: Sequence[Path], weights: Sequence[float] | None) -> list[float]:

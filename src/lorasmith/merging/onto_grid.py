@@ -29,7 +29,6 @@ from lorasmith.merging.numbers.threads import Workers
 from lorasmith.merging.plan import Output, Plan
 from lorasmith.merging.tensors import Factors
 from lorasmith.merging.writers import CalibratedTensors
-from lorasmith.options import MergeOptions
 from lorasmith.quantized.grid import Block, Codes, Ints, dithered, exact_places, nearest
 from lorasmith.quantized.open import DecodedTensor, open_as_stored
 from lorasmith.quantized.weight import QuantizedWeight
@@ -257,12 +256,3 @@ class CalibratedGridWriter(GridWriter):
     def result(self) -> MergedTensor:
         """Formula and counts of the weight under its name in the model."""
         return super().result().model_copy(update={"rounding": "calibrated"})
-
-
-def require_kept(options: MergeOptions, base: Checkpoint) -> None:
-    """`UsageError` for options that a merge into the base's own format has no use for."""
-    if options.precision != "base":
-        raise UsageError(
-            f"--precision {options.precision} and --into base contradict each other",
-            expected="--precision base: every tensor keeps its type",
-        )

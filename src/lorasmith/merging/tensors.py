@@ -12,16 +12,10 @@ from lorasmith.adapters.bias import UNIT
 from lorasmith.checkpoint.adapter import Adapter
 from lorasmith.checkpoint.header import ITEM_BITS, TensorInfo
 from lorasmith.checkpoint.model import Checkpoint, Decoded
+from lorasmith.checkpoint.values import TORCH_TYPES, read_tensor
 from lorasmith.errors import AdapterError, os_errors
 from lorasmith.files.inputs import open_input
 from lorasmith.merging.numbers.rounding import TARGETS, cast
-
-TORCH_TYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 _RECENT = 4
 """Adapter tensors that stay in memory: the two factors of a stack of experts, and those of the next."""
@@ -108,16 +102,6 @@ def _refuse_extremes(values: torch.Tensor, name: str, path: Path) -> None:
             expected="values between 2**-150 and 2**128 in size",
             remedy="save the adapter in float32",
         )
-
-
-def read_tensor(path: Path, info: TensorInfo) -> torch.Tensor:
-    """A whole tensor as it is stored."""
-    with os_errors(path, "read"), open_input(path) as handle:
-        handle.seek(info.start)
-        raw = bytearray(handle.read(info.nbytes))
-    if not raw:
-        return torch.empty(info.shape, dtype=TORCH_TYPES[info.dtype])
-    return torch.frombuffer(raw, dtype=TORCH_TYPES[info.dtype]).reshape(info.shape)
 
 
 def apply_view(values: torch.Tensor, factor: Factor) -> torch.Tensor:

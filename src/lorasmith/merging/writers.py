@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from lorasmith.adapters.base import Change, RowUpdate
 from lorasmith.checkpoint.header import TensorFile
+from lorasmith.checkpoint.values import TORCH_TYPES
 from lorasmith.errors import AdapterError
 from lorasmith.merging.disk import Finish, nothing_left
 from lorasmith.merging.numbers.blocks import (
@@ -33,7 +34,7 @@ from lorasmith.merging.numbers.dora import Scaling, decide_scaled, prepare_scali
 from lorasmith.merging.numbers.rounding import TARGETS, cast, overflow
 from lorasmith.merging.numbers.threads import Workers
 from lorasmith.merging.plan import Output
-from lorasmith.merging.tensors import TORCH_TYPES, Factors, StoredTensor, TensorOnDisk
+from lorasmith.merging.tensors import Factors, StoredTensor, TensorOnDisk
 from lorasmith.records.merging import MergedTensor
 
 BLOCK_ELEMENTS = 1 << 18

@@ -27,6 +27,7 @@ from lorasmith.errors import (
     os_errors,
 )
 from lorasmith.files.inputs import read_input, require_own_links
+from lorasmith.models.decoded import load_decoded, quantized_base
 from lorasmith.models.device import is_out_of_memory
 from lorasmith.models.text import use_template
 from lorasmith.parsing import parse_json
@@ -168,7 +169,8 @@ def some_names(names: list[str]) -> str:
     return shown if len(names) <= 3 else f"{shown}, …"
 
 
-# Compressed folders: what tells transformers to multiply their integers out while it loads them.
+# Folders in GGUF or compressed-tensors: what tells transformers to multiply their integers out while it loads
+# them. Other quantized formats are decoded by `decoded.py`.
 
 
 _PACKED = "compressed-tensors"
@@ -234,7 +236,7 @@ def load_model(
 ) -> LoadedModel:
     """Load the model in `folder`, and `adapter` unmerged on top of it: PEFT's own forward.
 
-    Weights in compressed-tensors or GGUF are unpacked to `dtype`.
+    Weights in a quantized format are decoded to `dtype`.
     `device_map` spreads the layers over all devices, memory and disk (accelerate; `auto`, or which module
     goes where) instead of putting all of them on `device`. The tokenizer is that of `tokenizer_from`, else
     the adapter's where it has one, else the model's. Raises `CheckpointError` or `AdapterError` for a folder
@@ -323,22 +325,26 @@ def _load_base(folder: Path, device: torch.device, dtype: torch.dtype, device_ma
     from transformers import AutoModelForCausalLM
 
     how = unpacking(folder)
+    quantized = None if how else quantized_base(folder)
     # The GGUF reader draws a bar of its own.
     quiet: AbstractContextManager[Any] = (
         redirect_stderr(io.StringIO()) if "gguf_file" in how else nullcontext()
     )
     try:
         with quiet:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation="sdpa",
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                device_map=device_map,
-                **how,
-            )
+            if quantized is not None:
+                model, report = load_decoded(quantized, dtype, device_map)
+            else:
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    dtype=dtype,
+                    attn_implementation="sdpa",
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    device_map=device_map,
+                    **how,
+                )
         if device_map is None:
             model = model.to(device)
     except Exception as error:  # transformers lets errors of many libraries through
@@ -353,7 +359,8 @@ def _load_base(folder: Path, device: torch.device, dtype: torch.dtype, device_ma
             raise absent(CheckpointError, "model", gone) from error
         raise CheckpointError(f"the model does not load: {first_line(error)}", where=folder) from error
     # A packed format names its tensors otherwise: one that is left over is one that was not unpacked.
-    missing = sorted(report["missing_keys"]) + (sorted(report["unexpected_keys"]) if how else [])
+    unpacked = bool(how) or quantized is not None
+    missing = sorted(report["missing_keys"]) + (sorted(report["unexpected_keys"]) if unpacked else [])
     if missing:
         raise CheckpointError(
             f"{len(missing)} tensors of the model are not in the folder: {some_names(missing)}",

@@ -18,6 +18,11 @@ class RoundingOptions(SeedOptions):
 
     precision: Annotated[Literal["base", "float32", "bfloat16", "float16"], LongType] = "base"
     """Type of the merged tensors: base (each tensor's own type), float32, bfloat16 or float16."""
+    into: Annotated[
+        Literal["base", "16bit"] | None, LongType, Flag(default="asked for where the base is quantized")
+    ] = None
+    """What a quantized base is merged into: 16bit (dequantized, then merged exactly) or base (back onto its
+    own grid, in its own format)."""
     rounding: Literal["auto", "nearest", "dithered", "calibrated"] = "auto"
     """Rounding: nearest (each element correctly rounded), dithered (unbiased, by --seed), calibrated (fitted
     to rows), or auto (calibrated where rows are given, else nearest)."""
@@ -30,12 +35,6 @@ class MergeOptions(RoundingOptions, TemplateOptions, DeviceOptions):
     """What a caller of `merge` may choose."""
 
     PANEL: ClassVar[str] = "Merging"
-
-    into: Annotated[
-        Literal["base", "16bit"] | None, LongType, Flag(default="asked for where the base is quantized")
-    ] = None
-    """What a quantized base is merged into: 16bit (dequantized, then merged exactly) or base (back onto its
-    own grid, in its own format)."""
 
     calibration: Annotated[tuple[Path, ...], OneOrSeveral, Flag(metavar="FILE", default="none")] = ()
     """JSONL that calibrated rounding looks at: the training file."""

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 from packaging.requirements import Requirement
 
 from lorasmith.checkpoint.adapter import Adapter, open_adapter
-from lorasmith.checkpoint.model import Checkpoint, open_checkpoint
+from lorasmith.checkpoint.model import Checkpoint
 from lorasmith.data.rows import read_examples
 from lorasmith.data.sources import with_local_rows
 from lorasmith.errors import InputError, LorasmithError, MemoryLimitError
@@ -20,7 +20,7 @@ from lorasmith.files.atomic import read_record
 from lorasmith.files.digests import cache_folder
 from lorasmith.hub.cache import find_cached, hub_name
 from lorasmith.machine.resources import available_memory, hardware, human_bytes, require_disk
-from lorasmith.merging.plan import Plan, plan_merge
+from lorasmith.merging.into import PlannedMerge, choose_into, plan_into
 from lorasmith.options import RunOptions
 from lorasmith.preflight.estimate import estimate, estimate_followup, followup_disk, least_memory
 from lorasmith.preflight.rates import existing, measure_rates
@@ -32,8 +32,10 @@ from lorasmith.preflight.sizes import (
     answer_size,
     calibration_size,
     model_size,
+    plain_bytes,
     work_size,
 )
+from lorasmith.quantized.open import formats, open_base
 from lorasmith.records.base import Finding
 from lorasmith.records.dataset import Example
 from lorasmith.records.doctor import Check, DoctorRecord
@@ -173,7 +175,7 @@ def _examine_run(config: RunOptions, checks: _Checks, record: DoctorRecord) -> D
     _look_back(config.output, checks)
     if base is None or examples is None:
         return record
-    merged_bytes = sum(output.nbytes for output in plan.outputs) if plan else base.total_bytes
+    merged_bytes = plan.nbytes if plan else plain_bytes(base)
     size = model_size(base, adapter, merged_bytes)
     work = _test_set(examples, base.folder, size, config, checks)
     rates = checks.attempt("rates", lambda: measure_rates(config.output, config.device, config.arithmetic))
@@ -225,11 +227,13 @@ def _base(config: RunOptions, checks: _Checks) -> Checkpoint | None:
             )
             return None
         folder = cached
-    base = checks.attempt("base", lambda: open_checkpoint(folder))
+    base = checks.attempt("base", lambda: open_base(folder))
     if base is not None:
         elements = sum(info.elements for info in base.tensors.values())
-        text = f"{base.architecture}, {elements:,} parameters, {human_bytes(base.total_bytes)}"
-        checks.add("base", "ok", text)
+        text = (
+            f"{base.architecture}, {elements:,} parameters, {human_bytes(sum(s.size for s in base.shards))}"
+        )
+        checks.add("base", "ok", f"{text}, {formats(base)}" if base.decoded else text)
     return base
 
 
@@ -247,14 +251,19 @@ def _describe_adapter(adapter: Adapter, checks: _Checks) -> None:
         )
 
 
-def _plan(config: RunOptions, base: Checkpoint, adapter: Adapter, checks: _Checks) -> Plan | None:
-    plan = checks.attempt("merge", lambda: plan_merge(base, [adapter], [1.0], config.precision))
+def _plan(config: RunOptions, base: Checkpoint, adapter: Adapter, checks: _Checks) -> PlannedMerge | None:
+    plan = checks.attempt("merge", lambda: _planned(config, base, adapter))
     if plan is not None:
-        changed = len(plan.outputs)
+        changed = len(plan.written.outputs)
         checks.add("merge", "ok", f"every adapter tensor has its place; {changed} tensors will be written")
-        for finding in plan.findings:
+        for finding in plan.own.findings:
             checks.add("merge", "note", finding.message, finding.remedy or "")
     return plan
+
+
+def _planned(config: RunOptions, base: Checkpoint, adapter: Adapter) -> PlannedMerge:
+    into = choose_into(base, [adapter], config.into, config.precision)
+    return plan_into(base, [adapter], [1.0], config.precision, into)
 
 
 def _test_set(
@@ -275,7 +284,7 @@ def _test_set(
 
 
 def _calibration(
-    config: RunOptions, base: Checkpoint, plan: Plan | None, checks: _Checks
+    config: RunOptions, base: Checkpoint, plan: PlannedMerge | None, checks: _Checks
 ) -> CalibrationSize | None:
     """None where the merge is not fitted to rows."""
     if config.rounding == "calibrated" and not config.train:
@@ -285,7 +294,9 @@ def _calibration(
     if config.precision == "float32":
         return None  # nothing is lost there that could be made up for
     budget = config.calibration_tokens
-    size = checks.attempt("training rows", lambda: calibration_size(plan, config.train, base.folder, budget))
+    size = checks.attempt(
+        "training rows", lambda: calibration_size(plan.own, config.train, base.folder, budget)
+    )
     if size is not None:
         checks.add("training rows", "ok", f"the merge is fitted to about {size.tokens:,} tokens of them")
     return size
@@ -356,9 +367,9 @@ def require_machine(config: RunOptions) -> list[Finding]:
     about the two, such as a base that the adapter does not name. A stage that is done needs nothing any more.
     `config.base` is a folder.
     """
-    base, adapter = open_checkpoint(Path(config.base)), open_adapter(config.adapter)
-    plan = plan_merge(base, [adapter], [1.0], config.precision)
-    merged = sum(output.nbytes for output in plan.outputs)
+    base, adapter = open_base(Path(config.base)), open_adapter(config.adapter)
+    plan = _planned(config, base, adapter)
+    merged = plan.nbytes
     done = {path.stem for path in (config.output / "stages").glob("*.json")}
     if "compare" not in done and config.check_memory and config.device_map is None:
         needed = least_memory(model_size(base, adapter, merged))
@@ -373,4 +384,4 @@ def require_machine(config: RunOptions) -> list[Finding]:
     left = merged * len({"merge", "package"} - done) + followup_disk(config, base, merged, done)
     if left:
         require_disk(config.output, left, "merge and pack the model")
-    return [finding for finding in plan.findings if finding.severity == "warning"]
+    return [finding for finding in plan.own.findings if finding.severity == "warning"]

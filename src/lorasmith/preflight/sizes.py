@@ -71,9 +71,18 @@ def model_size(base: Checkpoint, adapter: Adapter | None, merged_bytes: int) -> 
         layers=_whole(config, "num_hidden_layers", "n_layer") or 0,
         vocabulary=_whole(config, "vocab_size") or 0,
         context=_whole(config, "max_position_embeddings", "n_positions"),
-        base_bytes=base.total_bytes,
+        base_bytes=plain_bytes(base),
         merged_bytes=merged_bytes,
         adapter_parameters=sum(info.elements for info in adapter.tensors.values()) if adapter else 0,
+    )
+
+
+def plain_bytes(base: Checkpoint) -> int:
+    """Bytes of the tensors, those of quantized weights in the type that the model has them in."""
+    sizes = {"F32": 4, "F16": 2, "BF16": 2}
+    return sum(
+        info.elements * sizes[base.decoded[name].dtype] if name in base.decoded else info.nbytes
+        for name, info in base.tensors.items()
     )
 
 

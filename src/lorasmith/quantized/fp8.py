@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from lorasmith.checkpoint.model import Checkpoint
+from lorasmith.checkpoint.values import TORCH_TYPES
 from lorasmith.quantized.grid import Array, Block, Codes
 from lorasmith.quantized.small_floats import E4M3
 from lorasmith.quantized.weight import (
@@ -32,7 +33,6 @@ from lorasmith.quantized.weight import (
 )
 
 _SCALES = ("F32", "BF16", "F16")
-TORCH_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 ACTIVATIONS = ("input_scale", "activation_scale", "input_zero_point")
 
 

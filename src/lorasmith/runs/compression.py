@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lorasmith
+from lorasmith.checkpoint.model import open_checkpoint
 from lorasmith.data.rows import read_examples
 from lorasmith.errors import os_errors
 from lorasmith.files.atomic import StrPath, read_record, write_record
@@ -74,9 +75,9 @@ def compress_several(
     once for all. Raises what `compress` does, for any of the ways before the first is begun.
     """
     place, chosen = Path(output), CompressOptions.given(options, given)
-    ways = every_way(chosen, chosen.seed)
+    ways, source = every_way(chosen, chosen.seed), open_checkpoint(Path(model))
     for way in ways:
-        prepare_compression(Path(model), way, chosen)
+        prepare_compression(source, way, chosen)
     with os_errors(place, "write"):
         place.mkdir(parents=True, exist_ok=True)
     work = place / ".measuring"

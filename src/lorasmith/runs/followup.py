@@ -43,6 +43,7 @@ from lorasmith.options import (
     SpeculateTable,
 )
 from lorasmith.progress import Progress
+from lorasmith.quantized.open import open_base
 from lorasmith.runs.stages import Stage
 from lorasmith.runs.step import RunContext, Step
 
@@ -156,9 +157,17 @@ def _check_compress(asked: CompressTable, config: RunOptions) -> None:
 
     if "calibrated" in asked.method and not config.train:
         raise UsageError("calibrated compression needs rows", remedy="give --train FILE.jsonl")
+    base = open_base(Path(config.base))
+    if base.decoded and config.into == "base":
+        raise UsageError(
+            "the merged model keeps the base's quantized format, and is not compressed again",
+            where=config.base,
+            expected="--into 16bit, whose merged model can be",
+            remedy="leave compress out of the steps after the release",
+        )
     options = compress_options(asked, config, config.test_set)
     for way in every_way(asked, config.seed):
-        prepare_compression(Path(config.base), way, options)
+        prepare_compression(base, way, options)
 
 
 def compress_options(asked: CompressTable, config: RunOptions, test_set: Path) -> CompressOptions:
@@ -169,7 +178,7 @@ def compress_options(asked: CompressTable, config: RunOptions, test_set: Path) -
 
 def layer_count(folder: Path) -> int:
     """Number of layers that the config of a model folder names."""
-    config = text_config(open_checkpoint(folder).config)
+    config = text_config(open_base(folder).config)
     count = config.get("num_hidden_layers", config.get("n_layer"))
     if not isinstance(count, int):
         raise UsageError("the config does not say how many layers there are", where=folder)

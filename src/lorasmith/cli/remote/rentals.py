@@ -127,17 +127,17 @@ def needs(command: RemoteCommand | None, hours: float | None, disk: float | None
 def _sizes(values: dict[str, Any]) -> tuple[ModelSize, WorkSize] | None:
     """Sizes of a run; None where its files cannot be read: the run itself says what is wrong with them."""
     from lorasmith.checkpoint.adapter import open_adapter
-    from lorasmith.checkpoint.model import open_checkpoint
     from lorasmith.data.rows import read_examples
-    from lorasmith.preflight.sizes import model_size, work_size
+    from lorasmith.preflight.sizes import model_size, plain_bytes, work_size
+    from lorasmith.quantized.open import open_base
 
     try:
-        base = open_checkpoint(Path(values["base"]))
+        base = open_base(Path(values["base"]))
         adapter = open_adapter(Path(values["adapter"]))
         rows = read_examples(Path(values["test_set"]))
     except (LorasmithError, TypeError):
         return None
-    return model_size(base, adapter, base.total_bytes), work_size(rows, base.folder)
+    return model_size(base, adapter, plain_bytes(base)), work_size(rows, base.folder)
 
 
 def offers(

@@ -242,7 +242,7 @@ def compress(
     require_own_place(output, RECORD, [model])
     if how.test_set is not None and compare is None:
         raise UsageError("a test set is given, but nothing that compares", remedy="give `compare` as well")
-    ready = prepare_compression(model, single_way(how), how)
+    ready = prepare_compression(open_checkpoint(model), single_way(how), how)
     wanted = planned_record(ready.source, ready.shapes, ready.chosen, ready.rows)
     with only_one(output, "compression"):
         done = finished(output, wanted)
@@ -268,16 +268,14 @@ def compress(
         return record
 
 
-def prepare_compression(model: Path, settings: CompressSettings, options: CompressOptions) -> Prepared:
+def prepare_compression(source: Checkpoint, settings: CompressSettings, options: CompressOptions) -> Prepared:
     """Everything that can be refused before an hour of work, refused; headers and rows are read, no tensor.
 
     Raises `UsageError` for settings that do not go together and a format that is larger than the limit,
-    `CheckpointError` for a model that cannot be quantized, `DataError` for calibration rows that the test set
-    holds.
+    `DataError` for calibration rows that the test set holds.
     """
-    source = open_checkpoint(model)
     shapes = shapes_of(source)
-    chosen = _with_group(settings, shapes, model)
+    chosen = _with_group(settings, shapes, source.folder)
     calibrated = chosen.method == "calibrated"
     if calibrated and options.calibration is None:
         raise UsageError("the calibrated method needs rows", remedy="give --calibration FILE.jsonl")

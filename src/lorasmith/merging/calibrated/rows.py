@@ -13,12 +13,13 @@ from lorasmith.checkpoint.adapter import Adapter
 from lorasmith.checkpoint.header import TensorFile
 from lorasmith.checkpoint.model import Checkpoint
 from lorasmith.checkpoint.names import resolve
+from lorasmith.checkpoint.values import read_tensor
 from lorasmith.data.rows import read_examples
 from lorasmith.errors import DataError
 from lorasmith.files.digests import sha256_file
 from lorasmith.merging.numbers.threads import Workers
 from lorasmith.merging.plan import Output, Plan
-from lorasmith.merging.tensors import Factors, read_tensor
+from lorasmith.merging.tensors import Factors
 from lorasmith.merging.writers import make_writer
 from lorasmith.models.conversation import Wording
 from lorasmith.models.load import has_tokenizer, load_tokenizer
