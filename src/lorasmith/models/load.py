@@ -278,7 +278,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: Path, *, adapter: Path | None = None) -> Any:
-    """The adapter's tokenizer where its folder has one, else the model's."""
+    """The adapter's tokenizer where its folder has one, else the model's with the adapter's chat template."""
     from transformers import AutoTokenizer
 
     place = adapter if adapter is not None and has_tokenizer(adapter) else folder
@@ -309,7 +309,28 @@ def load_tokenizer(folder: Path, *, adapter: Path | None = None) -> Any:
     if not getattr(tokenizer, "chat_template", None) and legacy.is_file():
         # Processors of some years ago kept it there, where a tokenizer by itself does not look.
         use_template(tokenizer, legacy)
+    if adapter is not None and place != adapter:
+        # A merge takes it over, so that the adapter is asked in it as well.
+        own = (adapter / name for name in ("chat_template.jinja", "chat_template.json"))
+        use_template(tokenizer, next((file for file in own if file.is_file()), None))
     return tokenizer
+
+
+def tokenizer_for_both(base: Path, adapter: Path) -> Path | None:
+    """The folder by whose tokenizer base and adapter can be asked the same; None where the base's own does.
+
+    Adapters are saved with the tokenizer and the chat template of their training, and a base often has no
+    template or another. Where the adapter has tokens that the base's embedding has no row for, the base
+    keeps its own.
+    """
+    if not has_tokenizer(adapter):
+        return None
+    with quiet_libraries():
+        own, theirs = load_tokenizer(base), load_tokenizer(adapter)
+    ours, others = own.get_vocab(), theirs.get_vocab()
+    if ours == others and own.chat_template == theirs.chat_template:
+        return None
+    return adapter if max(others.values(), default=0) <= max(ours.values(), default=0) else None
 
 
 def require_file(folder: Path, name: str, kind: type[CheckpointError] | type[AdapterError]) -> None:

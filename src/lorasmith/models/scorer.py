@@ -79,6 +79,7 @@ class Replica:
             self.model,
             self.adapter,
             self.tokenizer_from,
+            options.tokenizer,
             options.device,
             options.device_map,
             route.dtype,

@@ -96,13 +96,16 @@ def load_for(
     dtype: torch.dtype = torch.float32,
     tokenizer_from: Path | None = None,
 ) -> LoadedModel:
-    """`load_model` on the device, or spread by the device map, that was chosen."""
+    """`load_model` on the device, or spread by the device map, that was chosen.
+
+    A tokenizer that the options name goes before `tokenizer_from`.
+    """
     loaded = load_model(
         folder,
         adapter=adapter,
         device=resolve_place(options)[0],
         dtype=dtype,
-        tokenizer_from=tokenizer_from,
+        tokenizer_from=options.tokenizer or tokenizer_from,
         device_map=options.device_map,
     )
     use_template(loaded.tokenizer, options.chat_template)
@@ -219,10 +222,18 @@ def prepare_workload(
     findings = [
         *read.findings,
         *_without_reference(len(rows) - len(everything)),
+        *_other_tokenizer(options.tokenizer),
         *layout_findings(reason),
         *encoding_findings(encoded, names, loaded.context),
     ]
     return Workload(examples, encoded, settings, len(examples) < len(everything), findings)
+
+
+def _other_tokenizer(folder: Path | None) -> list[Finding]:
+    if folder is None:
+        return []
+    told = f"the rows are encoded by the tokenizer and the chat template of {folder.name}"
+    return [Finding(severity="note", code="other-tokenizer", message=told)]
 
 
 def _without_reference(count: int) -> list[Finding]:

@@ -55,7 +55,16 @@ class ScoredOptions(TemplateOptions):
     """Score the token that ends a response as well."""
 
 
-class BatchOptions(TemplateOptions, SpreadOptions, SeedOptions):
+class EncodingOptions(TemplateOptions):
+    """Whose tokens rows become."""
+
+    PANEL: ClassVar[str] = "Scoring"
+
+    tokenizer: Annotated[Path | None, Flag(metavar="DIR", default="the adapter's, else the model's")] = None
+    """Folder whose tokenizer and chat template are used for every model."""
+
+
+class BatchOptions(EncodingOptions, SpreadOptions, SeedOptions):
     """How a model is run over rows, whatever is computed there."""
 
     PANEL: ClassVar[str] = "Speed and memory"

@@ -7,12 +7,12 @@ test set → validate base, adapter → merge → prove → validate merged → 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lorasmith.data.rows import fault_error, iterate_rows
+from lorasmith.data.rows import fault_error, iterate_rows, read_examples
 from lorasmith.data.sources import names_hub, with_local_rows
-from lorasmith.errors import InputError, UsageError
+from lorasmith.errors import DataError, InputError, UsageError
 from lorasmith.files import run_layout as layout
 from lorasmith.files.atomic import write_record
 from lorasmith.files.digests import open_seal, seal_run
@@ -20,11 +20,15 @@ from lorasmith.files.run_sources import contradictions
 from lorasmith.gates.evaluate import check_gates
 from lorasmith.hub.cache import hub_name
 from lorasmith.hub.models import local_model
+from lorasmith.models.conversation import Wording
+from lorasmith.models.load import has_tokenizer, load_tokenizer
+from lorasmith.models.text import encode_examples, use_template
 from lorasmith.options import AnswerOptions, RunOptions
 from lorasmith.options.keywords import documented
 from lorasmith.preflight.doctor import require_machine
 from lorasmith.progress import Unwatched, Watcher
 from lorasmith.records.base import Record
+from lorasmith.records.dataset import Example
 from lorasmith.records.release import RunRecord
 from lorasmith.reporting.page import write_report
 from lorasmith.runs.config import run_gates
@@ -67,6 +71,7 @@ def run(
     check_task_module(asked)
     for warning in require_machine(asked):
         watch.show("inputs", warning)  # now, and not after the hours until the merge
+    check_tokens(RunContext(asked, watch))
     if asked.budget is not None and not asked.price_per_hour:
         raise UsageError("--budget needs the price of the machine", expected="--price-per-hour, in dollars")
     with open_run(asked.output, rehash=rehash, price_per_hour=asked.price_per_hour) as folder:
@@ -151,6 +156,49 @@ def check_rows(config: RunOptions) -> None:
         for row in iterate_rows(path):
             if row.example is None:
                 raise fault_error(row, path)
+
+
+_COMPARED_ROWS = 64
+
+
+def check_tokens(run: RunContext) -> None:
+    """`DataError` where base and adapter would be asked in other tokens: known before three validations.
+
+    Only an adapter that has tokens of its own leaves the base its tokenizer; the first rows are looked at.
+    """
+    config = run.config
+    if run.base_tokenizer is not None or not has_tokenizer(config.adapter):
+        return
+    examples = [row for row in read_examples(config.test_set) if row.has_reference][:_COMPARED_ROWS]
+    base, adapter = (
+        _targets(examples, load_tokenizer(config.base, adapter=folder), config)
+        for folder in (None, config.adapter)
+    )
+    for example, ours, theirs in zip(examples, base, adapter, strict=True):
+        if ours != theirs:
+            raise DataError(
+                f"the adapter's tokenizer has tokens of its own, and makes others of row {example.id!r}",
+                where=config.test_set,
+                expected="the same tokens for all models: they are compared token by token",
+                remedy=f"give --tokenizer {config.base} to ask all three in the base's tokens, or `lorasmith "
+                "validate` for each model by itself",
+            )
+
+
+def _targets(examples: Sequence[Example], tokenizer: Any, config: RunOptions) -> list[list[int]]:
+    use_template(tokenizer, config.chat_template)
+    wording = Wording.of(config)
+    encoded = encode_examples(
+        examples,
+        tokenizer,
+        template=config.template,
+        end_of_turn=config.end_of_turn,
+        max_length=1 << 30,
+        loss_on=config.loss_on,
+        boundary=config.boundary,
+        wording=wording,
+    )
+    return [list(row.targets) for row in encoded.rows]
 
 
 def check_places(config: RunOptions) -> None:

@@ -61,6 +61,15 @@ class RunContext:
         """Base and adapter, as inputs of a stage."""
         return {"base": self.config.base, "adapter": self.config.adapter}
 
+    @cached_property
+    def base_tokenizer(self) -> Path | None:
+        """The adapter's folder, where the base alone would make other tokens of the rows than the adapter."""
+        from lorasmith.models.load import tokenizer_for_both
+
+        if self.config.tokenizer is not None:
+            return self.config.tokenizer
+        return tokenizer_for_both(self.config.base, self.config.adapter)
+
     @property
     def scoring(self) -> LossOptions:
         """Options that validation and comparison share."""

@@ -18,7 +18,14 @@ from lorasmith.files.run_layout import ROLES, load_records
 from lorasmith.gates import evaluate, split_costs
 from lorasmith.gates.evaluate import budget_gate
 from lorasmith.hub.cache import origin_of
-from lorasmith.options import AnswerOptions, BatchOptions, CompareOptions, MergeOptions, ValidateOptions
+from lorasmith.options import (
+    AnswerOptions,
+    BatchOptions,
+    CompareOptions,
+    LossOptions,
+    MergeOptions,
+    ValidateOptions,
+)
 from lorasmith.progress import Watcher
 from lorasmith.records.dataset import ContaminationRecord
 from lorasmith.records.proof import ComparisonRecord
@@ -67,11 +74,17 @@ def validate_step(run: RunContext, role: str) -> Step:
     model, adapter = _model(run, role)
     record, executor = layout.VALIDATIONS[role], run.executor
     states = None if role == "base" else run.folder / layout.STATES
-    options = ValidateOptions.taken_from(run.scoring, states=states)
+    scoring, asked_by = _scoring(run, role)
+    options = ValidateOptions.taken_from(scoring, states=states)
     stage = Stage(
         name=f"validate-{role}",
-        inputs={"model": model, "test_set": run.test_set, **({"adapter": adapter} if adapter else {})},
-        parameters=run.scoring.values(),
+        inputs={
+            "model": model,
+            "test_set": run.test_set,
+            **({"adapter": adapter} if adapter else {}),
+            **asked_by,
+        },
+        parameters=scoring.values(),
         outputs=[record.path, layout.scores(role)],
         action=lambda: validate(
             model,
@@ -87,6 +100,18 @@ def validate_step(run: RunContext, role: str) -> Step:
     return Step(f"Validate {_TITLES[role]}", stage, (record,))
 
 
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def _scoring(run: RunContext, role: str) -> tuple[LossOptions, dict[str, Path]]:
+    """How one of the models is asked, and the files of the tokenizer where that is not its own."""
+    folder = run.base_tokenizer if role == "base" else run.config.tokenizer
+    if folder is None:
+        return run.scoring, {}
+    files = {name: folder / name for name in _TOKENIZER if (folder / name).is_file()}
+    return run.scoring.model_copy(update={"tokenizer": folder}), files
+
+
 def task_steps(run: RunContext, role: str) -> list[Step]:
     """The benchmarks' own metrics for one model, where they are asked for."""
     if not run.config.tasks:
@@ -94,7 +119,8 @@ def task_steps(run: RunContext, role: str) -> list[Step]:
     from lorasmith.scoring.tasks import evaluate_tasks
 
     model, adapter = _model(run, role)
-    options = AnswerOptions.taken_from(run.scoring)
+    scoring, asked_by = _scoring(run, role)
+    options = AnswerOptions.taken_from(scoring)
     # Named only where it is given: else a stage of an earlier version is the same stage.
     anyway: dict[str, Any] = {"run_code_anyway": True} if run.config.run_code_anyway else {}
     longest = run.config.max_new_tokens
@@ -107,6 +133,7 @@ def task_steps(run: RunContext, role: str) -> list[Step]:
             "test_set": run.test_set,
             **({"adapter": adapter} if adapter else {}),
             **({"task_module": module} if module else {}),
+            **asked_by,
         },
         parameters=BatchOptions.taken_from(options).values() | anyway,
         outputs=[record.path, layout.answers(role)],
