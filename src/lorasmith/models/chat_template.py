@@ -16,10 +16,13 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
-from lorasmith.errors import CheckpointError, MachineError
+from lorasmith.errors import CheckpointError, MachineError, UsageError, os_errors
+from lorasmith.files.inputs import read_input
 from lorasmith.models.template_worker import MEMORY_BYTES
+from lorasmith.parsing import parse_json
 
 CPU_SECONDS = 5.0
 """Processor time of one rendering; honest templates take milliseconds."""
@@ -73,6 +76,51 @@ def render_marked(
 
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+def use_template(tokenizer: Any, named: Path | None) -> None:
+    """Give a tokenizer another chat template: that of a file, or one of several of its own by its name.
+
+    Raises `UsageError` for what is neither.
+    """
+    if named is None:
+        return
+    own = getattr(tokenizer, "chat_template", None)
+    if named.is_file():
+        with os_errors(named, "read"):
+            content = read_input(named)
+        if len(content) > _LARGEST_TEMPLATE:
+            raise UsageError("the file is too large for a chat template", where=named)
+        try:
+            tokenizer.chat_template = _template_text(content, named)
+        except UnicodeDecodeError as error:
+            raise UsageError("the chat template is not UTF-8 text", where=named) from error
+    elif isinstance(own, dict) and str(named) in own:
+        tokenizer.chat_template = own[str(named)]
+    else:
+        known = ", ".join(own) if isinstance(own, dict) else ""
+        raise UsageError(
+            f"there is no chat template {str(named)!r}",
+            expected="a jinja file" + (f", or one of the tokenizer's: {known}" if known else ""),
+        )
+
+
+_LARGEST_TEMPLATE = 1 << 20
+
+
+def _template_text(content: bytes, path: Path) -> str:
+    """The template itself, which `chat_template.json` holds as a field."""
+    if path.suffix != ".json":
+        return content.decode("utf-8-sig")
+    try:
+        held = parse_json(content).get("chat_template")
+    except (ValueError, AttributeError):
+        held = None
+    if not isinstance(held, str):
+        raise UsageError(
+            "the file holds no chat template", where=path, expected='{"chat_template": "…"}, or a jinja file'
+        )
+    return held
 
 
 def template_of(tokenizer: Any, tools: Sequence[Any] = ()) -> str:

@@ -8,7 +8,7 @@ that works, and each is held against that text, so that no token is scored which
    answer; the end is that of the messages up to it. Both must be how the whole text begins.
 3. *contents*: where the template writes earlier turns otherwise once others follow (Qwen3 leaves earlier
    reasoning out), an answer is found by its content: rendered with a mark on both sides of each answer, and
-   without the marks again the same text.
+   without the marks again the same text. Long conversations are searched this way first.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def write_script(tokenizer: Any, example: Example, wording: Wording, *, last_onl
         if last_only:
             whole = replace(whole, answers=whole.answers[-1:] if len(whole.answers) == len(places) else [])
             places = places[-1:]
-        spans, found_by = _spans(tokenizer, messages, places, whole, example, wording)
+        spans, found_by = _Written(tokenizer, example, wording, messages, whole).spans(places)
     except chat_template.TemplateRefusal as error:
         raise refused(example, error) from error
     answers = tuple(Answer(place, numbers[place], *span) for place, span in zip(places, spans, strict=True))
@@ -114,91 +114,111 @@ def refused(example: Example, error: Exception) -> DataError:
     )
 
 
-def _spans(
-    tokenizer: Any,
-    messages: Sequence[chat_template.Message],
-    places: Sequence[int],
-    whole: chat_template.Rendered,
-    example: Example,
-    wording: Wording,
-) -> tuple[list[tuple[int, int]], str]:
-    if len(whole.answers) == len(places) and places:
-        return [_trimmed(whole.text, start, stop) for start, stop in whole.answers], "marks"
-    by_prefix = _by_prefixes(tokenizer, messages, places, whole.text, example, wording)
-    if by_prefix is not None:
-        return by_prefix, "prefixes"
-    by_content = _by_contents(tokenizer, messages, places, whole.text, example, wording)
-    if by_content is not None:
-        return by_content, "contents"
-    raise DataError(
-        "the answers cannot be found in the text that the chat template makes of this row",
-        where=f"example {example.id!r}",
-        expected="a template that writes each answer as it stands, or marks it by {% generation %}",
-        remedy="give a template with these marks by --chat-template FILE, or remove the row",
-    )
+MANY_ANSWERS = 64
+"""From so many answers on they are found by their contents first: prefixes take a rendering for each, whose
+length grows with the conversation."""
 
 
-def _by_prefixes(
-    tokenizer: Any,
-    messages: Sequence[chat_template.Message],
-    places: Sequence[int],
-    text: str,
-    example: Example,
-    wording: Wording,
-) -> list[tuple[int, int]] | None:
-    spans = []
-    how: dict[str, Any] = {"tools": example.tools, "arguments": wording.arguments}
-    for place in places:
-        before = chat_template.render(tokenizer, messages[:place], start_answer=True, **how)
-        last = place + 1 == len(messages)
-        after = (
-            text
-            if last
-            else chat_template.render(tokenizer, messages[: place + 1], start_answer=False, **how)
+@dataclass(frozen=True)
+class _Written:
+    """A conversation and the text that the template makes of it."""
+
+    tokenizer: Any
+    example: Example
+    wording: Wording
+    messages: Sequence[chat_template.Message]
+    whole: chat_template.Rendered
+
+    def render(self, messages: Sequence[chat_template.Message], *, start_answer: bool) -> str:
+        """The text of other messages, with the same tools and names."""
+        return chat_template.render(
+            self.tokenizer,
+            messages,
+            start_answer=start_answer,
+            tools=self.example.tools,
+            arguments=self.wording.arguments,
         )
-        if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
+
+    def spans(self, places: Sequence[int]) -> tuple[list[tuple[int, int]], str]:
+        """Where the answers at these places among the messages stand, and how they were found."""
+        if len(self.whole.answers) == len(places) and places:
+            return [_trimmed(self.whole.text, start, stop) for start, stop in self.whole.answers], "marks"
+        ways = [("prefixes", self.by_prefixes), ("contents", self.by_contents)]
+        for name, find in ways if len(places) < MANY_ANSWERS else reversed(ways):
+            found = find(places)
+            if found is not None:
+                return found, name
+        raise DataError(
+            "the answers cannot be found in the text that the chat template makes of this row",
+            where=f"example {self.example.id!r}",
+            expected="a template that writes each answer as it stands, or marks it by {% generation %}",
+            remedy="give a template with these marks by --chat-template FILE, or remove the row",
+        )
+
+    def by_prefixes(self, places: Sequence[int]) -> list[tuple[int, int]] | None:
+        """From the text before each answer to the text behind it; None where one of them is no beginning."""
+        text, spans = self.whole.text, []
+        for place in places:
+            before = self.render(self.messages[:place], start_answer=True)
+            last = place + 1 == len(self.messages)
+            after = text if last else self.render(self.messages[: place + 1], start_answer=False)
+            if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
+                return None
+            spans.append(_trimmed(text, len(before), len(after)))
+        return spans
+
+    def by_contents(self, places: Sequence[int]) -> list[tuple[int, int]] | None:
+        """Each content with what ends its turn; None where the marks change the text around them."""
+        marked = list(self.messages)
+        for number, place in enumerate(places):
+            content = self.messages[place]["content"]
+            if not content.strip():
+                return None  # a turn of tool calls alone has no content to be found by
+            marked[place] = {
+                **self.messages[place],
+                "content": f"{_OPEN}{number}x{content.strip()}{_CLOSE}{number}x",
+            }
+        end = self._end_of_turn(marked[: places[-1] + 1], f"{_CLOSE}{len(places) - 1}x")
+        found = self.render(marked, start_answer=False)
+        spans: list[tuple[int, int]] = []
+        at, plain = 0, ""
+        for number in range(len(places)):
+            opened, closed = f"{_OPEN}{number}x", f"{_CLOSE}{number}x"
+            start, stop = found.find(opened, at), found.find(closed, at)
+            if not at <= start < stop:
+                return None
+            plain += found[at:start]
+            begin = len(plain)
+            plain += found[start + len(opened) : stop]
+            spans.append((begin, len(plain)))
+            at = stop + len(closed)
+        text = self.whole.text
+        if plain + found[at:] != text:
             return None
-        spans.append(_trimmed(text, len(before), len(after)))
-    return spans
+        # What the last answer thought stands before its content, and is its own.
+        before = self.render(self.messages[: places[-1]], start_answer=True)
+        if text.startswith(before) and len(before) < spans[-1][0]:
+            spans[-1] = (len(before), spans[-1][1])
+        limits = [*(start for start, _ in spans[1:]), len(text)]
+        return [
+            (start, _behind_end(text, stop, limit, end, calls=bool(self.messages[place].get("tool_calls"))))
+            for (start, stop), limit, place in zip(spans, limits, places, strict=True)
+        ]
+
+    def _end_of_turn(self, marked: Sequence[chat_template.Message], closed: str) -> str:
+        """What the template writes behind the content of an answer that is the last message."""
+        return self.render(marked, start_answer=False).rpartition(closed)[2].strip()
 
 
-def _by_contents(
-    tokenizer: Any,
-    messages: Sequence[chat_template.Message],
-    places: Sequence[int],
-    text: str,
-    example: Example,
-    wording: Wording,
-) -> list[tuple[int, int]] | None:
-    marked = list(messages)
-    for number, place in enumerate(places):
-        content = messages[place]["content"]
-        if not content.strip():
-            return None  # a turn of tool calls alone has no content to be found by
-        marked[place] = {**messages[place], "content": f"{_OPEN}{number}x{content.strip()}{_CLOSE}{number}x"}
-    found = chat_template.render(
-        tokenizer, marked, start_answer=False, tools=example.tools, arguments=wording.arguments
-    )
-    spans = []
-    at = 0
-    plain = ""
-    for number in range(len(places)):
-        opened, closed = f"{_OPEN}{number}x", f"{_CLOSE}{number}x"
-        before, sign, rest = found[at:].partition(opened)
-        content, end, _ = rest.partition(closed)
-        if not sign or not end:
-            return None
-        plain += before
-        spans.append((len(plain), len(plain) + len(content)))
-        plain += content
-        at += len(before) + len(opened) + len(content) + len(closed)
-    return [_with_end(text, *span) for span in spans] if plain + found[at:] == text else None
+def _behind_end(text: str, stop: int, limit: int, end: str, *, calls: bool) -> int:
+    """Where a turn ends whose content ends at `stop`: behind `end`, if that follows before `limit`.
 
-
-def _with_end(text: str, start: int, stop: int) -> tuple[int, int]:
-    """A content with what ends its turn: up to the line break behind it."""
-    line = text.find("\n", stop)
-    return start, len(text) if line < 0 else line
+    Between a content and the end of its turn only its tool calls may stand.
+    """
+    place = text.find(end, stop, limit) if end else -1
+    if place < 0 or (not calls and text[stop:place].strip()):
+        return stop
+    return place + len(end)
 
 
 def _trimmed(text: str, start: int, stop: int) -> tuple[int, int]:

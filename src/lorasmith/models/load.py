@@ -27,9 +27,9 @@ from lorasmith.errors import (
     os_errors,
 )
 from lorasmith.files.inputs import read_input, require_own_links
+from lorasmith.models.chat_template import use_template
 from lorasmith.models.decoded import load_decoded, quantized_base
 from lorasmith.models.device import is_out_of_memory
-from lorasmith.models.text import use_template
 from lorasmith.parsing import parse_json
 
 # Which file of a model or adapter folder is not there: the libraries that load it say so in their words.

@@ -20,12 +20,13 @@ from lorasmith.errors import DataError, InputError, UsageError, os_errors
 from lorasmith.files.digests import digest_folder, sha256_file
 from lorasmith.files.journal import Journal
 from lorasmith.models.batches import BATCH_TOKENS, BATCH_TOKENS_GPU, Batch
+from lorasmith.models.chat_template import use_template
 from lorasmith.models.conversation import Wording
 from lorasmith.models.device import Route, choose_route, resolve_device
 from lorasmith.models.layout import LAYOUTS, choose_layout, lay_out, layout_findings, plan_rows
 from lorasmith.models.load import LoadedModel, load_model
 from lorasmith.models.scoring import check_ids
-from lorasmith.models.text import Encoded, EncodedSet, encode_examples, encoding_findings, use_template
+from lorasmith.models.text import Encoded, EncodedSet, encode_examples, encoding_findings
 from lorasmith.options import BatchOptions, SampleOptions, ScoringOptions
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.dataset import Example

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from lorasmith.errors import CheckpointError, DataError, UsageError, os_errors
-from lorasmith.files.inputs import read_input
+from lorasmith.errors import CheckpointError, DataError, UsageError
 from lorasmith.models import chat_template
 from lorasmith.models.chat_template import Message
 from lorasmith.models.conversation import Answer, Script, Wording, turns_of, write_script
-from lorasmith.parsing import parse_json
 from lorasmith.records.base import Finding
 from lorasmith.records.dataset import Example
 
@@ -145,51 +142,6 @@ def response_tokens(tokenizer: Any, response: str, around: Frame) -> list[int]:
     return list(joined[len(anchor) :])
 
 
-def use_template(tokenizer: Any, named: Path | None) -> None:
-    """Give a tokenizer another chat template: that of a file, or one of several of its own by its name.
-
-    Raises `UsageError` for what is neither.
-    """
-    if named is None:
-        return
-    own = getattr(tokenizer, "chat_template", None)
-    if named.is_file():
-        with os_errors(named, "read"):
-            content = read_input(named)
-        if len(content) > _LARGEST_TEMPLATE:
-            raise UsageError("the file is too large for a chat template", where=named)
-        try:
-            tokenizer.chat_template = _template_text(content, named)
-        except UnicodeDecodeError as error:
-            raise UsageError("the chat template is not UTF-8 text", where=named) from error
-    elif isinstance(own, dict) and str(named) in own:
-        tokenizer.chat_template = own[str(named)]
-    else:
-        known = ", ".join(own) if isinstance(own, dict) else ""
-        raise UsageError(
-            f"there is no chat template {str(named)!r}",
-            expected="a jinja file" + (f", or one of the tokenizer's: {known}" if known else ""),
-        )
-
-
-_LARGEST_TEMPLATE = 1 << 20
-
-
-def _template_text(content: bytes, path: Path) -> str:
-    """The template itself, which `chat_template.json` holds as a field."""
-    if path.suffix != ".json":
-        return content.decode("utf-8-sig")
-    try:
-        held = parse_json(content).get("chat_template")
-    except (ValueError, AttributeError):
-        held = None
-    if not isinstance(held, str):
-        raise UsageError(
-            "the file holds no chat template", where=path, expected='{"chat_template": "…"}, or a jinja file'
-        )
-    return held
-
-
 # From an example to token ids and the positions that are scored: the one place that decides it.
 #
 # Two boundaries between what is given and what is scored. *generation*: the prompt is encoded as the model
@@ -217,7 +169,7 @@ class Encoded:
     spans: tuple[Span, ...] = ()
     """The tokens that are scored, in their order; the first token of a row never is."""
     turns: tuple[int, ...] = ()
-    """Of each span, which of the assistant's turns it is, from 1; empty where the row is no conversation."""
+    """Numbers of the assistant's turns that the spans are, from 1; empty where the row is no conversation."""
     truncated: int = 0
     """How many tokens were cut to fit `max_length`."""
     straddling: bool = False

@@ -20,9 +20,10 @@ from lorasmith.files.run_sources import contradictions
 from lorasmith.gates.evaluate import check_gates
 from lorasmith.hub.cache import hub_name
 from lorasmith.hub.models import local_model
+from lorasmith.models.chat_template import use_template
 from lorasmith.models.conversation import Wording
 from lorasmith.models.load import has_tokenizer, load_tokenizer
-from lorasmith.models.text import encode_examples, use_template
+from lorasmith.models.text import encode_examples
 from lorasmith.options import AnswerOptions, RunOptions
 from lorasmith.options.keywords import documented
 from lorasmith.preflight.doctor import require_machine

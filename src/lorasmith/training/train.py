@@ -22,10 +22,11 @@ from lorasmith.files.atomic import StrPath, aside, publish_folder, write_bytes, 
 from lorasmith.files.digests import describe, digest_folder
 from lorasmith.files.output_folder import require_own_place
 from lorasmith.models.batches import split_batch
+from lorasmith.models.chat_template import use_template
 from lorasmith.models.conversation import Wording
 from lorasmith.models.device import resolve_device
 from lorasmith.models.load import load_model, quiet_libraries
-from lorasmith.models.text import Encoded, encode_examples, use_template
+from lorasmith.models.text import Encoded, encode_examples
 from lorasmith.options import TrainOptions
 from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent

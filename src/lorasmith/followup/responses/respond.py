@@ -20,8 +20,9 @@ from lorasmith.followup.responses.work import (
     ResponseWork,
     speed_since_start,
 )
+from lorasmith.models.chat_template import use_template
 from lorasmith.models.conversation import Wording
-from lorasmith.models.text import Frame, frame, use_template
+from lorasmith.models.text import Frame, frame
 from lorasmith.options import RespondOptions
 from lorasmith.options.keywords import documented
 from lorasmith.progress import Unwatched, Watcher

@@ -25,11 +25,12 @@ from lorasmith.followup.speculation.loop import (
     decode_speculatively,
 )
 from lorasmith.machine.resources import hardware
+from lorasmith.models.chat_template import use_template
 from lorasmith.models.conversation import Wording
 from lorasmith.models.device import resolve_device, use_route
 from lorasmith.models.generation.generate import stop_tokens
 from lorasmith.models.load import LoadedModel, load_model
-from lorasmith.models.text import Frame, frame, question_tokens, use_template
+from lorasmith.models.text import Frame, frame, question_tokens
 from lorasmith.options import SpeculateOptions
 from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent

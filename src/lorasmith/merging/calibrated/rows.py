@@ -21,9 +21,10 @@ from lorasmith.merging.numbers.threads import Workers
 from lorasmith.merging.plan import Output, Plan
 from lorasmith.merging.tensors import Factors
 from lorasmith.merging.writers import make_writer
+from lorasmith.models.chat_template import use_template
 from lorasmith.models.conversation import Wording
 from lorasmith.models.load import has_tokenizer, load_tokenizer
-from lorasmith.models.text import encode_examples, use_template
+from lorasmith.models.text import encode_examples
 from lorasmith.options import TemplateOptions
 from lorasmith.records.base import FileDigest
 from lorasmith.records.merging import CalibrationUse
