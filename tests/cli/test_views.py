@@ -13,6 +13,7 @@ from rich.console import Console
 from lorasmith.cli.views import proofs, records
 from lorasmith.files.atomic import read_record
 from lorasmith.records.base import Finding, Interval
+from lorasmith.records.dataset import ContaminationHit, ContaminationRecord
 from lorasmith.records.proof import BehaviourProof, ComparisonRecord
 from lorasmith.records.scoring import TaskEffect, TaskMetric, TaskResult, ValidationResult
 from tests.samples import sample_run
@@ -134,3 +135,18 @@ def test_names_from_files_are_shown_as_they_are(run: Path) -> None:
     proof = read_record(run / "proof" / "behaviour.json", BehaviourProof)
     flip = proof.flips[0].model_copy(update={"example": name})
     assert name in shown(proofs.show_behaviour, proof.model_copy(update={"flips": [flip]}))
+
+
+def test_overlaps_that_are_no_verdict_are_counted_apart(run: Path) -> None:
+    def hit(kind: str, row: str, score: float) -> ContaminationHit:
+        return ContaminationHit(kind=kind, test_id=row, train_id="r", train_file="t.jsonl", score=score)
+
+    record = ContaminationRecord(
+        verdict="contaminated",
+        parameters={"share": 0.2},
+        counts={"test_rows": 2},
+        hits=[hit("ngram", "little", 0.1), hit("ngram", "much", 0.5), hit("question", "whole", 1.0)],
+    )
+    text = shown(records.show_contamination, record)
+    assert "much" in text and "whole" in text and "little" not in text
+    assert "less than 0.2 of theirs: 1" in text

@@ -17,7 +17,7 @@ import pytest
 from lorasmith.errors import DataError, InputError
 from lorasmith.files.atomic import read_record, write_record
 from lorasmith.records.base import Finding
-from lorasmith.records.dataset import Example, Metadata
+from lorasmith.records.dataset import ContaminationHit, ContaminationRecord, Example, Metadata
 from lorasmith.records.merging import MergeRecord
 from lorasmith.records.release import TimingRecord
 from lorasmith.reporting.page import write_report
@@ -88,6 +88,17 @@ def test_the_claims_come_first(run: Path) -> None:
     assert "2 of 4 gates did not pass" in top
     for word in ("helps", "exact", "drifted", "2 of 4 did not pass", "independent", "134,515,008 elements"):
         assert word in top
+
+
+def test_rows_that_share_little_with_the_training_data_are_not_counted_as_found_again(run: Path) -> None:
+    path = run / "testset" / "contamination.json"
+    record = read_record(path, ContaminationRecord)
+    hit = ContaminationHit(kind="ngram", test_id="a", train_id="r", train_file="train.jsonl", score=0.1)
+    changed = {"hits": [hit], "parameters": {**record.parameters, "share": 0.2}}
+    write_record(path, record.model_copy(update=changed))
+    assert "0 of 40 test rows found again" in render(run).sections["top"]
+    write_record(path, record.model_copy(update={**changed, "hits": [hit.model_copy(update={"score": 0.3})]}))
+    assert "1 of 40 test rows found again" in render(run).sections["top"]
 
 
 def test_nothing_is_loaded_from_anywhere(run: Path) -> None:

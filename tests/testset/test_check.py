@@ -103,6 +103,77 @@ def test_short_questions_are_looked_for_as_a_whole(clean: Any) -> None:
     assert all(hit.test_id != "t1" for hit in record.hits)
 
 
+def choices_row(question: str, choices: tuple[str, ...] = ("one", "two", "three", "four")) -> dict[str, Any]:
+    listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", choices, strict=True))
+    metadata = {"source": "MMLU", "choices": list(choices), "answer": "A"}
+    return {"prompt": f"{question}\n{listed}Answer:", "response": " A", "metadata": metadata}
+
+
+def flagged(folder: Path, test: list[dict[str, Any]], train: list[str]) -> list[str]:
+    rows = "".join(json.dumps({"id": f"t{number}", **row}) + "\n" for number, row in enumerate(test))
+    (folder / "asked.jsonl").write_text(rows)
+    write(folder / "train.jsonl", [(row, "I see.") for row in train], "r")
+    record = check(folder / "asked.jsonl", [folder / "train.jsonl"])
+    counted = {hit.test_id for hit in record.hits if record.is_verdict(hit)}
+    assert len(counted) == record.counts["test_rows"]
+    return sorted(counted)
+
+
+@pytest.mark.parametrize(
+    ("row", "asks"),
+    [
+        ("The auditory tube", True),
+        ("Complete this: The auditory tube and be brief.", True),
+        ("<|im_start|>user\nThe auditory tube<|im_end|>", True),
+        ("He had pain in the auditory tube. These were the choices: drum, nose, canal, eye.", True),
+        ("The auditory tube joins the ear and the throat.", False),
+        ("I read of the auditory tube today.", False),
+    ],
+)
+def test_a_question_of_three_words_is_found_where_it_is_asked(tmp_path: Path, row: str, asks: bool) -> None:
+    asked = choices_row("The auditory tube", ("drum", "nose", "canal", "eye"))
+    assert flagged(tmp_path, [asked], [row]) == (["t0"] if asks else [])
+
+
+def test_the_beginning_of_a_longer_question_is_not_the_question(tmp_path: Path) -> None:
+    asked = choices_row("Which of these is true?")
+    assert flagged(tmp_path, [asked], ["Which of these is true of the joint between jaw and skull?"]) == []
+    assert flagged(tmp_path, [asked], ["Tell me. Which of these is true?"]) == ["t0"]
+
+
+def test_questions_that_differ_in_signs_of_arithmetic_are_different(tmp_path: Path) -> None:
+    asked = choices_row(
+        "Find the degree of the given field extension of Q(sqrt(2) + sqrt(3)) over Q, please."
+    )
+    other = "Find the degree of the given field extension of Q(sqrt(2), sqrt(3)) over Q, please."
+    assert flagged(tmp_path, [asked], [other]) == []
+    assert flagged(tmp_path, [asked], [other.replace(",", " +", 1)]) == ["t0"]
+    emphasised = "Find the **degree** of the given field-extension of Q(sqrt(2) + sqrt(3)) over Q, please."
+    assert flagged(tmp_path, [asked], [emphasised]) == ["t0"]
+
+
+def test_a_pattern_that_two_questions_of_a_benchmark_fill_in_is_boilerplate(tmp_path: Path) -> None:
+    pattern = "Which one of these many structural assumptions is the one that most affects the outcome of {}?"
+    first, second = choices_row(pattern.format("kernels")), choices_row(pattern.format("trees"))
+    assert flagged(tmp_path, [first], [pattern.format("networks")]) == ["t0"]
+    assert flagged(tmp_path, [first, second], [pattern.format("networks")]) == []
+    assert flagged(tmp_path, [first, second], [pattern.format("trees")]) == ["t1"]
+
+
+def test_a_question_on_a_passage_counts_with_its_passage_only(tmp_path: Path) -> None:
+    passage, question = text(random.Random(8), 60), "How many percent were not from the county?"
+    row = {
+        "prompt": f"Passage: {passage}\nQuestion: {question}\nAnswer:",
+        "response": " 5",
+        "metadata": {"source": "DROP", "golds": [["5"]]},
+    }
+    assert flagged(tmp_path, [row], [f"{text(random.Random(9), 60)} {question}"]) == []
+    words = passage.split()
+    # One run of 13 words is what a pattern of two articles shares; half of the passage is the passage.
+    assert flagged(tmp_path, [row], [f"{' '.join(words[:13])} {question}"]) == []
+    assert flagged(tmp_path, [row], [f"{' '.join(words[:30])} {question}"]) == ["t0"]
+
+
 def test_a_near_duplicate_is_found_with_its_similarity(clean: Any) -> None:
     words = clean[2][9][0].split()
     changed = [*words]

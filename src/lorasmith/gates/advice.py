@@ -19,8 +19,8 @@ _NO_GAIN = (
 _BASE = "this is the base without its adapter: check that base, chat template and test set are the right ones"
 _EXAMPLES = "score more examples: testset build --samples-per-benchmark, or testset split --size"
 _CONTAMINATED = (
-    "take the rows that testset/contamination.json names out of the test set or out of the training data "
-    "(testset check --drop does the former), then validate again"
+    "take the rows that `testset check` shows out of the test set (its --drop does) or out of the training "
+    "data, then validate again"
 )
 _COST = (
     "take a cheaper machine, larger batches or a smaller test set (testset split --size, or testset build "

@@ -242,6 +242,10 @@ class ContaminationRecord(Record):
     hits: list[ContaminationHit] = []
     """The strongest of each test row and kind; `counts` counts all."""
 
+    def is_verdict(self, hit: ContaminationHit) -> bool:
+        """Whether a hit makes its test row contaminated: shared runs do from the share that was asked for."""
+        return hit.kind != "ngram" or hit.score >= float(self.parameters.get("share", 0))
+
 
 class ContaminationHit(Part):
     """One test row that the training data holds too."""

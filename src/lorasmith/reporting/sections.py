@@ -181,7 +181,7 @@ def _contamination(records: RunRecords) -> Claim:
     if check.verdict == "not checked":
         text = check.reason or "No training data was given."
     else:
-        hit = len({hit.test_id for hit in check.hits})
+        hit = len({hit.test_id for hit in check.hits if check.is_verdict(hit)})
         text = (
             f"{hit:,} of {plural(check.rows_test, 'test row')} found again in "
             f"{plural(check.rows_train, 'training row')}."

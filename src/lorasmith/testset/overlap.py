@@ -95,11 +95,15 @@ class GramIndex:
         if not len(starts) or not len(self.hashes):
             nothing = np.empty(0, np.int64)
             return Hits(nothing, nothing, nothing)
-        places = np.searchsorted(self.distinct, total)
-        places[places == len(self.distinct)] = 0  # larger than all: any place will do, it is not equal
-        known = self.distinct[places] == total
+        known = self.holds(total)
         pairs = np.unique(np.stack([rows[starts[known]].astype(np.uint64), total[known]]), axis=1)
         return self._expand(pairs[0].astype(np.int64), pairs[1])
+
+    def holds(self, hashes: U64) -> NDArray[np.bool_]:
+        """Which of the hashes are of a text here; there has to be one."""
+        places = np.searchsorted(self.distinct, hashes)
+        places[places == len(self.distinct)] = 0  # larger than all: any place will do, it is not equal
+        return self.distinct[places] == hashes
 
     def _expand(self, rows: NDArray[np.int64], hashes: U64) -> Hits:
         """(row, distinct hash) becomes (row, text, how many): one n-gram may stand in several texts."""
@@ -121,6 +125,12 @@ class GramIndex:
 
 _WORD = re.compile(r"\w+")
 _TOKEN = re.compile(r"\w+|[^\w\s]")
+_TERM = re.compile(
+    r"""\w+|[+/=<>^±×÷·−≤≥≠∈∪∩]
+    |(?<=[\d)\]}])-|-(?=\d)|(?<=\s)-(?=\s)      # a minus, not the hyphen of a word
+    |(?<=[\w)\]}])\*(?=[\w(\[{])|(?<=\s)\*(?=\s)  # a product, not emphasis""",
+    re.VERBOSE,
+)
 
 
 def normalise(text: str) -> str:
@@ -134,6 +144,11 @@ def normalise(text: str) -> str:
 def words(text: str) -> list[str]:
     """The words of the normalised text, as n-gram comparisons use them: letters and digits of all scripts."""
     return _WORD.findall(_plain(text))
+
+
+def terms(text: str) -> list[str]:
+    """The words and the signs of arithmetic: Q(√2 + √3) is another field than Q(√2, √3)."""
+    return _TERM.findall(_plain(text))
 
 
 def tokens(text: str) -> list[str]:
@@ -193,9 +208,10 @@ def repeats(texts: Sequence[Shingles], scopes: Sequence[str], threshold: float) 
 _BLOCK_WORDS = 1 << 18
 _LISTED_HITS = 10
 """Per test row and kind: a row that stands in the training data a million times needs no million lines."""
-_FEWEST_WORDS, _FEWEST_TOKENS, _PLAIN_WORDS = 3, 5, 6
-"""Questions of fewer words or signs are compared as a whole row only: "Why?" stands everywhere. Six words
-tell a question by themselves; with fewer its signs do as well: "Find $2+3$" is not "Find $2-3$"."""
+_FEWEST_WORDS, _FEWEST_TOKENS, _PLAIN_WORDS = 2, 5, 6
+"""Questions of fewer words are compared as a whole row only: "Why?" stands everywhere. Those of fewer words
+and signs count where they stand alone, or with their choices or passage. Six words tell a question by
+themselves; with fewer its signs do as well: "Find $2+3$" is not "Find $2-3$"."""
 _GENERIC_SHARE = 0.01
 """Part of the training rows from which on a short question, or a run of words, is nobody's own."""
 
@@ -228,7 +244,8 @@ class _Asked:
     question: str
     choices: tuple[str, ...]
     parts: tuple[str, ...]
-    """Passage, question, choices and answer: runs of words do not cross from one to the next."""
+    """Question, choices and answer: runs of words do not cross from one to the next, or into the passage."""
+    of_benchmark: bool
 
     @classmethod
     def of(cls, example: Example) -> _Asked:
@@ -237,11 +254,11 @@ class _Asked:
         asked = [turn.content for turn in example.turns if turn.role == "user"]
         prompt = asked[-1] if asked else example.response
         if benchmark is None:
-            return cls("", prompt, (), (prompt, example.response) if asked else (prompt,))
+            return cls("", prompt, (), (prompt, example.response) if asked else (prompt,), False)
         before, question = benchmark.question_in(prompt)
         held = example.metadata.extra().get("choices")
         choices = tuple(str(one) for one in held) if isinstance(held, list) else ()
-        return cls(before, question, choices, (before, question, *choices, example.response))
+        return cls(before, question, choices, (question, *choices, example.response), True)
 
 
 class Matcher:
@@ -250,17 +267,16 @@ class Matcher:
     def __init__(self, examples: Sequence[Example], options: OverlapOptions) -> None:
         self.options = options
         self.ids = [example.id for example in examples]
-        self.prompts = [words(example.prompt) for example in examples]
+        self.prompts = [terms(example.prompt) for example in examples]
         self.asked = [_Asked.of(example) for example in examples]
         self.exact: dict[str, list[int]] = {}
         for index, example in enumerate(examples):
             for form in _forms(example.prompt, example.response):
                 self.exact.setdefault(form, []).append(index)
-        self.texts = [_numbers_apart(asked.parts) for asked in self.asked]
         self.numbers = {
             word: number_of(word)
             for prompt, asked in zip(self.prompts, self.asked, strict=True)
-            for text in (prompt, *map(words, asked.parts))
+            for text in (prompt, terms(asked.passage), *map(terms, asked.parts))
             for word in text
         }
         self.index = GramIndex(self._without_boilerplate(), options.ngram)
@@ -274,15 +290,8 @@ class Matcher:
 
     def _question_indices(self) -> list[GramIndex]:
         """The bare questions, each at its own length or that of a run, whichever is shorter."""
-        asked = [words(one.question) for one in self.asked]
-        long_enough = [
-            len(own) >= _FEWEST_WORDS and len(tokens(one.question)) >= _FEWEST_TOKENS
-            for own, one in zip(asked, self.asked, strict=True)
-        ]
-        lengths = [
-            min(self.options.ngram, len(own)) if enough else 0
-            for own, enough in zip(asked, long_enough, strict=True)
-        ]
+        asked = [terms(one.question) for one in self.asked]
+        lengths = [min(self.options.ngram, len(own)) if len(own) >= _FEWEST_WORDS else 0 for own in asked]
         numbers = [numbers_of(own) for own in asked]
 
         def of_length(length: int) -> list[U64]:
@@ -291,22 +300,18 @@ class Matcher:
         return [GramIndex(of_length(length), length) for length in sorted(set(lengths) - {0})]
 
     def _without_boilerplate(self) -> list[U64]:
-        """The numbers of each test row's words, with gaps in place of what many test rows say alike.
+        """The numbers of each test row's words, with gaps in place of what several test rows say alike.
 
         Headers of a subject, lists of choices and instructions stand in some rows of a benchmark, a passage
-        in the rows that ask about it: such runs are no row's own. Its question is looked for by itself.
+        in the rows that ask about it: such runs are no row's own. A run that two questions of a benchmark
+        hold is a pattern that its authors filled in. What is asked is looked for by itself.
         """
-        n = self.options.ngram
-        rows = Counter(gram for own in self.texts for gram in set(grams(own, n)[1].tolist()))
-        common = np.array([gram for gram, count in rows.items() if count > self.options.common], np.uint64)
-        kept = []
-        for own in self.texts:
-            own = own.copy()
-            starts, hashes = grams(own, n)
-            for start in starts[np.isin(hashes, common)]:
-                own[start : start + n] = 0
-            kept.append(own)
-        return kept
+        common = self.options.common
+        passages = _gapped([_numbers_apart([one.passage]) for one in self.asked], common, self.options.ngram)
+        parts = [_numbers_apart(one.parts) for one in self.asked]
+        limits = [1 if one.of_benchmark else common for one in self.asked]
+        rest = _gapped(parts, limits, self.options.ngram)
+        return [np.concatenate(both) for both in zip(passages, rest, strict=True)]
 
     def read(self, path: Path) -> int:
         """Compare every row of a training file; returns how many there were."""
@@ -342,22 +347,29 @@ class Matcher:
         for place, text in zip(hits.row[whole].tolist(), hits.text[whole].tolist(), strict=True):
             if place not in spelled:
                 spelled[place] = f" {' '.join(tokens(block[place].text))} "
-            asked = self.asked[text]
-            few = len(words(asked.question)) < _PLAIN_WORDS
-            if few and f" {' '.join(tokens(asked.question))} " not in spelled[place]:
-                continue
-            if asked.passage and not self._shares_a_run(asked.passage, block[place].words):
-                continue
-            with_choices = not asked.choices or all(
-                f" {' '.join(tokens(choice))} " in spelled[place] for choice in asked.choices
-            )
-            certain = with_choices or len(words(asked.question)) >= self.options.ngram
-            self._hit("question", text, _Hit(1.0, block[place].name, path.name, certain=certain))
+            certain = self._asks(self.asked[text], block[place], spelled[place])
+            if certain is not None:
+                self._hit("question", text, _Hit(1.0, block[place].name, path.name, certain=certain))
 
-    def _shares_a_run(self, passage: str, row: Words) -> bool:
-        n = self.options.ngram
-        one, two = grams(numbers_of(words(passage)), n)[1], grams(numbers_of(row), n)[1]
-        return bool(np.isin(one, two).any())
+    def _asks(self, asked: _Asked, row: _TrainRow, spelled: str) -> bool | None:
+        """Whether a row that holds the words of a question asks it: for certain, or perhaps; None if not."""
+        own = terms(asked.question)
+        signs = f" {' '.join(tokens(asked.question))} "
+        if len(own) < _PLAIN_WORDS and signs not in spelled:
+            return None
+        if asked.passage:
+            return self._shares(asked.passage, row.words) or None
+        if asked.choices and all(f" {' '.join(tokens(choice))} " in spelled for choice in asked.choices):
+            return True
+        if len(own) >= self.options.ngram or (not asked.choices and len(signs.split()) >= _FEWEST_TOKENS):
+            return True
+        return False if _stands_alone(asked.question, row.text) else None
+
+    def _shares(self, passage: str, row: Words) -> bool:
+        """Whether the row holds as much of the passage as makes a test row contaminated."""
+        n = min(self.options.ngram, len(terms(passage)))
+        one, two = (np.unique(grams(numbers_of(text), n)[1]) for text in (terms(passage), row))
+        return bool(np.isin(one, two).mean() >= self.options.share)
 
     def _runs_in(
         self,
@@ -372,7 +384,7 @@ class Matcher:
         shared_by: dict[int, U64] = {}
         for place in sorted(set(hits.row.tolist())):
             own = np.unique(grams(numbers[starts[place] : starts[place + 1]], self.index.n)[1])
-            shared_by[place] = own[np.isin(own, self.index.distinct)]
+            shared_by[place] = own[self.index.holds(own)]
             self.seen.update(shared_by[place].tolist())
         for place, text, shared in zip(
             hits.row.tolist(), hits.text.tolist(), hits.shared.tolist(), strict=True
@@ -441,7 +453,7 @@ class Matcher:
         return {
             self.ids[index]
             for (index, kind), best in self.best.items()
-            if kind != "ngram" or max(hit.score for hit in best) >= self.options.share
+            if kind != "ngram" or max(round(hit.score, 6) for hit in best) >= self.options.share
         }
 
     def hits(self) -> list[ContaminationHit]:
@@ -459,11 +471,37 @@ class Matcher:
         ]
 
 
+_BEGINS = r"(?:\A|[\n:;.?!>\"“”'‘(\[*#])[ \t]*"
+_ENDS = r"[ \t]*(?:\Z|[\n<\"”'’)\]*?!.…])"
+
+
+def _stands_alone(question: str, text: str) -> bool:
+    """Whether a question is a line, a field or a sentence of a text, or is introduced by a colon."""
+    own = r"\s+".join(map(re.escape, question.split()))
+    ends = r"(?!\w)" if question.rstrip()[-1:] in "?!.:" else _ENDS
+    return bool(re.search(rf"{_BEGINS}{own}{ends}|:[ \t]*{own}(?!\w)", text))
+
+
+def _gapped(texts: Sequence[U64], limits: int | Sequence[int], n: int) -> list[U64]:
+    """The texts, with gaps in place of the runs of n words that more of them hold than each text's limit."""
+    limits = [limits] * len(texts) if isinstance(limits, int) else limits
+    holders = Counter(gram for own in texts for gram in set(grams(own, n)[1].tolist()))
+    kept = []
+    for text, limit in zip(texts, limits, strict=True):
+        own = text.copy()
+        starts, hashes = grams(text, n)
+        for start, gram in zip(starts.tolist(), hashes.tolist(), strict=True):
+            if holders[gram] > limit:
+                own[start : start + n] = 0
+        kept.append(own)
+    return kept
+
+
 def _numbers_apart(parts: Sequence[str]) -> U64:
     """The numbers of the words of some texts, a 0 between one text and the next."""
     numbers: list[int] = []
     for part in parts:
-        numbers += [*map(number_of, words(part)), 0]
+        numbers += [*map(number_of, terms(part)), 0]
     return np.array(numbers, np.uint64)
 
 
@@ -474,8 +512,8 @@ def _blocks(path: Path) -> Iterator[list[_TrainRow]]:
     for row in iterate_rows(path):
         if row.example is None:
             raise fault_error(row, path)
-        first = words(row.example.prompt)
-        text = first + words(row.example.response)
+        first = terms(row.example.prompt)
+        text = first + terms(row.example.response)
         name = str(row.value.get("id") or f"line {row.number}")
         forms = _forms(row.example.prompt, row.example.response)
         whole = f"{row.example.prompt}\n{row.example.response}"

@@ -64,11 +64,14 @@ def show_contamination(record: ContaminationRecord, console: Console) -> None:
     console.print(
         f"Independence from the training data: [{colour}]{record.verdict}[/]{reason}", soft_wrap=True
     )
-    rows = [
-        (hit.kind, plain(hit.test_id), plain(hit.train_id), f"{hit.score:.2f}") for hit in record.hits[:10]
-    ]
+    counted = [hit for hit in record.hits if record.is_verdict(hit)]
+    rows = [(hit.kind, plain(hit.test_id), plain(hit.train_id), f"{hit.score:.2f}") for hit in counted[:10]]
     if rows:
         console.print(table("First overlaps", ("kind", "test row", "training row", "score"), rows))
+    few = {hit.test_id for hit in record.hits} - {hit.test_id for hit in counted}
+    if few:
+        share = record.parameters["share"]
+        console.print(f"Test rows that share runs of words, but less than {share:g} of theirs: {len(few)}")
 
 
 def show_validation(result: ValidationResult, console: Console) -> None:
