@@ -18,7 +18,7 @@ here it keeps a merge.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,8 @@ MOST_STEPS_SMALL, MOST_STEPS = 2, 15
 """How far from its own rounding an element may go on a small grid and on others, in grid points. That
 rounding is taken from float32 here, so the proof allows one step more."""
 _PART_ROWS = 2_048
+MOST_KEPT = 1 << 30
+"""Bytes of what a layer's linear layers get in the adapter model; rows beyond are computed anew for each."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,16 @@ class _Seen:
     others: dict[str, torch.Tensor] = field(default_factory=dict)
     result: torch.Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds; layers beside each other share what they get."""
+        parts = [*self.inputs.values(), *self.outputs.values(), *self.others.values()]
+        return sum({id(one): one.nbytes for one in parts}.values())
+
+
+class _Enough(Exception):
+    """What is wanted of a forward is there, and the rest of the layer need not be computed."""
+
 
 class _Pair:
     """A decoder layer with the weights of the one model or of the other."""
@@ -245,13 +257,15 @@ class _Pair:
     ) -> None:
         self.model, self.layer, self.linear, self.rows, self.streams = model, layer, linear, rows, streams
         self.reached: list[_Linear] = []
+        self._kept: dict[int, _Seen] = {}
+        self._kept_bytes = 0
 
     def groups(self) -> list[list[_Linear]]:
         """Linear layers that get the same tensor, in the order in which they are called."""
         groups: list[list[_Linear]] = []
         called: set[str] = set()
         for row in range(len(self.rows.rows)):
-            seen = self.run(row, made=False)
+            seen = self.meant(row)
             for path, inputs in seen.inputs.items():
                 if path in called:
                     continue
@@ -267,26 +281,36 @@ class _Pair:
                 break
         return groups
 
-    def run(self, row: int, *, made: bool) -> _Seen:
-        """One row through the layer of one model."""
+    def meant(self, row: int) -> _Seen:
+        """One row through the layer of the adapter model, which no fit of this layer changes."""
+        seen = self._kept.get(row)
+        if seen is None:
+            seen = self._run(row, made=False)
+            if self._kept_bytes + seen.nbytes <= MOST_KEPT:
+                self._kept[row] = seen
+                self._kept_bytes += seen.nbytes
+        return seen
+
+    def made(self, row: int, until: str | None = None) -> _Seen:
+        """One row through the layer of the merge, at most to what a linear layer gets."""
+        return self._run(row, made=True, until=until)
+
+    def _run(self, row: int, *, made: bool, until: str | None = None) -> _Seen:
         for one in self.linear:
             one.module.weight.data = one.made if made else one.meant
         states = (self.streams.made if made else self.streams.meant)[row]
         seen = _Seen()
-        with _watching(self.layer, self.linear, seen):
+        with _watching(self.layer, self.linear, seen, until, outputs=row == 0), suppress(_Enough):
             seen.result = self.model.advance(self.rows.rows[row], states)
-        require_finite(seen.result, self.model, row)
+            require_finite(seen.result, self.model, row)
         return seen
 
     def advance(self) -> None:
         """The hidden states behind the layer, in both models."""
         for row in range(len(self.rows.rows)):
-            results = []
-            for made in (False, True):
-                seen = self.run(row, made=made)
-                assert seen.result is not None
-                results.append(seen.result.cpu())
-            self.streams.meant[row], self.streams.made[row] = results
+            meant, made = self.meant(row).result, self.made(row).result
+            assert meant is not None and made is not None
+            self.streams.meant[row], self.streams.made[row] = meant.cpu(), made.cpu()
 
     def residual(self, path: str) -> str | None:
         """What the output of a linear layer is added to: "" for the layer's input, or whose input that is.
@@ -294,7 +318,7 @@ class _Pair:
         Found by trying, on one row: architectures name their norms as they like. None where the output goes
         another way.
         """
-        seen = self.run(0, made=False)
+        seen = self.meant(0)
         output, start = seen.outputs[path], self.streams.meant[0].to(seen.outputs[path])
         if output.shape != start.shape:
             return None
@@ -317,21 +341,30 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 @contextmanager
-def _watching(layer: nn.Module, linear: Sequence[_Linear], seen: _Seen) -> Iterator[None]:
+def _watching(
+    layer: nn.Module, linear: Sequence[_Linear], seen: _Seen, until: str | None, *, outputs: bool
+) -> Iterator[None]:
+    """Note in `seen` what passes; `_Enough` is raised where the linear layer at `until` gets its input."""
     hooks = []
     for one in linear:
 
-        def take(module: nn.Module, given: Any, made: Any, path: str = one.path) -> None:
-            seen.inputs[path] = given[0]
-            seen.outputs[path] = made.reshape(-1, made.shape[-1])
+        def given(module: nn.Module, args: Any, path: str = one.path) -> None:
+            seen.inputs[path] = args[0]
+            if path == until:
+                raise _Enough
 
-        hooks.append(one.module.register_forward_hook(take))
+        def made(module: nn.Module, args: Any, output: Any, path: str = one.path) -> None:
+            seen.outputs[path] = output.reshape(-1, output.shape[-1])
+
+        hooks.append(one.module.register_forward_pre_hook(given))
+        if outputs:
+            hooks.append(one.module.register_forward_hook(made))
     for name, child in layer.named_children():
         if not any(one.path == name or one.path.startswith(f"{name}.") for one in linear):
 
-            def other(module: nn.Module, given: Any, name: str = name) -> None:
-                if given and isinstance(given[0], torch.Tensor):
-                    seen.others[name] = given[0].reshape(-1, given[0].shape[-1])
+            def other(module: nn.Module, args: Any, name: str = name) -> None:
+                if args and isinstance(args[0], torch.Tensor):
+                    seen.others[name] = args[0].reshape(-1, args[0].shape[-1])
 
             hooks.append(child.register_forward_pre_hook(other))
     try:
@@ -360,7 +393,7 @@ def _fit_group(
         residual = torch.zeros(group[0].meant.shape[0], size, dtype=torch.float64)
     tokens = 0
     for row in range(len(pair.rows.rows)):
-        meant, made = pair.run(row, made=False), pair.run(row, made=True)
+        meant, made = pair.meant(row), pair.made(row, until=group[0].path)
         if group[0].path not in meant.inputs or group[0].path not in made.inputs:
             continue  # an expert that this row does not reach
         x, z = (seen.inputs[group[0].path].reshape(-1, size).float() for seen in (meant, made))
