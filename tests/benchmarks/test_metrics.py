@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
-from lorasmith.benchmarks import maths, maths_final
+from lorasmith.benchmarks import ifeval, maths, maths_final
 from lorasmith.benchmarks.base import Unscored
 from lorasmith.benchmarks.choices import judge_letter, judge_likelihoods, read_letter
 from lorasmith.benchmarks.drop import best_pairs, score, spans_score, stated
+from lorasmith.benchmarks.gsm8k import final_number
+from lorasmith.benchmarks.mbpp import code_of
 from lorasmith.records.dataset import Example, Metadata
 
 CASES = Path(__file__).parents[1] / "cases"
@@ -181,12 +183,45 @@ def test_answers_in_math_that_are_only_written_otherwise(final: str, answer: str
     assert maths.equal(final, answer) is right
 
 
-@pytest.mark.parametrize("hostile", [r"\(", "$$", r"\boxed{", "answer is ", "1_", " ", "a and 1 ", "√("])
-def test_no_answer_in_math_takes_long_however_it_is_made(hostile: str) -> None:
+LOOPS = [
+    r"\(",
+    "$$",
+    r"\boxed{",
+    "answer is ",
+    "1_",
+    " ",
+    "a and 1 ",
+    "√(",
+    "(",
+    "*",
+    "[",
+    ".",
+    "A. ",
+    "\n",
+    "<<",
+]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_no_answer_takes_long_to_read_however_it_is_made(loop: str) -> None:
+    """Small models repeat themselves up to the limit of tokens, and many signs are one token."""
+    answer = loop * (50_000 // len(loop)) + "x"
     began = time.process_time()
-    maths_final.final_answers(hostile * 20_000)
-    # Tens of milliseconds by themselves; a pattern that takes the square of the length takes minutes.
-    assert time.process_time() - began < 5
+    maths_final.final_answers(answer)
+    read_letter(answer, ["w", "x", "y", "z"])
+    final_number(answer)
+    score(stated(answer), [["5"]])
+    ifeval.sentences(answer)
+    ifeval._bullets(answer, num_bullets=1)
+    ifeval._placeholders(answer, num_placeholders=1)
+    ifeval._title(answer)
+    code_of(answer)
+    # Some 0.1 s together; a pattern that takes the square of the length takes 6 s and more.
+    assert time.process_time() - began < 3
+
+
+def test_an_answer_of_asterisks_is_wrong_in_drop() -> None:
+    assert score(stated("****"), [["5"]]) == {"exact_match": 0.0, "f1": 0.0}
 
 
 @pytest.mark.parametrize(

@@ -48,12 +48,12 @@ def _patterns(count: int) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[
     # A lower-case "a" is an article: "the answer is a force" names no letter.
     either = rf"[A-{last}b-{last.lower()}]"
     return (
-        re.compile(rf"\\boxed\{{\s*(?:\\\w+\s*\{{\s*)*\(?([A-{last}])\b"),
+        re.compile(rf"\\boxed\{{\s*(?:\\\w+\s*\{{\s*){{0,3}}\(?([A-{last}])\b"),
         re.compile(
-            rf"""\b(?i:(?:correct\s+)?(?:answer|option|choice))(?:(?i:\s+is)\b|[\s:*]*:)?[\s:*("'\[$]*(?:(?i:option|choice)\s+)?[("'\[$]*({either})\b(?!['’])"""
+            rf"""\b(?i:(?:correct\s+)?(?:answer|option|choice))(?:(?i:\s+is)\b|[\s:*]*:)?[\s:*("'\[$]*+(?:(?i:option|choice)\s+)?[("'\[$]*({either})\b(?!['’])"""
         ),
         re.compile(
-            rf"^[\s*(\[$]*(?:(?i:option|choice)\s+)?[*(\[$]*([A-{last}])[*\])$]*(?:[.:,)]|\s*(?:\n|$))"
+            rf"^[\s*(\[$]*+(?:(?i:option|choice)\s+)?[*(\[$]*([A-{last}])[*\])$]*(?:[.:,)]|\s*(?:\n|$))"
         ),
     )
 

@@ -100,7 +100,7 @@ def score(answer: str, golds: Sequence[Sequence[str]]) -> Scores:
 
     The first line that is not empty is the answer: as one span, and as spans between semicolons.
     """
-    line = answer.strip().splitlines()[0].strip()
+    line = next(iter(answer.strip().splitlines()), "").strip()
     readings = [[line]]
     parts = [part.strip() for part in line.split(";") if part.strip()]
     if len(parts) > 1:

@@ -131,7 +131,7 @@ def _readings(answer: str) -> list[str]:
 # What is counted in an answer, and the 25 instructions in the order of the paper's table.
 
 _ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|Sr|Jr|vs|etc|e\.g|i\.e|[A-Z])\.$")
-_SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)|[。！？।]+")
+_SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]]*(?=\s|$)|[。！？।]+")
 
 
 def sentences(answer: str) -> int:
@@ -142,7 +142,7 @@ def sentences(answer: str) -> int:
     count, start = 0, 0
     for match in _SENTENCE_END.finditer(answer):
         piece, rest = answer[start : match.end()], answer[match.end() :].lstrip()
-        going_on = rest[:1].islower() or _ABBREVIATION.search(piece.rstrip("\"'”’)]"))
+        going_on = rest[:1].islower() or _ABBREVIATION.search(piece[-20:].rstrip("\"'”’)]"))
         if re.search(r"\w", piece) and not (rest and going_on and match.group().startswith(".")):
             count, start = count + 1, match.end()
     return count + bool(re.search(r"\w", answer[start:]))
@@ -210,7 +210,15 @@ def _first_word(answer: str, num_paragraphs: int, nth_paragraph: int, first_word
 
 
 def _placeholders(answer: str, num_placeholders: int) -> bool:
-    return len(re.findall(r"\[.*?\]", answer)) >= num_placeholders
+    return sum(map(_brackets, answer.split("\n"))) >= num_placeholders
+
+
+def _brackets(line: str) -> int:
+    """Pairs of square brackets, each from an opening one to the next that closes."""
+    count, end = 0, 0
+    while (start := line.find("[", end)) >= 0 and (end := line.find("]", start)) >= 0:
+        count += 1
+    return count
 
 
 def _postscript(answer: str, postscript_marker: str) -> bool:
@@ -220,6 +228,8 @@ def _postscript(answer: str, postscript_marker: str) -> bool:
 
 
 def _bullets(answer: str, num_bullets: int) -> bool:
+    # Of many blank lines one says as much, and each of them begins a search anew.
+    answer = re.sub(r"\n(?:[^\S\n]*\n){2,}", "\n\n", answer)
     stars = re.findall(r"^\s*\*[^*].*$", answer, re.MULTILINE)
     return len(stars) + len(re.findall(r"^\s*-.*$", answer, re.MULTILINE)) == num_bullets
 
@@ -247,7 +257,11 @@ def _json(answer: str) -> bool:
 
 
 def _title(answer: str) -> bool:
-    return any(title.strip("<>").strip() for title in re.findall(r"<<[^\n]+>>", answer))
+    return any(
+        0 <= start < line.rfind(">>") - 2 and line[start : line.rfind(">>")].strip("<>").strip()
+        for line in answer.split("\n")
+        if (start := line.find("<<")) >= 0
+    )
 
 
 def _two_answers(answer: str) -> bool:
