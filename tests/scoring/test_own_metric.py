@@ -142,6 +142,12 @@ def test_the_page_shows_a_module_that_works() -> None:
         ("MAX_NEW_TOKENS = '5'\ndef score(example, answer): return 1\n", "mine.py", "MAX_NEW_TOKENS"),
         ("SOURCES = 'orders'\ndef score(example, answer): return 1\n", "mine.py", "SOURCES"),
         (
+            "class E(Exception):\n def __str__(self): raise E\ndef score(*_): raise E\n",
+            "mine.py:3",
+            "E: a E that",
+        ),
+        ("def score(*_): return {'a' * 10**6: 2}\n", "mine.py:1", f"score gave {{'{'a' * 298}…"),
+        (
             "def prompt(example): return ''\ndef score(example, answer): return 1\n",
             "mine.py:1",
             "prompt gave",

@@ -18,7 +18,7 @@ import hashlib
 import math
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -92,7 +92,7 @@ class OwnMetric(Judge):
             return None
         text = self._run(lambda: make(example), example)
         if not isinstance(text, str) or not text.strip():
-            raise self._wrong("prompt", f"prompt gave {text!r}", "a text that is not blank", example)
+            raise self._wrong("prompt", f"prompt gave {_short(text)}", "a text that is not blank", example)
         return text
 
     def try_on(self, example: Example) -> None:
@@ -117,7 +117,7 @@ class OwnMetric(Judge):
             or not all(isinstance(name, str) and name for name in scores)
             or not all(_is_share(value) for value in scores.values())
         ):
-            raise self._wrong("score", f"score gave {given!r}", _RESULT, example)
+            raise self._wrong("score", f"score gave {_short(given)}", _RESULT, example)
         self._metrics = self._metrics or tuple(scores)
         if set(scores) != set(self._metrics):
             # A metric is a mean over all rows, so that no row may leave it out.
@@ -141,7 +141,7 @@ class OwnMetric(Judge):
             line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else (lines or [None])[-1]
             row = f", with the row {example.id!r}" if example else ""
             raise UsageError(
-                f"the task module failed: {type(error).__name__}: {error}{row}",
+                f"the task module failed: {type(error).__name__}: {_short(error, str)}{row}",
                 where=f"{self.path}:{line}" if line else self.path,
                 remedy="mend it and give the same command again: answers that are written are kept",
             ) from error
@@ -152,6 +152,18 @@ class OwnMetric(Judge):
         return UsageError(
             f"{found} for the row {example.id!r}", where=f"{self.path}{line}", expected=expected
         )
+
+
+_SHOWN_SIGNS = 300
+
+
+def _short(value: object, as_text: Callable[[object], str] = repr) -> str:
+    """What a message shows of something that the module made, however long, or whatever its `repr` does."""
+    try:
+        shown = as_text(value)
+    except Exception:
+        return f"a {type(value).__name__} that cannot be shown"
+    return shown if len(shown) <= _SHOWN_SIGNS else f"{shown[:_SHOWN_SIGNS]}…"
 
 
 def _is_share(value: object) -> bool:
