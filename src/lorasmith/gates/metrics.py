@@ -139,7 +139,7 @@ class Metric:
             raise UsageError(
                 f"group {gate.group!r} has no '='", expected="such as difficulty=easy or source=MATH"
             )
-        if kind not in self.groups and not ("×" in kind and self.groups == _GROUPS):
+        if kind not in self.groups and not ("×" in kind and self.groups[: len(_GROUPS)] == _GROUPS):
             known = f"a group by {', '.join(self.groups)}" if self.groups else "no group"
             raise UsageError(f"gate {gate.name!r}: {gate.metric} is not measured by {kind}", expected=known)
 
@@ -159,7 +159,7 @@ def _validation(role: str, read: Callable[[GroupMetrics], Value]) -> Metric:
             raise NotMeasured(f"the {role} model was not validated")
         return read(result.overall if group is None else _pick(result.groups, group))
 
-    return Metric(value, _GROUPS)
+    return Metric(value, (*_GROUPS, "turn"))
 
 
 def _behaviour(read: Callable[[TokenComparison], float]) -> Metric:

@@ -187,17 +187,7 @@ def prepare_workload(
             f"the model was made for {context:,} tokens, not {options.max_length:,}",
             remedy=f"give --max-length {context} or less",
         )
-    encoded = encode_examples(
-        examples,
-        loaded.tokenizer,
-        template=options.template,
-        end_of_turn=options.end_of_turn,
-        max_length=options.max_length or context,
-        loss_on=options.loss_on,
-        boundary=options.boundary,
-        wording=Wording.of(options),
-        strict=options.strict,
-    )
+    encoded = encode_for(options, examples, loaded)
     check_ids(encoded.rows, [example.id for example in examples], loaded.vocabulary)
     layout, reason = choose_layout(loaded, encoded.rows, route)
     default_budget = BATCH_TOKENS if loaded.device.type == "cpu" else BATCH_TOKENS_GPU
@@ -228,6 +218,21 @@ def prepare_workload(
         *encoding_findings(encoded, names, loaded.context),
     ]
     return Workload(examples, encoded, settings, len(examples) < len(everything), findings)
+
+
+def encode_for(options: ScoringOptions, examples: Sequence[Example], loaded: LoadedModel) -> EncodedSet:
+    """The examples in tokens, as the options say; raises `DataError` for rows that cannot be scored."""
+    return encode_examples(
+        examples,
+        loaded.tokenizer,
+        template=options.template,
+        end_of_turn=options.end_of_turn,
+        max_length=options.max_length or loaded.context or _NO_LIMIT,
+        loss_on=options.loss_on,
+        boundary=options.boundary,
+        wording=Wording.of(options),
+        strict=options.strict,
+    )
 
 
 def _other_tokenizer(folder: Path | None) -> list[Finding]:

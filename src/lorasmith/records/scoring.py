@@ -69,6 +69,23 @@ class GroupMetrics(Part):
     """Confidence interval of the loss, by bootstrap over examples."""
 
 
+class OtherBoundary(Part):
+    """What the other boundary between prompt and answer gives, on a sample of the rows that it changes."""
+
+    boundary: str
+    """The one that was not used: `text` or `generation`."""
+    straddling: int
+    """Rows in which prompt and answer share a token, as that boundary counts them."""
+    changed: int
+    """Rows of which it scores other tokens."""
+    rows: int
+    """How many of them were scored both ways."""
+    loss: float
+    """Their loss with it, in nats per token."""
+    used_loss: float
+    """Their loss with the boundary that was used."""
+
+
 class ValidationResult(Record):
     """`validation/base.json`, `adapter.json`, `merged.json`."""
 
@@ -79,10 +96,16 @@ class ValidationResult(Record):
     settings: ScoringSettings
     overall: GroupMetrics
     groups: dict[str, dict[str, GroupMetrics]]
-    """`source`, `domain`, `difficulty` and crossings such as `source × difficulty` → group → metrics."""
+    """`source`, `domain`, `difficulty` and crossings such as `source × difficulty` → group → metrics.
+
+    `turn` → which of the assistant's turns, where conversations are scored in all of them: its `examples` are
+    the rows that have such a turn.
+    """
     truncated: int = 0
     straddling: int = 0
     """Rows whose joint tokenisation would merge the end of the prompt with the start of the response."""
+    other_boundary: OtherBoundary | None = None
+    """None where it changes nothing, or was not looked at."""
     per_example: FileDigest
     """The Parquet file beside this record."""
     partial: bool = False

@@ -93,6 +93,8 @@ def validate_step(run: RunContext, role: str) -> Step:
             adapter=adapter,
             role=role,
             options=options,
+            # The same rows make the same difference in all three models: once is enough.
+            both_boundaries=role == "adapter",
             executor=executor,
             progress=run.progress,
         ),

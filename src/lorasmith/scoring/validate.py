@@ -31,7 +31,8 @@ from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
 from lorasmith.records.base import FileDigest
 from lorasmith.records.dataset import Example
-from lorasmith.records.scoring import GroupMetrics, ModelIdentity, ValidationResult
+from lorasmith.records.scoring import GroupMetrics, ModelIdentity, OtherBoundary, ValidationResult
+from lorasmith.scoring.boundaries import boundary_findings, other_boundary
 
 # From log-probabilities of tokens to loss and perplexity of groups, and the table of rows.
 
@@ -83,10 +84,36 @@ def group_metrics(losses: Array, tokens: Array, rows: Sequence[int] | None, seed
     )
 
 
+LAST_TURN = 8
+"""Turns of the assistant that are groups of their own; later ones are one group together."""
+
+
+def by_turn(rows: Sequence[Encoded], logprobs: Sequence[Floats], seed: int) -> dict[str, GroupMetrics]:
+    """Metrics by which of the assistant's turns a token is in; empty where no row has several of them."""
+    if not any(len(row.turns) > 1 for row in rows):
+        return {}
+    losses, tokens = (np.zeros((LAST_TURN + 1, len(rows))) for _ in range(2))
+    for place, (row, values) in enumerate(zip(rows, logprobs, strict=True)):
+        start = 0
+        # A row of one question and one answer has no numbers: its answer is the first.
+        for turn, (first, last) in zip(row.turns or (1,), row.spans, strict=True):
+            own = values[start : start + last - first]
+            losses[min(turn, LAST_TURN + 1) - 1, place] += row_loss(own)
+            tokens[min(turn, LAST_TURN + 1) - 1, place] += len(own)
+            start += last - first
+    names = [*(str(turn) for turn in range(1, LAST_TURN + 1)), f"{LAST_TURN + 1} and later"]
+    found = {}
+    for name, loss, count in zip(names, losses, tokens, strict=True):
+        there = np.flatnonzero(count)
+        if len(there):
+            found[name] = group_metrics(loss, count, there.tolist(), seed)
+    return found
+
+
 def aggregate(
-    examples: Sequence[Example], logprobs: Sequence[Floats], seed: int
+    examples: Sequence[Example], rows: Sequence[Encoded], logprobs: Sequence[Floats], seed: int
 ) -> tuple[GroupMetrics, dict[str, dict[str, GroupMetrics]]]:
-    """Metrics over all rows, and by group and crossing of groups."""
+    """Metrics over all rows, by group and crossing of groups, and by turn of a conversation."""
     losses = np.array([row_loss(row) for row in logprobs])
     tokens = np.array([len(row) for row in logprobs], dtype=np.float64)
     overall = group_metrics(losses, tokens, None, seed)
@@ -95,7 +122,8 @@ def aggregate(
         dimension: {name: group_metrics(losses, tokens, rows, seed) for name, rows in members.items()}
         for dimension, members in grouped.items()
     }
-    return overall, groups
+    turns = by_turn(rows, logprobs, seed)
+    return overall, groups | ({"turn": turns} if turns else {})
 
 
 def example_table(
@@ -146,6 +174,7 @@ def validate(
     role: str | None = None,
     options: ValidateOptions | None = None,
     keep_journal: bool = False,
+    both_boundaries: bool = True,
     executor: Executor | None = None,
     progress: Progress = silent,
     **given: Any,
@@ -159,6 +188,9 @@ def validate(
     `strict=False` they are cut and counted. A batch that does not fit in memory is halved. With `states` the
     hidden states at the scored positions are kept, 4·H bytes each, for a comparison of the same models on
     the same test set, which then need not run them again.
+
+    With `both_boundaries` some rows are scored with the other boundary between prompt and answer as well, so
+    that the result can say what a trainer would have printed.
 
     `executor` is where batches are scored; this process by default. One of `executors.ray` gives the same
     bytes where hardware, versions and threads are the same. `{role}.chunks.jsonl` then tells of each batch
@@ -205,8 +237,9 @@ def validate(
             open_scoring, work.batches(), f"Validate {role}", unit="tok", keep=states is not None
         )
         logprobs = [by_row[row] for row in range(len(work.rows))]
-        work.findings.extend(log.findings())
-        result, table = _result(identity, inputs, scorer, logprobs)
+        other = other_boundary(scorer, scoring, logprobs) if both_boundaries else None
+        work.findings.extend([*boundary_findings(other, scoring.boundary), *log.findings()])
+        result, table = _result(identity, inputs, scorer, logprobs, other)
         log.write(output / f"{role}.chunks.jsonl", wanted=where.remote)
         write_bytes(output / f"{role}.parquet", table)
         write_record(output / f"{role}.json", result)
@@ -227,12 +260,16 @@ def _journal(output: Path, role: str) -> Path:
 
 
 def _result(
-    identity: ModelIdentity, inputs: Inputs, scorer: Scorer, logprobs: list[Floats]
+    identity: ModelIdentity,
+    inputs: Inputs,
+    scorer: Scorer,
+    logprobs: list[Floats],
+    other: OtherBoundary | None,
 ) -> tuple[ValidationResult, bytes]:
     """The record and the per-example Parquet file."""
     work = scorer.work
     table = example_table(work.examples, work.rows, logprobs, scorer.loaded.tokenizer)
-    overall, groups = aggregate(work.examples, logprobs, work.settings.seed)
+    overall, groups = aggregate(work.examples, work.rows, logprobs, work.settings.seed)
     result = ValidationResult(
         model=identity,
         test_set=inputs.file,
@@ -241,6 +278,7 @@ def _result(
         groups=groups,
         truncated=work.encoded.truncated,
         straddling=work.encoded.straddling,
+        other_boundary=other,
         per_example=FileDigest(
             path=f"{identity.role}.parquet", bytes=len(table), sha256=hashlib.sha256(table).hexdigest()
         ),

@@ -96,7 +96,7 @@ def show_validation(result: ValidationResult, console: Console) -> None:
             f"{found.interval.low:.4f} to {found.interval.high:.4f}" if found.interval else "not measured",
             f"{found.perplexity:.3f}",
         )
-        for kind in ("source", "domain", "difficulty")
+        for kind in ("source", "domain", "difficulty", "turn")
         for name, found in result.groups.get(kind, {}).items()
         if len(result.groups[kind]) > 1
     ]
