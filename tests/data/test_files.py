@@ -158,11 +158,11 @@ def test_a_folder_of_files_is_one_set_with_ids_of_its_own(
         (folder / name / "a.jsonl").write_text(json.dumps({"prompt": name, "response": "b"}) + "\n")
     (folder / "README.md").write_text("about it")
     ready = prepare(folder)
-    assert [(row.id, row.prompt) for row in read_rows(ready.path).examples] == [
+    assert [(row.id, row.prompt) for row in read_rows(ready).examples] == [
         ("one/a.jsonl:1", "one"),
         ("two/a.jsonl:1", "two"),
     ]
-    assert prepare(folder).path == ready.path
+    assert prepare(folder) == ready
     (folder / "train-0.jsonl").write_text("{}")
     (folder / "test-0.jsonl").write_text("{}")
     with pytest.raises(DataError, match="several splits: test, train"):
@@ -173,8 +173,8 @@ def test_what_was_set_aside_is_told_of_the_copy(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"q": "a", "r": "b"}) + "\n" + json.dumps({"q": "", "r": "b"}) + "\n")
     ready = prepare(path, columns=parse_columns(("prompt=q,response=r",)), skip=True)
-    assert ready.path != path and len(read_rows(ready.path).examples) == 1
-    assert [one.code for one in read_rows(ready.path).findings] == ["rows-set-aside"]
+    assert ready != path and len(read_rows(ready).examples) == 1
+    assert [one.code for one in read_rows(ready).findings] == ["rows-set-aside"]
 
 
 @pytest.mark.parametrize("given", ["prompt", "prompt=a", "prompt=a,prompt=b", "answer=a,prompt=b"])
@@ -193,9 +193,54 @@ def test_the_hubs_data_sets_are_read_through_their_library(
     with pytest.raises(UsageError, match="splits train, test"):
         prepare("some/set")
     ready = prepare("some/set:train")
-    assert read_rows(ready.path).examples[0].response == "b"
+    assert read_rows(ready).examples[0].response == "b"
 
 
 def test_a_path_that_leads_to_nothing_is_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         prepare(tmp_path / "rows.jsonl")
+
+
+def test_a_table_between_semicolons_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt;response\n"how much; in euros";1,5\n')
+    (one,) = read_rows(path).examples
+    assert (one.prompt, one.response) == ("how much; in euros", "1,5")
+
+
+def test_a_column_that_nobody_reads_may_hold_what_cannot_be_read(tmp_path: Path) -> None:
+    far = pa.array([1 << 40, 1], type=pa.timestamp("s"))
+    table = pa.table({"prompt": ["a", "b"], "response": ["c", "d"], "asked_at": far})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    read = read_rows(tmp_path / "rows.parquet")
+    assert [one.prompt for one in read.examples] == ["a", "b"]
+    assert "asked_at" in next(one.message for one in read.findings if one.code == "fields-not-read")
+    table = table.rename_columns(["other", "response", "prompt"])
+    pq.write_table(table, tmp_path / "used.parquet")
+    with pytest.raises(DataError, match="the field 'prompt' cannot be read"):
+        read_rows(tmp_path / "used.parquet")
+
+
+def test_a_missing_answer_of_a_table_is_told_as_such(tmp_path: Path) -> None:
+    answers = pa.array([1.0, float("nan")])
+    pq.write_table(pa.table({"prompt": ["a", "b"], "response": answers}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="the field 'response' is empty") as error:
+        read_rows(tmp_path / "rows.parquet")
+    assert str(error.value.where).endswith(":2")
+
+
+def test_a_data_set_that_datasets_saved_is_read_as_a_folder(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [
+        {"messages": [{"role": "user", "content": f"a{n}"}, {"role": "assistant", "content": "b"}]}
+        for n in range(5)
+    ]
+    made = datasets.Dataset.from_list(rows)
+    made.save_to_disk(tmp_path / "one", num_shards=2)
+    assert [one.prompt for one in read_rows(prepare(tmp_path / "one")).examples] == [
+        f"a{n}" for n in range(5)
+    ]
+    datasets.DatasetDict({"train": made, "test": made}).save_to_disk(tmp_path / "two")
+    with pytest.raises(DataError, match="several splits: test, train"):
+        prepare(tmp_path / "two")
+    assert len(read_rows(prepare(tmp_path / "two" / "test")).examples) == 5

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from lorasmith.data.rows import Reading, iterate_rows, read_rows
+from lorasmith.data.sources import prepare
 from lorasmith.errors import DataError
+from lorasmith.files.jsonl import write_rows
 from lorasmith.records.dataset import Example
 
 Row = dict[str, Any]
@@ -196,7 +198,7 @@ def test_ids_are_the_rows_own_and_never_clash_with_row_numbers(tmp_path: Path) -
         write(tmp_path, {"id": "2", "prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"})
     )
     assert [example.id for example in rows.examples] == ["2", "row 2"]
-    with pytest.raises(DataError, match="'x' stands in line 1 as well"):
+    with pytest.raises(DataError, match="'x' stands in row 1 as well"):
         read_rows(write(tmp_path, *[{"id": "x", "prompt": "a", "response": "b"}] * 2))
 
 
@@ -211,3 +213,41 @@ def test_a_row_that_waits_for_its_answer_needs_none(tmp_path: Path) -> None:
     assert asked == [["a", "b", "c"]]
     (alone,) = iterate_rows(write(tmp_path, rows[2]), Reading(answered=False))
     assert alone.example is not None and alone.example.messages[0].content == "Sum up.\n\nRain fell."
+
+
+def test_an_id_that_was_made_gives_way_to_a_later_row_that_has_it(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "response": "b"}, {"id": "1", "prompt": "c", "response": "d"}]
+    path = write(tmp_path, *rows)
+    assert [one.id for one in read_rows(path).examples] == ["row 1", "1"]
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_rows(folder / "a.jsonl", rows[:1])
+    write_rows(folder / "b.jsonl", [{"id": "a.jsonl:1", "prompt": "c", "response": "d"}])
+    names = [(one.id, one.prompt) for one in read_rows(prepare(folder)).examples]
+    assert names == [("row a.jsonl:1", "a"), ("a.jsonl:1", "c")]
+
+
+def test_fields_of_messages_that_are_not_read_are_told(tmp_path: Path) -> None:
+    odd = {**assistant(SAID, score=0.5), "annotations": []}
+    path = write(tmp_path, {"messages": [user(ASKED), odd], "tools": []})
+    told = [one.message for one in read_rows(path).findings if one.code == "fields-not-read"]
+    assert told == ["layout messages: the fields messages[].score are not read"]
+
+
+def test_a_history_stands_behind_the_system_prompt_of_the_messages(tmp_path: Path) -> None:
+    row = {
+        "history": [["hi", "hello"]],
+        "messages": [{"role": "system", "content": SYSTEM}, user(ASKED), assistant(SAID)],
+    }
+    (one,) = read_rows(write(tmp_path, row)).examples
+    assert [turn.role for turn in one.turns] == ["system", "user", "assistant", "user", "assistant"]
+    assert [turn.content for turn in one.turns] == [SYSTEM, "hi", "hello", ASKED, SAID]
+
+
+def test_tools_count_towards_what_may_be_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = {"type": "function", "function": {"name": "f", "description": "x" * 5_000}}
+    path = write(tmp_path, {"messages": [user(ASKED), assistant(SAID)], "tools": [tool]})
+    read_rows(path)
+    monkeypatch.setattr("lorasmith.data.rows.MOST_CHARACTERS", 4_000)
+    with pytest.raises(DataError, match="hold more than"):
+        read_rows(path)

@@ -234,7 +234,7 @@ def test_a_folder_or_nothing_in_place_of_the_file_is_one_message(tmp_path: Path)
 def test_a_line_without_end_is_refused_in_bounded_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorasmith.data.files.MAX_LINE_BYTES", 1 << 16)
+    monkeypatch.setattr("lorasmith.files.jsonl.MAX_LINE_BYTES", 1 << 16)
     train = tmp_path / "train.jsonl"
     train.write_bytes(b'{"prompt": "' + b"a" * (1 << 18))
     with pytest.raises(DataError, match="line 1 is longer than"):

@@ -16,12 +16,14 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from lorasmith.errors import DataError, os_errors
+from lorasmith.files import jsonl
 from lorasmith.files.inputs import open_input
-from lorasmith.files.jsonl import MAX_LINE_BYTES, damaged_gzip, parse_row, wrong_content
+from lorasmith.files.jsonl import bounded_lines, damaged_gzip, parse_row, too_long, wrong_content
 from lorasmith.parsing import parse_json
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ Row = dict[str, Any]
 Advance = Callable[[int], None]
 
 KINDS = "JSONL, a JSON list, CSV, TSV or Parquet, as it is or packed by gzip or zstd"
+EXPECTED = f"rows as {KINDS}"
 _GZIP, _ZSTD, _PARQUET, _ARROW = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1"
 _SKIPPED_ZSTD = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 """A frame that says nothing, which may lead (RFC 8878, section 3.1.2)."""
@@ -39,7 +42,7 @@ _ARROW_STREAM = b"\xff\xff\xff\xff"
 _TABLES = (_PARQUET, _ARROW, _ARROW_STREAM)
 _HEAD = 4096
 _BATCH_ROWS = 32
-"""Of a table at a time: one repeated value may be large, and costs a file next to nothing."""
+"""Rows of a table at a time: one repeated value may be large, and costs a file next to nothing."""
 _JSON_COLUMNS = frozenset(
     ("messages", "conversations", "conversation", "tools", "history", "chosen", "rejected", "metadata")
 )
@@ -127,7 +130,7 @@ def _require_text(path: Path, start: bytes) -> None:
     if fault is None and not start.strip(b"\xef\xbb\xbf \t\r\n"):
         fault = wrong_content(b"")
     if fault is not None and fault.code == "empty-file":
-        raise DataError("the file has no rows", where=path, expected=f"rows as {KINDS}")
+        raise DataError("the file has no rows", where=path, expected=EXPECTED)
     if fault is not None:
         raise DataError(fault.found, where=path, expected=KINDS, remedy=fault.remedy)
 
@@ -142,29 +145,19 @@ def _text_kind(path: Path, start: bytes) -> str:
     if {".csv", ".tsv"} & set(names):
         return "csv"
     line = text.split(b"\n", 1)[0]
-    # A header of names between commas or tabs, under another suffix or none.
-    looks_so = not {".jsonl", ".json", ".ndjson"} & set(names) and (b"," in line or b"\t" in line)
+    # A header of names between commas, tabs or semicolons, under another suffix or none.
+    looks_so = not {".jsonl", ".json", ".ndjson"} & set(names) and any(
+        sign in line for sign in (b",", b"\t", b";")
+    )
     return "csv" if looks_so else "lines"
 
 
 def _line_rows(path: Path, stream: io.BufferedReader, advance: Advance | None) -> Iterator[tuple[int, Row]]:
-    number = 0
-    while line := stream.readline(MAX_LINE_BYTES + 1):
-        number += 1
+    for number, line in bounded_lines(stream, path, EXPECTED):
         if advance is not None:
             advance(len(line))
-        if len(line) > MAX_LINE_BYTES:
-            raise _too_long(path, number)
         if line.strip():
             yield number, parse_row(line, path, number)
-
-
-def _too_long(path: Path, number: int) -> DataError:
-    return DataError(
-        f"line {number} is longer than {MAX_LINE_BYTES >> 20} MiB",
-        where=f"{path}:{number}",
-        expected=f"rows as {KINDS}",
-    )
 
 
 def _list_rows(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, Row]]:
@@ -194,8 +187,8 @@ def _list_rows(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, Row
                 continue
             if ended:
                 raise _no_list(path, number + 1, "the list is not closed, or a row in it is not JSON")
-            if len(buffer) > MAX_LINE_BYTES:
-                raise _too_long(path, number + 1)
+            if len(buffer) > jsonl.MAX_LINE_BYTES:
+                raise too_long(path, number + 1, EXPECTED)
             # Twice as much each time: a long row is not tried again for every megabyte.
             more = text.read(max(_CHUNK, len(buffer)))
             ended, buffer = not more, buffer + more
@@ -235,10 +228,11 @@ def _no_list(path: Path, number: int, found: str) -> DataError:
 
 def _csv_rows(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, Row]]:
     """Rows of a table with a header; a cell of a column of messages may hold them as JSON."""
-    csv.field_size_limit(MAX_LINE_BYTES)
-    head = stream.peek(_HEAD).split(b"\n", 1)[0]
-    lines = _bounded_lines(path, stream)
-    reader = csv.reader(lines, delimiter="\t" if b"\t" in head and b"," not in head else ",", strict=True)
+    csv.field_size_limit(jsonl.MAX_LINE_BYTES)
+    # csv itself would read on for ever behind a quote that is not closed.
+    lines = _decoded(bounded_lines(stream, path, EXPECTED))
+    separator = _separator(stream.peek(_HEAD).split(b"\n", 1)[0])
+    reader = csv.reader(lines, delimiter=separator, strict=True)
     number = 0
     try:
         header = next(reader)
@@ -252,7 +246,7 @@ def _csv_rows(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, Row]
                 raise DataError(
                     f"row {number} has {len(cells)} cells, the header has {len(header)}",
                     where=f"{path}:{reader.line_num}",
-                    expected="quotes around cells that hold commas, quotes or line breaks",
+                    expected=f"quotes around cells that hold {separator!r}, quotes or line breaks",
                 )
             yield number, {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True) if cell}
     except (csv.Error, UnicodeDecodeError) as error:
@@ -261,13 +255,13 @@ def _csv_rows(path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, Row]
         ) from error
 
 
-def _bounded_lines(path: Path, stream: io.BufferedReader) -> Iterator[str]:
-    """The lines of a text, none longer than a row may be: csv itself would read on for ever."""
-    number = 0
-    while line := stream.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        if len(line) > MAX_LINE_BYTES:
-            raise _too_long(path, number)
+def _separator(header: bytes) -> str:
+    """What stands between the names of a header: tables with decimal commas have semicolons."""
+    return next((sign for sign in (",", "\t", ";") if sign.encode() in header), ",")
+
+
+def _decoded(lines: Iterator[tuple[int, bytes]]) -> Iterator[str]:
+    for number, line in lines:
         yield line.decode("utf-8-sig" if number == 1 else "utf-8")
 
 
@@ -287,9 +281,9 @@ def _table_rows(path: Path, stream: io.BufferedReader, start: bytes) -> Iterator
     try:
         with _seekable(path, stream) as file:
             for batch in _batches(file, start):
-                if batch.nbytes > MAX_LINE_BYTES * _BATCH_ROWS:
-                    raise _too_long(path, number + 1)
-                for row in batch.to_pylist():
+                if batch.nbytes > jsonl.MAX_LINE_BYTES * _BATCH_ROWS:
+                    raise too_long(path, number + 1, EXPECTED)
+                for row in _rows_of(batch):
                     number += 1
                     yield number, _without_nulls(row)
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, ValueError) as error:
@@ -302,6 +296,28 @@ def _table_rows(path: Path, stream: io.BufferedReader, start: bytes) -> Iterator
             where=f"{path}:{number + 1}",
             remedy="download it again, or convert it to JSONL",
         ) from error
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A value of a table that has no form in Python, such as a time beyond the year 9999."""
+
+    reason: str
+
+
+def _rows_of(batch: pa.RecordBatch) -> list[Row]:
+    """The rows of a batch; a column that cannot be read holds `Unreadable`, since perhaps nobody needs it."""
+    try:
+        return cast(list[Row], batch.to_pylist())
+    except (ValueError, OverflowError, UnicodeDecodeError):
+        columns: dict[str, list[Any]] = {}
+        for name in batch.schema.names:
+            column = batch.column(name)
+            try:
+                columns[name] = column.to_pylist()
+            except (ValueError, OverflowError, UnicodeDecodeError) as error:
+                columns[name] = [Unreadable(" ".join(str(error).split())[:200])] * len(column)
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _without_nulls(value: Any) -> Any:

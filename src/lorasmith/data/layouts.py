@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from lorasmith.data.files import Unreadable
 from lorasmith.parsing import parse_json
 from lorasmith.records.dataset import Turn
 
@@ -42,6 +43,13 @@ _NOT_TEXT = ("images", "image", "videos", "video", "audios", "audio")
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
 _SYSTEMS = ("system", "system_prompt")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+_FLAGS = ("train", "training", "weight")
+MESSAGE_FIELDS = frozenset(
+    {"role", "from", "content", "value", "tool_calls", "function_call", "name", "tool_call_id"}
+).union(_REASONING, _FLAGS)
+"""Fields of a message that are read."""
 
 
 class LayoutError(ValueError):
@@ -92,13 +100,18 @@ def _messages(row: Row, field: str) -> Conversation:
         value = _json(value, f"the field {field!r}")
     if not isinstance(value, list):
         raise LayoutError(f"the field {field!r} is not a list of messages")
-    turns = _before(row)
-    if turns and turns[0].role == "system" and _has_system(value):
-        if _turn(value[0], f"message 1 of {field!r}").content != turns[0].content:
-            raise LayoutError(f"the row has a system prompt of its own, and {field!r} begins with another")
-        turns = turns[1:]
-    turns += [_turn(message, f"message {place} of {field!r}") for place, message in enumerate(value, 1)]
-    return Conversation(tuple(turns), _tools(row))
+    before = _before(row)
+    turns = [_turn(message, f"message {place} of {field!r}") for place, message in enumerate(value, 1)]
+    if _has_system(value):
+        # The system prompt comes first, wherever a history stands.
+        if before and before[0].role == "system":
+            if turns[0].content != before[0].content:
+                raise LayoutError(
+                    f"the row has a system prompt of its own, and {field!r} begins with another"
+                )
+            before = before[1:]
+        return Conversation((turns[0], *before, *turns[1:]), _tools(row))
+    return Conversation((*before, *turns), _tools(row))
 
 
 def _has_system(messages: Sequence[Any]) -> bool:
@@ -232,7 +245,7 @@ def require_text_only(held: Mapping[str, Any], where: str) -> None:
 
 def _flag(message: Mapping[str, Any], where: str) -> bool | None:
     """OpenAI's `weight` (0 or 1), axolotl's `train` and `training`."""
-    for name in ("train", "training", "weight"):
+    for name in _FLAGS:
         value = message.get(name)
         if value is None:
             continue
@@ -292,6 +305,8 @@ def _text(value: Any, field: str) -> str:
     """Text as such, or as a list of text parts; anything else in such a list is no text to learn."""
     if isinstance(value, str):
         return value
+    if isinstance(value, Unreadable):
+        raise LayoutError(f"the field {field!r} cannot be read ({value.reason})")
     if not isinstance(value, list):
         raise LayoutError(f"{field if ' ' in field else f'the field {field!r}'} is not text")
     parts = []

@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from lorasmith.data.files import KINDS, Advance, raw_rows
 from lorasmith.data.layouts import (
     LAYOUTS,
+    MESSAGE_FIELDS,
     MOST_TURNS,
     QUESTIONS,
     Conversation,
@@ -57,33 +58,6 @@ class Row:
     """Why it cannot be used."""
 
 
-@dataclass
-class Rows:
-    """All rows of a file that can be used."""
-
-    examples: list[Example] = field(default_factory=list)
-    layout: str = ""
-    """That of the first row."""
-    layouts: Counter[str] = field(default_factory=Counter)
-    """How many rows there are of each layout."""
-    unused: tuple[str, ...] = ()
-    """Fields of the first row that its layout does not read."""
-    findings: list[Finding] = field(default_factory=list)
-    used: int = 0
-    """How many rows there are, whether they are kept here or not."""
-    faults: list[tuple[int, str]] = field(default_factory=list)
-    """Row and reason of those that were set aside."""
-
-    held: int = 0
-    """Characters of the rows that are kept."""
-
-    def note(self, row: Row, how: Reading) -> None:
-        """The layout of the first row, and what fields of any row are not read."""
-        self.layout = self.layout or row.layout
-        if len(self.unused) < _MOST_NAMES:
-            self.unused = tuple(dict.fromkeys((*self.unused, *unused_fields(row, how))))
-
-
 @dataclass(frozen=True)
 class Reading:
     """How rows are read."""
@@ -93,6 +67,90 @@ class Reading:
     answered: bool = True
     """Whether a row needs an answer. Without one, what follows the last message that waits for an answer is
     left out."""
+
+
+@dataclass
+class Tally:
+    """What rows were used and set aside, and how they were read."""
+
+    layout: str = ""
+    """That of the first row."""
+    layouts: Counter[str] = field(default_factory=Counter)
+    """How many rows there are of each layout."""
+    unused: tuple[str, ...] = ()
+    """Fields that hold something in a row and are not read by its layout."""
+    used: int = 0
+    """How many rows can be used."""
+    faults: list[tuple[int, str]] = field(default_factory=list)
+    """Row and reason of those that were set aside."""
+    ids: dict[str, int] = field(default_factory=dict)
+    """Id → the number of the row that has it; of an id that was made here -1 less the used rows before it."""
+    renamed: dict[int, str] = field(default_factory=dict)
+    """Used rows whose made id another row turned out to have → the id in its place."""
+
+    def admit(
+        self, row: Row, path: Path, how: Reading, *, skip: bool, made: str | None = None
+    ) -> Example | None:
+        """The example of a row, counted; None for one that is set aside.
+
+        A row without an id gets the number of its row, or `made`; where an id is taken, a made one gives way.
+        Raises `DataError` for a row that cannot be used, unless such rows are set aside.
+        """
+        example = row.example
+        if example is None:
+            self._set_aside(row, row.fault, path, skip=skip)
+            return None
+        name, number = example.id, row.number
+        if row.value.get("id") is None:
+            name, number = self._free(made or name), -1 - self.used
+        elif self.ids.get(name, 0) < 0:
+            # A row before this one was given the id that this one has.
+            given = self.ids[name]
+            other = self._free(name)
+            self.ids[other], self.renamed[-1 - given] = given, other
+        elif name in self.ids:
+            self._set_aside(row, f"the id {name!r} stands in row {self.ids[name]} as well", path, skip=skip)
+            return None
+        self.ids[name] = number
+        self.layout = self.layout or row.layout
+        if len(self.unused) < _MOST_NAMES:
+            self.unused = tuple(dict.fromkeys((*self.unused, *unused_fields(row, how))))
+        self.layouts[row.layout] += 1
+        self.used += 1
+        return example if name == example.id else example.model_copy(update={"id": name})
+
+    def _set_aside(self, row: Row, fault: str, path: Path, *, skip: bool) -> None:
+        if not skip:
+            raise fault_error(replace(row, fault=fault), path)
+        self.faults.append((row.number, fault))
+
+    def _free(self, wanted: str) -> str:
+        """An id that no row has yet."""
+        names = chain((wanted, f"row {wanted}"), (f"{wanted} ({number})" for number in count(2)))
+        return next(name for name in names if name not in self.ids)
+
+
+@dataclass
+class Rows(Tally):
+    """All rows of a file that can be used."""
+
+    examples: list[Example] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    held: int = 0
+    """Characters of the rows that are kept."""
+
+    def keep(self, example: Example, path: Path) -> None:
+        """Hold a row; `DataError` where all of them are more than a test set."""
+        self.held += len(example.prompt) + len(example.response)
+        self.held += len(json.dumps([example.tools, example.metadata.extra()], default=str))
+        if self.held > MOST_CHARACTERS:
+            raise DataError(
+                f"the first {len(self.examples):,} rows hold more than {MOST_CHARACTERS >> 30} GiB of text",
+                where=path,
+                expected="as many rows as fit into memory",
+                remedy="take a part of them into a file of its own",
+            )
+        self.examples.append(example)
 
 
 def iterate_rows(path: Path, reading: Reading | None = None, advance: Advance | None = None) -> Iterator[Row]:
@@ -113,7 +171,7 @@ def iterate_rows(path: Path, reading: Reading | None = None, advance: Advance | 
                 raise unknown_layout(value, path, number)
             first = layout
         try:
-            said = _read(named, layout, how)
+            said = _read(named, layout, how, first)
             if layout is not None and first is not None and layout.family != first.family:
                 raise LayoutError(
                     f"this row is of the layout {layout.name!r}, the first one of {first.name!r}"
@@ -133,41 +191,12 @@ def read_rows(path: Path, reading: Reading | None = None, *, skip: bool = False)
     """
     how = reading or Reading()
     rows = Rows()
-    numbers: dict[str, int] = {}
     for row in iterate_rows(path, how):
-        if row.example is None:
-            if not skip:
-                raise fault_error(row, path)
-            rows.faults.append((row.number, row.fault))
-            continue
-        name = row.example.id
-        if name in numbers and row.value.get("id") is None:
-            # Its own id is the number of its row, which another row has as a name.
-            name = f"row {row.number}"
-            row = replace(row, example=row.example.model_copy(update={"id": name}))
-        if name in numbers and skip:
-            rows.faults.append((row.number, f"the id {name!r} stands in row {numbers[name]} as well"))
-            continue
-        if name in numbers:
-            raise DataError(
-                f"the id {name!r} stands in line {numbers[name]} as well",
-                where=f"{path}:{row.number}",
-                expected="each id once",
-            )
-        numbers[name] = row.number
-        rows.note(row, how)
-        rows.layouts[row.layout] += 1
-        rows.used += 1
-        assert row.example is not None
-        rows.held += len(row.example.prompt) + len(row.example.response)
-        if rows.held > MOST_CHARACTERS:
-            raise DataError(
-                f"the first {len(rows.examples):,} rows hold more than {MOST_CHARACTERS >> 30} GiB of text",
-                where=path,
-                expected="as many rows as fit into memory",
-                remedy="take a part of them into a file of its own",
-            )
-        rows.examples.append(row.example)
+        example = rows.admit(row, path, how, skip=skip)
+        if example is not None:
+            rows.keep(example, path)
+    for place, name in rows.renamed.items():
+        rows.examples[place] = rows.examples[place].model_copy(update={"id": name})
     if not rows.examples:
         found = "no row of the file can be used" if rows.faults else "the file has no rows"
         raise DataError(found, where=path, expected=f"rows as {KINDS}, of a layout with {known_layouts()}")
@@ -180,7 +209,7 @@ def read_examples(path: Path) -> list[Example]:
     return read_rows(path).examples
 
 
-def findings_of(rows: Rows, path: Path) -> list[Finding]:
+def findings_of(rows: Tally, path: Path) -> list[Finding]:
     """What a person should know of how the rows were read."""
     copied = told_of_copy(path)
     if copied:
@@ -221,9 +250,14 @@ def findings_of(rows: Rows, path: Path) -> list[Finding]:
     return findings
 
 
+def told_beside(copy: Path) -> Path:
+    """Where the findings about a canonical copy in the cache lie."""
+    return copy.with_suffix(".findings.json")
+
+
 def told_of_copy(path: Path) -> list[Finding]:
     """What was found when the rows were copied into the cache; nothing for a file of a person's own."""
-    told = path.with_suffix(".findings.json")
+    told = told_beside(path)
     if not path.is_relative_to(cache_folder() / "rows") or not told.is_file():
         return []
     return [Finding.model_validate(one) for one in parse_json(told.read_bytes())]
@@ -269,10 +303,13 @@ def _by_columns(
     return {**{name: row[name] for name in kept if name in row}, **named}
 
 
-def _read(row: Mapping[str, Any], layout: Layout | None, how: Reading) -> Conversation:
+def _read(row: Mapping[str, Any], layout: Layout | None, how: Reading, first: Layout | None) -> Conversation:
     require_text_only(row, "the row")
     if layout is None:
         said = None if how.answered else read_question(row)
+        lacking = [name for name in first.needs if row.get(name) is None] if first is not None else []
+        if said is None and first is not None and len(lacking) < len(first.needs):
+            raise LayoutError(f"the field {lacking[0]!r} is empty")
         if said is None:
             raise LayoutError(
                 f"the row has no prompt and response: its fields are {', '.join(sorted(map(str, row))[:20])}"
@@ -371,17 +408,26 @@ _OF_QUESTIONS = frozenset((*QUESTIONS, "input", "context"))
 
 
 def unused_fields(row: Row, how: Reading) -> tuple[str, ...]:
-    """Fields of a row that hold something and are not read."""
+    """Fields of a row, and of the messages in it, that hold something and are not read."""
     layout = next((one for one in LAYOUTS if one.name == row.layout), None)
     read = {*how.columns.values(), *_ABOUT}
     if not how.columns:
         read |= {*layout.needs, *layout.also} if layout is not None else _OF_QUESTIONS
         read |= frozenset() if row.layout == "text" else _BESIDE
-    return tuple(
-        str(name) for name, value in row.value.items() if name not in read and value not in (None, "", [])
-    )
+    names = [str(name) for name, value in row.value.items() if name not in read and _holds(value)]
+    for name, value in row.value.items():
+        if name in read and isinstance(value, list):
+            messages = [one for one in value if isinstance(one, Mapping)]
+            known = MESSAGE_FIELDS if name != "tools" else None
+            if known is not None and any("role" in one or "from" in one for one in messages):
+                names += [
+                    f"{name}[].{key}"
+                    for one in messages
+                    for key, held in one.items()
+                    if key not in known and _holds(held)
+                ]
+    return tuple(dict.fromkeys(names))
 
 
-def content_digest(row: Mapping[str, Any]) -> str:
-    """SHA-256 of a row's canonical JSON: the same for equal rows, whatever their order of fields."""
-    return hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).hexdigest()
+def _holds(value: Any) -> bool:
+    return value not in (None, "", [], {})

@@ -12,12 +12,11 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from os import fspath
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lorasmith.data.rows import COLUMNS, Reading, Rows, fault_error, findings_of, iterate_rows
+from lorasmith.data.rows import COLUMNS, Reading, Tally, findings_of, iterate_rows, told_beside
 from lorasmith.errors import DataError, UsageError, os_errors
 from lorasmith.files.atomic import StrPath, atomic_file
 from lorasmith.files.digests import cache_folder, sha256_file
@@ -25,22 +24,14 @@ from lorasmith.files.inputs import require_own_links
 from lorasmith.files.jsonl import dump_row
 from lorasmith.options import ReadingOptions
 from lorasmith.parsing import parse_json
-from lorasmith.records.base import Finding
+from lorasmith.records.dataset import Example
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 _PACKED = (".gz", ".zst")
 _HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.\[\]%:-]+))?")
 _SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
-_REVISION = 1
+_REVISION = 2
 """Raised when the same files would be written out otherwise."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A file that every command can read."""
-
-    path: Path
-    findings: list[Finding] = field(default_factory=list)
 
 
 def parse_columns(given: Sequence[str]) -> dict[str, str]:
@@ -65,23 +56,36 @@ def parse_columns(given: Sequence[str]) -> dict[str, str]:
 
 def prepare(
     given: StrPath, *, columns: Mapping[str, str] | None = None, skip: bool = False, answered: bool = True
-) -> Prepared:
+) -> Path:
     """The file itself where it can be read as it is, else a canonical copy of its rows in the cache.
 
-    Raises `DataError` for what cannot be read, `UsageError` where a hub's data set needs a split.
+    What is to be known of the reading stands beside a copy (`rows.told_of_copy`). Raises as `source_files`
+    does, and for rows that cannot be read.
     """
     path = Path(given)
     reading = Reading(columns or {}, answered)
     if path.is_file() and not reading.columns and not skip:
-        return Prepared(path)
+        return path
+    files = source_files(given)
+    name = path.name.split(".")[0] if path.is_file() else path.name
+    if not path.exists():
+        name = re.sub(r"[^\w.-]", "_", fspath(given).replace("/", "--").replace(":", "--"))
+    return _written(files, name, reading, skip)
+
+
+def source_files(given: StrPath) -> list[Path]:
+    """The files that hold the rows: one, those of a folder, or that of a data set of the hub.
+
+    Raises `DataError` for what does not exist, `UsageError` where a hub's data set needs a split.
+    """
+    path = Path(given)
     if path.is_dir():
         require_own_links(path)
-        files = folder_files(path)
-        return _written(files, path.name, reading, skip)
+        return folder_files(path)
     if path.exists():
-        return _written([path], path.name.split(".")[0], reading, skip)
+        return [path]
     named = _HUB.fullmatch(fspath(given))
-    if named is None or not names_hub(path):
+    if named is None or path.suffix in (*SUFFIXES, *_PACKED):
         raise DataError(
             "the file does not exist",
             where=path,
@@ -89,8 +93,7 @@ def prepare(
         )
     from lorasmith.data.hub import export
 
-    name = named[1].replace("/", "--") + (f"--{named[2]}" if named[2] else "")
-    return _written([export(named[1], named[2])], re.sub(r"[^\w.-]", "_", name), reading, skip)
+    return [export(named[1], named[2])]
 
 
 def local_rows(given: StrPath, options: ReadingOptions, *, answered: bool = True) -> Path:
@@ -99,7 +102,7 @@ def local_rows(given: StrPath, options: ReadingOptions, *, answered: bool = True
     What is to be known of the reading stands beside a copy, where `read_rows` finds it.
     """
     columns = parse_columns(options.columns)
-    return prepare(given, columns=columns, skip=options.skip_bad_rows, answered=answered).path
+    return prepare(given, columns=columns, skip=options.skip_bad_rows, answered=answered)
 
 
 Given = TypeVar("Given", bound=ReadingOptions)
@@ -163,7 +166,7 @@ def _is_of(path: Path, split: str) -> bool:
     return any(re.split(r"[-_.]", part.lower())[0] == split for part in path.parts)
 
 
-def _written(files: Sequence[Path], name: str, reading: Reading, skip: bool) -> Prepared:
+def _written(files: Sequence[Path], name: str, reading: Reading, skip: bool) -> Path:
     """The rows of some files as one canonical file, unless the cache has it."""
     key = {
         "revision": _REVISION,
@@ -176,48 +179,36 @@ def _written(files: Sequence[Path], name: str, reading: Reading, skip: bool) -> 
     place = cache_folder() / "rows" / digest[:32] / f"{name}.jsonl"
     told = told_beside(place)
     if not (place.is_file() and told.is_file()):
-        rows = Rows()
+        tally = Tally()
         with os_errors(place, "write"):
             place.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(place) as handle:
-            for row in _canonical(files, reading, skip, rows):
-                handle.write(dump_row(row))
-        findings = findings_of(rows, files[0])
+            for example in _examples(files, reading, skip, tally):
+                handle.write(dump_row(example.model_dump(mode="json")))
+        if tally.renamed:
+            _rename(place, tally.renamed)
+        findings = findings_of(tally, files[0])
         with atomic_file(told) as handle:
             handle.write(json.dumps([one.model_dump(mode="json") for one in findings]).encode())
-    return Prepared(place, [Finding.model_validate(one) for one in parse_json(told.read_bytes())])
+    return place
 
 
-def told_beside(copy: Path) -> Path:
-    """Where the findings about a canonical copy lie."""
-    return copy.with_suffix(".findings.json")
-
-
-def _canonical(files: Sequence[Path], reading: Reading, skip: bool, rows: Rows) -> Iterator[dict[str, Any]]:
+def _examples(files: Sequence[Path], reading: Reading, skip: bool, tally: Tally) -> Iterator[Example]:
     root = Path(os.path.commonpath([path.absolute().parent for path in files]))
-    seen: set[str] = set()
     for path in files:
+        relative = path.absolute().relative_to(root).as_posix()
         for row in iterate_rows(path, reading):
-            if row.example is None:
-                if not skip:
-                    raise fault_error(row, path)
-                rows.faults.append((row.number, row.fault))
-                continue
-            rows.note(row, reading)
-            rows.layouts[row.layout] += 1
-            body = row.example.model_dump(mode="json")
-            if row.value.get("id") is None and (len(files) > 1 or body["id"] in seen):
-                body["id"] = f"{path.absolute().relative_to(root).as_posix()}:{row.number}"
-            if body["id"] in seen:
-                if not skip:
-                    raise DataError(
-                        f"the id {body['id']!r} stands in an earlier row as well",
-                        where=f"{path}:{row.number}",
-                    )
-                rows.faults.append((row.number, f"the id {body['id']!r} stands in an earlier row as well"))
-                continue
-            seen.add(body["id"])
-            rows.used += 1
-            yield body
-    if not rows.used:
+            made = f"{relative}:{row.number}" if len(files) > 1 else None
+            example = tally.admit(row, path, reading, skip=skip, made=made)
+            if example is not None:
+                yield example
+    if not tally.used:
         raise DataError("no row can be used", where=files[0], expected="at least one row that can be scored")
+
+
+def _rename(place: Path, renamed: Mapping[int, str]) -> None:
+    """Give rows of a canonical file, counted from 0, another id."""
+    with place.open("rb") as lines, atomic_file(place) as handle:
+        for number, line in enumerate(lines):
+            row = parse_json(line)
+            handle.write(dump_row({**row, "id": renamed[number]}) if number in renamed else line)

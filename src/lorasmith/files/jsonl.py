@@ -106,16 +106,26 @@ def read_lines(path: Path, expected: str) -> Iterator[tuple[int, bytes]]:
     """Each line of a text file with its number from 1, unpacked, none longer than `MAX_LINE_BYTES`."""
     require_text(path, expected)
     with open_text(path) as handle:
-        number = 0
-        while line := handle.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(line) > MAX_LINE_BYTES:
-                raise DataError(
-                    f"line {number} is longer than {MAX_LINE_BYTES >> 20} MiB",
-                    where=f"{path}:{number}",
-                    expected=expected,
-                )
-            yield number, line
+        yield from bounded_lines(handle, path, expected)
+
+
+def bounded_lines(stream: BinaryIO, path: Path, expected: str) -> Iterator[tuple[int, bytes]]:
+    """Each line of an open text with its number from 1; `DataError` for one that is too long for a row."""
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise too_long(path, number, expected)
+        yield number, line
+
+
+def too_long(path: Path, number: int, expected: str) -> DataError:
+    """The message about a line that is longer than a row may be."""
+    return DataError(
+        f"line {number} is longer than {MAX_LINE_BYTES >> 20} MiB",
+        where=f"{path}:{number}",
+        expected=expected,
+    )
 
 
 @contextmanager
