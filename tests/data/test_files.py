@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lorasmith.data.files import raw_rows
 from lorasmith.data.rows import read_rows
 from lorasmith.data.sources import folder_files, parse_columns, prepare
 from lorasmith.errors import DataError, UsageError
+from lorasmith.followup.responses.rows import read_prompts
 
 ROWS: list[dict[str, Any]] = [
     {"id": "a", "prompt": 'He said "no",\nand left', "response": "yes, he did"},
@@ -244,3 +246,22 @@ def test_a_data_set_that_datasets_saved_is_read_as_a_folder(tmp_path: Path) -> N
     with pytest.raises(DataError, match="several splits: test, train"):
         prepare(tmp_path / "two")
     assert len(read_rows(prepare(tmp_path / "two" / "test")).examples) == 5
+
+
+def test_times_decimals_and_bytes_of_a_table_become_what_json_can_hold(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "prompt": pa.array([b"a"]),
+            "response": pa.array([Decimal("1.50")]),
+            "at": pa.array([0], type=pa.timestamp("s")),
+            "raw": pa.array([b"\xff"]),
+        }
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    ((_, row),) = raw_rows(tmp_path / "rows.parquet")
+    assert row["at"] == "1970-01-01 00:00:00"
+    assert json.loads(json.dumps(row))["response"] == "1.50"
+    (one,) = read_rows(tmp_path / "rows.parquet").examples
+    assert (one.prompt, one.response) == ("a", "1.50")
+    (asked,) = read_prompts(tmp_path / "rows.parquet")
+    assert asked.value["at"] == row["at"]

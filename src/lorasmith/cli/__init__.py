@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lorasmith.cli import benchmarks, draft, testset
+from lorasmith.cli import benchmarks, data, draft, testset
 from lorasmith.cli.chat import chat
 from lorasmith.cli.compare import compare
 from lorasmith.cli.compress import compress
@@ -51,6 +51,7 @@ COMMANDS: list[tuple[str, Callable[..., Any]]] = [
 ]
 
 GROUPS: list[tuple[str, str, list[tuple[str, Callable[..., Any]]]]] = [
+    ("data", "Look at rows.", [("show", data.show)]),
     (
         "testset",
         "Build, split and check test sets.",

@@ -16,7 +16,6 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -285,7 +284,7 @@ def _table_rows(path: Path, stream: io.BufferedReader, start: bytes) -> Iterator
                     raise too_long(path, number + 1, EXPECTED)
                 for row in _rows_of(batch):
                     number += 1
-                    yield number, _without_nulls(row)
+                    yield number, _plain(row)
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, ValueError) as error:
         if isinstance(error, DataError):
             raise
@@ -298,15 +297,12 @@ def _table_rows(path: Path, stream: io.BufferedReader, start: bytes) -> Iterator
         ) from error
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """A value of a table that has no form in Python, such as a time beyond the year 9999."""
-
-    reason: str
+UNREADABLE = "cannot be read"
+"""Stands with the reason for a value of a table that has no form in Python, such as a late time."""
 
 
 def _rows_of(batch: pa.RecordBatch) -> list[Row]:
-    """The rows of a batch; a column that cannot be read holds `Unreadable`, since perhaps nobody needs it."""
+    """The rows of a batch; a column that cannot be read holds the reason, since perhaps nobody needs it."""
     try:
         return cast(list[Row], batch.to_pylist())
     except (ValueError, OverflowError, UnicodeDecodeError):
@@ -316,18 +312,27 @@ def _rows_of(batch: pa.RecordBatch) -> list[Row]:
             try:
                 columns[name] = column.to_pylist()
             except (ValueError, OverflowError, UnicodeDecodeError) as error:
-                columns[name] = [Unreadable(" ".join(str(error).split())[:200])] * len(column)
+                columns[name] = [{UNREADABLE: " ".join(str(error).split())[:200]}] * len(column)
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _without_nulls(value: Any) -> Any:
-    """A row without fields that hold nothing: tables fill what a row lacks, inside of messages as well."""
+def _plain(value: Any) -> Any:
+    """A row as JSON has it, without fields that hold nothing: tables fill what rows lack, messages too."""
     if isinstance(value, dict):
-        kept = {name: _without_nulls(one) for name, one in value.items()}
+        kept = {name: _plain(one) for name, one in value.items()}
         return {name: one for name, one in kept.items() if one is not None}
     if isinstance(value, list):
-        return [_without_nulls(one) for one in value]
-    return None if isinstance(value, float) and value != value else value
+        return [_plain(one) for one in value]
+    if isinstance(value, str | int | bool | None):
+        return value
+    if isinstance(value, float):
+        return None if value != value else value
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return {UNREADABLE: "bytes that are no text"}
+    return str(value)  # times and decimals
 
 
 def _batches(file: BinaryIO, start: bytes) -> Iterator[pa.RecordBatch]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lorasmith.data.files import Unreadable
+from lorasmith.data.files import UNREADABLE
 from lorasmith.parsing import parse_json
 from lorasmith.records.dataset import Turn
 
@@ -305,8 +305,8 @@ def _text(value: Any, field: str) -> str:
     """Text as such, or as a list of text parts; anything else in such a list is no text to learn."""
     if isinstance(value, str):
         return value
-    if isinstance(value, Unreadable):
-        raise LayoutError(f"the field {field!r} cannot be read ({value.reason})")
+    if isinstance(value, dict) and UNREADABLE in value:
+        raise LayoutError(f"the field {field!r} cannot be read ({value[UNREADABLE]})")
     if not isinstance(value, list):
         raise LayoutError(f"{field if ' ' in field else f'the field {field!r}'} is not text")
     parts = []

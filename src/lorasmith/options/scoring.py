@@ -64,6 +64,19 @@ class EncodingOptions(TemplateOptions):
     """Folder whose tokenizer and chat template are used for every model."""
 
 
+class ShowOptions(ScoredOptions, EncodingOptions):
+    """How rows are shown."""
+
+    PANEL: ClassVar[str] = "Scoring"
+
+    rows: Annotated[int, Field(ge=0)] = 3
+    """Number of rows that are shown."""
+    full: bool = False
+    """Show these rows in full, however long they are."""
+    max_length: Annotated[Count | None, Flag(default="none is too long")] = None
+    """Longest row in tokens; longer ones are counted."""
+
+
 class BatchOptions(EncodingOptions, SpreadOptions, SeedOptions):
     """How a model is run over rows, whatever is computed there."""
 

@@ -160,6 +160,69 @@ class DatasetStatistics(Record):
     findings: list[Finding] = []
 
 
+class TokenCounts(Part):
+    """Lengths of rows in tokens, as a model sees them."""
+
+    tokenizer: str
+    """Name of the folder that it is from."""
+    template: str
+    """`chat` or `plain`."""
+    boundary: str
+    loss_on: str
+    total: int
+    scored: int
+    shortest: int
+    median: int
+    most_are_below: int
+    """The 95 % quantile."""
+    longest: int
+    straddling: int
+    """Rows in which prompt and answer share a token."""
+    too_long: int | None = None
+    """Rows of more than `max_length` tokens; None where no length was asked for."""
+
+
+class ShownRow(Part):
+    """One row as it was read and, where there is a tokenizer, as a model sees it."""
+
+    id: str
+    place: str
+    """File and row."""
+    layout: str
+    turns: list[str]
+    """Roles, in their order; `text` alone for raw text."""
+    pieces: list[tuple[str, bool]]
+    """Text after text, and whether its tokens are scored."""
+    tokens: int | None = None
+    scored: int | None = None
+
+
+class DataRecord(Record):
+    """What `lorasmith data show` says of rows."""
+
+    FORMAT: ClassVar[str] = "lorasmith/data/1"
+
+    files: list[str]
+    rows: int
+    """How many can be used."""
+    layouts: dict[str, int]
+    """Layout → rows."""
+    answers: dict[str, int]
+    """Number of the assistant's turns → rows; 0 for raw text."""
+    system_prompts: int
+    """Rows that have one."""
+    tools: int
+    """Rows that have tools."""
+    characters: int
+    tokens: TokenCounts | None = None
+    """None without a tokenizer."""
+    faults: list[tuple[str, str]] = []
+    """The first rows that cannot be used, and why."""
+    unusable: int = 0
+    shown: list[ShownRow] = []
+    findings: list[Finding] = []
+
+
 class RejectedRow(Part):
     """A row that was not used. Its text is never repeated here: some benchmarks may not appear in plain."""
 
