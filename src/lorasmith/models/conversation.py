@@ -3,7 +3,8 @@
 The template writes the whole conversation once. Where its answers are is found in the first of three ways
 that works, and each is held against that text, so that no token is scored which is not in it:
 
-1. *marks*: the template says it itself, by `{% generation %}`.
+1. *marks*: the template says it itself, by `{% generation %}`. The last answer alone is looked for by
+   prefixes first: where it begins is where the model is really asked.
 2. *prefixes*: the text up to an answer is the template's own for the messages before it, with the start of an
    answer; the end is that of the messages up to it. Both must be how the whole text begins.
 3. *contents*: where the template writes earlier turns otherwise once others follow (Qwen3 leaves earlier
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from lorasmith.errors import DataError, UsageError
@@ -69,6 +71,10 @@ class Script:
     answers: tuple[Answer, ...]
     found_by: str
     """`marks`, `prefixes` or `contents`."""
+    asked: str
+    """What the model is given before the last answer; mostly the beginning of the text."""
+    marked: tuple[tuple[int, int], ...] = ()
+    """What the template marks, answer by answer, white space at its end included; empty for other ways."""
 
 
 def turns_of(example: Example, wording: Wording) -> tuple[Turn, ...]:
@@ -97,11 +103,14 @@ def write_script(tokenizer: Any, example: Example, wording: Wording, *, last_onl
         if last_only:
             whole = replace(whole, answers=whole.answers[-1:] if len(whole.answers) == len(places) else [])
             places = places[-1:]
-        spans, found_by = _Written(tokenizer, example, wording, messages, whole).spans(places)
+        written = _Written(tokenizer, example, wording, messages, whole)
+        spans, found_by = written.spans(places, last_only=last_only)
+        asked = written.before(places[-1])
     except chat_template.TemplateRefusal as error:
         raise refused(example, error) from error
     answers = tuple(Answer(place, numbers[place], *span) for place, span in zip(places, spans, strict=True))
-    return Script(whole.text, answers, found_by)
+    marked = tuple(whole.answers) if found_by == "marks" else ()
+    return Script(whole.text, answers, found_by, asked, marked)
 
 
 def refused(example: Example, error: Exception) -> DataError:
@@ -139,12 +148,23 @@ class _Written:
             arguments=self.wording.arguments,
         )
 
-    def spans(self, places: Sequence[int]) -> tuple[list[tuple[int, int]], str]:
+    @cached_property
+    def _before(self) -> dict[int, str]:
+        return {}
+
+    def before(self, place: int) -> str:
+        """What the model is given before the answer at a place among the messages."""
+        if place not in self._before:
+            self._before[place] = self.render(self.messages[:place], start_answer=True)
+        return self._before[place]
+
+    def spans(self, places: Sequence[int], *, last_only: bool) -> tuple[list[tuple[int, int]], str]:
         """Where the answers at these places among the messages stand, and how they were found."""
-        if len(self.whole.answers) == len(places) and places:
-            return [_trimmed(self.whole.text, start, stop) for start, stop in self.whole.answers], "marks"
-        ways = [("prefixes", self.by_prefixes), ("contents", self.by_contents)]
-        for name, find in ways if len(places) < MANY_ANSWERS else reversed(ways):
+        marks, prefixes = ("marks", self.by_marks), ("prefixes", self.by_prefixes)
+        ways = [prefixes, marks] if last_only else [marks, prefixes]
+        contents = ("contents", self.by_contents)
+        ways.insert(1 if len(places) >= MANY_ANSWERS else 2, contents)
+        for name, find in ways:
             found = find(places)
             if found is not None:
                 return found, name
@@ -155,11 +175,17 @@ class _Written:
             remedy="give a template with these marks by --chat-template FILE, or remove the row",
         )
 
+    def by_marks(self, places: Sequence[int]) -> list[tuple[int, int]] | None:
+        """What the template marks; None where it does not mark as many answers as there are."""
+        if len(self.whole.answers) != len(places):
+            return None
+        return [_trimmed(self.whole.text, start, stop) for start, stop in self.whole.answers]
+
     def by_prefixes(self, places: Sequence[int]) -> list[tuple[int, int]] | None:
         """From the text before each answer to the text behind it; None where one of them is no beginning."""
         text, spans = self.whole.text, []
         for place in places:
-            before = self.render(self.messages[:place], start_answer=True)
+            before = self.before(place)
             last = place + 1 == len(self.messages)
             after = text if last else self.render(self.messages[: place + 1], start_answer=False)
             if not (text.startswith(before) and text.startswith(after) and len(before) < len(after)):
@@ -196,7 +222,7 @@ class _Written:
         if plain + found[at:] != text:
             return None
         # What the last answer thought stands before its content, and is its own.
-        before = self.render(self.messages[: places[-1]], start_answer=True)
+        before = self.before(places[-1])
         if text.startswith(before) and len(before) < spans[-1][0]:
             spans[-1] = (len(before), spans[-1][1])
         limits = [*(start for start, _ in spans[1:]), len(text)]

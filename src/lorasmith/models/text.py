@@ -272,7 +272,8 @@ def _encode_pair(example: Example, tokenizer: Any, manner: Manner) -> Encoded:
     ids = joined if manner.boundary == "text" else [*prompt, *response]
     if around.last is not None:
         ids = [*ids, around.last]
-    start = min(len(prompt), len(ids) - 1)
+    shared = _shared(prompt, ids) if manner.boundary == "text" else len(prompt)
+    start = max(1, min(shared, len(ids) - 1))
     return Encoded(
         ids, start, spans=((1 if manner.loss_on == "all" else start, len(ids)),), straddling=straddling
     )
@@ -360,23 +361,37 @@ def _apart(tokenizer: Any, script: Script, manner: Manner) -> tuple[list[int], l
 def _together(tokenizer: Any, script: Script, manner: Manner) -> tuple[list[int], list[Span], bool]:
     """Tokens of the whole text, as trainers encode it; the last answer goes to its end as theirs does.
 
-    Where a prompt alone would have other tokens than it has in the whole text, the answer begins behind as
-    many tokens as the prompt alone has: so do TRL and lm-eval.
+    Where a prompt alone would have other tokens than it has in the whole text, the answer begins at the first
+    of these, as in TRL 1.16; lm-eval and older trainers begin behind as many tokens as the prompt alone has.
+    What a template marks is taken to the letter, as transformers makes its masks.
     """
-    ids = _text_tokens(tokenizer, script.text)
+    whole = tokenizer(script.text, add_special_tokens=False)
+    ids = list(whole["input_ids"])
     spans: list[Span] = []
     straddling = False
+    last_only = manner.loss_on != "assistant"
+    marked = script.marked if whole.is_fast and not last_only else ()
+    for start, stop in marked:
+        first, last = whole.char_to_token(start), whole.char_to_token(stop - 1)
+        spans.append((len(ids) if first is None else first, len(ids) if last is None else last + 1))
     for answer in script.answers:
-        before = _text_tokens(tokenizer, script.text[: answer.start])
+        before = _text_tokens(tokenizer, script.asked if last_only else script.text[: answer.start])
         straddling |= ids[: len(before)] != before
-        after = _text_tokens(tokenizer, script.text[: answer.stop])
-        spans.append((len(before), min(len(after), len(ids))))
+        if not marked:
+            after = _text_tokens(tokenizer, script.text[: answer.stop])
+            spans.append((_shared(before, ids), min(len(after), len(ids))))
     if manner.around.last is None:
         spans = [_without_end(tokenizer, ids, span) for span in spans]
         ids = ids[: spans[-1][1]]
-    elif manner.loss_on != "assistant":
+    elif last_only:
         spans[-1] = (spans[-1][0], len(ids))
     return ids, spans, straddling
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _without_end(tokenizer: Any, ids: Sequence[int], span: Span) -> Span:
