@@ -396,7 +396,7 @@ def _texts(said: Conversation) -> dict[str, Any]:
     return {
         "prompt": "",
         "response": "",
-        "messages": [turn.model_dump() for turn in said.turns],
+        "messages": said.turns,
         "tools": said.tools,
     }
 

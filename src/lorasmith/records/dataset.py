@@ -64,6 +64,9 @@ class Turn(Part):
         }
 
 
+_TURNS = TypeAdapter(tuple[Turn, ...])
+
+
 class Example(Part):
     """One row of a test set or training file.
 
@@ -92,12 +95,13 @@ class Example(Part):
             return {"prompt": "", "response": row["text"], **{k: v for k, v in row.items() if k != "text"}}
         if not isinstance(row, dict) or not row.get("messages"):
             return row
-        turns = TypeAdapter(tuple[Turn, ...]).validate_python(row["messages"])
+        turns = _TURNS.validate_python(row["messages"])
         last = max(
             (place for place, turn in enumerate(turns) if turn.role == "assistant"), default=len(turns)
         )
         answer = turns[last].content if last < len(turns) else ""
-        return {**row, "prompt": "\n\n".join(_readable(turn) for turn in turns[:last]), "response": answer}
+        asked = "\n\n".join(_readable(turn) for turn in turns[:last])
+        return {**row, "messages": turns, "prompt": asked, "response": answer}
 
     @model_serializer(mode="wrap")
     def _one_form_of_each_kind(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
