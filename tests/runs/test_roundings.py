@@ -18,6 +18,7 @@ from lorasmith.records.merging import MergeRecord, RoundingsRecord
 from lorasmith.runs import roundings
 from lorasmith.runs.roundings import compare_roundings, float16_range
 from tests.merging.calibrated.test_fit import write_rows
+from tests.quantized.bases import BITSANDBYTES, save_bitsandbytes, save_plain
 from tests.tiny import save_adapter, save_base
 
 
@@ -137,3 +138,21 @@ def test_the_command_as_typed(folders: tuple[Path, Path, Path, Path], tmp_path: 
     refused = subprocess.run(both, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "one --adapter and --test-set" in refused.stderr
+
+
+def test_on_the_grid_of_a_quantized_base_each_mode_says_what_of_the_gain_is_kept(tmp_path: Path) -> None:
+    plain = save_plain(tmp_path / "plain")
+    adapter = save_adapter(tmp_path / "adapter", plain, std=0.02)
+    base = save_bitsandbytes(tmp_path / "nf4", plain, **BITSANDBYTES["nf4"])
+    train, test_set = write_rows(tmp_path / "train.jsonl"), write_rows(tmp_path / "test.jsonl", 6, first=300)
+    given: dict[str, Any] = {"into": "base", "calibration": train}
+    record = compare_roundings(base, adapter, test_set, tmp_path / "out", **given)
+    modes = {one.name: one for one in record.modes}
+    assert list(modes) == ["nearest", "dithered", "calibrated"]
+    assert modes["calibrated"].kl.mean < modes["nearest"].kl.mean
+    assert record.recommended != "nearest"
+    # The merge's loss is the adapter's plus Δ: with what is kept that gives the base's, the same for all.
+    gains = [mode.loss_delta / (1 - mode.recovery) for mode in record.modes if mode.recovery is not None]
+    assert len(gains) == 3
+    assert gains == pytest.approx([gains[0]] * 3, rel=1e-6)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["roundings.json"]

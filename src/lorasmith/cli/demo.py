@@ -21,6 +21,12 @@ def demo(
             "--followup", help="Go on after the release: responses, draft model, speculation, fewer bits."
         ),
     ] = False,
+    quantized: Annotated[
+        bool,
+        typer.Option(
+            "--quantized", help="Merge into the 4-bit file that the model is shipped as, in every rounding."
+        ),
+    ] = False,
 ) -> None:
     """Fine-tune, validate, merge, prove and package a real small model, offline, in some minutes.
 
@@ -31,10 +37,17 @@ def demo(
     """
     from lorasmith.cli.views import records
     from lorasmith.cli.views.run import TerminalWatcher, show_summary
+    from lorasmith.errors import UsageError
     from lorasmith.runs.demo import demo as make
+    from lorasmith.runs.demo import quantized_demo
     from lorasmith.runs.stages import read_timings
 
     watcher = TerminalWatcher()
+    if quantized:
+        if followup:
+            raise UsageError("--quantized ends with the merge", expected="one of --quantized and --followup")
+        records.show_roundings(quantized_demo(output, seed=options.seed, watcher=watcher), watcher.screen)
+        return
     result = make(output, seed=options.seed, followup=followup, watcher=watcher)
     timings = [*read_timings(output).values(), *read_timings(result.run.folder).values()]
     records.show_timings(timings, watcher.screen)

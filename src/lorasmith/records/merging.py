@@ -126,6 +126,8 @@ class RoundingFound(Part):
     grade: str
     """The grade of the behaviour proof."""
     float16: Range16 | None = None
+    recovery: float | None = None
+    """The share of the adapter's gain in loss over its base that is left; of merges into a quantized base."""
 
 
 class RoundingsRecord(Record):

@@ -32,14 +32,18 @@ from lorasmith.options import (
 )
 from lorasmith.progress import Progress, Unwatched, Watcher, silent
 from lorasmith.records.followup import TrainRecord
+from lorasmith.records.merging import RoundingsRecord
 from lorasmith.runs.pipeline import run
 from lorasmith.runs.results import RunResult
+from lorasmith.runs.roundings import compare_roundings
 from lorasmith.runs.stages import Stage, open_run
 
 ROWS, HELD_OUT = 164, 64
 """Rows in all and rows held out; the other 100 are trained on."""
 CALIBRATION_TOKENS = 6_144
 """A demo should not take long: some 30 of its 100 training rows."""
+QUANTIZED_TOKENS, QUANTIZED_ROWS = 1_536, 12
+"""Tokens that a merge into the quantized base is fitted to, and held-out rows that all are measured on."""
 TRAINING = TrainOptions(batch_size=2)
 """What `train` takes by itself (rank 16, α = 2r, a rate of 2e-4, one pass) but for batches of two rows, which
 make 50 steps of 100 rows."""
@@ -73,6 +77,17 @@ class DemoResult:
     run: RunResult
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What every demo begins with."""
+
+    gguf: Path
+    base: Path
+    adapter: Path
+    train_file: Path
+    test_file: Path
+
+
 def demo(
     output: Path, *, seed: int = 42, followup: bool = False, watcher: Watcher | None = None
 ) -> DemoResult:
@@ -81,18 +96,72 @@ def demo(
     With `followup` the run goes on after the release, as `FOLLOWUP` says. Raises `UsageError` when the
     demo's packages are not installed.
     """
+    watch = watcher or Unwatched()
+    made = prepare(output, seed, watch)
+    config = RunOptions(
+        base=made.base,
+        adapter=made.adapter,
+        test_set=made.test_file,
+        output=output / "run",
+        train=(made.train_file,),
+        calibration_tokens=CALIBRATION_TOKENS,
+        seed=seed,
+        followup=FOLLOWUP if followup else None,
+    )
+    return DemoResult(output, run(config, watcher=watch))
+
+
+def quantized_demo(output: Path, *, seed: int = 42, watcher: Watcher | None = None) -> RoundingsRecord:
+    """Merge the demo's adapter back into the 4-bit GGUF file that SmolLM2 is shipped as, in every rounding.
+
+    Writes `quantized/base`, the file with the config and tokenizer of its model, and what each merge keeps to
+    `quantized/roundings`. Raises what `demo` does.
+    """
+    watch = watcher or Unwatched()
+    made = prepare(output, seed, watch)
+    base = output / "quantized" / "base"
+    with os_errors(base, "write"):
+        shutil.rmtree(base, ignore_errors=True)
+        base.mkdir(parents=True)
+        shutil.copy(made.gguf, base / "model.gguf")
+        for file in made.base.iterdir():
+            if file.suffix != ".safetensors":
+                shutil.copy(file, base / file.name)
+    watch.step(1, 1, "Merge into the quantized base")
+    return compare_roundings(
+        base,
+        made.adapter,
+        made.test_file,
+        output / "quantized" / "roundings",
+        into="base",
+        calibration=(made.train_file,),
+        calibration_tokens=QUANTIZED_TOKENS,
+        limit=QUANTIZED_ROWS,
+        seed=seed,
+        progress=watch.progress,
+    )
+
+
+def prepare(output: Path, seed: int, watch: Watcher) -> Prepared:
+    """The base, the rows and the adapter in `output`; what is done is reused."""
     from lorasmith.training.train import train
 
-    watch = watcher or Unwatched()
     gguf, tasks = embedded_files()
     require_disk(output, _NEEDED_BYTES, "run the demo")
-    base, adapter = output / "base", output / "adapter"
-    train_file, test_file = output / "train.jsonl", output / "held_out.jsonl"
+    made = Prepared(
+        gguf, output / "base", output / "adapter", output / "train.jsonl", output / "held_out.jsonl"
+    )
     training = TRAINING.model_copy(update={"seed": seed})
     stages = (
         (
             "Write the base model",
-            Stage("demo-base", {"gguf": gguf}, {}, ["base"], partial(write_base, gguf, base, watch.progress)),
+            Stage(
+                "demo-base",
+                {"gguf": gguf},
+                {},
+                ["base"],
+                partial(write_base, gguf, made.base, watch.progress),
+            ),
         ),
         (
             "Hold out a test set",
@@ -101,17 +170,24 @@ def demo(
                 {"tasks": tasks},
                 {"seed": seed, "held_out": HELD_OUT},
                 ["train.jsonl", "held_out.jsonl"],
-                lambda: write_rows(tasks, train_file, test_file, seed=seed),
+                lambda: write_rows(tasks, made.train_file, made.test_file, seed=seed),
             ),
         ),
         (
             "Train an adapter",
             Stage(
                 "demo-train",
-                {"base": base, "train": train_file},
+                {"base": made.base, "train": made.train_file},
                 training.model_dump(exclude={"device"}),
                 ["adapter"],
-                partial(train, base, train_file, adapter, options=training, progress=watch.progress),
+                partial(
+                    train,
+                    made.base,
+                    made.train_file,
+                    made.adapter,
+                    options=training,
+                    progress=watch.progress,
+                ),
             ),
         ),
     )
@@ -120,18 +196,8 @@ def demo(
             watch.step(number, len(stages), f"{title} (preparation)")
             timing = folder.perform(stage)
             watch.finished(stage.name, reused=timing.reused, seconds=timing.wall_seconds)
-        watch.show("demo-train", read_record(adapter / "lorasmith_train.json", TrainRecord))
-    config = RunOptions(
-        base=base,
-        adapter=adapter,
-        test_set=test_file,
-        output=output / "run",
-        train=(train_file,),
-        calibration_tokens=CALIBRATION_TOKENS,
-        seed=seed,
-        followup=FOLLOWUP if followup else None,
-    )
-    return DemoResult(output, run(config, watcher=watch))
+        watch.show("demo-train", read_record(made.adapter / "lorasmith_train.json", TrainRecord))
+    return made
 
 
 def embedded_files() -> tuple[Path, Path]:

@@ -14,13 +14,14 @@ from lorasmith.errors import CheckpointError, UsageError, os_errors
 from lorasmith.files.atomic import StrPath, write_record
 from lorasmith.merging.merge import merge
 from lorasmith.models.layerwise import UnsupportedLayers
-from lorasmith.options import CompareOptions, MergeOptions
+from lorasmith.options import CompareOptions, MergeOptions, ValidateOptions
 from lorasmith.options.keywords import documented
 from lorasmith.progress import Progress, silent
 from lorasmith.proving.behaviour.compare import compare
 from lorasmith.records.base import FileDigest, Finding
 from lorasmith.records.merging import MergeRecord, Range16, RoundingFound, RoundingsRecord
 from lorasmith.records.proof import BehaviourProof
+from lorasmith.scoring.validate import validate
 
 RECORD = "roundings.json"
 CLOSE = 1.25
@@ -60,20 +61,23 @@ def compare_roundings(
     The folder `output` gets `roundings.json`; a merged model lies in it only while it is measured. Calibrated
     rounding is measured where rows are given, on `calibration_tokens` of them. Raises what `merge` and
     `compare` raise; a float16 that the model does not fit into, and a model that cannot be run layer by
-    layer, are findings.
+    layer, are findings. With `into="base"` all modes go onto the grid of a quantized base, and each is told
+    with what it keeps of the adapter's gain in loss.
     """
     asked = MergeOptions.given(options, given).model_copy(update={"test_set": Path(test_set)})
     place = Path(output)
     with os_errors(place, "write"):
         place.mkdir(parents=True, exist_ok=True)
-    if any(file.name not in (RECORD, "merged", "states") for file in place.iterdir()):
+    if any(file.name not in (RECORD, "merged", "states", "base") for file in place.iterdir()):
         raise UsageError("the folder holds other things", where=place, expected="a new folder")
     measured: list[RoundingFound] = []
     findings: list[Finding] = []
     proof: BehaviourProof | None = None
+    comparing = CompareOptions.taken_from(asked, limit=limit, states=place / "states", strict=False)
+    base_loss = _base_loss(base, test_set, place, comparing, progress) if asked.into == "base" else None
     # Calibrated rounding is the one that refuses rows: what is wrong with them is told at once.
     for name, precision, rounding in sorted(_PLAIN, key=lambda mode: mode[2] != "calibrated"):
-        if rounding == "calibrated" and not asked.calibration:
+        if (rounding == "calibrated" and not asked.calibration) or (asked.into == "base" != precision):
             continue
         mode: dict[str, Any] = {"precision": precision, "rounding": rounding}
         if rounding != "calibrated":
@@ -94,18 +98,11 @@ def compare_roundings(
             adapter,
             merged,
             test_set,
-            options=CompareOptions(
-                template=asked.template,
-                device=asked.device,
-                limit=limit,
-                states=place / "states",
-                strict=False,
-                seed=asked.seed,
-            ),
+            options=comparing,
             progress=progress,
         )
         fits = float16_range(merged) if precision == "float16" else None
-        measured.append(_found(name, record, proof, fits))
+        measured.append(_found(name, record, proof, fits, base_loss))
         with os_errors(merged, "remove"):
             shutil.rmtree(merged)
     assert proof is not None
@@ -120,8 +117,27 @@ def compare_roundings(
     return result
 
 
-def _found(name: str, record: MergeRecord, proof: BehaviourProof, fits: Range16 | None) -> RoundingFound:
+def _base_loss(
+    base: StrPath, test_set: StrPath, place: Path, comparing: CompareOptions, progress: Progress
+) -> float:
+    """The loss of the base alone, in nats per token: what the adapter's gain is counted from."""
+    options = ValidateOptions.taken_from(comparing, states=None)
+    found = validate(
+        base, test_set, place / "base", options=options, both_boundaries=False, progress=progress
+    )
+    shutil.rmtree(place / "base")
+    return found.overall.loss
+
+
+def _found(
+    name: str,
+    record: MergeRecord,
+    proof: BehaviourProof,
+    fits: Range16 | None,
+    base_loss: float | None,
+) -> RoundingFound:
     overall = proof.overall
+    gain = None if base_loss is None else base_loss - overall.loss_a
     return RoundingFound(
         name=name,
         precision=record.precision,
@@ -134,6 +150,7 @@ def _found(name: str, record: MergeRecord, proof: BehaviourProof, fits: Range16 
         top1_agreement=overall.top1_agreement,
         grade=proof.grade,
         float16=fits,
+        recovery=(base_loss - overall.loss_b) / gain if base_loss is not None and gain else None,
     )
 
 

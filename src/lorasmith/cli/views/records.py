@@ -206,7 +206,9 @@ def show_timings(timings: Sequence[StageTiming], console: Console) -> None:
 def show_roundings(record: RoundingsRecord, screen: Console) -> None:
     """One line per mode, then the recommendation and what speaks against it."""
     table = Table(title="Roundings against the adapter, float32 arithmetic", title_justify="left")
-    for name in ("rounding", "loss Δ", "95 % interval", "mean KL", "99.9 % KL", "max KL", "same token"):
+    names = ["rounding", "loss Δ", "95 % interval", "mean KL", "99.9 % KL", "max KL", "same token"]
+    kept = any(mode.recovery is not None for mode in record.modes)
+    for name in [*names, "gain kept"] if kept else names:
         table.add_column(name, justify="left" if name == "rounding" else "right")
     for mode in record.modes:
         interval = mode.loss_delta_interval
@@ -218,6 +220,7 @@ def show_roundings(record: RoundingsRecord, screen: Console) -> None:
             f"{mode.kl.q999:.1e}",
             f"{mode.kl.max:.1e}",
             f"{mode.top1_agreement:.2%}",
+            *([] if mode.recovery is None else [f"{mode.recovery:.1%}"]),
         )
         if mode.float16 is not None:
             fits = mode.float16
