@@ -15,6 +15,7 @@ from lorasmith.errors import InputError
 from lorasmith.files.jsonl import read_rows
 from lorasmith.files.parquet import not_a_table, read_table
 from lorasmith.files.run_layout import ROLES, RunRecords
+from lorasmith.records.dataset import Example
 from lorasmith.records.proof import ExampleComparison
 from lorasmith.records.release import is_redacted
 
@@ -232,7 +233,7 @@ def _detail(
     """Text and token losses of one example, or neither where its source forbids it."""
     if "redacted" in row or is_redacted(str(row["metadata"].get("source", ""))):
         return {"redacted": True}
-    detail: dict[str, Any] = {"prompt": row["prompt"], "response": row["response"]}
+    detail: dict[str, Any] = _texts(row)
     scored = {role: table[row["id"]] for role, table in tables.items() if row["id"] in table}
     ids = {tuple(entry.token_ids or ()) for entry in scored.values()}
     if len(ids) != 1 or ids == {()}:
@@ -249,6 +250,13 @@ def _detail(
         pairs = zip(scored["merged"].losses or [], scored["adapter"].losses or [], strict=True)
         detail["delta"] = [_rounded(merged - adapter, 2) for merged, adapter in pairs]
     return detail
+
+
+def _texts(row: dict[str, Any]) -> dict[str, str]:
+    """What is given and what is answered: of a conversation all turns before its last answer."""
+    example = Example.model_validate(row)
+    tools = f"tools: {json.dumps(example.tools, ensure_ascii=False)}\n\n" if example.tools else ""
+    return {"prompt": tools + example.prompt, "response": example.response}
 
 
 def _rounded(value: float, digits: int) -> float:
