@@ -76,13 +76,22 @@ def compare_base(named: str | None, revision: str | None, base: GivenBase) -> li
         ]
     if _is_twin(named) != _is_twin(same[0]):
         told = f"the adapter was trained on {_short(named)!r}, a quantized copy of {_short(same[0])!r}"
+        remedy = (
+            "what is merged is another model than the one that was trained, often a good one: go by its own "
+            f"validation; give {_short(named)!r} as the base, with --into 16bit, to ship what was trained"
+        )
         if _is_twin(same[0]):
             told = f"the base {_short(same[0])!r} is a quantized copy of the adapter's, {_short(named)!r}"
+            remedy = (
+                "right for an adapter that was trained on the copy (QLoRA keeps the name of the original); "
+                "else give the original as the base"
+            )
         return [
             Finding(
                 severity="note",
                 code="base-twin",
                 message=f"{told}: their weights differ by the quantization",
+                remedy=remedy,
             )
         ]
     return _compare_revision(revision or "", base)
