@@ -15,6 +15,32 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked child would wait for threads that it does not have
 
 
+WAITING = ("tests/remote/", "tests/executors/", "tests/campaigns/", "tests/reporting/test_browser.py")
+"""Modules that wait for ssh, a cluster, a browser or a process of their own more than they compute."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Spread the modules that wait over the first part of all: while one waits, the others compute.
+
+    They are given to the workers in this order (`--no-loadscope-reorder`); together at the end, as few tests
+    a module put them, they left the processor idle for minutes.
+    """
+    modules: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        modules.setdefault(item.nodeid.partition("::")[0], []).append(item)
+    waiting = [name for name in modules if name.startswith(WAITING)]
+    busy = [name for name in modules if not name.startswith(WAITING)]
+    # Large ones first, so that none of them is left for the end.
+    busy.sort(key=lambda name: len(modules[name]), reverse=True)
+    step = max(1, (3 * len(busy) // 4) // max(1, len(waiting)))
+    order = []
+    for place, name in enumerate(busy):
+        if place % step == 0 and waiting:
+            order.append(waiting.pop(0))
+        order.append(name)
+    items[:] = [item for name in [*order, *waiting] for item in modules[name]]
+
+
 def pytest_collection_finish() -> None:
     """Leave what torch and transformers brought along out of every later collection of garbage.
 
