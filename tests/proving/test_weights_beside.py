@@ -71,6 +71,12 @@ def replace(name: str, old: str, new: str) -> Change:
     return change
 
 
+def of_version_4(folder: Path) -> None:
+    """A config that transformers takes in place of config.json: of one layer, in place of two."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.4.0.0.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+
+
 def both(*changes: Change) -> Change:
     """Several changes together."""
     return lambda folder: [change(folder) for change in changes]
@@ -179,7 +185,7 @@ CONFIG: dict[str, Change] = {
     ),
     "a config for another version": both(
         edit("config.json", configuration_files=["config.4.0.0.json"]),
-        write("config.4.0.0.json", '{"model_type": "llama"}'),
+        of_version_4,
     ),
     "a config for no version": write("config.4.0.0.json", '{"model_type": "llama"}'),
     "a field written twice": replace("config.json", "{", '{"rms_norm_eps": 5.0,'),
