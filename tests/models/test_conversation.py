@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 
 from lorasmith.data.rows import read_examples
 from lorasmith.errors import DataError
+from lorasmith.models import chat_template
 from lorasmith.models.conversation import MANY_ANSWERS, Wording, write_script
 from lorasmith.models.text import Manner, encode_example, encode_examples, frame
 from lorasmith.records.dataset import Example, Turn
@@ -181,16 +182,20 @@ def test_the_fifth_row_that_a_template_fails_on_is_the_one_that_is_named() -> No
     assert error.value.where == "example 'fifth'"
 
 
-def test_ten_thousand_turns_take_as_long_as_their_text() -> None:
-    def seconds(count: int) -> float:
-        turns = [turn for n in range(count) for turn in (("user", f"ask {n}"), ("assistant", f"say {n}"))]
-        example = row(*turns)
-        begun = time.monotonic()
-        script = write_script(tokenizer, example, Wording(), last_only=False)
-        assert len(script.answers) == count
-        return time.monotonic() - begun
+def test_a_long_conversation_is_rendered_a_few_times_and_not_once_for_each_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    renderings: list[int] = []
+    original = chat_template.render
 
-    tokenizer = tokenizer_of(CHAT_TEMPLATE)
-    seconds(100)  # starts the process that renders
-    # Ten times the turns: by prefixes a hundred times the time. A wide margin, for a machine that is busy.
-    assert seconds(5_000) < 40 * max(seconds(500), 0.02)
+    def counting(tokenizer: Any, messages: Sequence[Any], **how: Any) -> str:
+        renderings.append(len(messages))
+        return original(tokenizer, messages, **how)
+
+    monkeypatch.setattr(chat_template, "render", counting)
+    count = 5_000
+    turns = [turn for n in range(count) for turn in (("user", f"ask {n}"), ("assistant", f"say {n}"))]
+    script = write_script(tokenizer_of(CHAT_TEMPLATE), row(*turns), Wording(), last_only=False)
+    assert len(script.answers) == count
+    # By prefixes it would be two for each answer, of a text that grows with them.
+    assert len(renderings) <= 4
